@@ -1,0 +1,52 @@
+# `make run` and `make test` are each enough on a fresh machine with Python 3.11 to 3.13, git and make.
+
+PYTHON ?= python3
+UV ?= uv
+BIN := .venv/bin
+INSTALLED := .venv/installed
+LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
+	--python-version 3.11 $(ARGS) pyproject.toml
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.NOTPARALLEL:
+.PHONY: help install run test system lint bench lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## .venv with all that running and testing need (PYTHON=python3.12 to choose one)
+
+$(INSTALLED): pyproject.toml requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+		echo 'sseapp needs Python 3.11, 3.12 or 3.13. "$(PYTHON)" is none of them; name one: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; \
+		exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+run: install ## the service on 127.0.0.1:8000, data in ./var (ARGS='--port 9000'); Ctrl-C ends it
+	@$(BIN)/sseapp serve $(ARGS)
+
+test: install system lint ## lint, types and tests (ARGS='-k wire')
+	$(BIN)/python -m pytest $(ARGS)
+
+system: ## what the tests need of the system: looked for, installed with apt where that can be done
+	@sh tests/system-packages.sh
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install ## the benchmarks, or one of them (NAME=…)
+	$(BIN)/python -m benchmarks $(NAME)
+
+lock: ## the locks again, with uv (ARGS=--upgrade for newer versions)
+	$(LOCK) --output-file requirements.txt
+	$(LOCK) --group dev --constraints requirements.txt --output-file requirements-dev.txt
+
+clean: ## all that was made, but not the data in ./var
+	rm -rf .venv dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

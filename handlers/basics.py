@@ -1,0 +1,181 @@
+"""The format, one step at a time: small streams to try a client on."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import anyio
+import msgspec
+from msgspec import Meta
+
+from ssecore.errors import BadRequest
+from ssecore.request import Request
+from ssecore.routes import GET
+from ssecore.stream import merge
+from ssecore.wire import Event, encode
+
+__all__ = ["ROUTES"]
+
+Interval = Annotated[float, Meta(ge=0, le=3600)]
+DONE = Event("[DONE]")
+
+
+class Paced(msgspec.Struct):
+    interval: Interval = 0.5
+
+
+class Counted(Paced):
+    count: Annotated[int, Meta(ge=0, le=1_000_000)] = 10
+
+
+class Countdown(msgspec.Struct):
+    interval: Interval = 1.0
+
+
+class Errors(msgspec.Struct):
+    total: Annotated[int, Meta(ge=0, le=1_000_000)] = 100
+    at: Annotated[int, Meta(ge=0, le=1_000_000)] = 50
+    interval: Interval = 0.05
+
+
+class Limit(msgspec.Struct):
+    limit: Annotated[float, Meta(ge=0, le=3600)] = 30
+    interval: Interval = 1.0
+
+
+async def counter(request: Request) -> AsyncIterator[Event]:
+    query: Counted = request.query
+    interval = query.interval
+    for n in range(query.count):
+        yield Event({"count": n, "message": f"Update {n}"}, "message")
+        if interval:  # 0 is no sleep at all: not even a turn of the loop for each event
+            await anyio.sleep(interval)
+    yield Event({"done": True}, "complete")
+
+
+async def data_only(request: Request) -> AsyncIterator[Event]:
+    query: Counted = request.query
+    for n in range(query.count):
+        yield Event({"count": n, "message": f"Update {n}"})
+        if query.interval:
+            await anyio.sleep(query.interval)
+    yield DONE
+
+
+async def hello(request: Request) -> AsyncIterator[Event]:
+    for word in ("Hello", "from", "Server-Sent", "Events!"):
+        yield Event({"text": word}, "message")
+        await _pause(request)
+    yield Event({"done": True}, "complete")
+
+
+async def progress(request: Request) -> AsyncIterator[Event]:
+    for percent in range(0, 101, 10):
+        yield Event({"progress": percent}, "progress")
+        await _pause(request)
+    yield Event({"done": True}, "complete")
+
+
+async def shapes(request: Request) -> AsyncIterator[Event]:
+    """The four shapes that an event can have."""
+    yield Event("data alone")
+    await _pause(request)
+    yield Event("with an event type", "message")
+    await _pause(request)
+    yield Event({"count": 42}, "update", "msg-123")
+    await _pause(request)
+    yield Event("Setting retry", "config", retry=5000)
+
+
+async def merged(request: Request) -> AsyncIterator[Event]:
+    """Two sources, each at its own pace, in the order in which their items come."""
+
+    async def source(name: str, count: int, interval: float) -> AsyncIterator[dict[str, Any]]:
+        for n in range(count):
+            yield {"source": name, "value": n}
+            await anyio.sleep(interval)
+
+    pace = request.query.interval
+    async with merge(source("A", 5, pace), source("B", 3, pace * 1.7)) as items:
+        async for item in items:
+            yield Event(item)
+    yield DONE
+
+
+async def errors(request: Request) -> AsyncIterator[Event]:
+    """Two kinds of failure: an item that can't be encoded is said and passed over; the source's own ends the stream."""
+    query: Errors = request.query
+
+    async def source() -> AsyncIterator[Any]:
+        for n in range(query.total):
+            if n == query.at:
+                raise RuntimeError(f"the source failed at item {n}")
+            # One item in ten is of no use; the first is whole.
+            yield f"Item {n}" if n % 10 != 7 else f"Item {n} \ud800"
+
+    yield Event({"status": "ok"}, "connected")
+    items = source()
+    try:
+        async for item in items:
+            event = Event(item)
+            try:
+                encode(event)
+            except ValueError as error:
+                event = Event({"error": str(error)}, "item_error")
+            yield event
+            if query.interval:
+                await anyio.sleep(query.interval)
+    except RuntimeError as error:
+        yield Event({"error": str(error), "type": type(error).__name__, "fatal": True}, "error")
+    yield Event("", "done")
+
+
+async def limited(request: Request) -> AsyncIterator[Event]:
+    """Counts until its time is over. The deadline is looked at between events: no `yield` stands in a timeout."""
+    query: Limit = request.query
+    begin, count = time.monotonic(), 0
+    while (left := begin + query.limit - time.monotonic()) > 0:
+        yield Event({"count": count}, "message")
+        count += 1
+        await anyio.sleep(min(query.interval, left))
+    yield Event({"error": "Stream timeout exceeded", "timeout": _plain(query.limit)}, "error")
+
+
+async def countdown(request: Request, seconds: int) -> AsyncIterator[Event]:
+    if not 0 <= seconds <= 3600:
+        raise BadRequest("seconds: from 0 to 3600", field="seconds")
+    for remaining in range(seconds, 0, -1):
+        yield Event({"remaining": remaining}, "countdown")
+        await _pause(request)
+    yield Event({"message": "Countdown finished!"}, "complete")
+
+
+async def process(request: Request) -> AsyncIterator[Event]:
+    for step in ("Analyzing", "Processing", "Finalizing"):
+        yield Event({"step": step}, "progress")
+        await _pause(request)
+    yield Event({"result": "Done!"}, "complete")
+
+
+async def _pause(request: Request) -> None:
+    if request.query.interval:
+        await anyio.sleep(request.query.interval)
+
+
+def _plain(number: float) -> float | int:
+    """30, not 30.0, where it is whole."""
+    return int(number) if number == int(number) else number
+
+
+ROUTES = [
+    GET("/stream", counter, query=Counted),
+    GET("/stream/data", data_only, query=Counted, data_only=True),
+    GET("/stream/hello", hello, query=Paced),
+    GET("/stream/progress", progress, query=Paced),
+    GET("/stream/format", shapes, query=Paced),
+    GET("/stream/merge", merged, query=Paced, data_only=True),
+    GET("/stream/errors", errors, query=Errors),
+    GET("/stream/timeout", limited, query=Limit),
+    GET("/countdown/{seconds:int}", countdown, query=Countdown),
+    GET("/process/stream", process, query=Paced),
+]

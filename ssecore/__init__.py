@@ -1,0 +1,1 @@
+"""The engine of sseapp: the event-stream format, the life of a stream, routes and requests. No service of its own."""

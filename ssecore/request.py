@@ -1,0 +1,210 @@
+"""The request: a read-only view of the scope, and the only one who calls `receive`.
+
+Order matters with `receive`: the body is read first, to its end; then the watcher waits for the disconnect. A watcher
+that starts earlier takes the body's parts away from whoever wants them.
+
+Boundary of trust: all that a request holds comes from outside. The query and the body are bounded and decoded into the
+types that the route declares before a handler sees them; `BadRequest` names the field that is to blame.
+"""
+
+import sys
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from functools import cached_property
+from io import BytesIO
+from tempfile import SpooledTemporaryFile
+from typing import IO, Any, Final, Literal
+from urllib.parse import parse_qsl
+
+import anyio
+import msgspec
+
+from ssecore.errors import BadRequest, ClientGone, SSEAppError, TooLarge, UnsupportedMediaType
+from ssecore.routes import Route, Upload
+
+__all__ = ["EndReason", "Receive", "Request"]
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", "cancelled"]
+
+#: How long a client may pause in the middle of its body. nginx's client_body_timeout is 60.
+BODY_TIMEOUT_S: Final = 30.0
+#: More names than any form of ours has; each one costs memory before it is looked at.
+MAX_QUERY_FIELDS: Final = 100
+#: An upload smaller than this never touches the disk.
+SPOOL_BYTES: Final = 1024 * 1024
+
+
+class RequestTimeout(SSEAppError):
+    """The body stopped coming for `BODY_TIMEOUT_S`."""
+
+    status, code = 408, "request_timeout"
+
+
+class Request:
+    """What a handler gets as its first argument.
+
+    `state` is what the app's lifespan made (database, model, …); `query` and `body` are decoded as the route declares.
+    """
+
+    def __init__(
+        self, scope: MutableMapping[str, Any], receive: Receive, state: Any = None, *, draining: bool = False
+    ) -> None:
+        self.scope = scope
+        self.state = state
+        self.draining = draining  #: the service is about to stop
+        self.method: str = scope["method"]
+        self.root_path: str = scope.get("root_path", "")
+        self.route: Route | None = None
+        self.path_params: Mapping[str, Any] = {}
+        self.query: Any = None
+        self.body: Any = None
+        self._receive = receive
+        self._upload: SpooledTemporaryFile[bytes] | None = None
+        self._end_reason: EndReason | None = None
+
+    @cached_property
+    def path(self) -> str:
+        """The path below the mount point. Servers and hosts put `root_path` into `path` too; older ones don't."""
+        path: str = self.scope["path"]
+        root = self.root_path.rstrip("/")
+        if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+            path = path[len(root) :]
+        return path or "/"
+
+    @cached_property
+    def headers(self) -> Mapping[str, str]:
+        """Names in lower case; several headers of one name are joined by a comma (RFC 9110, 5.2)."""
+        headers: dict[str, str] = {}
+        for raw_name, raw_value in self.scope["headers"]:
+            name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        return headers
+
+    @cached_property
+    def query_params(self) -> Mapping[str, str]:
+        """The query as it came. Raises `BadRequest` for a name given twice, and for what is not UTF-8."""
+        try:
+            text = self.scope.get("query_string", b"").decode("ascii")
+            pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY_FIELDS)
+        except ValueError as error:
+            raise BadRequest(f"the query can't be read: {error}") from None
+        params = dict(pairs)
+        if len(params) != len(pairs):
+            twice = next(name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1)
+            raise BadRequest(f"{twice!r:.60} is given twice", field=twice[:60])
+        return params
+
+    @cached_property
+    def last_event_id(self) -> str:
+        """The cursor that the client brings: the header, else `?last_event_id=`; "" is none."""
+        return self.headers.get("last-event-id") or self.query_params.get("last_event_id", "")
+
+    @property
+    def wants_event_stream(self) -> bool:
+        return "text/event-stream" in self.headers.get("accept", "")
+
+    @property
+    def is_event_source(self) -> bool:
+        """A browser's own `EventSource`, which gives up for good at any status but 200 and 204.
+
+        The Fetch standard makes it send `Cache-Control: no-cache`; other clients don't.
+        """
+        return self.wants_event_stream and "no-cache" in self.headers.get("cache-control", "")
+
+    @property
+    def end_reason(self) -> EndReason:
+        """Why the stream ended, for the `finally` of its generator.
+
+        `client` it left, `timeout` its longest life is over, `slow` it stopped reading, `drain` the service stops,
+        `cancelled` somebody cancelled it. Where it was none of these the generator ends by itself: `failed` while an
+        exception goes through it, else `finished`.
+        """
+        if self._end_reason is not None:
+            return self._end_reason
+        return "finished" if sys.exc_info()[0] in (None, GeneratorExit) else "failed"
+
+    async def decode(self, route: Route, params: Mapping[str, Any], max_body_bytes: int, max_upload_bytes: int) -> None:
+        """Take the route's path parameters, and read query and body as it declares. Raises the 4xx that fits."""
+        self.route, self.path_params = route, params
+        if route.query is not None:
+            self.query = _convert(dict(self.query_params), route.query)
+        if isinstance(route.body, Upload):
+            self._check_media_type(route.body.media_type)
+            # Without a name: gone with the last who holds it, after a crash too.
+            self.body = self._upload = SpooledTemporaryFile(SPOOL_BYTES)
+            await self._read(route.body.max_bytes or max_upload_bytes, self._upload)
+        elif route.body is not None:
+            self._check_media_type("application/json")
+            body = BytesIO()
+            await self._read(max_body_bytes, body)
+            self.body = _decode_json(body.getvalue(), route.body)
+
+    def _check_media_type(self, expected: str) -> None:
+        given = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if given != expected:
+            raise UnsupportedMediaType(f"the body must be {expected}, not {given or 'without a content-type'}")
+
+    async def _part(self) -> tuple[bytes, bool]:
+        """The body's next part, and whether more follows."""
+        message = None
+        with anyio.move_on_after(BODY_TIMEOUT_S):
+            message = await self._receive()
+        if message is None:
+            raise RequestTimeout("the body stopped coming")
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client left before its request was complete")
+        return message.get("body", b""), message.get("more_body", False)
+
+    async def _read(self, limit: int, file: IO[bytes]) -> None:
+        """Write the body into `file`, at most `limit` bytes of it; off the loop where that may mean the disk."""
+        declared = self.headers.get("content-length", "")
+        if declared.isdecimal() and len(declared) < 20 and int(declared) > limit:
+            raise TooLarge(f"the body may have {limit} bytes at most")
+        size, more = 0, True
+        while more:
+            part, more = await self._part()
+            size += len(part)
+            if size > limit:
+                raise TooLarge(f"the body may have {limit} bytes at most")
+            if size <= SPOOL_BYTES:
+                file.write(part)
+            else:
+                await anyio.to_thread.run_sync(file.write, part)
+        file.seek(0)
+
+    def close(self) -> None:
+        """Give back what the request holds: the spooled body."""
+        if self._upload is not None:
+            self._upload.close()
+
+    async def disconnect(self) -> None:
+        """Wait until the client has left. Only after the body's end; what it still sends is thrown away."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+def _convert(values: Mapping[str, str], kind: Any) -> Any:
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _bad(error) from None
+
+
+def _decode_json(body: bytes, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _bad(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+
+
+def _bad(error: msgspec.ValidationError) -> BadRequest:
+    """msgspec says `Expected `int` >= 0 - at `$.count``, or `Object missing required field `prompt``."""
+    text, _, place = str(error).partition(" - at ")
+    field = place.strip("`").removeprefix("$").removeprefix(".") or None
+    if field is None and "field `" in text:
+        field = text.split("`")[1]
+    return BadRequest(f"{field}: {text}" if field else text, field=field)

@@ -1,0 +1,72 @@
+"""What a unary handler may return, and how an error looks as an HTTP answer.
+
+A `Response` is whole; a `ByteStream` is sent as its chunks come, by the same sender as an event stream. Errors are
+problems, `application/problem+json` (RFC 9457).
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from ssecore.errors import SSEAppError
+from ssecore.wire import encode_json
+
+__all__ = ["JSON", "ByteStream", "Response", "Send", "problem", "raw_headers", "send_response"]
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A whole answer. `headers` are sent as given, besides `content-type` and `content-length`."""
+
+    body: bytes = b""
+    status: int = 200
+    media_type: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def JSON(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON answer; `data` as in `wire.encode_json`."""
+    return Response(encode_json(data), status, "application/json", headers or {})
+
+
+@dataclass(frozen=True, slots=True)
+class ByteStream:
+    """A body sent chunk by chunk in constant memory: at most `buffer_bytes` ahead of the client.
+
+    `chunks` is closed when the response ends, whatever ended it. When it fails in the middle the connection is cut, so
+    that the client can tell a part from the whole.
+    """
+
+    chunks: AsyncIterator[bytes]
+    media_type: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def problem(error: SSEAppError) -> Response:
+    """The answer to a request that failed before its first byte."""
+    data = {"type": "about:blank", "title": HTTPStatus(error.status).phrase, "status": error.status}
+    data |= {"detail": error.detail, "code": error.code}
+    if error.field is not None:
+        data["field"] = error.field
+    return Response(encode_json(data), error.status, "application/problem+json", error.headers)
+
+
+def raw_headers(media_type: str | None, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Headers as ASGI wants them: lower-case names. A CR, LF or NUL in one is a `ValueError`, never a second header."""
+    items = [*headers.items(), *([("content-type", media_type)] if media_type else [])]
+    for name, value in items:
+        if any(char in name + value for char in "\r\n\0"):
+            raise ValueError(f"the header {name!r:.60} holds CR, LF or NUL")
+    return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in items]
+
+
+async def send_response(response: Response, send: Send, *, head: bool = False) -> None:
+    """Send a whole answer; for HEAD its headers alone, with the length that GET would have."""
+    headers = raw_headers(response.media_type, response.headers)
+    if response.status not in (204, 304):
+        headers.append((b"content-length", b"%d" % len(response.body)))
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if head else response.body, "more_body": False})

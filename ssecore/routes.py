@@ -1,0 +1,140 @@
+"""The table: which handler answers, with which path parameters, query and body.
+
+    ROUTES = [
+        GET("/countdown/{seconds:int}", countdown),
+        POST("/chat/stream", chat, body=list[ChatMessage]),
+    ]
+
+A path parameter is `{name}` (one segment), `{name:int}` (a whole number) or `{name:path}` (the rest, slashes included);
+the handler gets it as a keyword argument. `query` and `body` are types for msgspec (a `Struct` for the query): they are
+checked before the handler runs, and stand decoded in `request.query` and `request.body`.
+
+Matching is one step, however many routes there are: a dictionary for the paths without parameters, one regular
+expression for all the others. Its alternatives end in an empty group each, so that `match.lastindex` tells which one
+it was: `/users/{id}/x` and `/topics/{name}` become `/users/([^/]+)/x()|/topics/([^/]+)()`.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ssecore.errors import MethodNotAllowed, NotFound
+
+__all__ = ["DELETE", "GET", "POST", "Route", "Table", "Upload"]
+
+# 18 digits: what fits into SQLite's and JavaScript's idea of a whole number, and no time is lost on a longer one.
+_CONVERTERS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
+    "": (r"([^/]+)", str),
+    "int": (r"(-?[0-9]{1,18})", int),
+    "path": (r"(.+)", str),
+}
+_PARAMETER: Final = re.compile(r"{([a-z_]+)(?::([a-z]+))?}")
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A body that is spooled to disk, not decoded: `request.body` is a binary file at its start."""
+
+    media_type: str
+    max_bytes: int | None = None  #: None: the setting `max_import_bytes`
+
+
+@dataclass(frozen=True)
+class Route:
+    """One line of the table. `streams` says whether the handler is an async generator (of events) or a coroutine."""
+
+    method: str
+    path: str
+    handler: Callable[..., Any]
+    query: Any = None
+    body: Any = None
+    #: The stream has no named events and ends with `[DONE]`; the engine's own events are data there as well.
+    data_only: bool = False
+    streams: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        handler = self.handler
+        streams = inspect.isasyncgenfunction(handler)
+        if not streams and not inspect.iscoroutinefunction(handler):
+            raise TypeError(f"{self.method} {self.path}: the handler must be an async generator or an async function")
+        try:
+            inspect.signature(handler).bind(None, **{name: None for name, _ in _PARAMETER.findall(self.path)})
+        except TypeError as error:
+            raise TypeError(
+                f"{self.method} {self.path}: the handler doesn't take its path parameters: {error}"
+            ) from None
+        object.__setattr__(self, "streams", streams)
+
+
+def GET(path: str, handler: Callable[..., Any], **options: Any) -> Route:
+    """A route for GET, and for HEAD: that answers the headers and starts nothing. `options` are `Route`'s."""
+    return Route("GET", path, handler, **options)
+
+
+def POST(path: str, handler: Callable[..., Any], **options: Any) -> Route:
+    """A route for POST. `options` are `Route`'s."""
+    return Route("POST", path, handler, **options)
+
+
+def DELETE(path: str, handler: Callable[..., Any], **options: Any) -> Route:
+    """A route for DELETE. `options` are `Route`'s."""
+    return Route("DELETE", path, handler, **options)
+
+
+class Table:
+    """All routes, ready to match. Where two paths with parameters fit, the one that stands first wins."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        by_path: dict[str, dict[str, Route]] = {}
+        for route in routes:
+            methods = by_path.setdefault(route.path, {})
+            if route.method in methods:
+                raise ValueError(f"{route.method} {route.path} stands in the table twice")
+            methods[route.method] = route
+            if route.method == "GET":
+                methods.setdefault("HEAD", route)
+        self._static = {path: methods for path, methods in by_path.items() if "{" not in path}
+        self._dynamic: dict[int, tuple[dict[str, Route], int, list[tuple[str, Callable[[str], Any]]]]] = {}
+        alternatives = []
+        groups = 0
+        for path, methods in by_path.items():
+            if path in self._static:
+                continue
+            pattern, parameters = _compile(path)
+            alternatives.append(f"{pattern}()")
+            first = groups + 1
+            groups += len(parameters) + 1
+            self._dynamic[groups] = (methods, first, parameters)
+        # DOTALL: a line end is a character of a path like any other.
+        self._pattern = re.compile("|".join(alternatives) or "(?!)", re.DOTALL)
+
+    def match(self, method: str, path: str) -> tuple[Route, dict[str, Any]]:
+        """The route and its path parameters. Raises `NotFound`, or `MethodNotAllowed` with `Allow`."""
+        methods = self._static.get(path)
+        parameters: dict[str, Any] = {}
+        if methods is None:
+            match = self._pattern.fullmatch(path)
+            if match is None or match.lastindex is None:
+                raise NotFound("there is nothing at this path")
+            methods, first, converters = self._dynamic[match.lastindex]
+            parameters = {name: convert(match[first + at]) for at, (name, convert) in enumerate(converters)}
+        route = methods.get(method)
+        if route is None:
+            allow = ", ".join(sorted(methods))
+            raise MethodNotAllowed(f"this path takes {allow}", headers={"allow": allow})
+        return route, parameters
+
+
+def _compile(path: str) -> tuple[str, list[tuple[str, Callable[[str], Any]]]]:
+    pattern, parameters, at = "", [], 0
+    for match in _PARAMETER.finditer(path):
+        name, kind = match[1], match[2] or ""
+        if kind not in _CONVERTERS:
+            raise ValueError(f"{path}: unknown type {kind!r} of a path parameter; there are int and path")
+        group, convert = _CONVERTERS[kind]
+        pattern += re.escape(path[at : match.start()]) + group
+        parameters.append((name, convert))
+        at = match.end()
+    return pattern + re.escape(path[at:]), parameters

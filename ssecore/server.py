@@ -1,0 +1,113 @@
+"""Our runner: uvicorn with a drain, and with the socket options that free a frozen client.
+
+uvicorn tells an app of its end only after all connections are closed, which a stream never does by itself. So this
+server drains the app first, and shuts down then. SIGTERM gives streams `drain_s` to finish, SIGINT (Ctrl-C) no time;
+a second signal ends at once.
+"""
+
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+from types import FrameType
+from typing import Any, Protocol
+
+import anyio
+import uvicorn
+
+from ssecore.errors import SettingsError
+from ssecore.settings import Settings
+
+__all__ = ["serve"]
+
+logger = logging.getLogger("sseapp")
+
+#: The kernel's buffer for one client. Linux would let it grow to 4 MiB: so much would a frozen client hold.
+SEND_BUFFER_BYTES = 256 * 1024
+BACKLOG = 4096
+
+
+class Drainable(Protocol):
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
+
+    async def drain(self, grace_s: float) -> None: ...
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, app: Drainable, drain_s: float) -> None:
+        super().__init__(config)
+        self._app = app
+        self._grace_s = drain_s
+        self._drain_scope = anyio.CancelScope()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not uvicorn's own: it raises the signal again at the end, and the exit code would not be 0.
+        if self.should_exit:
+            self.force_exit = True
+            self._drain_scope.cancel()
+        elif sig == signal.SIGINT:
+            self._grace_s = 0
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        with self._drain_scope:
+            await self._app.drain(self._grace_s)
+        await super().shutdown(sockets)
+
+
+class _TruncatedOnPurpose(logging.Filter):
+    """A stream whose client stopped reading is cut, as it must be: no error of the app."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "without completing response" not in record.getMessage()
+
+
+def serve(app: Drainable, settings: Settings) -> int:
+    """Serve until a signal comes. Returns the exit code. Raises `SettingsError` where it can't or must not listen."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    for name, level in (("uvicorn.error", logging.WARNING), ("httpx", logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
+    logging.getLogger("uvicorn.error").addFilter(_TruncatedOnPurpose())
+    sock = _listen(settings)
+    host, port = sock.getsockname()[:2]
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=1,
+    )
+    server = _Server(config, app, settings.drain_s)
+    logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[sock])
+    return 0 if server.started else 3
+
+
+def _listen(settings: Settings) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise SettingsError(f"can't listen on {settings.host!r}: {error.strerror}", field="host") from None
+    if settings.auth != "off" and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+        raise SettingsError(
+            f"{settings.host} is not a loopback address, and nobody is asked for credentials: "
+            "set SSEAPP_AUTH=off if everybody who can reach it may use it",
+            field="host",
+        )
+    try:
+        sock = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise SettingsError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from None
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Closing the transport waits for a client that never reads; the kernel doesn't. Accepted sockets inherit it.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(settings.send_timeout_s * 1000))
+    return sock

@@ -1,0 +1,108 @@
+"""All settings of the service: one frozen dataclass, read from the environment.
+
+Each field is one variable: `heartbeat_s` is `SSEAPP_HEARTBEAT_S`. Units stand in the names (`_s` seconds, `_ms`
+milliseconds, `_bytes`). A field that may be `None` is a limit that `none` turns off.
+"""
+
+import dataclasses
+import difflib
+import logging
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from ssecore.errors import SettingsError
+
+__all__ = ["Settings", "describe"]
+
+logger = logging.getLogger("sseapp")
+
+_PREFIX = "SSEAPP_"
+_Seconds = Annotated[float, Meta(gt=0, le=10_000_000)]
+_Bytes = Annotated[int, Meta(ge=1)]
+
+
+def _setting(default: Any, help: str, *, variable: str | None = None, secret: bool = False) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "variable": variable}, repr=not secret)
+
+
+@dataclass(frozen=True)
+class Settings:
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: Annotated[int, Meta(ge=0, le=65535)] = _setting(8000, "port to listen on; 0 takes a free one")
+    data_dir: Path = _setting(Path("var"), "folder of the tasks database and of uploads on their way")
+    auth: Literal["off"] | None = _setting(
+        None, "'off' says aloud that everybody may use the service; without it only loopback addresses are served"
+    )
+    heartbeat_s: _Seconds = _setting(15.0, "idle time before a heartbeat")
+    send_timeout_s: _Seconds = _setting(30.0, "a client whose window stays shut for so long is dropped")
+    drain_s: Annotated[float, Meta(ge=0)] = _setting(8.0, "from SIGTERM to the end; 'docker stop' gives 10")
+    retry_ms: Annotated[int, Meta(ge=0)] = _setting(2000, "reconnection time that each stream opens with")
+    max_stream_s: _Seconds | None = _setting(None, "longest life of a stream")
+    max_streams: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open streams in all; more are refused")
+    buffer_bytes: _Bytes = _setting(64 * 1024, "how far a source may run ahead of its client")
+    max_body_bytes: _Bytes = _setting(1024 * 1024, "largest body of a request")
+    max_import_bytes: _Bytes = _setting(1024**3, "largest body of an import, which is spooled to disk")
+    mock_delay_s: Annotated[float, Meta(ge=0)] = _setting(0.1, "pause between the mock model's words")
+    openai_base_url: str | None = _setting(
+        None, "the language model's server; default with a key: OpenAI's own", variable="OPENAI_BASE_URL"
+    )
+    openai_api_key: str | None = _setting(None, "its key", variable="OPENAI_API_KEY", secret=True)
+    openai_model: str = _setting("gpt-4o-mini", "its model", variable="OPENAI_MODEL")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: str | None) -> "Settings":
+        """Read the environment (default: the process's); `overrides` (of the command line) win over it.
+
+        Unknown `SSEAPP_` variables are warned about. Raises `SettingsError` with the name, the value and what was
+        expected.
+        """
+        environ = os.environ if environ is None else environ
+        hints = get_type_hints(cls, include_extras=True)
+        values: dict[str, Any] = {}
+        known: list[str] = []
+        for field in dataclasses.fields(cls):
+            variable = _variable(field)
+            known.append(variable)
+            text = overrides.get(field.name)
+            name = variable if text is None else f"--{field.name.replace('_', '-')}"
+            text = environ.get(variable) if text is None else text
+            if text is not None and (text != "" or not variable.startswith("OPENAI_")):
+                values[field.name] = _parse(name, text, hints[field.name])
+        for variable in sorted(set(environ) - set(known)):
+            if variable.startswith(_PREFIX):
+                near = difflib.get_close_matches(variable, known, 1)
+                logger.warning("unknown setting %s is ignored%s", variable, f"; is it {near[0]}?" if near else "")
+        return cls(**values)
+
+
+def describe() -> str:
+    """All variables with their defaults and meanings, for `--help`."""
+    lines = []
+    for field in dataclasses.fields(Settings):
+        default = "none" if field.default is None else field.default
+        lines.append(f"  {_variable(field):<24} {field.metadata['help']} (default: {default})")
+    return "\n".join(lines)
+
+
+def _variable(field: "dataclasses.Field[Any]") -> str:
+    return field.metadata["variable"] or _PREFIX + field.name.upper()
+
+
+def _parse(name: str, text: str, hint: Any) -> Any:
+    optional = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
+    if optional and text.lower() in ("none", ""):
+        return None
+    if hint is Path:
+        return Path(text)
+    try:
+        return msgspec.convert(text, hint, strict=False)
+    except msgspec.ValidationError as error:
+        expected = str(error).replace("`", "").lower()
+        raise SettingsError(f"{name}={text!r}: {expected}{', or none' if optional else ''}", field=name) from None

@@ -1,0 +1,494 @@
+"""The life of one streaming response.
+
+The sender knows only batches of framed bytes. Where they come from is a `Source`; here it is the `Pump` of an async
+generator. Coalescing, heartbeats, deadlines, slow clients and farewells exist once, on the sender's side (`Stream`).
+
+Three tasks work on a connection, in one task group:
+
+    pump      makes every `anext` of the generator, frames what it gives and runs ahead into a bounded buffer
+    sender    the connection's own task: takes all that is in the buffer, sends it in one write, waits for more
+    watcher   waits in `receive` for the client to leave: the only one who ever hears of it
+
+and one sweep for all connections (`Timekeeper`) tells senders that a heartbeat is due, and ends what is over its time.
+
+Rules, cited by number at the code:
+
+1.  Before `http.response.start` the first batch is awaited for at most `FIRST_ITEM_S`, so that what fails at once gets
+    a real HTTP status.
+2.  One task makes every `anext` and the `aclose` of a generator, inside one cancel scope entered before the first.
+    Anything else lets anyio's scopes be left in another order than they were entered.
+3.  At most one `send` of a connection is in flight: there is one sender, and it awaits each.
+4.  Nothing is held back to make a write bigger. What is ready together travels together.
+5.  After each flush the loop has had a turn: the sender only sends what the pump has put there, and each waits for
+    the other when there is nothing to do.
+6.  A cancellation reaches a generator once. Its `finally` may await; it has `CLOSE_S` for that. (anyio would deliver
+    the cancellation again at each await: connection pools leak, since they don't get to give back what they hold.)
+7.  No clock is read and no timer armed for an event or a send. `Stream.progress` counts; the sweep looks at the count.
+"""
+
+import logging
+import secrets
+import types
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Generic, Protocol, Self, TypeVar
+
+import anyio
+from anyio import CancelScope, current_time, get_cancelled_exc_class
+from anyio import Event as Signal
+from anyio.abc import TaskGroup
+
+from ssecore.errors import SSEAppError
+from ssecore.request import EndReason, Request
+from ssecore.responses import Send
+from ssecore.wire import HEARTBEAT, Event, encode
+
+__all__ = ["Pump", "Source", "Stream", "StreamOptions", "Timekeeper", "error_frames", "merge"]
+
+logger = logging.getLogger("sseapp")
+
+#: Rule 1. After it heartbeats run, and a failure is an event.
+FIRST_ITEM_S: Final = 1.0
+#: Rule 6. What a generator may take to close; then it is cancelled at each await.
+CLOSE_S: Final = 5.0
+
+_DONE: Final = b"data: [DONE]\n\n"
+_END_ID: Final = b"id: end\n\n"
+
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """Where a sender gets its batches from."""
+
+    #: Nothing will come any more, and nothing is left to take.
+    finished: bool
+    #: Why it broke off, if it did.
+    failure: Exception | None
+
+    async def run(self) -> None:
+        """Works in a task of its own until the source is finished. Never raises but for a cancellation."""
+
+    async def batch(self) -> bytes:
+        """Wait until something is there, and take all of it. b"" when woken, or when there is nothing more."""
+
+    def wake(self) -> None:
+        """Let a waiting `batch` return."""
+
+    def stop(self) -> None:
+        """End the source; what it has already given is still taken."""
+
+
+class Pump(Generic[T]):
+    """The source that an async generator is: runs ahead of the sender, at most `buffer_bytes` and one item.
+
+    `last_id`: a line for the last item, if it is still here when the generator ends; `marked` tells.
+    """
+
+    def __init__(
+        self,
+        generator: AsyncIterator[T],
+        frame: Callable[[T], bytes],
+        *,
+        buffer_bytes: int,
+        last_id: bytes | None = None,
+    ) -> None:
+        self.finished = False
+        self.failure: Exception | None = None
+        self.marked = False
+        self._generator = generator
+        self._frame = frame
+        self._limit = buffer_bytes
+        self._last_id = last_id
+        self._frames: list[bytes] = []
+        self._size = 0
+        self._ended = False
+        self._wanted: Signal | None = None  # the sender waits for something to take
+        self._room: Signal | None = None  # the pump waits for the sender to take
+        # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from
+        # one inside the generator (a timeout of its own). Whoever runs a pump stops it.
+        self._scope = CancelScope(shield=True)
+        self._stopped = False
+
+    async def run(self) -> None:
+        try:
+            with self._scope:
+                await _drive(self._generator, self._run_ahead(), lambda: self._stopped)
+        except Exception as error:
+            self.failure = error
+        except get_cancelled_exc_class():
+            if not self._stopped:  # by a task that the generator waited for, not by us
+                self.failure = RuntimeError("the handler was cancelled from within")
+            raise
+        finally:
+            self._ended = True
+            self.finished = not self._frames
+            self.wake()
+
+    async def _run_ahead(self) -> None:
+        """Hot path: an event costs one `anext`, one `frame`, one append; a signal only where somebody waits."""
+        frame, frames, limit = self._frame, self._frames, self._limit
+        async for item in self._generator:
+            try:
+                framed = frame(item)
+            except AttributeError:
+                if not isinstance(item, Event):
+                    raise TypeError(f"a handler yields Event objects, not {type(item).__name__}") from None
+                raise
+            if not self._size or self._size >= limit:
+                if self._stopped:  # a generator that goes on after its cancellation
+                    return
+                if self._size:
+                    # Before the append, so that the last item is still here when the generator ends without a wait.
+                    await self._wait_for_room()
+                self.wake()
+            frames.append(framed)
+            self._size += len(framed)
+        if self._last_id is not None and frames:
+            frames[-1] = frames[-1][:-1] + self._last_id
+            self.marked = True
+
+    async def _wait_for_room(self) -> None:
+        self._room = Signal()
+        await self._room.wait()
+
+    async def batch(self) -> bytes:
+        if not self._frames and not self._ended:
+            self._wanted = Signal()
+            await self._wanted.wait()
+            self._wanted = None
+        taken = b"".join(self._frames)
+        self._frames.clear()
+        self._size = 0
+        self.finished = self._ended
+        if self._room is not None:
+            self._room.set()
+            self._room = None
+        return taken
+
+    def wake(self) -> None:
+        if self._wanted is not None:
+            self._wanted.set()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._scope.cancel()
+
+
+async def _drive(generator: AsyncIterator[Any], work: Coroutine[Any, Any, None], stopping: Callable[[], bool]) -> None:
+    """Do `work`, which iterates `generator`, and close the generator behind it, whatever happened (rules 2 and 6)."""
+    with CancelScope() as scope:
+
+        def close() -> None:
+            if not scope.shield:
+                scope.shield = True
+                scope.deadline = current_time() + CLOSE_S
+
+        try:
+            await _cancelled_once(work, lambda: close() if stopping() else None)
+        finally:
+            close()
+            aclose = getattr(generator, "aclose", None)
+            if aclose is not None:
+                await aclose()
+    if scope.cancelled_caught:
+        logger.warning("a handler did not close within %s s and was cancelled again", CLOSE_S)
+
+
+@types.coroutine
+def _cancelled_once(work: Coroutine[Any, Any, None], on_cancelled: Callable[[], None]) -> Generator[Any, Any, None]:
+    """Await `work`, and call `on_cancelled` at the moment a cancellation arrives in it, before it sees it (rule 6).
+
+    asyncio throws a cancellation into the coroutine; trio sends it in as the outcome of the wait.
+    Budget: one Python frame for each suspension of the work, none for an item that is there.
+    """
+    cancelled = get_cancelled_exc_class()
+    step: Callable[[Any], Any] = work.send
+    value: Any = None
+    while True:
+        try:
+            waits_for = step(value)
+        except StopIteration:
+            return
+        try:
+            value = yield waits_for
+        except GeneratorExit:
+            work.close()
+            raise
+        except BaseException as thrown:
+            if isinstance(thrown, cancelled):
+                on_cancelled()
+            step, value = work.throw, thrown
+        else:
+            if isinstance(getattr(value, "error", None), cancelled):
+                on_cancelled()
+            step = work.send
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """What a stream needs of the settings; see there."""
+
+    heartbeat_s: float | None
+    send_timeout_s: float | None
+    max_stream_s: float | None
+    retry_ms: int
+
+
+class Stream:
+    """One streaming response: opens it, sends what its source gives, and ends it as it should.
+
+    `events`: an event stream, with `retry:`, heartbeats and a farewell. Without it the bytes go out as they are (a
+    `ByteStream`), and a failure cuts the connection.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        send: Send,
+        source: Source,
+        headers: list[tuple[bytes, bytes]],
+        options: StreamOptions,
+        *,
+        events: bool = True,
+        ends_for_good: bool = False,
+    ) -> None:
+        self.progress = 0  #: odd while a send is in flight (rule 7)
+        self._request = request
+        self._send_message = send
+        self._source = source
+        self._headers = headers
+        self._options = options
+        self._events = events
+        self._ends_for_good = ends_for_good
+        self._scope = CancelScope()
+        self._seen = -1
+        self._since = 0.0
+        self._deadline = current_time() + options.max_stream_s if options.max_stream_s else None
+
+    async def run(self, timekeeper: "Timekeeper | None") -> None:
+        """Raises the source's own exception if it fails before anything was sent; else nothing of its."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._scope = tasks.cancel_scope
+                tasks.start_soon(self._source.run)
+                tasks.start_soon(self._watch)
+                if timekeeper is None:  # an app that isn't running has none: this stream keeps its own
+                    timekeeper = Timekeeper(self._options)
+                    tasks.start_soon(timekeeper.run)
+                timekeeper.streams.add(self)
+                try:
+                    await self._send_all()
+                except OSError:  # ASGI 2.4: what `send` raises when the client is gone; most servers only ignore it
+                    self.abort("client")
+                except get_cancelled_exc_class():
+                    self.abort("cancelled")
+                    raise
+                finally:
+                    self._source.stop()
+                tasks.cancel_scope.cancel()
+        finally:
+            if timekeeper is not None:
+                timekeeper.streams.discard(self)
+        request, failure = self._request, self._source.failure
+        if failure is not None and request._end_reason is not None:
+            logger.warning("a handler failed while it was closed (%s)", request._end_reason, exc_info=failure)
+        elif failure is not None and not self.progress:
+            raise failure
+        elif request._end_reason is None:
+            request._end_reason = "failed" if failure else "finished"
+
+    async def _watch(self) -> None:
+        await self._request.disconnect()
+        self.abort("client")
+
+    def stop(self, reason: EndReason) -> None:
+        """End the source, send what it has given, and say farewell."""
+        if self._request._end_reason is None:
+            self._request._end_reason = reason
+        self._source.stop()
+
+    def abort(self, reason: EndReason) -> None:
+        """End at once, nothing more is sent: nobody reads, or nobody will."""
+        if self._request._end_reason is None:
+            self._request._end_reason = reason
+        self._source.stop()
+        self._scope.cancel()
+
+    def tick(self, now: float) -> None:
+        """The sweep's look at this stream (rule 7): late by one round of the sweep at most."""
+        if self.progress != self._seen:
+            self._seen, self._since = self.progress, now
+        elif self.progress % 2:
+            limit = self._options.send_timeout_s
+            if limit is not None and now - self._since >= limit:
+                self.abort("slow")
+        elif self.progress and self._events and self._options.heartbeat_s is not None:
+            if now - self._since >= self._options.heartbeat_s:
+                self._source.wake()
+        if self._deadline is not None and now >= self._deadline:
+            self._deadline = None
+            self.stop("timeout")
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.progress += 1
+        await self._send_message(message)
+        self.progress += 1
+
+    async def _send_all(self) -> None:
+        source, batch = self._source, b""
+        with anyio.move_on_after(FIRST_ITEM_S):
+            batch = await source.batch()
+        if source.finished and not batch and source.failure is not None:
+            return  # `run` raises it: an HTTP error
+        await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        if self._events:
+            batch = b"retry: %d\n%b" % (self._options.retry_ms, batch)
+        while not source.finished:
+            if batch:
+                await self._send({"type": "http.response.body", "body": batch, "more_body": True})
+            batch = await source.batch()
+            if not batch and not source.finished and self._events:
+                batch = HEARTBEAT
+        if self._events:
+            batch += self._farewell()
+        elif source.failure is not None or self._request._end_reason is not None:
+            if source.failure is not None:
+                _log_failure(source.failure)
+            return  # without the last part: the server cuts the connection, and the client sees that
+        await self._send({"type": "http.response.body", "body": batch, "more_body": False})
+
+    def _farewell(self) -> bytes:
+        """What an event stream ends with. Only an end for good has `id: end`."""
+        request, failure = self._request, self._source.failure
+        if request._end_reason == "drain":
+            return b"retry: %d\n" % self._options.retry_ms
+        if request._end_reason == "timeout":
+            failure = StreamTimeout("the stream's longest life is over")
+        if failure is None:
+            marked = getattr(self._source, "marked", False)
+            return _END_ID if self._ends_for_good and not marked else b""
+        frames = error_frames(failure, data_only=bool(request.route and request.route.data_only))
+        return frames[:-1] + _END_ID if self._ends_for_good else frames
+
+
+class StreamTimeout(SSEAppError):
+    """A stream reached its longest life; said in the stream."""
+
+    status, code = 504, "timeout"
+
+
+class Timekeeper:
+    """One sweep for all streams of an app: heartbeats, clients that stopped reading, longest lives."""
+
+    def __init__(self, options: StreamOptions) -> None:
+        self.streams: set[Stream] = set()
+        limits = (options.heartbeat_s, options.send_timeout_s, options.max_stream_s)
+        self._tick_s = min([1.0, *(limit / 8 for limit in limits if limit is not None)])
+
+    async def run(self) -> None:
+        while True:
+            await anyio.sleep(self._tick_s)
+            now = current_time()
+            for stream in list(self.streams):
+                stream.tick(now)
+
+
+def error_frames(error: Exception, *, data_only: bool) -> bytes:
+    """A failure as the engine's own event, `{"error", "code"}`; on data-only routes a typed object and `[DONE]`.
+
+    The texts of our own exceptions go to the client. Anything else goes to the log, and a reference to both.
+    """
+    code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
+    data = {"error": public_text(error), "code": code}
+    if data_only:
+        return encode(Event({"type": "error", **data})) + _DONE
+    return encode(Event(data, event="error"))
+
+
+def public_text(error: Exception) -> str:
+    """What a client may read of an exception; what it may not is logged under a reference."""
+    if isinstance(error, SSEAppError):
+        return error.detail
+    return f"internal error (reference {_log_failure(error)})"
+
+
+def _log_failure(error: Exception) -> str:
+    reference = secrets.token_hex(6)
+    logger.error("reference %s: a handler failed", reference, exc_info=error)
+    return reference
+
+
+class merge(Generic[T]):
+    """Many async iterators as one, in the order in which their items come.
+
+        async with merge(prices(), news()) as items:
+            async for item in items:
+                yield Event(item)
+
+    At most `buffer` items wait (default 16); then the sources do. When a source fails its exception is raised here and
+    ends all; with `failures=True` it is handed over as an item instead, and the others go on. Leaving the block closes
+    every source, each in the task that ran it, and waits for that.
+
+    A handler may yield inside this block, although a task group is: no failure of a source ever cancels it.
+    """
+
+    def __init__(self, *sources: AsyncIterator[T], buffer: int = 16, failures: bool = False) -> None:
+        self._sources = sources
+        self._failures = failures
+        self._to_us, self._items = anyio.create_memory_object_stream[tuple[T | None, Exception | None]](buffer)
+        self._tasks: TaskGroup | None = None
+        self._scopes: list[CancelScope] = []
+        self._leaving = False
+
+    async def __aenter__(self) -> Self:
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        with self._to_us:
+            for source in self._sources:
+                scope = CancelScope(shield=True)  # as in `Pump`: leaving the block is the only way to cancel it
+                self._scopes.append(scope)
+                self._tasks.start_soon(self._work, source, scope, self._to_us.clone())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._tasks is not None
+        self._leaving = True
+        self._items.close()
+        for scope in self._scopes:
+            scope.cancel()
+        # Not told of the exception: it is the caller's, and would come back wrapped in a group.
+        await self._tasks.__aexit__(None, None, None)
+
+    async def _work(self, source: AsyncIterator[T], scope: CancelScope, to_us: Any) -> None:
+        async def hand_over() -> None:
+            async for item in source:
+                await to_us.send((item, None))
+
+        with to_us, scope:
+            try:
+                await _drive(source, hand_over(), lambda: self._leaving)
+            except Exception as error:
+                if not self._leaving:
+                    await to_us.send((None, error))
+                elif not isinstance(error, anyio.BrokenResourceError):
+                    logger.warning("a merged source failed while it was closed", exc_info=error)
+
+    def __aiter__(self) -> Self:
+        if self._tasks is None:
+            raise RuntimeError("use `async with merge(...) as items`, so that the sources are closed")
+        return self
+
+    async def __anext__(self) -> T | Exception:
+        try:
+            item, error = await self._items.receive()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+        if error is None:
+            return item  # type: ignore[return-value]
+        if self._failures:
+            return error
+        raise error

@@ -1,0 +1,270 @@
+"""Drive an ASGI app in-process, endless streams and disconnects included. For tests of yours as for ours.
+
+`connect` opens one request by hand: read its answer chunk by chunk or event by event, leave it when you like, hold its
+`send` blocked like a client whose window is shut. `Transport` does the same under httpx:
+
+    async with httpx.AsyncClient(transport=Transport(app), base_url="http://test") as client:
+        async with client.stream("GET", "/countdown/3") as response:
+            ...
+
+(httpx's own ASGITransport collects the whole answer first, so an endless one never comes.) In both, leaving means what
+it means on a socket: the app's `receive` gives `http.disconnect`; the app then has `leave_s` to end.
+
+`VirtualClockLoop` makes an asyncio loop in which time passes at once: heartbeats and deadlines are tested without
+waiting for them. (trio has its own: `trio.testing.MockClock(autojump_threshold=0)`.)
+"""
+
+import asyncio
+import math
+import selectors
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+import httpx
+from anyio.abc import TaskGroup
+
+from ssecore.wire import Decoder, Event
+
+__all__ = ["Exchange", "Transport", "VirtualClockLoop", "connect"]
+
+App = Callable[
+    [MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]
+]
+
+
+class Exchange:
+    """One request and its answer, both still under way. Made by `connect`."""
+
+    def __init__(self, scope: MutableMapping[str, Any], body: Sequence[bytes], window: float) -> None:
+        self.scope = scope
+        self.status = 0  #: once `started` is set
+        self.headers: dict[str, str] = {}  #: names in lower case; once `started` is set
+        self.started = anyio.Event()
+        self.ended = anyio.Event()  #: the app has returned
+        self.complete = False  #: the answer's last part has come
+        self.failure: BaseException | None = None  #: what the app raised
+        self._to_app = list(body) or [b""]
+        self._left = anyio.Event()
+        self._open = anyio.Event()
+        self._open.set()
+        self._sending = False
+        self._chunks_in, self._chunks = anyio.create_memory_object_stream[bytes](window)
+        self._decoder = Decoder()
+
+    async def run(self, app: App) -> None:
+        try:
+            await app(self.scope, self._receive, self._send)
+        except Exception as error:
+            self.failure = error
+        finally:
+            self._chunks_in.close()
+            self.ended.set()
+            self.started.set()
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._to_app:
+            part = self._to_app.pop(0)
+            return {"type": "http.request", "body": part, "more_body": bool(self._to_app)}
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: MutableMapping[str, Any]) -> None:
+        # ASGI leaves it open what this does. No server of ours is ever made to find out.
+        assert not self._sending, "send was entered while another send was in flight"
+        self._sending = True
+        try:
+            await self._open.wait()
+            if message["type"] == "http.response.start":
+                self.status = message["status"]
+                self.headers = {name.decode(): value.decode("latin-1") for name, value in message["headers"]}
+                self.started.set()
+            elif message["type"] == "http.response.body" and not self._left.is_set():
+                assert self.status, "a body came before its start"
+                assert not self.complete, "a body came after its end"
+                if message.get("body"):
+                    await self._chunks_in.send(message["body"])
+                self.complete = not message.get("more_body", False)
+                if self.complete:
+                    self._chunks_in.close()
+        except anyio.BrokenResourceError:
+            pass  # the client has left: servers say nothing
+        finally:
+            self._sending = False
+
+    def block(self) -> None:
+        """Hold every further `send`, as a client does that doesn't read."""
+        if self._open.is_set():
+            self._open = anyio.Event()
+
+    def unblock(self) -> None:
+        self._open.set()
+
+    def disconnect(self) -> None:
+        """Leave. What the app still sends goes nowhere."""
+        self._left.set()
+        self._chunks.close()
+
+    async def chunk(self) -> bytes | None:
+        """The body's next chunk, as the app sent it; `None` at its end. Raises what the app raised."""
+        try:
+            return await self._chunks.receive()
+        except anyio.EndOfStream:
+            await self.started.wait()
+            if self.failure is not None:
+                raise self.failure from None
+            return None
+
+    async def body(self) -> bytes:
+        """All that is left of the body."""
+        chunks = []
+        while (chunk := await self.chunk()) is not None:
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """The answer's events, to its end. What was read before is kept in mind: it may be called again."""
+        while (chunk := await self.chunk()) is not None:
+            for event in self._decoder.feed(chunk):
+                yield event
+
+
+def _scope(
+    method: str, target: str, headers: Mapping[str, str] | Sequence[tuple[bytes, bytes]], root_path: str
+) -> dict[str, Any]:
+    url = httpx.URL("http://testserver" + target)
+    if isinstance(headers, Mapping):
+        headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": root_path + url.path,
+        "raw_path": url.raw_path.partition(b"?")[0],
+        "query_string": url.query,
+        "root_path": root_path,
+        "headers": list(headers),
+        "client": ("127.0.0.1", 50000),
+        "server": ("testserver", 80),
+    }
+
+
+@asynccontextmanager
+async def connect(
+    app: App,
+    method: str = "GET",
+    target: str = "/",
+    *,
+    headers: Mapping[str, str] | None = None,
+    body: bytes | Sequence[bytes] = b"",
+    root_path: str = "",
+    window: float = math.inf,
+    leave_s: float = 10,
+) -> AsyncIterator[Exchange]:
+    """Open a request. Leaving the block leaves the connection, and waits for the app to end (else `TimeoutError`).
+
+    `body`: in one part or in many. `window`: how many chunks the app may send before somebody reads one.
+    """
+    parts = [body] if isinstance(body, bytes) else body
+    exchange = Exchange(_scope(method, target, headers or {}, root_path), parts, window)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(exchange.run, app)
+        try:
+            yield exchange
+            await _leave(exchange, leave_s)
+        finally:
+            tasks.cancel_scope.cancel()
+    if exchange.failure is not None:
+        raise exchange.failure
+
+
+async def _leave(exchange: Exchange, leave_s: float) -> None:
+    exchange.disconnect()
+    with anyio.fail_after(leave_s):
+        await exchange.ended.wait()
+
+
+class _Body(httpx.AsyncByteStream):
+    def __init__(self, exchange: Exchange, leave_s: float) -> None:
+        self._exchange = exchange
+        self._leave_s = leave_s
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while (chunk := await self._exchange.chunk()) is not None:
+            yield chunk
+        if not self._exchange.complete:
+            raise httpx.RemoteProtocolError("the app ended its answer without the last part")
+
+    async def aclose(self) -> None:
+        await _leave(self._exchange, self._leave_s)
+
+
+class Transport(httpx.AsyncBaseTransport):
+    """httpx's way into an app. Use the client in an `async with`: the app's tasks live in that block."""
+
+    def __init__(self, app: App, *, root_path: str = "", window: float = 16, leave_s: float = 10) -> None:
+        self._app = app
+        self._root_path = root_path
+        self._window = window
+        self._leave_s = leave_s
+        self._tasks: TaskGroup | None = None
+
+    async def __aenter__(self) -> Self:
+        self._tasks = await anyio.create_task_group().__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        assert self._tasks is not None
+        self._tasks.cancel_scope.cancel()
+        await self._tasks.__aexit__(None, None, None)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if self._tasks is None:
+            raise RuntimeError("use `async with httpx.AsyncClient(transport=Transport(app)) as client`")
+        headers = [(name.lower(), value) for name, value in request.headers.raw]
+        target = request.url.raw_path.decode("ascii")
+        body = [part async for part in request.stream]  # type: ignore[union-attr]
+        exchange = Exchange(_scope(request.method, target, headers, self._root_path), body, self._window)
+        self._tasks.start_soon(exchange.run, self._app)
+        await exchange.started.wait()
+        if not exchange.status:
+            raise exchange.failure or httpx.RemoteProtocolError("the app returned without an answer")
+        return httpx.Response(exchange.status, headers=exchange.headers, stream=_Body(exchange, self._leave_s))
+
+
+class VirtualClockLoop(asyncio.SelectorEventLoop):
+    """A loop in which nobody waits: where all tasks sleep, time jumps to the next one's waking.
+
+    As anyio's `loop_factory`, or `asyncio.Runner(loop_factory=VirtualClockLoop)`. Not for real sockets, and time jumps
+    while a worker thread works.
+    """
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        super().__init__(_JumpingSelector(self))
+
+    def time(self) -> float:
+        return self._now
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    def __init__(self, loop: VirtualClockLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is None:  # nothing is planned: only a thread can wake this loop
+            return super().select(None)
+        ready = super().select(0)
+        if not ready:
+            self._loop._now += max(timeout, 0)
+        return ready

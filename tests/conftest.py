@@ -1,0 +1,22 @@
+import os
+
+import pytest
+
+from tests.needs import find
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """One backend unless a test asks for more: `@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])`."""
+    return "asyncio"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        (name,) = mark.args
+        try:
+            find(name)
+        except LookupError as error:
+            if os.environ.get("SSEAPP_TEST_ALL") == "1":
+                pytest.fail(str(error), pytrace=False)
+            pytest.skip(str(error))

@@ -1,0 +1,39 @@
+"""What a test needs of the system: a test marked `@needs("chromium")` is skipped by name where that is missing.
+
+With SSEAPP_TEST_ALL=1, as `.ci/run` sets it, it fails instead. `tests/system-packages.sh` installs what is listed here.
+"""
+
+import os
+import shutil
+from typing import Final
+
+import pytest
+
+__all__ = ["find", "needs"]
+
+#: Each name with the programs or files of which one has to be there. What is added here goes into
+#: tests/system-packages.sh too.
+_PLACES: Final = {
+    "chromium": ("chromium", "chromium-browser"),
+    "curl": ("curl",),
+    "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),
+    "nginx": ("nginx",),
+}
+
+#: nginx is where a user's own path doesn't lead.
+_PATH: Final = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    """The mark for a test, a class or (as `pytestmark`) a module."""
+    if name not in _PLACES:
+        raise ValueError(f"{name} is not in the table of tests/needs.py")
+    return pytest.mark.needs(name)
+
+
+def find(name: str) -> str:
+    """The path of the program or file. Raises `LookupError` where there is none: mark the test with `needs`."""
+    for place in _PLACES[name]:
+        if path := shutil.which(place, mode=os.F_OK, path=_PATH):
+            return path
+    raise LookupError(f"needs {name}: not installed")

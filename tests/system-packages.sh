@@ -1,0 +1,49 @@
+#!/bin/sh
+# What the tests need of the system: looked for, and installed with apt where that can be done without a question
+# (Debian or Ubuntu, as root or with sudo that asks for no password). What is still missing is named; the tests that
+# need it are then skipped by name (tests/needs.py). The exit status is always 0.
+set -u
+PATH="$PATH:/usr/sbin:/sbin"
+
+present() { # one of these programs or files is there
+    for thing; do
+        case $thing in
+            /*) [ -e "$thing" ] && return 0 ;;
+            *) command -v "$thing" >/dev/null && return 0 ;;
+        esac
+    done
+    return 1
+}
+
+missing() { # the Debian packages whose program or file (the same as in tests/needs.py) is not there
+    present curl || echo curl
+    present nginx || echo nginx-light
+    present /usr/lib/nginx/modules/ngx_nchan_module.so || echo libnginx-mod-nchan
+    present chromium chromium-browser || echo chromium
+}
+
+packages=$(missing)
+[ -n "$packages" ] || exit 0
+
+sudo=''
+[ "$(id -u)" -eq 0 ] || sudo='sudo -n'
+if command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
+    # Debian's own way to start no daemon of what gets installed, see invoke-rc.d(8).
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e $policy ]; then
+        trap '$sudo rm -f $policy' EXIT
+        printf '#!/bin/sh\nexit 101\n' | $sudo tee $policy >/dev/null
+        $sudo chmod +x $policy
+    fi
+    apt="$sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120"
+    $apt update
+    for package in $packages; do # one at a time: one that this release lacks is no reason to miss the others
+        echo "installing $package"
+        $apt install -y --no-install-recommends "$package" </dev/null >/dev/null
+    done
+fi
+
+for package in $(missing); do
+    echo "not installed: $package (the tests that need it are skipped)"
+done
+exit 0

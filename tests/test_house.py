@@ -1,0 +1,207 @@
+"""The house keeps its plan: imports run one way, the wheel is the library alone, and no machine leaves its traces."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Final
+from zipfile import ZipFile
+
+import pytest
+
+ROOT: Final = Path(__file__).parent.parent
+ENGINE: Final = sorted((ROOT / "ssecore").rglob("*.py"))
+SERVICE: Final = sorted((ROOT / "handlers").rglob("*.py"))
+PRODUCT: Final = [ROOT / "sseapp.py", *ENGINE, *SERVICE]
+
+#: The modules of ssecore from the leaves up. A module imports from the layers below its own, and from its own where
+#: that makes no cycle. A package, as `log`, is one entry.
+LAYERS: Final = (
+    {"errors"},
+    {"wire", "settings"},
+    {"request", "responses", "routes", "metrics"},
+    {"guard", "stream", "log", "client"},
+    {"runs", "topics", "progress"},
+)
+
+#: The modules on the outer side, which nobody in ssecore imports, with the highest layer that they import from.
+#: The one without a name is ssecore/__init__.py.
+OUTER: Final = {"": 4, "server": 4, "testing": 2}
+
+#: What the product imports besides the standard library and itself: no web framework, no ORM, no SSE library.
+DEPENDENCIES: Final = frozenset(
+    ["anyio", "httptools", "httpx", "msgspec", "orjson", "prometheus_client", "redis", "uvicorn", "uvloop"]
+)
+
+#: Hosts of package registries, and folders of whoever works on the project.
+TRACES: Final = re.compile(
+    r"\b(?:pypi|pythonhosted|npmjs|yarnpkg|crates)\.(?:org|com|io)\b"
+    r"|\b(?:deb|archive|packages|security)\.(?:debian|ubuntu)\.(?:org|com)\b"
+    r"|(?<![\w.}])/(?:home|root|Users|work)/\w"
+)
+
+
+def module_name(path: Path) -> str:
+    """`ssecore/log/sqlite.py` is `ssecore.log.sqlite`, and `ssecore/log/__init__.py` is `ssecore.log`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """What the file imports, wherever the statement stands, as full names of modules."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}:{node.lineno}: write the full name, not a relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if is_module(submodule) else node.module
+
+
+def is_module(name: str) -> bool:
+    place = ROOT.joinpath(*name.split("."))
+    return place.with_suffix(".py").is_file() or place.is_dir()
+
+
+def imported_packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+def engine_imports(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.partition(".")[0] == "ssecore"}
+
+
+def entry(module: str) -> str:
+    """`ssecore.log.sqlite` stands in the tables as `log`."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def layer(module: str) -> int:
+    for number, names in enumerate(LAYERS):
+        if entry(module) in names:
+            return number
+    assert entry(module) in OUTER, f"{module} has no layer: put it into the table of tests/test_house.py"
+    return len(LAYERS)
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+def test_a_module_of_the_engine_imports_from_below(path: Path) -> None:
+    module = module_name(path)
+    highest = OUTER.get(entry(module), layer(module))
+    from_above = {name for name in engine_imports(path) if layer(name) > highest}
+    assert not from_above, f"{module} imports {from_above}"
+
+
+def test_the_engine_has_no_import_cycle() -> None:
+    graph = {module_name(path): engine_imports(path) - {module_name(path)} for path in ENGINE}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imported by each other: {', '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+def test_the_engine_knows_nothing_of_the_service(path: Path) -> None:
+    assert not imported_packages(path) & {"handlers", "sseapp"}
+
+
+@pytest.mark.parametrize("path", SERVICE, ids=module_name)
+def test_handlers_import_neither_the_front_door_nor_the_outer_modules(path: Path) -> None:
+    assert not set(imports(path)) & {"sseapp", "ssecore.server", "ssecore.testing"}
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=module_name)
+def test_the_product_imports_nothing_but_the_chosen_dependencies(path: Path) -> None:
+    known = sys.stdlib_module_names | DEPENDENCIES | {"handlers", "sseapp", "ssecore"}
+    assert not imported_packages(path) - known
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module_name)
+def test_what_a_module_makes_public_is_there_and_has_a_docstring(path: Path) -> None:
+    module = importlib.import_module(module_name(path))
+    public = set(getattr(module, "__all__", ()))
+    assert not {name for name in public if not hasattr(module, name)}
+
+    # By the syntax tree, because a dataclass without a docstring gets one made up.
+    definitions = [
+        node
+        for node in ast.parse(path.read_bytes()).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name in public
+    ]
+    documented = {node.name for node in definitions if ast.get_docstring(node)}
+    assert not {node.name for node in definitions} - documented
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """What the command prints. The test fails where the command does."""
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ZipFile]:
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
+    (path,) = folder.iterdir()
+    with ZipFile(path) as file:
+        yield file
+
+
+def test_the_wheel_holds_the_library_only(wheel: ZipFile) -> None:
+    library = {path.relative_to(ROOT).as_posix() for path in ENGINE} | {"sseapp.py", "ssecore/py.typed"}
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == library
+
+
+def test_the_wheel_imports_where_only_its_dependencies_are(wheel: ZipFile, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    wheel.extractall(packages)
+    for name in re.findall(r"^[\w.-]+(?===)", (ROOT / "requirements.txt").read_text(), re.MULTILINE):
+        link_distribution(name, packages)
+
+    program = """if True:
+        import importlib.util, ssecore.wire
+        from sseapp import SSEApp, create_app, main
+        print(ssecore.wire.__file__, [importlib.util.find_spec(name) for name in ("handlers", "tests", "pytest")])
+    """
+    printed = run(environment / "bin" / "python", "-I", "-c", program, cwd=tmp_path)
+    assert printed == f"{packages / 'ssecore' / 'wire.py'} [None, None, None]\n"
+
+
+def link_distribution(name: str, packages: Path) -> None:
+    """Make an installed distribution importable from another environment."""
+    try:
+        installed = distribution(name)
+    except PackageNotFoundError:  # locked for other platforms
+        return
+    for top in {file.parts[0] for file in installed.files or ()} - {"..", "__pycache__"}:
+        (packages / top).symlink_to(str(installed.locate_file(top)))
+
+
+@pytest.mark.parametrize("lock", ["requirements.txt", "requirements-dev.txt"])
+def test_a_lock_holds_versions_and_hashes_and_no_address(lock: str) -> None:
+    text = (ROOT / lock).read_text()
+    assert "://" not in text
+    for requirement in re.split(r"\n(?=\S)", text):
+        assert re.match(r"[\w.-]+==\d", requirement)
+        assert "--hash=sha256:" in requirement
+
+
+def test_no_file_names_a_registry_or_a_folder_of_a_developer() -> None:
+    listing = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    files = [path for name in listing.split("\0") if (path := ROOT / name).is_file()]
+    assert files
+    traces = [f"{path}: {match}" for path in files for match in TRACES.findall(path.read_text(errors="replace"))]
+    assert not traces
+
+
+@pytest.mark.parametrize("parts", [("py", "pi.org"), ("registry.npm", "js.org"), ("'/ho", "me/ann"), ("=/ro", "ot/x")])
+def test_a_trace_is_recognised(parts: tuple[str, str]) -> None:
+    assert TRACES.search("".join(parts))
