@@ -32,6 +32,9 @@ DEFAULT_MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 #: Whole milliseconds; what JavaScript holds exactly.
 MAX_RETRY_MS: Final = 2**53 - 1
 
+#: Longer names may come from outside, each of them once: they would fill the cache.
+CACHED_NAME_LENGTH: Final = 64
+
 _LINE_BREAK: Final = re.compile(rb"\r\n|\r|\n")
 _JSON_OPTIONS: Final = orjson.OPT_UTC_Z
 
@@ -77,7 +80,13 @@ def encode(event: Event) -> bytes:
         body = _lines(_checked_utf8(bytes(data)))
     else:
         body = encode_json(data)  # never holds a line break
-    frame = b"%b%b\n\n" % (_prefix(event.event), body)
+    name = event.event
+    if name is None:
+        frame = b"data: %b\n\n" % body
+    elif isinstance(name, str) and len(name) <= CACHED_NAME_LENGTH:
+        frame = b"%b%b\n\n" % (_prefix(name), body)
+    else:
+        frame = b"event: %b\ndata: %b\n\n" % (_field(name, "event"), body)
     if event.retry is not None:
         frame = b"retry: %d\n%b" % (_checked_retry(event.retry), frame)
     if event.id is not None:
@@ -86,9 +95,9 @@ def encode(event: Event) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _prefix(name: str | None) -> bytes:
+def _prefix(name: str) -> bytes:
     """All that stands before the data. A pure function: the cache holds no state of an app."""
-    return b"data: " if name is None else b"event: %b\ndata: " % _field(name, "event")
+    return b"event: %b\ndata: " % _field(name, "event")
 
 
 def _field(value: str, field: str) -> bytes:
@@ -120,7 +129,7 @@ def _checked_utf8(data: bytes) -> bytes:
 def _checked_retry(retry: int) -> int:
     # `True` is an int to isinstance, and would become `retry: 1`: a client that hammers the server.
     if type(retry) is not int or not 0 <= retry <= MAX_RETRY_MS:
-        raise EncodeError(f"retry must be a whole number of milliseconds from 0, not {retry!r:.40}", field="retry")
+        raise EncodeError(f"retry must be a whole number of milliseconds from 0 to {MAX_RETRY_MS}", field="retry")
     return retry
 
 
@@ -140,19 +149,20 @@ class Decoder:
     and feed it the next connection.
 
     Boundary of trust: whatever is fed comes from outside. Any bytes are accepted; the only error is `TooLarge`, for
-    an event of more than `max_event_bytes` (`None`: no limit).
+    an event of more than `max_event_bytes` (`None`: no limit), after the events before it; then only `reset` helps.
     """
 
     __slots__ = (
         "_data",
+        "_data_bytes",
         "_event",
-        "_event_bytes",
         "_id",
         "_retry",
         "_skip_lf",
         "_started",
         "_tail",
         "_tail_bytes",
+        "_too_large",
         "last_event_id",
         "max_event_bytes",
         "retry_ms",
@@ -168,10 +178,15 @@ class Decoder:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what is unfinished, for a new connection; `last_event_id` and `retry_ms` stay."""
+        """Forget what is unfinished, for a new connection; `last_event_id` and `retry_ms` stay.
+
+        A departure: to the letter the standard begins each connection with an empty id buffer, so that its first event
+        without an id would clear the last one. Browsers keep it, and a client that resumes needs it.
+        """
         self._id = self.last_event_id
         self._started = False
         self._skip_lf = False
+        self._too_large = False
         self._tail: list[bytes] = []  # pieces of the line that is not complete yet
         self._tail_bytes = 0
         self._clear()
@@ -180,9 +195,11 @@ class Decoder:
         self._data: list[bytes] = []
         self._event = b""
         self._retry: int | None = None
-        self._event_bytes = 0
+        self._data_bytes = 0
 
     def feed(self, chunk: bytes) -> list[Event]:
+        if self._too_large:
+            self._fail()
         if not chunk:
             return []
         if not self._started:
@@ -203,7 +220,8 @@ class Decoder:
         if b"\n" not in chunk:
             self._tail.append(chunk)
             self._tail_bytes += len(chunk)
-            self._check_size()
+            if self._over(self._tail_bytes):
+                self._fail()
             return []
         if self._tail:
             chunk = b"".join((*self._tail, chunk))
@@ -214,13 +232,18 @@ class Decoder:
         if last:
             self._tail.append(last)
         self._tail_bytes = len(last)
-        self._check_size()
+        if self._over(self._tail_bytes):
+            self._too_large = True
+        if self._too_large and not events:
+            self._fail()
         return events
 
-    def _check_size(self) -> None:
-        limit = self.max_event_bytes
-        if limit is not None and self._event_bytes + self._tail_bytes > limit:
-            raise TooLarge(f"an event of more than {limit} bytes")
+    def _over(self, line_bytes: int) -> bool:
+        return self.max_event_bytes is not None and self._data_bytes + line_bytes > self.max_event_bytes
+
+    def _fail(self) -> None:
+        self._too_large = True
+        raise TooLarge(f"an event of more than {self.max_event_bytes} bytes")
 
     def _interpret(self, lines: list[bytes]) -> list[Event]:
         """Hot path: one pass, a handful of byte comparisons a line, one `Event` for each blank line with data."""
@@ -234,13 +257,15 @@ class Decoder:
                     events.append(Event(data.decode("utf-8", "replace"), name, self._id or None, self._retry))
                 self._clear()
                 continue
+            if self._over(len(line)):
+                self._too_large = True
+                break
             name_bytes, _, value = line.partition(b":")
             if value[:1] == b" ":
                 value = value[1:]
             if name_bytes == b"data":
                 self._data.append(value)
-                self._event_bytes += len(value) + 1
-                self._check_size()
+                self._data_bytes += len(line)
             elif name_bytes == b"event":
                 self._event = value
             elif name_bytes == b"id":
@@ -248,6 +273,6 @@ class Decoder:
                 if b"\0" not in value:
                     self._id = value.decode("utf-8", "replace")
             elif name_bytes == b"retry" and value.isdigit():
-                # "If the field value consists of only ASCII digits". Sixteen of them are 300,000 years.
-                self.retry_ms = self._retry = int(value.lstrip(b"0")[:16] or b"0")
+                # "If the field value consists of only ASCII digits". Seventeen of them are over the limit already.
+                self.retry_ms = self._retry = min(int(value.lstrip(b"0")[:17] or b"0"), MAX_RETRY_MS)
         return events
