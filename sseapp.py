@@ -17,13 +17,22 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from typing import Any
 
 import anyio
+from anyio.abc import TaskGroup
 
+from ssecore.direct import DirectStream
 from ssecore.errors import ClientGone, NotFound, SettingsError, SSEAppError, Unavailable
-from ssecore.request import Receive, Request
+from ssecore.log import Log
+from ssecore.log.memory import MemoryLog
+from ssecore.log.sqlite import SqliteLog
+from ssecore.log.tail import Attached, Reader, Tails
+from ssecore.request import Receive, Request, Services
 from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, send_response
-from ssecore.routes import DELETE, GET, POST, Route, Table, Upload
+from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
+from ssecore.runs import ROUTES as RUN_ROUTES
+from ssecore.runs import Runs
 from ssecore.settings import Settings, describe
-from ssecore.stream import Pump, Stream, StreamOptions, Timekeeper, merge, public_text
+from ssecore.stream import EventPump, Pump, Stream, StreamOptions, Timekeeper, merge, public_text, spread
+from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
 __all__ = [
@@ -38,9 +47,11 @@ __all__ = [
     "Request",
     "Response",
     "Route",
+    "Run",
     "SSEApp",
     "SSEAppError",
     "Settings",
+    "Subscription",
     "Upload",
     "create_app",
     "encode",
@@ -74,11 +85,15 @@ class SSEApp:
         self.settings = settings or Settings()
         self.state: Any = None
         self.draining = False
-        self._table = Table(routes)
+        #: Set by our runner, which knows its server: see `ssecore.direct`.
+        self.direct = False
+        self._table = Table([*routes, *RUN_ROUTES])
         self._lifespan = lifespan
         self._streams: set[Stream] = set()
         self._idle: anyio.Event | None = None
         self._timekeeper: Timekeeper | None = None
+        self._services: Services | None = None
+        self._tasks: TaskGroup | None = None
         self._options = StreamOptions(
             heartbeat_s=self.settings.heartbeat_s,
             send_timeout_s=self.settings.send_timeout_s,
@@ -108,8 +123,14 @@ class SSEApp:
         async with AsyncExitStack() as stack:
             if self._lifespan is not None:
                 self.state = await stack.enter_async_context(self._lifespan(self))
+            log = open_log(self.settings)
+            await stack.enter_async_context(log.running())
             tasks = await stack.enter_async_context(anyio.create_task_group())
-            self._timekeeper = Timekeeper(self._options)
+            tails = Tails(log)
+            runs = Runs(log, tails, self.settings, tasks)
+            await runs.recover()
+            self._services = Services(runs, Topics(log, tails, self.settings))
+            self._timekeeper, self._tasks = Timekeeper(self._options), tasks
             tasks.start_soon(self._timekeeper.run)
             self.draining = False
             try:
@@ -117,20 +138,27 @@ class SSEApp:
             finally:
                 await self.drain(0)
                 tasks.cancel_scope.cancel()
-                self._timekeeper = self.state = None
+                self._timekeeper = self._services = self._tasks = self.state = None
 
     async def drain(self, grace_s: float) -> None:
-        """Refuse new streams from now on, give those that are open `grace_s` to finish, then end them with a farewell.
+        """Refuse new streams from now on; give fleeting ones and runs `grace_s` to finish, then end them.
 
-        Returns when all have ended, or after a second more: a client that doesn't read keeps its stream.
+        Readers of runs and topics get their farewell at once: what they read goes on without them. Returns when all
+        have ended, or after a second more: a client that doesn't read keeps its stream.
         """
         self.draining = True
-        with anyio.move_on_after(grace_s):
-            await self._no_streams()
         for stream in list(self._streams):
-            stream.stop("drain")
-        with anyio.move_on_after(1):
-            await self._no_streams()
+            if isinstance(stream.source, Reader):  # it goes on elsewhere, or here after the restart
+                stream.stop("drain")
+        async with anyio.create_task_group() as tasks:
+            if self._services is not None:
+                tasks.start_soon(self._services.runs.drain, grace_s)
+            with anyio.move_on_after(grace_s):
+                await self._no_streams()
+            for stream in list(self._streams):
+                stream.stop("drain")
+            with anyio.move_on_after(1):
+                await self._no_streams()
 
     async def _no_streams(self) -> None:
         while self._streams:
@@ -158,14 +186,14 @@ class SSEApp:
     # One request
 
     async def _http(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        request = Request(scope, receive, self.state, draining=self.draining)
+        request = Request(scope, receive, self.state, services=self._services, draining=self.draining)
         head = request.method == "HEAD"
         try:
             answer = await self._answer(request, send, head=head)
         except ClientGone:
             return
         except SSEAppError as error:
-            answer = problem(error)
+            answer = self._refused(request, error)
         except Exception as error:
             answer = problem(SSEAppError(public_text(error)))
         finally:
@@ -180,40 +208,66 @@ class SSEApp:
         await request.decode(route, params, settings.max_body_bytes, settings.max_import_bytes)
         if not route.streams:
             answer = await route.handler(request, **params)
-            if isinstance(answer, ByteStream):
-                return await self._stream_bytes(request, send, answer, head=head)
-            if not isinstance(answer, Response):
-                raise TypeError(f"{route.path}: the handler returned {type(answer).__name__}, not a Response")
-            return answer
+            return await self._send_answer(request, send, answer, head=head)
         if request.method in ("GET", "HEAD") and request.last_event_id == "end":
             return Response(status=204)  # it has ended for good: an `EventSource` stops here
         if head:
             return Response(media_type=CONTENT_TYPE, headers={"cache-control": "no-cache, no-transform"})
-        refusal = self._refusal(request)
-        if refusal is not None:
-            return refusal
-        once = request.method == "GET"
-        pump = Pump(
+        self._check_room()
+        if route.run is not None:
+            answer = await request.runs.respond(request, route, params)
+            return await self._send_answer(request, send, answer, head=head)
+        pump = EventPump(
             route.handler(request, **params),
-            encode,
             buffer_bytes=settings.buffer_bytes,
-            last_id=b"id: end\n\n" if once else None,
+            ends_for_good=request.method == "GET",
+            data_only=route.data_only,
         )
-        stream = Stream(request, send, pump, _EVENT_STREAM_HEADERS, self._options, ends_for_good=once)
-        await self._run(stream)
+        await self._run(Stream(request, send, pump, _EVENT_STREAM_HEADERS, self._options))
         return None
 
-    async def _stream_bytes(self, request: Request, send: Send, answer: ByteStream, *, head: bool) -> Response | None:
+    async def _send_answer(self, request: Request, send: Send, answer: Any, *, head: bool) -> Response | None:
+        """Send what a handler returned, if it streams; a whole `Response` is given back."""
+        if isinstance(answer, Response):
+            return answer
+        if isinstance(answer, ByteStream):
+            return await self._send_bytes(request, send, answer, head=head)
+        if head and isinstance(answer, Subscription):
+            return Response(media_type=CONTENT_TYPE, headers={"cache-control": "no-cache, no-transform"})
+        if isinstance(answer, Subscription):
+            self._check_room()
+            attached = await request.topics.subscribe(request, answer)
+        elif isinstance(answer, Attached):
+            attached = answer
+        else:
+            raise TypeError(f"{request.path}: the handler returned {type(answer).__name__}, not a Response")
+        try:
+            self._check_room()
+            if head:
+                return Response(media_type=CONTENT_TYPE, headers={"cache-control": "no-cache, no-transform"})
+            headers = [*_EVENT_STREAM_HEADERS, *raw_headers(None, attached.headers)]
+            stream = self._reading(request, send, attached.reader, headers)
+            if isinstance(answer, Subscription) and answer.pulse is not None:
+                stream.pulse(answer.pulse, answer.pulse_s)
+            await self._run(stream)
+        finally:
+            attached.reader.close()
+        return None
+
+    def _reading(self, request: Request, send: Send, reader: Reader, headers: list[tuple[bytes, bytes]]) -> Stream:
+        if self.direct and self._tasks is not None:
+            return DirectStream(request, send, reader, headers, self._options, self._tasks)
+        return Stream(request, send, reader, headers, self._options)
+
+    async def _send_bytes(self, request: Request, send: Send, answer: ByteStream, *, head: bool) -> Response | None:
         if head:
             if hasattr(answer.chunks, "aclose"):
                 await answer.chunks.aclose()
             return Response(media_type=answer.media_type, headers=answer.headers)
-        refusal = self._refusal(request)
-        if refusal is not None:
-            return refusal
+        self._check_room()
         pump = Pump(answer.chunks, bytes, buffer_bytes=self.settings.buffer_bytes)
         headers = raw_headers(answer.media_type, answer.headers)
-        await self._run(Stream(request, send, pump, headers, self._options, events=False))
+        await self._run(Stream(request, send, pump, headers, self._options))
         return None
 
     async def _run(self, stream: Stream) -> None:
@@ -225,17 +279,26 @@ class SSEApp:
             if not self._streams and self._idle is not None:
                 self._idle.set()
 
-    def _refusal(self, request: Request) -> Response | None:
-        """Why no stream can be opened now, if so; it passes, so a browser's `EventSource` must not be killed by it."""
+    def _check_room(self) -> None:
+        """Raises `Unavailable` where no stream can be opened now."""
         limit = self.settings.max_streams
-        if not self.draining and (limit is None or len(self._streams) < limit):
-            return None
-        if request.is_event_source:
-            # Spread, so that not all of them come back in one second.
-            retry_ms = random.randint(self._options.retry_ms, 3 * self._options.retry_ms)
-            return Response(b"retry: %d\n" % retry_ms, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
-        text = "the service is about to stop" if self.draining else "too many open streams"
-        raise Unavailable(f"{text}; try again", headers={"retry-after": str(random.randint(1, 5))})
+        if self.draining or (limit is not None and len(self._streams) >= limit):
+            text = "the service is about to stop" if self.draining else "too many open streams"
+            raise Unavailable(f"{text}; try again", headers={"retry-after": str(random.randint(1, 5))})
+
+    def _refused(self, request: Request, error: SSEAppError) -> Response:
+        """The answer to a request that failed. One that will pass must not kill a browser's `EventSource`."""
+        if isinstance(error, Unavailable) and request.method == "GET" and request.is_event_source:
+            body = b"retry: %d\n" % spread(self._options.retry_ms)
+            return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
+        return problem(error)
+
+
+def open_log(settings: Settings) -> Log:
+    """The event log's engine that the settings name."""
+    if settings.log == "memory":
+        return MemoryLog()
+    return SqliteLog(settings.data_dir / "log.db", full_sync=settings.log_full_sync, lock_wait_s=settings.drain_s)
 
 
 def create_app(settings: Settings | None = None) -> SSEApp:
@@ -266,6 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("host", "address to listen on"),
         ("port", "port to listen on; 0 takes a free one"),
         ("data-dir", "folder of the data"),
+        ("log", "engine of the event log: sqlite or memory"),
     ):
         serve.add_argument(f"--{option}", help=meaning)
     options = vars(parser.parse_args(arguments))

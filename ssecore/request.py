@@ -7,12 +7,13 @@ Boundary of trust: all that a request holds comes from outside. The query and th
 types that the route declares before a handler sees them; `BadRequest` names the field that is to blame.
 """
 
+import hashlib
 import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from functools import cached_property
 from io import BytesIO
 from tempfile import SpooledTemporaryFile
-from typing import IO, Any, Final, Literal
+from typing import IO, Any, Final, Literal, NamedTuple
 from urllib.parse import parse_qsl
 
 import anyio
@@ -21,7 +22,7 @@ import msgspec
 from ssecore.errors import BadRequest, ClientGone, SSEAppError, TooLarge, UnsupportedMediaType
 from ssecore.routes import Route, Upload
 
-__all__ = ["EndReason", "Receive", "Request"]
+__all__ = ["EndReason", "Receive", "Request", "Services"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", "cancelled"]
@@ -40,6 +41,13 @@ class RequestTimeout(SSEAppError):
     status, code = 408, "request_timeout"
 
 
+class Services(NamedTuple):
+    """What of the engine a handler finds in its request. (`runs` and `topics` import this module, not the reverse.)"""
+
+    runs: Any
+    topics: Any
+
+
 class Request:
     """What a handler gets as its first argument.
 
@@ -47,7 +55,13 @@ class Request:
     """
 
     def __init__(
-        self, scope: MutableMapping[str, Any], receive: Receive, state: Any = None, *, draining: bool = False
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Receive,
+        state: Any = None,
+        *,
+        services: "Services | None" = None,
+        draining: bool = False,
     ) -> None:
         self.scope = scope
         self.state = state
@@ -58,9 +72,36 @@ class Request:
         self.path_params: Mapping[str, Any] = {}
         self.query: Any = None
         self.body: Any = None
+        self.raw_body = b""  #: a JSON body as it came
         self._receive = receive
+        self.body_digest = ""  #: SHA-256 of the body as it came, where the route declares one
+        self.caller: str | None = None  #: the name of whoever asks; `None` where nobody has one
+        self._services = services
         self._upload: SpooledTemporaryFile[bytes] | None = None
         self._end_reason: EndReason | None = None
+
+    @property
+    def data_only(self) -> bool:
+        """Whether the route speaks in data-only events."""
+        return self.route is not None and self.route.data_only
+
+    @property
+    def runs(self) -> Any:
+        """The app's `Runs`."""
+        return self._running().runs
+
+    @property
+    def topics(self) -> Any:
+        """The app's `Topics`."""
+        return self._running().topics
+
+    def _running(self) -> "Services":
+        if self._services is None:
+            raise RuntimeError(
+                "the app isn't running, so it has no runs and no topics: serve it with its lifespan, or, where it is "
+                "mounted in another program, enter `async with app.running():` in that program's own"
+            )
+        return self._services
 
     @cached_property
     def path(self) -> str:
@@ -137,7 +178,8 @@ class Request:
             self._check_media_type("application/json")
             body = BytesIO()
             await self._read(max_body_bytes, body)
-            self.body = _decode_json(body.getvalue(), route.body)
+            self.raw_body = body.getvalue()
+            self.body = _decode_json(self.raw_body, route.body)
 
     def _check_media_type(self, expected: str) -> None:
         given = self.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -160,10 +202,11 @@ class Request:
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and len(declared) < 20 and int(declared) > limit:
             raise TooLarge(f"the body may have {limit} bytes at most")
-        size, more = 0, True
+        size, more, digest = 0, True, hashlib.sha256()
         while more:
             part, more = await self._part()
             size += len(part)
+            digest.update(part)
             if size > limit:
                 raise TooLarge(f"the body may have {limit} bytes at most")
             if size <= SPOOL_BYTES:
@@ -171,6 +214,11 @@ class Request:
             else:
                 await anyio.to_thread.run_sync(file.write, part)
         file.seek(0)
+        self.body_digest = digest.hexdigest()
+
+    def hand_over(self) -> None:
+        """A run has taken what the request holds: its own copy of it will give it back."""
+        self._upload = None
 
     def close(self) -> None:
         """Give back what the request holds: the spooled body."""

@@ -18,11 +18,11 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ssecore.errors import MethodNotAllowed, NotFound
 
-__all__ = ["DELETE", "GET", "POST", "Route", "Table", "Upload"]
+__all__ = ["DELETE", "GET", "POST", "Route", "Run", "Table", "Upload"]
 
 # 18 digits: what fits into SQLite's and JavaScript's idea of a whole number, and no time is lost on a longer one.
 _CONVERTERS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
@@ -41,6 +41,15 @@ class Upload:
     max_bytes: int | None = None  #: None: the setting `max_import_bytes`
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Makes a route resumable: its generator works detached from any connection, into the log (see `runs`)."""
+
+    #: What becomes of a run that nobody reads: it is cancelled after so many seconds; `None`: it goes on.
+    #: "setting": as the setting `linger_s` says.
+    linger_s: float | Literal["setting"] | None = None
+
+
 @dataclass(frozen=True)
 class Route:
     """One line of the table. `streams` says whether the handler is an async generator (of events) or a coroutine."""
@@ -52,13 +61,16 @@ class Route:
     body: Any = None
     #: The stream has no named events and ends with `[DONE]`; the engine's own events are data there as well.
     data_only: bool = False
+    #: The stream survives its connection.
+    run: Run | None = None
     streams: bool = field(init=False)
 
     def __post_init__(self) -> None:
         handler = self.handler
         streams = inspect.isasyncgenfunction(handler)
-        if not streams and not inspect.iscoroutinefunction(handler):
-            raise TypeError(f"{self.method} {self.path}: the handler must be an async generator or an async function")
+        if not streams and (self.run is not None or not inspect.iscoroutinefunction(handler)):
+            what = "an async generator" if self.run is not None else "an async generator or an async function"
+            raise TypeError(f"{self.method} {self.path}: the handler must be {what}")
         try:
             inspect.signature(handler).bind(None, **{name: None for name, _ in _PARAMETER.findall(self.path)})
         except TypeError as error:

@@ -31,6 +31,8 @@ BACKLOG = 4096
 class Drainable(Protocol):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
 
+    direct: bool
+
     async def drain(self, grace_s: float) -> None: ...
 
 
@@ -39,19 +41,20 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._grace_s = drain_s
-        self._drain_scope = anyio.CancelScope()
+        self._drain_scope: anyio.CancelScope | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's own: it raises the signal again at the end, and the exit code would not be 0.
         if self.should_exit:
             self.force_exit = True
-            self._drain_scope.cancel()
+            if self._drain_scope is not None:
+                self._drain_scope.cancel()
         elif sig == signal.SIGINT:
             self._grace_s = 0
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        with self._drain_scope:
+        with anyio.CancelScope() as self._drain_scope:
             await self._app.drain(self._grace_s)
         await super().shutdown(sockets)
 
@@ -84,6 +87,7 @@ def serve(app: Drainable, settings: Settings) -> int:
         backlog=BACKLOG,
         timeout_graceful_shutdown=1,
     )
+    app.direct = True  # its `send` is uvicorn's
     server = _Server(config, app, settings.drain_s)
     logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     with contextlib.suppress(KeyboardInterrupt):

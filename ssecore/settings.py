@@ -34,9 +34,12 @@ def _setting(default: Any, help: str, *, variable: str | None = None, secret: bo
 
 @dataclass(frozen=True)
 class Settings:
+    """See `describe()`, or `sseapp serve --help`, for what each is."""
+
     host: str = _setting("127.0.0.1", "address to listen on")
     port: Annotated[int, Meta(ge=0, le=65535)] = _setting(8000, "port to listen on; 0 takes a free one")
-    data_dir: Path = _setting(Path("var"), "folder of the tasks database and of uploads on their way")
+    data_dir: Path = _setting(Path("var"), "folder of the event log, the tasks database and the files")
+    log: Literal["memory", "sqlite"] = _setting("sqlite", "the event log's engine: sqlite or memory")
     auth: Literal["off"] | None = _setting(
         None, "'off' says aloud that everybody may use the service; without it only loopback addresses are served"
     )
@@ -45,6 +48,14 @@ class Settings:
     drain_s: Annotated[float, Meta(ge=0)] = _setting(8.0, "from SIGTERM to the end; 'docker stop' gives 10")
     retry_ms: Annotated[int, Meta(ge=0)] = _setting(2000, "reconnection time that each stream opens with")
     max_stream_s: _Seconds | None = _setting(None, "longest life of a stream")
+    linger_s: _Seconds = _setting(60.0, "an unread run of a lingering route is cancelled after it")
+    retention_s: _Seconds | None = _setting(86400.0, "how long the log keeps events, and runs after their end")
+    retention_events: _Bytes | None = _setting(100_000, "events of one stream that the log keeps; a run ends over it")
+    retention_bytes: _Bytes | None = _setting(64 * 1024 * 1024, "bytes of one stream that the log keeps; likewise")
+    log_full_sync: bool = _setting(False, "sqlite: withstand a lost power supply too, at the price of slower appends")
+    max_runs: Annotated[int, Meta(ge=1)] | None = _setting(1000, "runs at work at once; more are refused")
+    max_runs_per_caller: Annotated[int, Meta(ge=1)] | None = _setting(100, "the same for one caller, if it has a name")
+    max_subscribers: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open subscriptions to one topic")
     max_streams: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open streams in all; more are refused")
     buffer_bytes: _Bytes = _setting(64 * 1024, "how far a source may run ahead of its client")
     max_body_bytes: _Bytes = _setting(1024 * 1024, "largest body of a request")

@@ -27,6 +27,7 @@ Rules, cited by number at the code:
 """
 
 import logging
+import random
 import secrets
 import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
@@ -39,12 +40,24 @@ from anyio import CancelScope, current_time, get_cancelled_exc_class
 from anyio import Event as Signal
 from anyio.abc import TaskGroup
 
-from ssecore.errors import SSEAppError
+from ssecore.errors import SSEAppError, Unavailable
 from ssecore.request import EndReason, Request
 from ssecore.responses import Send
 from ssecore.wire import HEARTBEAT, Event, encode
 
-__all__ = ["Pump", "Source", "Stream", "StreamOptions", "Timekeeper", "error_frames", "merge"]
+__all__ = [
+    "EventPump",
+    "Pump",
+    "Source",
+    "Stream",
+    "StreamOptions",
+    "Timekeeper",
+    "engine_frames",
+    "error_frames",
+    "merge",
+    "public_text",
+    "spread",
+]
 
 logger = logging.getLogger("sseapp")
 
@@ -66,9 +79,19 @@ class Source(Protocol):
     finished: bool
     #: Why it broke off, if it did.
     failure: Exception | None
+    #: What an event stream opens with when nothing came in the first second.
+    opening: bytes
 
-    async def run(self) -> None:
-        """Works in a task of its own until the source is finished. Never raises but for a cancellation."""
+    @property
+    def events(self) -> bool:
+        """Events, with `retry:`, heartbeats and a farewell; else bytes, where a failure cuts the connection."""
+
+    @property
+    def run(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
+        """Works in a task of its own until the source is finished, if it needs one. Raises only a cancellation."""
+
+    async def first(self) -> bytes:
+        """The first batch; b"" if it isn't there within a second (rule 1)."""
 
     async def batch(self) -> bytes:
         """Wait until something is there, and take all of it. b"" when woken, or when there is nothing more."""
@@ -79,28 +102,32 @@ class Source(Protocol):
     def stop(self) -> None:
         """End the source; what it has already given is still taken."""
 
+    def say(self, frame: bytes) -> None:
+        """Give this as well, as soon as may be."""
+
+    def farewell(self, reason: EndReason | None) -> bytes:
+        """The last bytes of an event stream that ended by itself (`None`) or for this reason."""
+
+    def close(self) -> None:
+        """The connection is over: give back what was held for it."""
+
 
 class Pump(Generic[T]):
     """The source that an async generator is: runs ahead of the sender, at most `buffer_bytes` and one item.
 
-    `last_id`: a line for the last item, if it is still here when the generator ends; `marked` tells.
+    As it is it gives bytes; see `EventPump`.
     """
 
-    def __init__(
-        self,
-        generator: AsyncIterator[T],
-        frame: Callable[[T], bytes],
-        *,
-        buffer_bytes: int,
-        last_id: bytes | None = None,
-    ) -> None:
+    events = False
+    opening = b""
+
+    def __init__(self, generator: AsyncIterator[T], frame: Callable[[T], bytes], *, buffer_bytes: int) -> None:
         self.finished = False
+        self.exhausted = False  #: the generator came to its own end
         self.failure: Exception | None = None
-        self.marked = False
         self._generator = generator
         self._frame = frame
         self._limit = buffer_bytes
-        self._last_id = last_id
         self._frames: list[bytes] = []
         self._size = 0
         self._ended = False
@@ -145,20 +172,28 @@ class Pump(Generic[T]):
                 self.wake()
             frames.append(framed)
             self._size += len(framed)
-        if self._last_id is not None and frames:
-            frames[-1] = frames[-1][:-1] + self._last_id
-            self.marked = True
+        self.exhausted = True
 
     async def _wait_for_room(self) -> None:
         self._room = Signal()
         await self._room.wait()
 
+    async def first(self) -> bytes:
+        batch = b""
+        with anyio.move_on_after(FIRST_ITEM_S):
+            batch = await self.batch()
+        return batch
+
     async def batch(self) -> bytes:
+        return b"".join(await self.frames())
+
+    async def frames(self) -> list[bytes]:
+        """As `batch`, each item by itself."""
         if not self._frames and not self._ended:
             self._wanted = Signal()
             await self._wanted.wait()
             self._wanted = None
-        taken = b"".join(self._frames)
+        taken = self._frames.copy()
         self._frames.clear()
         self._size = 0
         self.finished = self._ended
@@ -174,6 +209,49 @@ class Pump(Generic[T]):
     def stop(self) -> None:
         self._stopped = True
         self._scope.cancel()
+
+    def say(self, frame: bytes) -> None:
+        self.wake()
+        self._frames.append(frame)
+        self._size += len(frame)
+
+    def farewell(self, reason: EndReason | None) -> bytes:
+        return b""
+
+    def close(self) -> None:
+        pass
+
+
+class EventPump(Pump[Event]):
+    """The source of a fleeting event stream. With `ends_for_good` its end carries `id: end`, which then gets a 204.
+
+    The id stands in the last event, if that is still here when the generator ends; else in a block of its own.
+    """
+
+    events = True
+
+    def __init__(
+        self, generator: AsyncIterator[Event], *, buffer_bytes: int, ends_for_good: bool, data_only: bool
+    ) -> None:
+        super().__init__(generator, encode, buffer_bytes=buffer_bytes)
+        self._ends_for_good = ends_for_good
+        self._data_only = data_only
+        self._marked = False
+
+    async def _run_ahead(self) -> None:
+        await super()._run_ahead()
+        if self.exhausted and self._ends_for_good and self._frames:
+            self._frames[-1] = self._frames[-1][:-1] + _END_ID
+            self._marked = True
+
+    def farewell(self, reason: EndReason | None) -> bytes:
+        if reason == "drain":
+            return b""
+        failure = StreamTimeout("the stream's longest life is over") if reason == "timeout" else self.failure
+        if failure is None:
+            return _END_ID if self._ends_for_good and not self._marked else b""
+        frames = b"".join(error_frames(failure, data_only=self._data_only))
+        return frames[:-1] + _END_ID if self._ends_for_good else frames
 
 
 async def _drive(generator: AsyncIterator[Any], work: Coroutine[Any, Any, None], stopping: Callable[[], bool]) -> None:
@@ -237,11 +315,7 @@ class StreamOptions:
 
 
 class Stream:
-    """One streaming response: opens it, sends what its source gives, and ends it as it should.
-
-    `events`: an event stream, with `retry:`, heartbeats and a farewell. Without it the bytes go out as they are (a
-    `ByteStream`), and a failure cuts the connection.
-    """
+    """One streaming response: opens it, sends what its source gives, and ends it as it should."""
 
     def __init__(
         self,
@@ -250,29 +324,27 @@ class Stream:
         source: Source,
         headers: list[tuple[bytes, bytes]],
         options: StreamOptions,
-        *,
-        events: bool = True,
-        ends_for_good: bool = False,
     ) -> None:
         self.progress = 0  #: odd while a send is in flight (rule 7)
+        self.source = source
         self._request = request
         self._send_message = send
-        self._source = source
         self._headers = headers
         self._options = options
-        self._events = events
-        self._ends_for_good = ends_for_good
         self._scope = CancelScope()
         self._seen = -1
         self._since = 0.0
         self._deadline = current_time() + options.max_stream_s if options.max_stream_s else None
+        self._pulse: tuple[Callable[[], Event], float] | None = None
+        self._pulse_at = 0.0
 
     async def run(self, timekeeper: "Timekeeper | None") -> None:
         """Raises the source's own exception if it fails before anything was sent; else nothing of its."""
         try:
             async with anyio.create_task_group() as tasks:
                 self._scope = tasks.cancel_scope
-                tasks.start_soon(self._source.run)
+                if self.source.run is not None:
+                    tasks.start_soon(self.source.run)
                 tasks.start_soon(self._watch)
                 if timekeeper is None:  # an app that isn't running has none: this stream keeps its own
                     timekeeper = Timekeeper(self._options)
@@ -286,18 +358,26 @@ class Stream:
                     self.abort("cancelled")
                     raise
                 finally:
-                    self._source.stop()
+                    self.source.stop()
                 tasks.cancel_scope.cancel()
         finally:
+            self.source.close()
             if timekeeper is not None:
                 timekeeper.streams.discard(self)
-        request, failure = self._request, self._source.failure
+        self._conclude()
+
+    def _conclude(self) -> None:
+        request, failure = self._request, self.source.failure
         if failure is not None and request._end_reason is not None:
             logger.warning("a handler failed while it was closed (%s)", request._end_reason, exc_info=failure)
         elif failure is not None and not self.progress:
             raise failure
         elif request._end_reason is None:
             request._end_reason = "failed" if failure else "finished"
+
+    def pulse(self, event: Callable[[], Event], every_s: float) -> None:
+        """Say something each `every_s` seconds (as exactly as the sweep goes). Only where the source can `say` it."""
+        self._pulse, self._pulse_at = (event, every_s), current_time() + every_s
 
     async def _watch(self) -> None:
         await self._request.disconnect()
@@ -307,13 +387,13 @@ class Stream:
         """End the source, send what it has given, and say farewell."""
         if self._request._end_reason is None:
             self._request._end_reason = reason
-        self._source.stop()
+        self.source.stop()
 
     def abort(self, reason: EndReason) -> None:
         """End at once, nothing more is sent: nobody reads, or nobody will."""
         if self._request._end_reason is None:
             self._request._end_reason = reason
-        self._source.stop()
+        self.source.stop()
         self._scope.cancel()
 
     def tick(self, now: float) -> None:
@@ -324,12 +404,20 @@ class Stream:
             limit = self._options.send_timeout_s
             if limit is not None and now - self._since >= limit:
                 self.abort("slow")
-        elif self.progress and self._events and self._options.heartbeat_s is not None:
+        elif self.progress and self.source.events and self._options.heartbeat_s is not None:
             if now - self._since >= self._options.heartbeat_s:
-                self._source.wake()
+                self._beat()
+        if self._pulse is not None and now >= self._pulse_at:
+            event, every_s = self._pulse
+            self._pulse_at = now + every_s
+            self.source.say(encode(event()))
         if self._deadline is not None and now >= self._deadline:
             self._deadline = None
             self.stop("timeout")
+
+    def _beat(self) -> None:
+        """Nothing was sent for `heartbeat_s`: send a heartbeat."""
+        self.source.wake()
 
     async def _send(self, message: dict[str, Any]) -> None:
         self.progress += 1
@@ -337,40 +425,50 @@ class Stream:
         self.progress += 1
 
     async def _send_all(self) -> None:
-        source, batch = self._source, b""
-        with anyio.move_on_after(FIRST_ITEM_S):
-            batch = await source.batch()
-        if source.finished and not batch and source.failure is not None:
-            return  # `run` raises it: an HTTP error
-        await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
-        if self._events:
-            batch = b"retry: %d\n%b" % (self._options.retry_ms, batch)
+        source = self.source
+        batch = await self._open()
+        if batch is None:
+            return
         while not source.finished:
             if batch:
-                await self._send({"type": "http.response.body", "body": batch, "more_body": True})
+                await self._send_body(batch)
             batch = await source.batch()
-            if not batch and not source.finished and self._events:
+            if not batch and not source.finished and source.events:
                 batch = HEARTBEAT
-        if self._events:
-            batch += self._farewell()
-        elif source.failure is not None or self._request._end_reason is not None:
+        await self._finish(batch)
+
+    async def _open(self) -> bytes | None:
+        """Send the start, and give the first batch; `None` where the source has failed before there was one."""
+        source = self.source
+        batch = await source.first()
+        if source.finished and not batch and source.failure is not None:
+            return None  # whoever runs this stream raises it: an HTTP error
+        await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        if source.events:
+            batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)
+        return batch
+
+    async def _send_body(self, batch: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": batch, "more_body": True})
+
+    async def _finish(self, batch: bytes) -> None:
+        """Send the last batch, and what a stream ends with."""
+        source, reason = self.source, self._request._end_reason
+        if source.events:
+            batch += source.farewell(reason)
+            if reason == "drain" or isinstance(source.failure, Unavailable):
+                # Spread, so that not all of them come back in one second.
+                batch += b"retry: %d\n" % spread(self._options.retry_ms)
+        elif source.failure is not None or reason is not None:
             if source.failure is not None:
                 _log_failure(source.failure)
             return  # without the last part: the server cuts the connection, and the client sees that
         await self._send({"type": "http.response.body", "body": batch, "more_body": False})
 
-    def _farewell(self) -> bytes:
-        """What an event stream ends with. Only an end for good has `id: end`."""
-        request, failure = self._request, self._source.failure
-        if request._end_reason == "drain":
-            return b"retry: %d\n" % self._options.retry_ms
-        if request._end_reason == "timeout":
-            failure = StreamTimeout("the stream's longest life is over")
-        if failure is None:
-            marked = getattr(self._source, "marked", False)
-            return _END_ID if self._ends_for_good and not marked else b""
-        frames = error_frames(failure, data_only=bool(request.route and request.route.data_only))
-        return frames[:-1] + _END_ID if self._ends_for_good else frames
+
+def spread(retry_ms: int) -> int:
+    """A reconnection time at random around twice the normal one."""
+    return random.randint(retry_ms, 3 * retry_ms)
 
 
 class StreamTimeout(SSEAppError):
@@ -395,16 +493,20 @@ class Timekeeper:
                 stream.tick(now)
 
 
-def error_frames(error: Exception, *, data_only: bool) -> bytes:
+def error_frames(error: Exception, *, data_only: bool) -> list[bytes]:
     """A failure as the engine's own event, `{"error", "code"}`; on data-only routes a typed object and `[DONE]`.
 
     The texts of our own exceptions go to the client. Anything else goes to the log, and a reference to both.
     """
     code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
-    data = {"error": public_text(error), "code": code}
+    return engine_frames("error", {"error": public_text(error), "code": code}, data_only=data_only)
+
+
+def engine_frames(name: str, data: dict[str, Any], *, data_only: bool) -> list[bytes]:
+    """A terminal event of the engine's own, in the way that the route speaks."""
     if data_only:
-        return encode(Event({"type": "error", **data})) + _DONE
-    return encode(Event(data, event="error"))
+        return [encode(Event({"type": name, **data})), _DONE]
+    return [encode(Event(data, name))]
 
 
 def public_text(error: Exception) -> str:
@@ -435,7 +537,7 @@ class merge(Generic[T]):
     """
 
     def __init__(self, *sources: AsyncIterator[T], buffer: int = 16, failures: bool = False) -> None:
-        self._sources = sources
+        self.sources = sources
         self._failures = failures
         self._to_us, self._items = anyio.create_memory_object_stream[tuple[T | None, Exception | None]](buffer)
         self._tasks: TaskGroup | None = None
@@ -446,7 +548,7 @@ class merge(Generic[T]):
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         with self._to_us:
-            for source in self._sources:
+            for source in self.sources:
                 scope = CancelScope(shield=True)  # as in `Pump`: leaving the block is the only way to cancel it
                 self._scopes.append(scope)
                 self._tasks.start_soon(self._work, source, scope, self._to_us.clone())

@@ -76,7 +76,9 @@ class Exchange:
         assert not self._sending, "send was entered while another send was in flight"
         self._sending = True
         try:
-            await self._open.wait()
+            # No await where none is needed, as with a real server: see `ssecore.direct`, rule 1.
+            if not self._open.is_set():
+                await self._open.wait()
             if message["type"] == "http.response.start":
                 self.status = message["status"]
                 self.headers = {name.decode(): value.decode("latin-1") for name, value in message["headers"]}
@@ -85,7 +87,10 @@ class Exchange:
                 assert self.status, "a body came before its start"
                 assert not self.complete, "a body came after its end"
                 if message.get("body"):
-                    await self._chunks_in.send(message["body"])
+                    try:
+                        self._chunks_in.send_nowait(message["body"])
+                    except anyio.WouldBlock:
+                        await self._chunks_in.send(message["body"])
                 self.complete = not message.get("more_body", False)
                 if self.complete:
                     self._chunks_in.close()

@@ -13,10 +13,12 @@ def anyio_backend() -> str:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):
-        (name,) = mark.args
         try:
-            find(name)
+            find(*mark.args)
         except LookupError as error:
-            if os.environ.get("SSEAPP_TEST_ALL") == "1":
-                pytest.fail(str(error), pytrace=False)
-            pytest.skip(str(error))
+            reason = str(error)
+        else:
+            continue
+        if os.environ.get("SSEAPP_TEST_ALL") == "1":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)

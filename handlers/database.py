@@ -1,0 +1,217 @@
+"""The tasks: one table in SQLite, with full-text search. Several processes may share the file.
+
+Rules:
+
+1.  SQLite works in worker threads, off the loop. One statement does a whole page or batch, with JSON as its carrier:
+    the sqlite3 module gives the interpreter's lock away at each step, and getting it back, row by row, from a busy loop
+    costs up to ten times the work itself.
+2.  Nobody reads in a long transaction. A reader takes page after page by key (`id > last`), so that memory is constant,
+    the first row comes at once, and the write-ahead log can be cut behind it.
+3.  One writes at a time: the writers of this process queue for it, other processes wait for the file's lock. So those
+    who wait never take the connections from those who read.
+"""
+
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+from anyio import CancelScope, CapacityLimiter, to_thread
+
+from ssecore.errors import SSEAppError, Unavailable
+
+__all__ = ["COLUMNS", "NewTask", "Status", "Tasks", "open_tasks"]
+
+Status = Literal["open", "doing", "done"]
+COLUMNS: Final = ("id", "title", "description", "status", "priority", "due", "created")
+
+#: Rows read at once: the longest ones that an import takes make some 12 MB, usual ones 40 KB.
+PAGE_ROWS: Final = 200
+#: Connections for reading. A page takes less than a millisecond, so a few serve many streams.
+READERS: Final = 3
+#: How long to wait for another process's write.
+BUSY_TIMEOUT_S: Final = 30.0
+
+_APPLICATION_ID: Final = 0x73736561  # "ssea"
+_SCHEMA_VERSION: Final = 1
+_SCHEMA: Final = (
+    """CREATE TABLE tasks (
+        id INTEGER PRIMARY KEY,
+        title TEXT NOT NULL,
+        description TEXT NOT NULL,
+        status TEXT NOT NULL CHECK (status IN ('open', 'doing', 'done')),
+        priority INTEGER NOT NULL CHECK (priority BETWEEN 1 AND 5),
+        due TEXT,
+        created TEXT NOT NULL
+    )""",
+    "CREATE INDEX tasks_by_status ON tasks (status, id)",
+    "CREATE VIRTUAL TABLE words USING fts5 (title, description, content='tasks', content_rowid='id')",
+    """CREATE TRIGGER words_insert AFTER INSERT ON tasks BEGIN
+        INSERT INTO words (rowid, title, description) VALUES (new.id, new.title, new.description);
+    END""",
+    """CREATE TRIGGER words_delete AFTER DELETE ON tasks BEGIN
+        INSERT INTO words (words, rowid, title, description) VALUES ('delete', old.id, old.title, old.description);
+    END""",
+    """CREATE TRIGGER words_update AFTER UPDATE OF id, title, description ON tasks BEGIN
+        INSERT INTO words (words, rowid, title, description) VALUES ('delete', old.id, old.title, old.description);
+        INSERT INTO words (rowid, title, description) VALUES (new.id, new.title, new.description);
+    END""",
+    f"PRAGMA application_id = {_APPLICATION_ID}",
+    f"PRAGMA user_version = {_SCHEMA_VERSION}",
+)
+
+_INSERT: Final = f"""INSERT INTO tasks ({", ".join(COLUMNS[1:])})
+    SELECT {", ".join(f"json_extract(value, '$[{at}]')" for at in range(5))}, ? FROM json_each(?)"""
+
+#: Rule 1. JSON holds no line end, and the inner LIMIT keeps the order: it can't be flattened away.
+_PAGE: Final = f"""SELECT max(id), CAST(group_concat(json, char(10)) AS BLOB) FROM (
+    SELECT tasks.id AS id, json_object({", ".join(f"'{name}', tasks.{name}" for name in COLUMNS)}) AS json
+    FROM {{source}} WHERE {{where}} ORDER BY {{key}} LIMIT :rows)"""
+
+T = TypeVar("T")
+
+
+class NewTask(msgspec.Struct, array_like=True):
+    """A row as it comes in; `id` and `created` are the table's own."""
+
+    title: str
+    description: str
+    status: str
+    priority: int
+    due: str | None
+
+
+class Tasks:
+    """The table. Every method raises `Unavailable` where the file can't be used at the moment (locked, disk full)."""
+
+    def __init__(self, connections: list[sqlite3.Connection]) -> None:
+        self._free = connections
+        self._reading = CapacityLimiter(len(connections) - 1)
+        self._writing = CapacityLimiter(1)
+
+    async def insert(self, tasks: Sequence[NewTask]) -> None:
+        """All of them, or none."""
+        await to_thread.run_sync(self._work, partial(_insert, tasks), limiter=self._writing)
+
+    async def pages(
+        self, status: Status | None = None, text: str | None = None, limit: int = sys.maxsize
+    ) -> AsyncIterator[list[bytes]]:
+        """The rows by id, each as a JSON object, many at a time. `text`: rows in which all of its words occur."""
+        source, key, where = "tasks", "tasks.id", "tasks.id > :after"
+        if text is not None:
+            # CROSS JOIN: in this order. Not a look into the index for each row of a status.
+            source, key = "words CROSS JOIN tasks ON tasks.id = words.rowid", "words.rowid"
+            where = "words.rowid > :after AND words MATCH :words"
+        if status is not None:
+            where += " AND tasks.status = :status"
+        sql = _PAGE.format(source=source, key=key, where=where)
+        after = 0
+        while limit > 0:
+            wanted = min(PAGE_ROWS, limit)
+            values = {"status": status, "words": _quoted(text or ""), "after": after, "rows": wanted}
+            after, page = await to_thread.run_sync(self._work, partial(_read, sql, values), limiter=self._reading)
+            if page is None:
+                return
+            rows = page.split(b"\n")
+            yield rows
+            limit = limit - wanted if len(rows) == wanted else 0
+
+    def _work(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """In a worker thread. The limiters see to it that a connection is free."""
+        connection = self._free.pop()
+        try:
+            return work(connection)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a mistake of ours
+                raise
+            raise Unavailable(f"the tasks database can't be used now: {error}", headers={"retry-after": "5"}) from error
+        finally:
+            self._free.append(connection)
+
+    async def close(self) -> None:
+        """Wait for the threads at work, and close their connections."""
+        with CancelScope(shield=True):
+            for limiter in (self._reading, self._writing):
+                for _ in range(int(limiter.total_tokens)):
+                    await limiter.acquire_on_behalf_of(object())
+            for connection in self._free:
+                await to_thread.run_sync(connection.close)
+
+
+@asynccontextmanager
+async def open_tasks(data_dir: Path) -> AsyncIterator[Tasks]:
+    """The database in `data_dir`, both made if they aren't there.
+
+    Raises `SSEAppError` for a file that is not one of ours, or not usable; it is left as it is.
+    """
+    tasks = Tasks(await to_thread.run_sync(_open, data_dir / "tasks.db"))
+    try:
+        yield tasks
+    finally:
+        await tasks.close()
+
+
+def _open(path: Path) -> list[sqlite3.Connection]:
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            connections = [stack.enter_context(closing(_connect(path))) for _ in range(READERS + 1)]
+            _prepare(connections[0])
+        except (OSError, ValueError, sqlite3.Error) as error:
+            raise SSEAppError(f"{path} can't be used as the tasks database: {error}") from error
+        stack.pop_all()
+        return connections
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # No isolation level: each statement is its own transaction.
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    # What is committed outlives a killed process; a lost power supply may take the last of it.
+    connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    """Make the schema, if nothing is there yet. Raises `ValueError` for what is there and not ours."""
+    connection.execute("BEGIN IMMEDIATE")  # of several processes that start at once, one makes it
+    try:
+        sources = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+        application, version, tables = (connection.execute(source).fetchall()[0][0] for source in sources)
+        if application == version == tables == 0:
+            for statement in _SCHEMA:
+                connection.execute(statement)
+        elif application != _APPLICATION_ID:
+            raise ValueError("it is the database of another program")
+        elif version != _SCHEMA_VERSION:
+            raise ValueError(f"it has version {version} and this program knows version {_SCHEMA_VERSION}: update it")
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+    connection.execute("PRAGMA journal_mode = WAL")
+
+
+def _insert(tasks: Sequence[NewTask], connection: sqlite3.Connection) -> None:
+    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    connection.execute(_INSERT, (created, msgspec.json.encode(tasks).decode()))
+
+
+def _read(sql: str, values: dict[str, Any], connection: sqlite3.Connection) -> tuple[int, bytes | None]:
+    (row,) = connection.execute(sql, values).fetchall()  # to its end: the read transaction is over
+    last, page = row
+    return last, page
+
+
+def _quoted(text: str) -> str:
+    """A query for FTS5 in which nothing is an operator: every word a string, and all of them must occur.
+
+    "Within an FTS expression a string may be specified [...] by enclosing it in double quotes. Within a string, any
+    embedded double quote characters may be escaped SQL-style" (https://www.sqlite.org/fts5.html, 3.1). One that holds
+    nothing but punctuation is ignored there.
+    """
+    return " ".join('"' + word.replace('"', '""') + '"' for word in text.replace("\0", " ").split())

@@ -1,0 +1,70 @@
+"""Topics: what one program publishes, and every page that listens reads."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from ssecore.errors import BadRequest
+from ssecore.request import Request
+from ssecore.responses import JSON, Response
+from ssecore.routes import GET, POST
+from ssecore.topics import Subscription
+from ssecore.wire import Event
+
+__all__ = ["ROUTES"]
+
+#: A name is kept with each stream of the log, and may come from anybody.
+MAX_NAME = 200
+
+
+class Publication(msgspec.Struct):
+    #: Without line breaks and NUL: it goes into the `event:` field.
+    event: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[^\r\n\x00]+\Z")] = "message"
+
+
+async def user_stream(request: Request, user_id: str) -> Subscription:
+    """What is for this user: notifications, messages, and a sign of life each 5 seconds."""
+    return Subscription(
+        f"users/{_checked(user_id)}",
+        Event({"status": "connected"}, "init"),
+        pulse=lambda: Event({"time": datetime.now(UTC)}, "heartbeat"),
+    )
+
+
+async def notify(request: Request, user_id: str) -> Response:
+    return await _publish(request, f"users/{_checked(user_id)}", "notification")
+
+
+async def message(request: Request, user_id: str) -> Response:
+    return await _publish(request, f"users/{_checked(user_id)}", "message")
+
+
+async def topic(request: Request, name: str) -> Subscription:
+    return Subscription(f"topics/{_checked(name)}", Event({"topic": name}, "init"))
+
+
+async def publish(request: Request, name: str) -> Response:
+    return await _publish(request, f"topics/{_checked(name)}", request.query.event)
+
+
+async def _publish(request: Request, topic: str, event: str) -> Response:
+    # As posted, byte for byte: it has been read as JSON, so it is nothing else.
+    cursor = await request.topics.publish(topic, Event(request.raw_body.strip(), event))
+    return JSON({"id": str(cursor), "subscribers": request.topics.subscribers(topic)}, status=202)
+
+
+def _checked(name: str) -> str:
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise BadRequest(f"a name has {MAX_NAME} printable characters at most", field="name")
+    return name
+
+
+ROUTES = [
+    GET("/users/{user_id}/stream", user_stream),
+    POST("/users/{user_id}/notifications", notify, body=Any),
+    POST("/users/{user_id}/messages", message, body=Any),
+    GET("/topics/{name}", topic),
+    POST("/topics/{name}", publish, body=Any, query=Publication),
+]

@@ -1,0 +1,235 @@
+"""The event log in memory: nothing outlives the process. On asyncio and on trio.
+
+It keeps the rules of `ssecore.log` without locks and threads: between two awaits nobody else works, and each call
+changes everything in one such step. The step comes after the call's only await, a turn for the loop (so that a source
+that never waits lets the others run); who is cancelled there has changed nothing.
+"""
+
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from operator import attrgetter
+from typing import Any, Final, NamedTuple
+
+import anyio
+from anyio.lowlevel import checkpoint
+from msgspec.structs import replace
+
+from ssecore.errors import Conflict, NotFound
+from ssecore.log import (
+    Kind,
+    Retention,
+    Row,
+    Stat,
+    Watcher,
+    Watchers,
+    appended,
+    joined,
+    opened,
+    outlived,
+    plain,
+)
+
+__all__ = ["MemoryLog"]
+
+#: Streams looked at by the upkeep between two turns of the loop: about a millisecond.
+_UPKEEP_STEP: Final = 1000
+
+_last: Final = attrgetter("row.last")
+
+
+class _Kept(NamedTuple):
+    """A row and when it was appended."""
+
+    row: Row
+    at: float
+
+
+class _Stream:
+    __slots__ = ("rows", "stat")
+
+    def __init__(self, stat: Stat) -> None:
+        self.stat = stat
+        self.rows: deque[_Kept] = deque()
+
+
+class MemoryLog:
+    """`Log` in memory. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what age has ended."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.time, upkeep_s: float = 5.0) -> None:
+        self._clock = clock
+        self._upkeep_s = upkeep_s
+        self._streams: dict[str, _Stream] = {}  # oldest first
+        self._keys: dict[str, str] = {}
+        self._epochs: dict[str, str] = {}
+        self._watchers = Watchers()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        failure = None
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._keep_up)
+            try:
+                yield
+            except Exception as error:  # raised below: the task group would wrap it
+                failure = error
+            group.cancel_scope.cancel()
+        if failure:
+            raise failure
+
+    async def create(
+        self,
+        stream: str,
+        *,
+        epoch: str,
+        kind: Kind = "run",
+        owner: str | None = None,
+        meta: dict[str, Any] | None = None,
+        key: str | None = None,
+        retention: Retention | None = None,
+    ) -> tuple[Stat, bool]:
+        await checkpoint()
+        there = self._keys.get(key, stream) if key is not None else stream
+        if there in self._streams:
+            return self._streams[there].stat, False
+        now, facts, keep = self._clock(), plain(meta) or {}, retention or Retention()
+        stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
+        self._claim(epoch, stream)
+        self._streams[stream] = _Stream(stat)
+        if key is not None:
+            self._keys[key] = stream
+        return stat, True
+
+    async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
+        await checkpoint()
+        entry = self._entry(stream)
+        stat = opened(entry.stat, epoch, retention, self._clock())
+        self._claim(epoch, stream)
+        for forgotten, _ in entry.stat.epochs[: len(entry.stat.epochs) + 1 - len(stat.epochs)]:
+            del self._epochs[forgotten]
+        entry.stat = stat
+        self._trim(entry)
+        return entry.stat
+
+    async def append(
+        self,
+        stream: str,
+        frames: Sequence[bytes],
+        *,
+        epoch: str,
+        close: bool = False,
+        meta: dict[str, Any] | None = None,
+    ) -> int:
+        await checkpoint()
+        body, ends = joined(frames)
+        entry, now = self._entry(stream), self._clock()
+        first = entry.stat.last + 1
+        entry.stat = appended(entry.stat, epoch, len(ends), len(body), close, plain(meta), now)
+        row = Row(epoch, first, body, ends) if ends else None
+        if row:
+            entry.rows.append(_Kept(row, now))
+            self._trim(entry)
+        last = entry.stat.last
+        if row or close:
+            self._watchers.notify(stream, row, "closed" if close else None)
+        return last
+
+    async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
+        await checkpoint()
+        found: list[Row] = []
+        size = 0
+        entry = self._streams.get(stream)
+        if entry:
+            start = bisect_right(entry.rows, max(after, entry.stat.first - 1), key=_last)
+            for index in range(start, len(entry.rows)):
+                row = entry.rows[index].row
+                found.append(row)
+                size += len(row.body)
+                if size >= max_bytes:
+                    break
+        return found
+
+    async def stat(self, stream: str) -> Stat | None:
+        await checkpoint()
+        return self._stat(stream)
+
+    async def find(self, epoch: str) -> Stat | None:
+        await checkpoint()
+        return self._stat(self._epochs.get(epoch))
+
+    async def find_key(self, key: str) -> Stat | None:
+        await checkpoint()
+        return self._stat(self._keys.get(key))
+
+    async def runs(self, owner: str | None, limit: int) -> list[Stat]:
+        await checkpoint()
+        stats: list[Stat] = []
+        for entry in reversed(self._streams.values()):
+            if len(stats) >= limit:
+                break
+            if entry.stat.kind == "run" and entry.stat.owner == owner:
+                stats.append(entry.stat)
+        return stats
+
+    async def unfinished(self) -> list[Stat]:
+        await checkpoint()
+        return [entry.stat for entry in self._streams.values() if entry.stat.kind == "run" and not entry.stat.closed]
+
+    async def delete(self, stream: str) -> None:
+        await checkpoint()
+        self._delete(stream)
+
+    def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
+        return self._watchers.add(stream, watcher)
+
+    async def upkeep(self) -> None:
+        for index, (name, entry) in enumerate(list(self._streams.items())):
+            if index % _UPKEEP_STEP == 0:
+                await checkpoint()
+            if self._streams.get(name) is not entry:
+                continue
+            stat = entry.stat
+            age_s = stat.retention.age_s
+            if stat.closed and age_s is not None and stat.updated + age_s <= self._clock():
+                self._delete(name)
+            else:
+                self._trim(entry)
+
+    async def _keep_up(self) -> None:
+        while True:
+            await anyio.sleep(self._upkeep_s)
+            await self.upkeep()
+
+    def _entry(self, stream: str) -> _Stream:
+        try:
+            return self._streams[stream]
+        except KeyError:
+            raise NotFound("no such stream") from None
+
+    def _stat(self, stream: str | None) -> Stat | None:
+        entry = self._streams.get(stream) if stream is not None else None
+        return entry.stat if entry else None
+
+    def _claim(self, epoch: str, stream: str) -> None:
+        if epoch in self._epochs:
+            raise Conflict("this epoch has been opened before")
+        self._epochs[epoch] = stream
+
+    def _trim(self, entry: _Stream) -> None:
+        rows, stat, now = entry.rows, entry.stat, self._clock()
+        while rows and outlived(stat, rows[0].row.last, rows[0].at, now):
+            gone = rows.popleft().row
+            stat = replace(stat, first=max(stat.first, gone.last + 1), size=stat.size - len(gone.body))
+        entry.stat = stat
+
+    def _delete(self, stream: str) -> None:
+        entry = self._streams.pop(stream, None)
+        if entry is None:
+            return
+        for epoch, _ in entry.stat.epochs:
+            del self._epochs[epoch]
+        if entry.stat.key is not None:
+            del self._keys[entry.stat.key]
+        self._watchers.notify(stream, None, "deleted")

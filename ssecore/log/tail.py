@@ -1,0 +1,268 @@
+"""Readers of the log: each a cursor into a tail that all of a stream's readers share.
+
+A `Tail` holds a stream's newest events, framed once for the whole process. A `Reader` is no queue: only the sequence
+up to which it has read. What it wants next is in the tail, or, if it is behind that, in the log; if it is behind what
+the log keeps, it is told by a `gap`. So a slow reader costs its cursor, whatever is published meanwhile.
+
+1.  A tail watches before it asks for the top, so between the two nothing is missed.
+2.  What the tail holds ends with the newest row that was announced. The top may be beyond it for a moment, when the
+    log was asked after a commit and before its announcement; a reader then reads the log, and skips what comes twice.
+3.  Readers that are behind at the same place (many clients that come back at once) share one reading of the log.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
+
+import anyio
+
+from ssecore.errors import LogUnavailable
+from ssecore.log import Ended, Gap, Log, Row, Stat, framed
+from ssecore.request import EndReason
+from ssecore.wire import Event, encode
+
+__all__ = ["Attached", "Reader", "Tail", "Tails", "gap_frame"]
+
+#: What a tail holds at most, and at least its newest row. A reader further behind reads the log: nobody is lost by it.
+TAIL_BYTES: Final = 256 * 1024
+#: What is read from the log at once for a reader that is behind.
+READ_BYTES: Final = 256 * 1024
+#: How many readings of the log are kept for others at the same place.
+KEPT_READS: Final = 4
+
+
+def gap_frame(gap: Gap, *, data_only: bool) -> bytes:
+    """The announcement of a gap. It is not in the log, so it has no `id:`."""
+    data = {"reason": gap.reason, "from": gap.from_, "to": gap.to}
+    return encode(Event({"type": "gap", **data})) if data_only else encode(Event(data, "gap"))
+
+
+class Tail:
+    """The newest events of one stream. Made by `Tails`; lives as long as it has readers."""
+
+    def __init__(self, log: Log, stream: str) -> None:
+        self.stream = stream
+        self.top = 0
+        self.ended: Ended | None = None
+        #: What readers get after the top where it could not be stored: a terminal event without an id.
+        self.last_words = b""
+        self.readers: dict[Reader, None] = {}
+        #: Those of the readers that wait in `batch`.
+        self.waiting: dict[Reader, None] = {}
+        #: Called after each change, besides, and who it is that is called; see `direct`.
+        self.on_change: Callable[[], None] | None = None
+        self.audience: object = None
+        self._log = log
+        self._chunks: deque[tuple[Row, bytes]] = deque()
+        self._size = 0
+        self._since: tuple[int, int, bytes] = (-1, -1, b"")
+        self._reads: dict[int, tuple[bytes, int, Gap | None]] = {}
+        self._reading: dict[int, anyio.Event] = {}
+        self.close = log.watch(stream, self._changed)
+
+    def settle(self, stat: Stat) -> None:
+        """Take the facts that were asked for after the watch began (rule 1)."""
+        self.top = max(self.top, stat.last)
+        if stat.closed and self.ended is None:
+            self.ended = "closed"
+
+    def _changed(self, row: Row | None, ended: Ended | None) -> None:
+        if row is not None:
+            if self._chunks and self._chunks[-1][0].last + 1 != row.first:
+                self._chunks.clear()
+                self._size = 0
+            frames = framed(row)
+            self._chunks.append((row, frames))
+            self._size += len(frames)
+            while self._size > TAIL_BYTES and len(self._chunks) > 1:
+                self._size -= len(self._chunks.popleft()[1])
+            self.top = max(self.top, row.last)
+        if ended is not None:
+            self.ended = ended
+        self._wake()
+
+    def fail(self, last_words: bytes) -> None:
+        """End the readers with what could not be stored."""
+        self.last_words, self.ended = last_words, "closed"
+        self._wake()
+
+    def _wake(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
+        for reader in self.waiting:
+            reader.wake()
+
+    def since(self, after: int) -> tuple[bytes, int] | None:
+        """All events after `after` that the tail holds, and the last one's sequence; `None` if some are not here."""
+        if not self._chunks or not self._chunks[0][0].first <= after + 1 <= self._chunks[-1][0].last:
+            return None
+        last = self._chunks[-1][0].last
+        if self._since[:2] != (after, last):  # the same answer for all readers that are up to date
+            parts = [
+                frames if row.first > after else framed(row, after) for row, frames in self._chunks if row.last > after
+            ]
+            self._since = (after, last, parts[0] if len(parts) == 1 else b"".join(parts))
+        return self._since[2], last
+
+    async def read(self, after: int) -> tuple[bytes, int, Gap | None]:
+        """The next events from the log: their frames, the last one's sequence, and the gap before them (rule 3)."""
+        while (reading := self._reading.get(after)) is not None:
+            await reading.wait()
+        if (known := self._reads.get(after)) is not None:
+            return known
+        done = self._reading[after] = anyio.Event()
+        try:
+            rows = await self._log.read(self.stream, after, READ_BYTES)
+        finally:
+            del self._reading[after]
+            done.set()
+        if not rows:
+            return b"", self.top, Gap("expired", after + 1)
+        gap = Gap("trimmed", after + 1, rows[0].first - 1) if rows[0].first > after + 1 else None
+        result = (b"".join([framed(row, after) for row in rows]), rows[-1].last, gap)
+        while len(self._reads) >= KEPT_READS:
+            del self._reads[next(iter(self._reads))]
+        self._reads[after] = result
+        return result
+
+
+class Reader:
+    """The source that a stream in the log is: what comes after `after`, and then what is appended.
+
+    `before` goes out first, `opening` if nothing else is there in the first second.
+    """
+
+    events = True
+    run = None
+    #: Why it broke off: the log couldn't be read.
+    failure: Exception | None
+
+    def __init__(
+        self, tail: Tail, after: int, *, data_only: bool, before: bytes = b"", opening: bytes = b"", retry_ms: int = 0
+    ) -> None:
+        self.tail = tail
+        self.after = after
+        self.opening = opening
+        self.finished = False
+        self.failure = None
+        self.on_close: Callable[[], None] | None = None
+        #: Who sends for it, where nobody waits in `batch`; see `direct`.
+        self.on_wake: Callable[[], None] | None = None
+        self._data_only = data_only
+        self._before = before
+        self._stopped = False
+        self._wanted: anyio.Event | None = None
+        tail.readers[self] = None
+
+    def ready(self) -> bytes | None:
+        """What can be had without waiting; b"" is nothing yet, `None` that the log has to be read."""
+        tail = self.tail
+        before, self._before = self._before, b""
+        if self._stopped:
+            self.finished = True
+            return before
+        if self.after < tail.top:
+            held = tail.since(self.after)
+            if held is None:
+                self._before = before
+                return None
+            batch, self.after = held
+            before = before + batch if before else batch
+        if tail.ended is not None and self.after >= tail.top:
+            self.finished = True
+            before += tail.last_words
+        return before
+
+    async def first(self) -> bytes:
+        """What is in the log already. Whoever started what is read has waited its second."""
+        batch = self.ready()
+        return await self.from_log() if batch is None else batch
+
+    async def batch(self) -> bytes:
+        batch = self.ready()
+        if batch == b"" and not self.finished:
+            self._wanted = anyio.Event()
+            self.tail.waiting[self] = None
+            try:
+                await self._wanted.wait()
+            finally:
+                self._wanted = None
+                del self.tail.waiting[self]
+            batch = self.ready()
+        return await self.from_log() if batch is None else batch
+
+    async def from_log(self) -> bytes:
+        """What `ready` doesn't have."""
+        try:
+            frames, last, gap = await self.tail.read(self.after)
+        except LogUnavailable as error:
+            self.failure, self.finished = error, True
+            return b""
+        before, self._before = self._before, b""
+        if gap is not None:
+            before += gap_frame(gap, data_only=self._data_only)
+            self.finished = gap.reason == "expired"
+        self.after = last
+        return before + frames
+
+    def say(self, frame: bytes) -> None:
+        """Send something that is not in the log, as soon as may be."""
+        self._before += frame
+        self.wake()
+
+    def wake(self) -> None:
+        if self._wanted is not None:
+            self._wanted.set()
+        elif self.on_wake is not None:
+            self.on_wake()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self.wake()
+
+    def farewell(self, reason: EndReason | None) -> bytes:
+        """Nothing: what ends a stream in the log is in the log; whoever is cut off before goes on elsewhere."""
+        return b""
+
+    def close(self) -> None:
+        """A second time it does nothing."""
+        self.tail.readers.pop(self, None)
+        if self.on_close is not None:
+            self.on_close()
+            self.on_close = None
+
+
+class Attached(NamedTuple):
+    """What a request is answered with: a reader of its own, to be closed, and the headers that go with it."""
+
+    reader: Reader
+    headers: Mapping[str, str]
+
+
+class Tails:
+    """The tails of an app, one for each stream that has readers here."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self._tails: dict[str, Tail] = {}
+
+    def get(self, stream: str) -> Tail | None:
+        return self._tails.get(stream)
+
+    def subscribers(self, stream: str) -> int:
+        tail = self._tails.get(stream)
+        return len(tail.readers) if tail else 0
+
+    def enter(self, stream: str) -> Tail:
+        """The stream's tail, watching from now on. `settle` it with facts asked for after this; then make readers."""
+        tail = self._tails.get(stream)
+        if tail is None or tail.ended is not None:
+            tail = self._tails[stream] = Tail(self.log, stream)
+        return tail
+
+    def leave(self, tail: Tail) -> None:
+        """Somebody who entered is done: without readers the tail goes."""
+        if not tail.readers:
+            tail.close()
+            if self._tails.get(tail.stream) is tail:
+                del self._tails[tail.stream]

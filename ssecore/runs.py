@@ -1,0 +1,534 @@
+"""Runs: generators that work detached from any connection, into the log; and their routes under /runs.
+
+The first request to a resumable route starts a run: a stream in the log, whose name and first epoch are the run's id,
+and a `Worker` that pumps the generator into it. Whoever started it reads the log like everybody else. A request with a
+`Last-Event-ID` reads on after it, on the same route or on `/runs/<id>/events`; one with an `Idempotency-Key` that is
+known reads the run that was started with it.
+
+1.  A run's last event and its close are one append. The last event is the handler's own, or `error`, or `cancelled`.
+2.  A run that fails within its first second, before any event, is none: the problem is the answer to all who wait for
+    it, nothing is kept, and its key is free again.
+3.  A worker stands in `Runs._workers` before its stream is created: of two requests with one key, the second finds it.
+4.  The handler's request is a copy, without a connection: what ends a reader says nothing about the run.
+5.  What a crash left behind is closed at the next start: with `interrupted`, or, if its last event is a terminal one,
+    as completed.
+6.  Somebody else's run looks like one that isn't there.
+"""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+import anyio
+from anyio import current_time
+from anyio.abc import TaskGroup
+
+from ssecore.errors import (
+    BadRequest,
+    Conflict,
+    EncodeError,
+    Forbidden,
+    Gone,
+    LogUnavailable,
+    NotFound,
+    SSEAppError,
+    TooLarge,
+    TooManyRequests,
+    Unavailable,
+    UnprocessableContent,
+    WriterFenced,
+)
+from ssecore.log import Cursor, Gap, Log, Retention, Stat, locate, new_epoch, parse_cursor
+from ssecore.log.tail import Attached, Reader, Tails, gap_frame
+from ssecore.request import Request
+from ssecore.responses import JSON, Response
+from ssecore.routes import DELETE, GET, Route
+from ssecore.settings import Settings
+from ssecore.stream import FIRST_ITEM_S, Pump, engine_frames, error_frames
+from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
+
+__all__ = ["ROUTES", "Runs", "State", "Worker"]
+
+logger = logging.getLogger("sseapp")
+
+State = Literal["running", "completed", "failed", "cancelled", "interrupted"]
+
+#: Where no caller has a name, a key is as secret as a run's id: 22 characters of base64url are 128 bits.
+MIN_ANONYMOUS_KEY: Final = 22
+MAX_KEY: Final = 255
+#: How many runs `GET /runs` lists.
+MAX_LIST: Final = 1000
+#: Pauses between attempts to store how a run ended, when the log is away.
+RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
+#: The events that end a run in this service's two families; `[DONE]` on data-only routes.
+_TERMINAL: Final = ("complete", "done", "result", "error", "cancelled")
+
+
+class Interrupted(SSEAppError):
+    """The process that worked on the run ended before the run did."""
+
+    status, code = 503, "interrupted"
+
+
+@dataclass(frozen=True, slots=True)
+class _Print:
+    """What makes two requests the same one: the target (path and query), and all of it with the body."""
+
+    target: str
+    whole: str
+
+
+class Worker:
+    """One run at work."""
+
+    def __init__(self, runs: "Runs", id: str, route: Route, request: Request, params: Mapping[str, Any]) -> None:
+        self.id = id
+        self.owner = request.caller
+        self.settled = anyio.Event()  #: its first event is in the log, or it has ended
+        self.failed_early: Exception | None = None  #: rule 2
+        self.opened = False  #: somebody was answered 200 or 202: too late for rule 2
+        self.readers = 0
+        self._runs = runs
+        self._route = route
+        self.began = current_time()
+        self._reason: Literal["asked", "linger", "drain"] | None = None
+        self._request = copy.copy(request)
+        self._request._receive = _no_connection
+        self._pump: Pump[Event] = Pump(
+            route.handler(self._request, **params), _stored, buffer_bytes=runs.settings.buffer_bytes
+        )
+        self._read = anyio.Event()
+        self._unread = anyio.Event()
+
+    async def run(self) -> None:
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._pump.run)
+                tasks.start_soon(self._linger)
+                try:
+                    await self._write()
+                finally:
+                    self._pump.stop()
+                tasks.cancel_scope.cancel()
+        except Exception:  # ours: the handler's own end up in its stream
+            logger.exception("run %s: its worker failed", self.id)
+        finally:
+            self._request.close()
+            self._runs._ended(self)
+            self.settled.set()
+
+    async def _write(self) -> None:
+        """Everything that the pump has gathered while the last append was under way goes in as one."""
+        log, pump, limits = self._runs.log, self._pump, self._runs.retention
+        events = size = 0
+        try:
+            while True:
+                frames = await pump.frames()
+                events, size = events + len(frames), size + sum(map(len, frames))
+                if (limits.events and events > limits.events) or (limits.bytes and size > limits.bytes):
+                    # Not trimmed while it runs: a reader that comes later would find no beginning.
+                    pump.stop()
+                    failure = TooLarge("the run is larger than the log keeps of one stream")
+                    await self._append([*error_frames(failure, data_only=self._route.data_only)], "failed")
+                    return
+                if not pump.finished:
+                    await log.append(self.id, frames, epoch=self.id)
+                    self.settled.set()
+                    continue
+                if self._is_none(events):
+                    self.failed_early = pump.failure
+                    await log.delete(self.id)
+                    return
+                last, state = self._ending()
+                await self._append([*frames, *last], state)
+                return
+        except LogUnavailable as error:
+            pump.stop()
+            await self._end_unstored(error)
+        except TooLarge as error:  # one event alone is more than the log takes
+            pump.stop()
+            await self._append(error_frames(error, data_only=self._route.data_only), "failed")
+        except (WriterFenced, NotFound):
+            logger.warning("run %s was taken over or deleted while it was at work", self.id)
+
+    def _is_none(self, events: int) -> bool:
+        in_time = current_time() - self.began < FIRST_ITEM_S
+        return self._pump.failure is not None and not events and not self.opened and in_time and self._reason is None
+
+    def _ending(self) -> tuple[list[bytes], State]:
+        """What is to be said last, and the state. A generator that came to its own end has said it."""
+        data_only = self._route.data_only
+        if self._pump.exhausted:
+            return [], "completed"
+        if self._reason == "drain":
+            return error_frames(Interrupted("the service stopped"), data_only=data_only), "interrupted"
+        if self._reason is not None:
+            return engine_frames("cancelled", {"reason": self._reason}, data_only=data_only), "cancelled"
+        failure = self._pump.failure or RuntimeError("the handler ended without an end")
+        return error_frames(failure, data_only=data_only), "failed"
+
+    async def _append(self, frames: list[bytes], state: State) -> None:
+        meta = self._runs._metas[self.id] | {"state": state}
+        await self._runs.log.append(self.id, frames, epoch=self.id, close=True, meta=meta)
+
+    async def _end_unstored(self, error: LogUnavailable) -> None:
+        """The log is away: readers hear of it now, without an id; it is stored when that is possible again."""
+        frames = error_frames(error, data_only=self._route.data_only)
+        logger.error("run %s: its events can't be stored: %s", self.id, error)
+        tail = self._runs.tails.get(self.id)
+        if tail is not None:
+            tail.fail(b"".join(frames))
+        self.settled.set()
+        attempt = 0
+        while self._reason != "drain":
+            with anyio.move_on_after(RETRY_S[min(attempt, len(RETRY_S) - 1)]):
+                await self._runs.stopping.wait()
+            attempt += 1
+            try:
+                await self._append(frames, "failed")
+                return
+            except LogUnavailable:
+                if self._runs.stopping.is_set():
+                    return
+
+    def cancel(self, reason: Literal["asked", "linger", "drain"]) -> None:
+        """End it; a second time it does nothing."""
+        if self._reason is None and not self._pump.exhausted:
+            self._reason = reason
+            self._request._end_reason = "drain" if reason == "drain" else "cancelled"
+            self._pump.stop()
+
+    def attach(self) -> None:
+        self.readers += 1
+        self.touch()
+
+    def detach(self) -> None:
+        self.readers -= 1
+        if not self.readers:
+            self._unread.set()
+
+    def touch(self) -> None:
+        """Somebody is interested: the linger time begins anew."""
+        self._read.set()
+
+    async def _linger(self) -> None:
+        """Cancel it when nobody has read it for its linger time; that begins with the first reader's end."""
+        linger_s = self._route.run.linger_s if self._route.run else None
+        limit = self._runs.settings.linger_s if linger_s == "setting" else linger_s
+        if limit is None:
+            return
+        while True:
+            await self._unread.wait()
+            self._unread = anyio.Event()
+            while not self.readers:
+                self._read = anyio.Event()
+                with anyio.move_on_after(limit):
+                    await self._read.wait()
+                    continue
+                self.cancel("linger")
+                return
+
+
+async def _no_connection() -> Any:
+    raise RuntimeError("a run has no connection: its body was read before it began")
+
+
+def _stored(event: Event) -> bytes:
+    if event.id is not None:
+        raise EncodeError("id must be left out on a resumable route: ids are the log's", field="id")
+    return encode(event)
+
+
+class Runs:
+    """All runs of an app."""
+
+    def __init__(self, log: Log, tails: Tails, settings: Settings, tasks: TaskGroup) -> None:
+        self.log = log
+        self.tails = tails
+        self.settings = settings
+        self.retention = Retention(settings.retention_events, settings.retention_bytes, settings.retention_s)
+        self.stopping = anyio.Event()
+        self._tasks = tasks
+        self._workers: dict[str, Worker] = {}
+        self._metas: dict[str, dict[str, Any]] = {}
+        self._idle = anyio.Event()
+
+    async def recover(self) -> None:
+        """Close what a crash left behind (rule 5)."""
+        for stat in await self.log.unfinished():
+            data_only = bool(stat.meta["data_only"])
+            state: State = "completed"
+            frames: list[bytes] = []
+            if not await self._has_ended(stat, data_only):
+                state, frames = "interrupted", error_frames(Interrupted("the service was stopped"), data_only=data_only)
+            epoch = new_epoch()
+            await self.log.open(stat.stream, epoch)
+            await self.log.append(stat.stream, frames, epoch=epoch, close=True, meta=stat.meta | {"state": state})
+            logger.warning("run %s was left behind and is now %s", stat.stream, state)
+
+    async def _has_ended(self, stat: Stat, data_only: bool) -> bool:
+        rows = await self.log.read(stat.stream, stat.last - 1, 1) if stat.last else []
+        events = Decoder().feed(rows[-1].body) if rows else []
+        if not events:
+            return False
+        return events[-1].data == "[DONE]" if data_only else events[-1].event in _TERMINAL
+
+    async def drain(self, grace_s: float) -> None:
+        """Give runs `grace_s` to finish, then close them as interrupted."""
+        with anyio.move_on_after(grace_s):
+            await self._no_workers()
+        self.stopping.set()
+        for worker in list(self._workers.values()):
+            worker.cancel("drain")
+        await self._no_workers()
+
+    async def _no_workers(self) -> None:
+        while self._workers:
+            self._idle = anyio.Event()
+            await self._idle.wait()
+
+    def _ended(self, worker: Worker) -> None:
+        self._workers.pop(worker.id, None)
+        self._metas.pop(worker.id, None)
+        self._idle.set()
+
+    # Starting and attaching
+
+    async def respond(self, request: Request, route: Route, params: Mapping[str, Any]) -> Response | Attached:
+        """Answer a request to a resumable route: start, attach, or go on."""
+        if request.last_event_id == "end":
+            return Response(status=204)
+        if request.last_event_id:
+            return await self._go_on(request, route=route)
+        stat, worker = await self._start(request, route, params)
+        if "respond-async" in request.headers.get("prefer", "").lower():
+            await _settled(worker)
+            location = f"{request.root_path}/runs/{stat.stream}/events"
+            headers = {"location": location, "preference-applied": "respond-async", "run-id": stat.stream}
+            return JSON({"run": stat.stream, "events": location}, status=202, headers=headers)
+        if worker is not None:
+            worker.attach()  # a client that leaves now was a reader, too
+        try:
+            await _settled(worker)
+            return await self._attach(stat.stream, None, data_only=route.data_only)
+        finally:
+            if worker is not None:
+                worker.detach()
+
+    async def _start(self, request: Request, route: Route, params: Mapping[str, Any]) -> tuple[Stat, Worker | None]:
+        """A new run, or the one that was started with the same key."""
+        key = self._key(request)
+        printed = _fingerprint(request)
+        if key is not None and (stat := await self.log.find_key(key)) is not None:
+            return self._same(stat, printed), self._workers.get(stat.stream)
+        self._check_room(request)
+        worker = Worker(self, new_epoch(), route, request, params)
+        self._workers[worker.id] = worker  # rule 3
+        meta = self._metas[worker.id] = {
+            "state": "running",
+            "route": f"{route.method} {route.path}",
+            "data_only": route.data_only,
+            "target": printed.target,
+            "request": printed.whole,
+        }
+        started = False
+        try:
+            stat, started = await self.log.create(
+                worker.id, epoch=worker.id, owner=request.caller, meta=meta, key=key, retention=self.retention
+            )
+            if started:
+                request.hand_over()
+                self._tasks.start_soon(worker.run)
+                return stat, worker
+        finally:
+            if not started:
+                self._ended(worker)
+        return self._same(stat, printed), self._workers.get(stat.stream)
+
+    def _same(self, stat: Stat, printed: _Print) -> Stat:
+        if stat.meta.get("request") != printed.whole:
+            raise UnprocessableContent("this Idempotency-Key was used with another query or body")
+        return stat
+
+    def _key(self, request: Request) -> str | None:
+        key = request.headers.get("idempotency-key", "").strip().strip('"')
+        if not key and request.method == "GET":
+            key = request.query_params.get("key", "")
+        if not key:
+            return None
+        if len(key) > MAX_KEY:
+            raise BadRequest(f"an idempotency key has {MAX_KEY} characters at most", field="key")
+        if request.caller is None and len(key) < MIN_ANONYMOUS_KEY:
+            raise BadRequest("without credentials an idempotency key has at least 22 random characters", field="key")
+        return _digest(request.caller or "", request.method, request.path, key)
+
+    def _check_room(self, request: Request) -> None:
+        limit = self.settings.max_runs
+        if limit is not None and len(self._workers) >= limit:
+            raise Unavailable("too many runs at work; try again", headers={"retry-after": "5"})
+        limit = self.settings.max_runs_per_caller
+        if limit is not None and request.caller is not None:
+            if sum(worker.owner == request.caller for worker in self._workers.values()) >= limit:
+                raise TooManyRequests("too many runs of yours at work; try again", headers={"retry-after": "5"})
+
+    async def _go_on(
+        self, request: Request, *, route: Route | None = None, run: str | None = None
+    ) -> Response | Attached:
+        """Read on after the request's cursor."""
+        cursor = parse_cursor(request.last_event_id)
+        stat = await self.log.find(cursor.epoch)
+        if stat is None or stat.kind != "run" or stat.owner != request.caller:
+            return self._expired(request, cursor, data_only=bool(route and route.data_only))
+        if run is not None and stat.stream != run:
+            raise Conflict("this event id is of another run", field="last_event_id")
+        if route is not None and (
+            stat.meta["route"] != f"{route.method} {route.path}" or stat.meta["target"] != _fingerprint(request).target
+        ):
+            raise Conflict("this event id is of another request", field="last_event_id")
+        return await self._attach(stat.stream, cursor, data_only=bool(stat.meta["data_only"]))
+
+    def _expired(self, request: Request, cursor: Cursor, *, data_only: bool) -> Response:
+        if not request.wants_event_stream:
+            raise Gone("this run is no longer kept, or never was")
+        body = _last_gap(Gap("expired", cursor.seq + 1), data_only=data_only)
+        return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
+
+    async def _attach(self, run: str, cursor: Cursor | None, *, data_only: bool) -> Response | Attached:
+        tail = self.tails.enter(run)
+        try:
+            stat = await self.log.stat(run)
+            if stat is None:
+                raise NotFound("there is no such run")
+            tail.settle(stat)
+            after, gap = locate(stat, cursor) if cursor is not None else (0, None)
+            if cursor is not None and stat.closed and after >= stat.last and gap is None:
+                return Response(status=204)
+            before = b""
+            if gap is not None:
+                over = stat.closed and after >= stat.last
+                before = _last_gap(gap, data_only=data_only) if over else gap_frame(gap, data_only=data_only)
+            opening = b"" if after else b"id: %b.0\n\n" % run.encode()
+            reader = Reader(tail, after, data_only=data_only, before=before, opening=opening)
+        finally:
+            self.tails.leave(tail)
+        worker = self._workers.get(run)
+        if worker is not None:
+            worker.attach()
+
+        def closed() -> None:
+            self.tails.leave(tail)
+            if worker is not None:
+                worker.detach()
+
+        reader.on_close = closed
+        return Attached(reader, {"run-id": run})
+
+    async def view(self, request: Request, run: str) -> Response | Attached:
+        """Read a run that is there; never start one. For handlers that show a run under a path of their own."""
+        if request.last_event_id == "end":
+            return Response(status=204)
+        if request.last_event_id:
+            return await self._go_on(request, run=run)
+        stat = await self._owned(request, run)
+        return await self._attach(run, None, data_only=bool(stat.meta["data_only"]))
+
+    # The routes under /runs
+
+    async def _owned(self, request: Request, run: str) -> Stat:
+        stat = await self.log.stat(run)
+        if stat is None or stat.kind != "run" or stat.owner != request.caller:
+            raise NotFound("there is no such run")
+        return stat
+
+    async def state(self, request: Request, run: str) -> Mapping[str, Any]:
+        """What `GET /runs/<id>` answers. Asking counts as interest."""
+        stat = await self._owned(request, run)
+        if (worker := self._workers.get(run)) is not None:
+            worker.touch()
+        return _state(stat)
+
+    async def mine(self, request: Request) -> list[Mapping[str, Any]]:
+        """The caller's runs, newest first."""
+        if self.settings.auth == "off":
+            raise Forbidden("without credentials nobody's runs can be told from everybody's")
+        return [_state(stat) for stat in await self.log.runs(request.caller, MAX_LIST)]
+
+    async def cancel(self, request: Request, run: str) -> int:
+        """Running: cancel it, 202. Over: delete its events, 204."""
+        stat = await self._owned(request, run)
+        worker = self._workers.get(run)
+        if worker is not None and not stat.closed:
+            worker.cancel("asked")
+            return 202
+        await self.log.delete(run)
+        return 204
+
+
+def _last_gap(gap: Gap, *, data_only: bool) -> bytes:
+    """A gap behind which nothing comes: a page can't tell 204 from 410, so it is told; its end then gets a 204."""
+    frames = gap_frame(gap, data_only=data_only) + (b"data: [DONE]\n\n" if data_only else b"")
+    return frames[:-1] + b"id: end\n\n"
+
+
+async def _settled(worker: Worker | None) -> None:
+    """Wait for a run's first event, or a second. Raises what it failed with before (rule 2)."""
+    if worker is not None:
+        with anyio.move_on_after(FIRST_ITEM_S - (current_time() - worker.began)):
+            await worker.settled.wait()
+        if worker.failed_early is not None:
+            raise worker.failed_early
+        worker.opened = True
+
+
+async def _events(request: Request, id: str) -> Any:
+    return await request.runs.view(request, id)
+
+
+async def _get(request: Request, id: str) -> Response:
+    return JSON(await request.runs.state(request, id))
+
+
+async def _list(request: Request) -> Response:
+    return JSON({"runs": await request.runs.mine(request)})
+
+
+async def _delete(request: Request, id: str) -> Response:
+    return Response(status=await request.runs.cancel(request, id))
+
+
+#: The engine's own routes: an embedding program has them too, under its mount path.
+ROUTES: Final = [
+    GET("/runs", _list),
+    GET("/runs/{id}", _get),
+    DELETE("/runs/{id}", _delete),
+    GET("/runs/{id}/events", _events),
+]
+
+
+def _state(stat: Stat) -> dict[str, Any]:
+    epoch = next(epoch for epoch, first in reversed(stat.epochs) if first <= max(stat.last, 1))
+    return {
+        "run": stat.stream,
+        "route": stat.meta["route"],
+        "state": stat.meta["state"],
+        "created": datetime.fromtimestamp(stat.created, UTC),
+        "updated": datetime.fromtimestamp(stat.updated, UTC),
+        "events": stat.last,
+        "last_event_id": str(Cursor(epoch, stat.last)),
+    }
+
+
+def _fingerprint(request: Request) -> _Print:
+    own = ("key", "last_event_id")
+    query = sorted((name, value) for name, value in request.query_params.items() if name not in own)
+    target = _digest(request.path, repr(query))
+    media_type = request.headers.get("content-type", "")
+    return _Print(target, _digest(target, media_type, request.body_digest))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,123 @@
+"""Topics: streams in the log that anybody may write to and many read, for as long as they like.
+
+Publishing appends; every event that an append brings is framed once for all readers of this process (`log.tail`). Each
+process opens an epoch of its own on a topic before it first writes there or lets somebody read.
+
+A fresh subscription begins with `init`, whose id is the top that it reads from: a cut before the first event loses
+nothing. A resumed one has no `init`; what it can't be given is announced by a `gap` first. Where its cursor means
+nothing to this log any more (`expired`), a topic goes on with all that it keeps: there is no end to send it to.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import anyio
+
+from ssecore.errors import Unavailable, WriterFenced
+from ssecore.log import Cursor, Log, Retention, Stat, locate, new_epoch, parse_cursor
+from ssecore.log.tail import Attached, Reader, Tail, Tails, gap_frame
+from ssecore.request import Request
+from ssecore.settings import Settings
+from ssecore.wire import Event, encode
+
+__all__ = ["Subscription", "Topics"]
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """What a handler returns to let its client read a topic.
+
+    `init` begins a fresh subscription; its id is the engine's. `pulse` is made and sent each `pulse_s` seconds, without
+    an id: it is not in the log.
+    """
+
+    topic: str
+    init: Event
+    pulse: Callable[[], Event] | None = None
+    pulse_s: float = 5.0
+
+
+class Topics:
+    """All topics of an app."""
+
+    def __init__(self, log: Log, tails: Tails, settings: Settings) -> None:
+        self._log = log
+        self._tails = tails
+        self._settings = settings
+        self._retention = Retention(settings.retention_events, settings.retention_bytes, settings.retention_s)
+        self._epochs: dict[str, str] = {}
+        self._opening: dict[str, anyio.Event] = {}
+
+    async def publish(self, topic: str, *events: Event) -> Cursor:
+        """Append the events, all or none; returns when they are in the log, with the last one's id.
+
+        Raises `EncodeError`, `LogUnavailable`.
+        """
+        frames = [encode(event) for event in events]
+        stream = _stream(topic)
+        try:
+            epoch = await self._epoch(stream)
+            return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch))
+        except WriterFenced:  # another process has opened the topic; it may be shared
+            self._epochs.pop(stream, None)
+            epoch = await self._epoch(stream)
+            return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch))
+
+    def subscribers(self, topic: str) -> int:
+        """How many read the topic here at the moment."""
+        return self._tails.subscribers(_stream(topic))
+
+    async def subscribe(self, request: Request, subscription: Subscription) -> Attached:
+        """A reader that begins where the request says. Raises `BadRequest`, `Unavailable`, `LogUnavailable`."""
+        limit = self._settings.max_subscribers
+        if limit is not None and self.subscribers(subscription.topic) >= limit:
+            raise Unavailable("too many subscribers to this topic; try again", headers={"retry-after": "5"})
+        cursor = parse_cursor(request.last_event_id) if request.last_event_id else None
+        stream = _stream(subscription.topic)
+        await self._epoch(stream)
+        tail = self._tails.enter(stream)
+        try:
+            stat = await self._log.stat(stream)
+            if stat is None:  # deleted between two awaits
+                self._epochs.pop(stream, None)
+                raise Unavailable("the topic is being deleted; try again", headers={"retry-after": "1"})
+            tail.settle(stat)
+            after, before = self._begin(stat, tail, subscription, cursor, request.data_only)
+            reader = Reader(tail, after, data_only=request.data_only, before=before)
+        finally:
+            self._tails.leave(tail)
+        reader.on_close = lambda: self._tails.leave(tail)
+        return Attached(reader, {})
+
+    def _begin(
+        self, stat: Stat, tail: Tail, subscription: Subscription, cursor: Cursor | None, data_only: bool
+    ) -> tuple[int, bytes]:
+        if cursor is None:
+            top = Cursor(stat.epochs[-1][0], max(stat.last, tail.top))
+            init = subscription.init
+            return top.seq, encode(Event(init.data, init.event, str(top), init.retry))
+        after, gap = locate(stat, cursor)
+        return after, gap_frame(gap, data_only=data_only) if gap is not None else b""
+
+    async def _epoch(self, stream: str) -> str:
+        """This process's epoch on the stream, opened when it is first needed."""
+        while (opening := self._opening.get(stream)) is not None:
+            await opening.wait()
+        epoch = self._epochs.get(stream)
+        if epoch is None:
+            done = self._opening[stream] = anyio.Event()
+            try:
+                epoch = new_epoch()
+                _, created = await self._log.create(stream, epoch=epoch, kind="topic", retention=self._retention)
+                if not created:
+                    await self._log.open(stream, epoch, retention=self._retention)
+                self._epochs[stream] = epoch
+            finally:
+                del self._opening[stream]
+                done.set()
+        return epoch
+
+
+def _stream(topic: str) -> str:
+    """The stream's name. A run's has no colon: a topic can't be taken for one."""
+    return f"topic:{topic}"
