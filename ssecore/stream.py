@@ -409,7 +409,7 @@ class Stream:
                 self._beat()
         if self._pulse is not None and now >= self._pulse_at:
             event, every_s = self._pulse
-            self._pulse_at = now + every_s
+            self._pulse_at += every_s
             self.source.say(encode(event()))
         if self._deadline is not None and now >= self._deadline:
             self._deadline = None
