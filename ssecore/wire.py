@@ -9,7 +9,6 @@ refused with an `EncodeError` before a byte of it is made.
 """
 
 import re
-from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -32,8 +31,12 @@ DEFAULT_MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 #: Whole milliseconds; what JavaScript holds exactly.
 MAX_RETRY_MS: Final = 2**53 - 1
 
-#: Longer names may come from outside, each of them once: they would fill the cache.
-CACHED_NAME_LENGTH: Final = 64
+#: Names may come from outside, each of them once: what is kept of them is bounded, 64 KiB and some.
+CACHED_NAMES, CACHED_NAME_LENGTH = 1024, 64
+
+_TEXT: Final = (str, bytes, bytearray, memoryview)
+#: What `_prefix` gives, by name. A pure function's results: no state of an app, and right in any loop and thread.
+_PREFIXES: Final[dict[str | None, bytes]] = {None: b"data: "}
 
 _LINE_BREAK: Final = re.compile(rb"\r\n|\r|\n")
 _JSON_OPTIONS: Final = orjson.OPT_UTC_Z
@@ -62,31 +65,35 @@ def encode_json(data: Any) -> bytes:
     """
     try:
         return orjson.dumps(data, msgspec.to_builtins, _JSON_OPTIONS)
-    except TypeError as error:  # orjson.JSONEncodeError is one
-        raise EncodeError(f"data can't be encoded as JSON: {error.__cause__ or error}", field="data") from error
+    except TypeError as error:
+        raise _no_json(error) from error
+
+
+def _no_json(error: TypeError) -> EncodeError:  # orjson.JSONEncodeError is one
+    return EncodeError(f"data can't be encoded as JSON: {error.__cause__ or error}", field="data")
 
 
 def encode(event: Event) -> bytes:
     """The event as it goes over the wire, with the blank line that ends it.
 
-    Budget: one join or format, one look into a cache; a JSON event costs about 0.2 µs above `orjson.dumps`.
+    Hot path: a JSON event costs one look into a dictionary and one join besides `orjson.dumps`, 0.15 µs.
     Raises `EncodeError` (a `ValueError`), whose `field` names what is wrong.
     """
     data = event.data
-    kind = type(data)
-    if kind is str or isinstance(data, str):
-        body = _lines(_utf8(data, "data"))
-    elif kind is bytes or isinstance(data, bytes | bytearray | memoryview):
-        body = _lines(_checked_utf8(bytes(data)))
+    if not isinstance(data, _TEXT):
+        try:
+            body = orjson.dumps(data, msgspec.to_builtins, _JSON_OPTIONS)  # never holds a line break
+        except TypeError as error:
+            raise _no_json(error) from error
     else:
-        body = encode_json(data)  # never holds a line break
-    name = event.event
-    if name is None:
-        frame = b"data: %b\n\n" % body
-    elif isinstance(name, str) and len(name) <= CACHED_NAME_LENGTH:
-        frame = b"%b%b\n\n" % (_prefix(name), body)
-    else:
-        frame = b"event: %b\ndata: %b\n\n" % (_field(name, "event"), body)
+        body = _utf8(data, "data") if isinstance(data, str) else _checked_utf8(bytes(data))
+        if b"\n" in body or b"\r" in body:
+            # The standard's line ends only: U+2028 and the like stay inside a line.
+            body = _LINE_BREAK.sub(b"\ndata: ", body)
+    try:
+        frame = b"".join((_PREFIXES[event.event], body, b"\n\n"))
+    except (KeyError, TypeError):
+        frame = b"".join((_prefix(event.event), body, b"\n\n"))
     if event.retry is not None:
         frame = b"retry: %d\n%b" % (_checked_retry(event.retry), frame)
     if event.id is not None:
@@ -94,10 +101,12 @@ def encode(event: Event) -> bytes:
     return frame
 
 
-@lru_cache(maxsize=1024)
-def _prefix(name: str) -> bytes:
-    """All that stands before the data. A pure function: the cache holds no state of an app."""
-    return b"event: %b\ndata: " % _field(name, "event")
+def _prefix(name: Any) -> bytes:
+    """All that stands before the data. Kept for the next event of the name, if there is room."""
+    prefix = b"event: %b\ndata: " % _field(name, "event")
+    if len(name) <= CACHED_NAME_LENGTH and len(_PREFIXES) < CACHED_NAMES:
+        _PREFIXES[name] = prefix
+    return prefix
 
 
 def _field(value: str, field: str) -> bytes:
@@ -131,13 +140,6 @@ def _checked_retry(retry: int) -> int:
     if type(retry) is not int or not 0 <= retry <= MAX_RETRY_MS:
         raise EncodeError(f"retry must be a whole number of milliseconds from 0 to {MAX_RETRY_MS}", field="retry")
     return retry
-
-
-def _lines(body: bytes) -> bytes:
-    """One `data:` for each line. The standard's line ends only: U+2028 and the like stay inside a line."""
-    if b"\n" in body or b"\r" in body:
-        return _LINE_BREAK.sub(b"\ndata: ", body)
-    return body
 
 
 class Decoder:

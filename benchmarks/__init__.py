@@ -1,0 +1,1 @@
+"""Benchmarks: what the service costs, beside its peers, in one run on one machine. `python -m benchmarks --help`."""

@@ -1,0 +1,57 @@
+"""`python -m benchmarks [NAME …]`: run them, print a table each, write results/NAME.json.
+
+Every keyword of a benchmark's `run` is an option here.
+"""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable
+
+from benchmarks import memory, throughput
+from benchmarks.process import pin_load
+from benchmarks.report import Report
+
+BENCHMARKS: dict[str, Callable[..., Report]] = {"memory": memory.run, "throughput": throughput.run}
+
+
+def main() -> int:
+    lines = [f"  {name:<12} {inspect.getdoc(run)}" for name, run in BENCHMARKS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["benchmarks:", *lines]),
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; without one: all")
+    defaults: dict[str, dict[str, object]] = {}
+    for name, run in BENCHMARKS.items():
+        for keyword, parameter in inspect.signature(run).parameters.items():
+            defaults.setdefault(keyword, {})[name] = parameter.default
+    for keyword, of in defaults.items():
+        kind = type(next(iter(of.values())))
+        parser.add_argument(
+            f"--{keyword.replace('_', '-')}",
+            type=_whole if kind is int else kind,
+            metavar="N" if kind is int else "FILE",
+            help=", ".join(f"{name}: {value:,}" if kind is int else name for name, value in of.items()),
+        )
+    options = vars(parser.parse_args())
+    names = options.pop("names") or list(BENCHMARKS)
+    if unknown := sorted(set(names) - set(BENCHMARKS)):
+        parser.error(f"no benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}")
+    pin_load()
+    for name in names:
+        given = {key: value for key, value in options.items() if value is not None and name in defaults[key]}
+        report = BENCHMARKS[name](**given)
+        print(report, f"written to {report.write()}", sep="\n", end="\n\n", flush=True)
+    return 0
+
+
+def _whole(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""sse-starlette under Starlette, as its README has it: a generator of dicts, JSON by the standard library."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from sse_starlette import EventSourceResponse  # type: ignore[import-not-found]
+from starlette.applications import Starlette  # type: ignore[import-not-found]
+from starlette.routing import Route  # type: ignore[import-not-found]
+
+
+async def counter(count: int) -> AsyncIterator[dict[str, str]]:
+    for n in range(count):
+        yield {"event": "message", "data": json.dumps({"count": n, "message": f"Update {n}"})}
+    yield {"event": "complete", "data": json.dumps({"done": True})}
+
+
+async def stream(request: Any) -> Any:
+    return EventSourceResponse(counter(int(request.query_params["count"])))
+
+
+app = Starlette(routes=[Route("/stream", stream)])

@@ -1,0 +1,119 @@
+"""Server processes on a core of their own, and what the kernel says about them. Linux only."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+__all__ = ["PEERS_PYTHON", "ROOT", "Server", "memory_bytes", "pin_load", "pin_server", "rss_samples"]
+
+ROOT = Path(__file__).parent.parent
+#: Of the environment that requirements-peers.txt is installed in.
+PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
+START_S = 20
+#: The same core twice where there is only one: then the rates are of both together, the CPU times still each's own.
+_SERVER_CORE, _LOAD_CORE = (sorted(os.sched_getaffinity(0)) * 2)[:2]
+_ADDRESS = re.compile(rb"http://127\.0\.0\.1:(\d+)")  # both uvicorn and our runner say where they listen
+
+
+def pin_server() -> None:
+    os.sched_setaffinity(0, {_SERVER_CORE})
+
+
+def pin_load() -> None:
+    os.sched_setaffinity(0, {_LOAD_CORE})
+
+
+class Server:
+    """A server that runs until its `with` block ends, on a `port` that was free.
+
+    Raises `RuntimeError` with its output where it doesn't start.
+    """
+
+    def __init__(self, arguments: Sequence[str], python: Path = Path(sys.executable)) -> None:
+        self._log = tempfile.TemporaryFile()
+        command = [str(python.absolute()), *arguments]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=self._log, preexec_fn=pin_server)
+        self.pid = self._process.pid
+        try:
+            self.port = self._wait_for_port()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    @classmethod
+    def service(cls, data_dir: str) -> Self:
+        return cls(["-m", "sseapp", "serve", "--port", "0", "--data-dir", data_dir])
+
+    @classmethod
+    def uvicorn(cls, peer: str, python: Path = Path(sys.executable)) -> Self:
+        """An app of `peers/` under uvicorn, with the settings of our runner."""
+        options = "--port 0 --loop uvloop --http httptools --ws none --backlog 4096"
+        options += " --no-access-log --no-server-header --no-proxy-headers"
+        return cls(["-m", "uvicorn", f"benchmarks.peers.{peer}", *options.split()], python)
+
+    def _wait_for_port(self) -> int:
+        deadline, output = time.monotonic() + START_S, b""
+        while time.monotonic() < deadline and self._process.poll() is None:
+            output = os.pread(self._log.fileno(), 1024 * 1024, 0)
+            if found := _ADDRESS.search(output):
+                return int(found[1])
+            time.sleep(0.02)
+        output = os.pread(self._log.fileno(), 1024 * 1024, 0)
+        raise RuntimeError(f"{self._process.args!r} did not start:\n{output.decode()}")
+
+    def cpu_s(self) -> float:
+        """User and system time, of threads that have ended too.
+
+        /proc/<pid>/stat counts hundredths of a second, this clock nanoseconds. Its number is made as the kernel's
+        MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED) does (include/linux/posix-timers.h).
+        """
+        return time.clock_gettime((~self.pid << 3) | 2)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+def memory_bytes(pid: int, field: str = "VmRSS") -> int:
+    """From /proc/<pid>/status: `VmRSS`, or `VmHWM`, its highest so far. Raises `RuntimeError` if the process ended."""
+    found = re.search(rf"^{field}:\s*(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"the process {pid} has ended")
+    return int(found[1]) * 1024
+
+
+@contextmanager
+def rss_samples(pid: int, every_s: float = 0.05) -> Iterator[list[int]]:
+    """Samples of a process's memory in bytes while the block runs, and its highest point, if they missed that."""
+    samples, highest = [memory_bytes(pid)], memory_bytes(pid, "VmHWM")
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(every_s):
+            samples.append(memory_bytes(pid))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
+    if memory_bytes(pid, "VmHWM") > highest:
+        samples.append(memory_bytes(pid, "VmHWM"))
