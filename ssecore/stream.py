@@ -129,7 +129,6 @@ class Pump(Generic[T]):
         self._frame = frame
         self._limit = buffer_bytes
         self._frames: list[bytes] = []
-        self._size = 0
         self._ended = False
         self._wanted: Signal | None = None  # the sender waits for something to take
         self._room: Signal | None = None  # the pump waits for the sender to take
@@ -155,7 +154,7 @@ class Pump(Generic[T]):
 
     async def _run_ahead(self) -> None:
         """Hot path: an event costs one `anext`, one `frame`, one append; a signal only where somebody waits."""
-        frame, frames, limit = self._frame, self._frames, self._limit
+        frame, frames, limit, size = self._frame, self._frames, self._limit, 0
         async for item in self._generator:
             try:
                 framed = frame(item)
@@ -163,15 +162,16 @@ class Pump(Generic[T]):
                 if not isinstance(item, Event):
                     raise TypeError(f"a handler yields Event objects, not {type(item).__name__}") from None
                 raise
-            if not self._size or self._size >= limit:
+            if not frames or size >= limit:
                 if self._stopped:  # a generator that goes on after its cancellation
                     return
-                if self._size:
+                if frames:
                     # Before the append, so that the last item is still here when the generator ends without a wait.
                     await self._wait_for_room()
                 self.wake()
+                size = 0
             frames.append(framed)
-            self._size += len(framed)
+            size += len(framed)
         self.exhausted = True
 
     async def _wait_for_room(self) -> None:
@@ -195,7 +195,6 @@ class Pump(Generic[T]):
             self._wanted = None
         taken = self._frames.copy()
         self._frames.clear()
-        self._size = 0
         self.finished = self._ended
         if self._room is not None:
             self._room.set()
@@ -213,7 +212,6 @@ class Pump(Generic[T]):
     def say(self, frame: bytes) -> None:
         self.wake()
         self._frames.append(frame)
-        self._size += len(frame)
 
     def farewell(self, reason: EndReason | None) -> bytes:
         return b""
@@ -367,13 +365,13 @@ class Stream:
         self._conclude()
 
     def _conclude(self) -> None:
-        request, failure = self._request, self.source.failure
-        if failure is not None and request._end_reason is not None:
-            logger.warning("a handler failed while it was closed (%s)", request._end_reason, exc_info=failure)
-        elif failure is not None and not self.progress:
-            raise failure
-        elif request._end_reason is None:
-            request._end_reason = "failed" if failure else "finished"
+        """Raise or log what of the source's failure nobody has heard of yet."""
+        failure, reason = self.source.failure, self._request._end_reason
+        if failure is None or reason == "failed":
+            return
+        if reason is None:
+            raise failure  # nothing was sent: an HTTP error
+        logger.warning("a handler failed while it was closed (%s)", reason, exc_info=failure)
 
     def pulse(self, event: Callable[[], Event], every_s: float) -> None:
         """Say something each `every_s` seconds (as exactly as the sweep goes). Only where the source can `say` it."""
@@ -454,6 +452,8 @@ class Stream:
     async def _finish(self, batch: bytes) -> None:
         """Send the last batch, and what a stream ends with."""
         source, reason = self.source, self._request._end_reason
+        if reason is None:  # now: after the last send a server's `receive` says that the client has left
+            self._request._end_reason = "failed" if source.failure else "finished"
         if source.events:
             batch += source.farewell(reason)
             if reason == "drain" or isinstance(source.failure, Unavailable):
