@@ -162,6 +162,9 @@ def _open(path: Path) -> list[sqlite3.Connection]:
             path.parent.mkdir(parents=True, exist_ok=True)
             connections = [stack.enter_context(closing(_connect(path))) for _ in range(READERS + 1)]
             _prepare(connections[0])
+            for connection in connections:
+                # What is committed outlives a killed process; a lost power supply may take the last of it.
+                connection.execute("PRAGMA synchronous = NORMAL")
         except (OSError, ValueError, sqlite3.Error) as error:
             raise SSEAppError(f"{path} can't be used as the tasks database: {error}") from error
         stack.pop_all()
@@ -170,10 +173,7 @@ def _open(path: Path) -> list[sqlite3.Connection]:
 
 def _connect(path: Path) -> sqlite3.Connection:
     # No isolation level: each statement is its own transaction.
-    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    # What is committed outlives a killed process; a lost power supply may take the last of it.
-    connection.execute("PRAGMA synchronous = NORMAL")
-    return connection
+    return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
 
 
 def _prepare(connection: sqlite3.Connection) -> None:

@@ -63,7 +63,7 @@ async def import_tasks(request: Request) -> AsyncIterator[Event]:
 async def stream_tasks(request: Request) -> AsyncIterator[Event]:
     """Hot path: a row is made in SQLite, and costs one `Event` here."""
     query: _Search = request.query
-    text = query.q or None
+    text = None if query.q is UNSET else query.q
     if text is not None and not any(char.isalnum() for char in text):
         raise BadRequest("q: there is no word in it", field="q")
     async with aclosing(request.state.tasks.pages(query.status or None, text, query.limit)) as pages:
