@@ -162,7 +162,8 @@ class SSEApp:
 
     async def _no_streams(self) -> None:
         while self._streams:
-            self._idle = anyio.Event()
+            if self._idle is None:
+                self._idle = anyio.Event()
             await self._idle.wait()
 
     async def _run_lifespan(self, receive: Receive, send: Send) -> None:
@@ -212,16 +213,17 @@ class SSEApp:
         if request.method in ("GET", "HEAD") and request.last_event_id == "end":
             return Response(status=204)  # it has ended for good: an `EventSource` stops here
         if head:
-            return Response(media_type=CONTENT_TYPE, headers={"cache-control": "no-cache, no-transform"})
+            await self._send_head(send, _EVENT_STREAM_HEADERS)
+            return None
         self._check_room()
         if route.run is not None:
             answer = await request.runs.respond(request, route, params)
             return await self._send_answer(request, send, answer, head=head)
         pump = EventPump(
             route.handler(request, **params),
+            request,
             buffer_bytes=settings.buffer_bytes,
             ends_for_good=request.method == "GET",
-            data_only=route.data_only,
         )
         await self._run(Stream(request, send, pump, _EVENT_STREAM_HEADERS, self._options))
         return None
@@ -233,7 +235,8 @@ class SSEApp:
         if isinstance(answer, ByteStream):
             return await self._send_bytes(request, send, answer, head=head)
         if head and isinstance(answer, Subscription):
-            return Response(media_type=CONTENT_TYPE, headers={"cache-control": "no-cache, no-transform"})
+            await self._send_head(send, _EVENT_STREAM_HEADERS)
+            return None
         if isinstance(answer, Subscription):
             self._check_room()
             attached = await request.topics.subscribe(request, answer)
@@ -243,9 +246,10 @@ class SSEApp:
             raise TypeError(f"{request.path}: the handler returned {type(answer).__name__}, not a Response")
         try:
             self._check_room()
-            if head:
-                return Response(media_type=CONTENT_TYPE, headers={"cache-control": "no-cache, no-transform"})
             headers = [*_EVENT_STREAM_HEADERS, *raw_headers(None, attached.headers)]
+            if head:
+                await self._send_head(send, headers)
+                return None
             stream = self._reading(request, send, attached.reader, headers)
             if isinstance(answer, Subscription) and answer.pulse is not None:
                 stream.pulse(answer.pulse, answer.pulse_s)
@@ -260,15 +264,25 @@ class SSEApp:
         return Stream(request, send, reader, headers, self._options)
 
     async def _send_bytes(self, request: Request, send: Send, answer: ByteStream, *, head: bool) -> Response | None:
-        if head:
-            if hasattr(answer.chunks, "aclose"):
+        started = False
+        try:
+            headers = raw_headers(answer.media_type, answer.headers)
+            if head:
+                await self._send_head(send, headers)
+                return None
+            self._check_room()
+            started = True
+            pump = Pump(answer.chunks, _chunk, request, buffer_bytes=self.settings.buffer_bytes)
+            await self._run(Stream(request, send, pump, headers, self._options))
+        finally:
+            if not started and hasattr(answer.chunks, "aclose"):
                 await answer.chunks.aclose()
-            return Response(media_type=answer.media_type, headers=answer.headers)
-        self._check_room()
-        pump = Pump(answer.chunks, bytes, buffer_bytes=self.settings.buffer_bytes)
-        headers = raw_headers(answer.media_type, answer.headers)
-        await self._run(Stream(request, send, pump, headers, self._options))
         return None
+
+    async def _send_head(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        """The headers that GET would have: without a length, which nobody knows."""
+        await send({"type": "http.response.start", "status": 200, "headers": [*headers]})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _run(self, stream: Stream) -> None:
         self._streams.add(stream)
@@ -278,6 +292,7 @@ class SSEApp:
             self._streams.discard(stream)
             if not self._streams and self._idle is not None:
                 self._idle.set()
+                self._idle = None
 
     def _check_room(self) -> None:
         """Raises `Unavailable` where no stream can be opened now."""
@@ -292,6 +307,13 @@ class SSEApp:
             body = b"retry: %d\n" % spread(self._options.retry_ms)
             return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
         return problem(error)
+
+
+def _chunk(item: bytes | bytearray | memoryview) -> bytes:
+    # `bytes(3)` would be three NULs.
+    if not isinstance(item, bytes | bytearray | memoryview):
+        raise TypeError(f"a ByteStream has chunks of bytes, not {type(item).__name__}")
+    return bytes(item)
 
 
 def open_log(settings: Settings) -> Log:

@@ -74,8 +74,8 @@ class _Audience:
             self._loop.call_soon(self._step)
             return
         self._planned = False
-        # A change while the slices were on their way: who came first may not have it.
-        if any(stream.source.after < self._tail.top for stream in self.idle):
+        # A change while the slices were on their way: who came first may not have it. Nobody is idle after the end.
+        if any(stream.source.after < self._tail.top or self._tail.ended for stream in self.idle):
             self.changed()
 
     def message(self, batch: bytes) -> dict[str, Any]:
@@ -124,7 +124,8 @@ class DirectStream(Stream):
                 self.abort("cancelled")
             self.source.close()
             timekeeper.streams.discard(self)
-        self._conclude()
+            self._log_unheard()
+        self._raise_early()
 
     def abort(self, reason: EndReason) -> None:
         self._leave()

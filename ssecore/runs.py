@@ -33,6 +33,7 @@ from ssecore.errors import (
     EncodeError,
     Forbidden,
     Gone,
+    LogError,
     LogUnavailable,
     NotFound,
     SSEAppError,
@@ -99,7 +100,7 @@ class Worker:
         self._request = copy.copy(request)
         self._request._receive = _no_connection
         self._pump: Pump[Event] = Pump(
-            route.handler(self._request, **params), _stored, buffer_bytes=runs.settings.buffer_bytes
+            route.handler(self._request, **params), _stored, self._request, buffer_bytes=runs.settings.buffer_bytes
         )
         self._read = anyio.Event()
         self._unread = anyio.Event()
@@ -146,7 +147,7 @@ class Worker:
                 last, state = self._ending()
                 await self._append([*frames, *last], state)
                 return
-        except LogUnavailable as error:
+        except (LogUnavailable, LogError) as error:
             pump.stop()
             await self._end_unstored(error)
         except TooLarge as error:  # one event alone is more than the log takes
@@ -175,7 +176,7 @@ class Worker:
         meta = self._runs._metas[self.id] | {"state": state}
         await self._runs.log.append(self.id, frames, epoch=self.id, close=True, meta=meta)
 
-    async def _end_unstored(self, error: LogUnavailable) -> None:
+    async def _end_unstored(self, error: SSEAppError) -> None:
         """The log is away: readers hear of it now, without an id; it is stored when that is possible again."""
         frames = error_frames(error, data_only=self._route.data_only)
         logger.error("run %s: its events can't be stored: %s", self.id, error)
@@ -191,7 +192,7 @@ class Worker:
             try:
                 await self._append(frames, "failed")
                 return
-            except LogUnavailable:
+            except (LogUnavailable, LogError):
                 if self._runs.stopping.is_set():
                     return
 
@@ -288,13 +289,13 @@ class Runs:
 
     async def _no_workers(self) -> None:
         while self._workers:
-            self._idle = anyio.Event()
             await self._idle.wait()
 
     def _ended(self, worker: Worker) -> None:
         self._workers.pop(worker.id, None)
         self._metas.pop(worker.id, None)
-        self._idle.set()
+        self._idle.set()  # whoever waits for all looks again
+        self._idle = anyio.Event()
 
     # Starting and attaching
 
@@ -323,8 +324,8 @@ class Runs:
         """A new run, or the one that was started with the same key."""
         key = self._key(request)
         printed = _fingerprint(request)
-        if key is not None and (stat := await self.log.find_key(key)) is not None:
-            return self._same(stat, printed), self._workers.get(stat.stream)
+        if key is not None and (known := await self.log.find_key(key)) is not None:
+            return self._same(known, printed), self._workers.get(known.stream)
         self._check_room(request)
         worker = Worker(self, new_epoch(), route, request, params)
         self._workers[worker.id] = worker  # rule 3
@@ -337,9 +338,10 @@ class Runs:
         }
         started = False
         try:
-            stat, started = await self.log.create(
-                worker.id, epoch=worker.id, owner=request.caller, meta=meta, key=key, retention=self.retention
-            )
+            with anyio.CancelScope(shield=True):  # what is in the log has a worker
+                stat, started = await self.log.create(
+                    worker.id, epoch=worker.id, owner=request.caller, meta=meta, key=key, retention=self.retention
+                )
             if started:
                 request.hand_over()
                 self._tasks.start_soon(worker.run)

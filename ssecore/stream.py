@@ -23,6 +23,7 @@ Rules, cited by number at the code:
     the other when there is nothing to do.
 6.  A cancellation reaches a generator once. Its `finally` may await; it has `CLOSE_S` for that. (anyio would deliver
     the cancellation again at each await: connection pools leak, since they don't get to give back what they hold.)
+    On trio it does come again, as trio has it: there a `finally` that awaits shields itself.
 7.  No clock is read and no timer armed for an event or a send. `Stream.progress` counts; the sweep looks at the count.
 """
 
@@ -31,6 +32,7 @@ import random
 import secrets
 import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
@@ -75,7 +77,9 @@ T = TypeVar("T")
 class Source(Protocol):
     """Where a sender gets its batches from."""
 
-    #: Nothing will come any more, and nothing is left to take.
+    #: Nothing new will come any more.
+    ended: bool
+    #: And nothing is left to take.
     finished: bool
     #: Why it broke off, if it did.
     failure: Exception | None
@@ -121,15 +125,18 @@ class Pump(Generic[T]):
     events = False
     opening = b""
 
-    def __init__(self, generator: AsyncIterator[T], frame: Callable[[T], bytes], *, buffer_bytes: int) -> None:
+    def __init__(
+        self, generator: AsyncIterator[T], frame: Callable[[T], bytes], request: Request, *, buffer_bytes: int
+    ) -> None:
+        self.ended = False
         self.finished = False
         self.exhausted = False  #: the generator came to its own end
         self.failure: Exception | None = None
         self._generator = generator
         self._frame = frame
+        self._request = request
         self._limit = buffer_bytes
         self._frames: list[bytes] = []
-        self._ended = False
         self._wanted: Signal | None = None  # the sender waits for something to take
         self._room: Signal | None = None  # the pump waits for the sender to take
         # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from
@@ -144,11 +151,12 @@ class Pump(Generic[T]):
         except Exception as error:
             self.failure = error
         except get_cancelled_exc_class():
-            if not self._stopped:  # by a task that the generator waited for, not by us
-                self.failure = RuntimeError("the handler was cancelled from within")
-            raise
+            if self._stopped:
+                raise
+            # By a task that the generator waited for, not by us.
+            self.failure = RuntimeError("the handler was cancelled from within")
         finally:
-            self._ended = True
+            self.ended = True
             self.finished = not self._frames
             self.wake()
 
@@ -158,8 +166,10 @@ class Pump(Generic[T]):
         async for item in self._generator:
             try:
                 framed = frame(item)
-            except AttributeError:
-                if not isinstance(item, Event):
+            except Exception as error:
+                if self._request._end_reason is None:  # the generator is about to be closed, and will ask
+                    self._request._end_reason = "failed"
+                if isinstance(error, AttributeError) and not isinstance(item, Event):
                     raise TypeError(f"a handler yields Event objects, not {type(item).__name__}") from None
                 raise
             if not frames or size >= limit:
@@ -172,7 +182,7 @@ class Pump(Generic[T]):
                 size = 0
             frames.append(framed)
             size += len(framed)
-        self.exhausted = True
+        self.exhausted = not self._stopped  # one that returned because it was cancelled is not
 
     async def _wait_for_room(self) -> None:
         self._room = Signal()
@@ -189,13 +199,13 @@ class Pump(Generic[T]):
 
     async def frames(self) -> list[bytes]:
         """As `batch`, each item by itself."""
-        if not self._frames and not self._ended:
+        if not self._frames and not self.ended:
             self._wanted = Signal()
             await self._wanted.wait()
             self._wanted = None
         taken = self._frames.copy()
         self._frames.clear()
-        self.finished = self._ended
+        self.finished = self.ended
         if self._room is not None:
             self._room.set()
             self._room = None
@@ -229,11 +239,10 @@ class EventPump(Pump[Event]):
     events = True
 
     def __init__(
-        self, generator: AsyncIterator[Event], *, buffer_bytes: int, ends_for_good: bool, data_only: bool
+        self, generator: AsyncIterator[Event], request: Request, *, buffer_bytes: int, ends_for_good: bool
     ) -> None:
-        super().__init__(generator, encode, buffer_bytes=buffer_bytes)
+        super().__init__(generator, encode, request, buffer_bytes=buffer_bytes)
         self._ends_for_good = ends_for_good
-        self._data_only = data_only
         self._marked = False
 
     async def _run_ahead(self) -> None:
@@ -248,35 +257,37 @@ class EventPump(Pump[Event]):
         failure = StreamTimeout("the stream's longest life is over") if reason == "timeout" else self.failure
         if failure is None:
             return _END_ID if self._ends_for_good and not self._marked else b""
-        frames = b"".join(error_frames(failure, data_only=self._data_only))
+        frames = b"".join(error_frames(failure, data_only=self._request.data_only))
         return frames[:-1] + _END_ID if self._ends_for_good else frames
 
 
 async def _drive(generator: AsyncIterator[Any], work: Coroutine[Any, Any, None], stopping: Callable[[], bool]) -> None:
     """Do `work`, which iterates `generator`, and close the generator behind it, whatever happened (rules 2 and 6)."""
-    with CancelScope() as scope:
+    scope = CancelScope()
 
-        def close() -> None:
-            if not scope.shield:
-                scope.shield = True
-                scope.deadline = current_time() + CLOSE_S
+    def close() -> None:
+        if not scope.shield:
+            scope.shield = True
+            scope.deadline = current_time() + CLOSE_S
 
-        try:
-            await _cancelled_once(work, lambda: close() if stopping() else None)
-        finally:
-            close()
-            aclose = getattr(generator, "aclose", None)
-            if aclose is not None:
-                await aclose()
-    if scope.cancelled_caught:
-        logger.warning("a handler did not close within %s s and was cancelled again", CLOSE_S)
+    try:
+        with scope:
+            try:
+                await _cancelled_once(work, lambda: close() if stopping() else None)
+            finally:
+                close()
+                aclose = getattr(generator, "aclose", None)
+                if aclose is not None:
+                    await aclose()
+    finally:
+        if scope.cancel_called:
+            logger.warning("a handler did not close within %s s and was cancelled again", CLOSE_S)
 
 
 @types.coroutine
 def _cancelled_once(work: Coroutine[Any, Any, None], on_cancelled: Callable[[], None]) -> Generator[Any, Any, None]:
     """Await `work`, and call `on_cancelled` at the moment a cancellation arrives in it, before it sees it (rule 6).
 
-    asyncio throws a cancellation into the coroutine; trio sends it in as the outcome of the wait.
     Budget: one Python frame for each suspension of the work, none for an item that is there.
     """
     cancelled = get_cancelled_exc_class()
@@ -297,8 +308,6 @@ def _cancelled_once(work: Coroutine[Any, Any, None], on_cancelled: Callable[[], 
                 on_cancelled()
             step, value = work.throw, thrown
         else:
-            if isinstance(getattr(value, "error", None), cancelled):
-                on_cancelled()
             step = work.send
 
 
@@ -352,6 +361,9 @@ class Stream:
                     await self._send_all()
                 except OSError:  # ASGI 2.4: what `send` raises when the client is gone; most servers only ignore it
                     self.abort("client")
+                except Exception:  # the server's, and its answer has begun: there is nobody to tell
+                    logger.exception("a stream broke off")
+                    self.abort("failed")
                 except get_cancelled_exc_class():
                     self.abort("cancelled")
                     raise
@@ -362,16 +374,22 @@ class Stream:
             self.source.close()
             if timekeeper is not None:
                 timekeeper.streams.discard(self)
-        self._conclude()
+            self._log_unheard()
+        self._raise_early()
 
-    def _conclude(self) -> None:
-        """Raise or log what of the source's failure nobody has heard of yet."""
+    def _log_unheard(self) -> None:
+        """What a handler failed with while it was closed can't be said to anybody."""
         failure, reason = self.source.failure, self._request._end_reason
-        if failure is None or reason == "failed":
-            return
-        if reason is None:
-            raise failure  # nothing was sent: an HTTP error
-        logger.warning("a handler failed while it was closed (%s)", reason, exc_info=failure)
+        if failure is not None and reason not in (None, "failed"):
+            logger.warning("a handler failed while it was closed (%s)", reason, exc_info=failure)
+
+    def _raise_early(self) -> None:
+        """A failure before anything was sent is an HTTP error."""
+        if self.source.failure is not None and not self.progress and self._failed_by_itself():
+            raise self.source.failure
+
+    def _failed_by_itself(self) -> bool:
+        return self.source.failure is not None and self._request._end_reason in (None, "failed")
 
     def pulse(self, event: Callable[[], Event], every_s: float) -> None:
         """Say something each `every_s` seconds (as exactly as the sweep goes). Only where the source can `say` it."""
@@ -382,7 +400,9 @@ class Stream:
         self.abort("client")
 
     def stop(self, reason: EndReason) -> None:
-        """End the source, send what it has given, and say farewell."""
+        """End the source, send what it has given, and say farewell. What has ended already ends as it would have."""
+        if self.source.ended:
+            return
         if self._request._end_reason is None:
             self._request._end_reason = reason
         self.source.stop()
@@ -439,9 +459,9 @@ class Stream:
         """Send the start, and give the first batch; `None` where the source has failed before there was one."""
         source = self.source
         batch = await source.first()
-        if source.finished and not batch and source.failure is not None:
+        if source.finished and not batch and self._failed_by_itself():
             return None  # whoever runs this stream raises it: an HTTP error
-        await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*self._headers]})
         if source.events:
             batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)
         return batch
@@ -537,21 +557,22 @@ class merge(Generic[T]):
     """
 
     def __init__(self, *sources: AsyncIterator[T], buffer: int = 16, failures: bool = False) -> None:
-        self.sources = sources
+        self._sources = sources
         self._failures = failures
-        self._to_us, self._items = anyio.create_memory_object_stream[tuple[T | None, Exception | None]](buffer)
+        self._buffer = buffer
         self._tasks: TaskGroup | None = None
         self._scopes: list[CancelScope] = []
         self._leaving = False
 
     async def __aenter__(self) -> Self:
+        to_us, self._items = anyio.create_memory_object_stream[tuple[T | None, Exception | None]](self._buffer)
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
-        with self._to_us:
-            for source in self.sources:
+        with to_us:
+            for source in self._sources:
                 scope = CancelScope(shield=True)  # as in `Pump`: leaving the block is the only way to cancel it
                 self._scopes.append(scope)
-                self._tasks.start_soon(self._work, source, scope, self._to_us.clone())
+                self._tasks.start_soon(self._work, source, scope, to_us.clone())
         return self
 
     async def __aexit__(
@@ -571,13 +592,20 @@ class merge(Generic[T]):
                 await to_us.send((item, None))
 
         with to_us, scope:
+            failure: Exception | None = None
             try:
                 await _drive(source, hand_over(), lambda: self._leaving)
             except Exception as error:
-                if not self._leaving:
-                    await to_us.send((None, error))
-                elif not isinstance(error, anyio.BrokenResourceError):
-                    logger.warning("a merged source failed while it was closed", exc_info=error)
+                failure = error
+            except get_cancelled_exc_class():
+                if self._leaving:
+                    raise
+                failure = RuntimeError("a source was cancelled from within")
+            if failure is not None and not self._leaving:
+                with suppress(anyio.BrokenResourceError):  # left while it waited for room
+                    await to_us.send((None, failure))
+            elif failure is not None and not isinstance(failure, anyio.BrokenResourceError):
+                logger.warning("a merged source failed while it was closed", exc_info=failure)
 
     def __aiter__(self) -> Self:
         if self._tasks is None:

@@ -17,6 +17,7 @@ waiting for them. (trio has its own: `trio.testing.MockClock(autojump_threshold=
 import asyncio
 import math
 import selectors
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -42,6 +43,7 @@ class Exchange:
         self.scope = scope
         self.status = 0  #: once `started` is set
         self.headers: dict[str, str] = {}  #: names in lower case; once `started` is set
+        self.raw_headers: list[tuple[bytes, bytes]] = []  #: all of them, as the app gave them
         self.started = anyio.Event()
         self.ended = anyio.Event()  #: the app has returned
         self.complete = False  #: the answer's last part has come
@@ -53,6 +55,7 @@ class Exchange:
         self._sending = False
         self._chunks_in, self._chunks = anyio.create_memory_object_stream[bytes](window)
         self._decoder = Decoder()
+        self._events: deque[Event] = deque()
 
     async def run(self, app: App) -> None:
         try:
@@ -80,8 +83,10 @@ class Exchange:
             if not self._open.is_set():
                 await self._open.wait()
             if message["type"] == "http.response.start":
+                assert not self.status, "a second start"
                 self.status = message["status"]
-                self.headers = {name.decode(): value.decode("latin-1") for name, value in message["headers"]}
+                self.raw_headers = list(message["headers"])
+                self.headers = {name.decode(): value.decode("latin-1") for name, value in self.raw_headers}
                 self.started.set()
             elif message["type"] == "http.response.body" and not self._left.is_set():
                 assert self.status, "a body came before its start"
@@ -131,9 +136,13 @@ class Exchange:
 
     async def events(self) -> AsyncIterator[Event]:
         """The answer's events, to its end. What was read before is kept in mind: it may be called again."""
-        while (chunk := await self.chunk()) is not None:
-            for event in self._decoder.feed(chunk):
-                yield event
+        while True:
+            while self._events:
+                yield self._events.popleft()
+            chunk = await self.chunk()
+            if chunk is None:
+                return
+            self._events.extend(self._decoder.feed(chunk))
 
 
 def _scope(
@@ -176,15 +185,20 @@ async def connect(
     """
     parts = [body] if isinstance(body, bytes) else body
     exchange = Exchange(_scope(method, target, headers or {}, root_path), parts, window)
+    failure: BaseException | None = None  # raised outside of the group, which would wrap it
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(exchange.run, app)
         try:
             yield exchange
             await _leave(exchange, leave_s)
+        except Exception as error:
+            failure = error
         finally:
+            exchange.disconnect()
             tasks.cancel_scope.cancel()
-    if exchange.failure is not None:
-        raise exchange.failure
+    failure = failure or exchange.failure
+    if failure is not None:
+        raise failure
 
 
 async def _leave(exchange: Exchange, leave_s: float) -> None:
@@ -206,6 +220,8 @@ class _Body(httpx.AsyncByteStream):
 
     async def aclose(self) -> None:
         await _leave(self._exchange, self._leave_s)
+        if self._exchange.failure is not None:
+            raise self._exchange.failure
 
 
 class Transport(httpx.AsyncBaseTransport):
@@ -240,10 +256,14 @@ class Transport(httpx.AsyncBaseTransport):
         body = [part async for part in request.stream]  # type: ignore[union-attr]
         exchange = Exchange(_scope(request.method, target, headers, self._root_path), body, self._window)
         self._tasks.start_soon(exchange.run, self._app)
-        await exchange.started.wait()
+        try:
+            await exchange.started.wait()
+        finally:
+            if not exchange.status:  # given up, or there is no answer
+                exchange.disconnect()
         if not exchange.status:
             raise exchange.failure or httpx.RemoteProtocolError("the app returned without an answer")
-        return httpx.Response(exchange.status, headers=exchange.headers, stream=_Body(exchange, self._leave_s))
+        return httpx.Response(exchange.status, headers=exchange.raw_headers, stream=_Body(exchange, self._leave_s))
 
 
 class VirtualClockLoop(asyncio.SelectorEventLoop):

@@ -95,8 +95,9 @@ _MAX_TRANSACTION_BYTES: Final = 4 * 1024 * 1024
 _READERS: Final = 4
 #: Streams whose facts are kept in memory, about 1 KB each.
 _MAX_KNOWN: Final = 10_000
-#: One step of upkeep, and of trimming at an append: rows, streams, pages. Each is some milliseconds.
-_STEP_ROWS: Final = 128
+#: One step of upkeep, and of trimming at an append: rows, streams, pages. Each is some milliseconds,
+#: and commits up to 20 ms where the rows are large.
+_STEP_ROWS: Final = 32
 _STEP_STREAMS: Final = 64
 _STEP_PAGES: Final = 256
 #: SQLite takes the WAL into the file every 4 MiB; readers can keep it from starting over. Beyond this it is made to.
@@ -415,13 +416,14 @@ class SqliteLog:
         db = None
         try:
             db = self._connect()
-            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # takes effect before the first table only
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > len(_MIGRATIONS):
                 raise LogError(
                     f"the event log {self.path} has version {version}, and this program knows up to"
                     f" {len(_MIGRATIONS)}: start the newer program, or name another data folder"
                 )
+            if version == 0:
+                db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # before the first table, or never
             for number, script in enumerate(_MIGRATIONS[version:], version + 1):
                 mark = f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {number}"
                 db.executescript(f"BEGIN; {script}; {mark}; COMMIT")
@@ -583,7 +585,8 @@ class _Transaction:
         pages, free = (self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
         if free <= max(_STEP_PAGES, pages // 4):
             return False
-        self.db.execute(f"PRAGMA incremental_vacuum({_STEP_PAGES})").fetchall()  # works a page for each row fetched
+        for _ in range(_STEP_PAGES):
+            self.db.execute("PRAGMA incremental_vacuum(1)")  # of a greater number Python 3.11 would do one, too
         return True
 
     def finish(self) -> None:
@@ -706,9 +709,10 @@ def _failure(doing: str, error: Exception) -> SSEAppError:
 
 def _complaint(db: sqlite3.Connection | None, error: BaseException) -> str:
     """For whoever starts the program."""
-    if db is None or not _damaged(error):
+    if not _damaged(error):
         return f"can't be used: {error}"
-    reason = error
-    with suppress(sqlite3.Error):
-        reason = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    reason = str(error)
+    if db:
+        with suppress(sqlite3.Error):
+            reason = db.execute("PRAGMA quick_check(1)").fetchone()[0].splitlines()[-1]
     return f"is damaged ({reason}): put a copy of it back, or move it away to begin a new one"

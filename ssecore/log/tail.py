@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 import anyio
 
-from ssecore.errors import LogUnavailable
+from ssecore.errors import LogError, LogUnavailable
 from ssecore.log import Ended, Gap, Log, Row, Stat, framed
 from ssecore.request import EndReason
 from ssecore.wire import Event, encode
@@ -47,6 +47,8 @@ class Tail:
         #: What readers get after the top where it could not be stored: a terminal event without an id.
         self.last_words = b""
         self.readers: dict[Reader, None] = {}
+        #: Who entered and has not left; a reader is one of them from its making to its close.
+        self.guests = 0
         #: Those of the readers that wait in `batch`.
         self.waiting: dict[Reader, None] = {}
         #: Called after each change, besides, and who it is that is called; see `direct`.
@@ -111,13 +113,17 @@ class Tail:
         if (known := self._reads.get(after)) is not None:
             return known
         done = self._reading[after] = anyio.Event()
+        top = self.top
         try:
             rows = await self._log.read(self.stream, after, READ_BYTES)
+            gone = not rows and await self._log.stat(self.stream) is None
         finally:
             del self._reading[after]
             done.set()
-        if not rows:
+        if gone or self.ended == "deleted":  # what stands under the name now is another stream
             return b"", self.top, Gap("expired", after + 1)
+        if not rows:  # age has taken all of them; the stream goes on
+            return b"", top, Gap("trimmed", after + 1, top)
         gap = Gap("trimmed", after + 1, rows[0].first - 1) if rows[0].first > after + 1 else None
         result = (b"".join([framed(row, after) for row in rows]), rows[-1].last, gap)
         while len(self._reads) >= KEPT_READS:
@@ -134,6 +140,8 @@ class Reader:
 
     events = True
     run = None
+    #: A drain ends it in any case: whoever reads it goes on elsewhere.
+    ended = False
     #: Why it broke off: the log couldn't be read.
     failure: Exception | None
 
@@ -153,6 +161,7 @@ class Reader:
         self._stopped = False
         self._wanted: anyio.Event | None = None
         tail.readers[self] = None
+        tail.guests += 1
 
     def ready(self) -> bytes | None:
         """What can be had without waiting; b"" is nothing yet, `None` that the log has to be read."""
@@ -195,7 +204,7 @@ class Reader:
         """What `ready` doesn't have."""
         try:
             frames, last, gap = await self.tail.read(self.after)
-        except LogUnavailable as error:
+        except (LogUnavailable, LogError) as error:
             self.failure, self.finished = error, True
             return b""
         before, self._before = self._before, b""
@@ -258,11 +267,16 @@ class Tails:
         tail = self._tails.get(stream)
         if tail is None or tail.ended is not None:
             tail = self._tails[stream] = Tail(self.log, stream)
+        tail.guests += 1
         return tail
 
     def leave(self, tail: Tail) -> None:
-        """Somebody who entered is done: without readers the tail goes."""
-        if not tail.readers:
+        """Somebody who entered, or a reader, is done. The tail goes with the last of them.
+
+        Not with the last reader: somebody may have entered and not have made its reader yet.
+        """
+        tail.guests -= 1
+        if not tail.guests:
             tail.close()
             if self._tails.get(tail.stream) is tail:
                 del self._tails[tail.stream]

@@ -1,0 +1,592 @@
+"""What is SQLite's own in the event log: the file, its lock, its writer, and what they withstand."""
+
+import logging
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Final
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+import ssecore.log.sqlite
+from ssecore.errors import LogError, LogUnavailable, WriterFenced
+from ssecore.log import Cursor, Gap, Log, Retention, framed, locate, new_epoch
+from ssecore.log.sqlite import SqliteLog
+from tests.test_log import Clock, Watched, everything, facts, frame, run, texts, topic
+
+ROOT: Final = Path(__file__).parent.parent
+MIB: Final = 1024 * 1024
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / "log.sqlite"
+
+
+def filled(path: Path) -> dict[str, Path]:
+    """A log with a run of 300 events in 100 rows, closed properly."""
+
+    async def fill() -> None:
+        log = SqliteLog(path)
+        async with log.running():
+            epoch = await run(log)
+            for number in range(100):
+                await log.append("run", [frame(f"{number} {'x' * 300}")] * 3, epoch=epoch)
+
+    anyio.run(fill)
+    return {entry.name: entry for entry in path.parent.iterdir()}
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def mount(*arguments: str) -> bool:
+    return subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
+
+
+async def written(log: Log, stream: str) -> list[str]:
+    return texts(await everything(log, stream, max_bytes=MIB))
+
+
+# Processes
+
+KEEPER: Final = """
+import sys, anyio
+from ssecore.log import new_epoch
+from ssecore.log.sqlite import SqliteLog
+from ssecore.wire import Event, encode
+
+async def append(log, stream, epoch, name):
+    for number in range(1_000_000):
+        data = [f"{name} {number} {part}" for part in range(3)]
+        last = await log.append(stream, [encode(Event(one)) for one in data], epoch=epoch)
+        print(stream, last, *data, sep=":", flush=True)
+
+async def main():
+    log = SqliteLog(sys.argv[1])
+    async with log.running(), anyio.create_task_group() as group:
+        print("ready", flush=True)
+        if "append" in sys.argv:
+            for stream in ("one", "two"):
+                await log.create(stream, epoch=(epoch := new_epoch()))
+                for name in range(4):
+                    group.start_soon(append, log, stream, epoch, name)
+        else:
+            await anyio.sleep_forever()
+
+anyio.run(main)
+"""
+
+
+@contextmanager
+def keeper(path: Path, *arguments: str) -> Iterator[tuple[int, Iterator[str]]]:
+    """Another process that has the log open; gives its pid and its lines after `ready`. Killed at the end."""
+    command = [sys.executable, "-c", KEEPER, str(path), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}) as process:
+        assert process.stdout
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process.pid, (line.rstrip("\n") for line in process.stdout)
+        finally:
+            process.kill()
+
+
+def test_what_was_acknowledged_is_there_after_a_sigkill(path: Path) -> None:
+    with keeper(path, "append") as (pid, lines):
+        acknowledged = [next(lines) for _ in range(500)]
+        os.kill(pid, signal.SIGKILL)
+        acknowledged += [line for line in lines if line.count(":") == 4]
+
+    async def check() -> None:
+        log = SqliteLog(path)
+        async with log.running():
+            whole = {stream: await written(log, stream) for stream in ("one", "two")}
+            for line in acknowledged:
+                stream, last, *data = line.split(":")
+                assert whole[stream][int(last) - 3 : int(last)] == data
+            assert [stat.stream for stat in await log.unfinished()] == ["one", "two"]
+            for stat in await log.unfinished():
+                assert stat.last == len(whole[stat.stream])
+                assert stat.size == sum(len(row.body) for row in await everything(log, stat.stream))
+                assert await log.find(stat.epochs[0][0]) == stat
+                await log.open(stat.stream, epoch := new_epoch())
+                assert await log.append(stat.stream, [frame("end")], epoch=epoch, close=True) == stat.last + 1
+            assert await log.unfinished() == []
+
+    anyio.run(check)
+
+
+async def test_a_second_process_is_refused_and_told_of_the_first(path: Path) -> None:
+    with keeper(path) as (pid, _):
+        with pytest.raises(LogError, match=f"in use by process {pid}: stop it"):
+            async with SqliteLog(path).running():
+                pytest.fail("entered")
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as group:
+                log = SqliteLog(path, lock_wait_s=30)
+
+                async def enter() -> None:
+                    async with log.running():
+                        await run(log)
+
+                group.start_soon(enter)
+                await checkpoint()
+                os.kill(pid, signal.SIGKILL)
+
+
+async def test_in_one_process_the_file_is_opened_once_and_again_when_closed(path: Path) -> None:
+    first, second = SqliteLog(path), SqliteLog(path)
+    async with first.running():
+        with pytest.raises(LogError, match=f"in use by process {os.getpid()}"):
+            async with second.running():
+                pytest.fail("entered")
+        epoch = await run(first)
+    async with second.running():
+        assert await second.append("run", [frame("a")], epoch=epoch) == 1
+    async with first.running():
+        assert await written(first, "run") == ["a"]
+
+
+async def test_nothing_works_outside_of_running(path: Path) -> None:
+    log = SqliteLog(path)
+    calls: list[Callable[[], Awaitable[object]]] = [
+        lambda: run(log),
+        lambda: log.append("run", [frame("a")], epoch=new_epoch()),
+        lambda: log.read("run", 0, 1000),
+        lambda: log.stat("run"),
+    ]
+    for _ in range(2):
+        for call in calls:
+            with pytest.raises(LogUnavailable):
+                await call()
+        async with log.running():
+            await log.delete("run")
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_what_was_asked_for_before_the_end_is_done(
+    path: Path, cancelled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssecore.log.sqlite, "_MAX_TRANSACTION_BYTES", 1)
+    log = SqliteLog(path)
+    done: list[int] = []
+
+    async def append() -> None:
+        done.append(await log.append("run", [frame("a")], epoch=epoch))
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            with anyio.CancelScope() as scope:
+                async with log.running():
+                    epoch = await run(log)
+                    for _ in range(20):
+                        group.start_soon(append)
+                    await checkpoint()
+                    if cancelled:
+                        scope.cancel()
+    assert sorted(done) == list(range(1, 21))
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["log.sqlite", "log.sqlite.lock"]
+
+
+# The file
+
+
+def foreign(path: Path, application_id: int = 0) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(f"PRAGMA application_id = {application_id}; CREATE TABLE precious (data); ")
+
+
+def empty(path: Path) -> None:
+    path.touch()
+
+
+def newer(path: Path) -> None:
+    filled(path)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+
+
+def damaged(path: Path) -> None:
+    filled(path)
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * (path.stat().st_size - 4096))
+
+
+def truncated(path: Path) -> None:
+    filled(path)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda path: path.write_text("a letter to my aunt\n" * 10), "is not a SQLite file: move it away"),
+        (lambda path: path.write_bytes(b"\0" * 5000), "is not a SQLite file: move it away"),
+        (lambda path: path.write_bytes(b"SQLite format 3\0"), "is another program's database: move it away"),
+        (foreign, "is another program's database: move it away"),
+        (lambda path: foreign(path, 0x12345678), "is another program's database: move it away"),
+        (newer, "has version 99, and this program knows up to 1: start the newer program"),
+        (damaged, r"is damaged \(.+\): put a copy of it back"),
+        (truncated, r"is damaged \(.+\): put a copy of it back"),
+    ],
+    ids=["text", "zeros", "a header alone", "foreign", "foreign with an id", "newer", "damaged", "truncated"],
+)
+async def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(
+    path: Path, spoil: Callable[[Path], object], text: str
+) -> None:
+    path.parent.mkdir()
+    await anyio.to_thread.run_sync(spoil, path)
+    before = content(path)
+    for _ in range(2):
+        with pytest.raises(LogError, match=text):
+            async with SqliteLog(path).running():
+                pytest.fail("entered")
+    assert content(path) == before
+    assert {entry.name for entry in path.parent.iterdir()} == {"log.sqlite", "log.sqlite.lock"}
+
+
+async def test_a_path_that_can_not_be_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "file" / "log.sqlite"):
+        with pytest.raises(LogError, match="can't be"):
+            async with SqliteLog(path).running():
+                pytest.fail("entered")
+
+
+async def test_an_empty_file_becomes_a_log_and_an_older_version_the_newest(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    empty(path)
+    log = SqliteLog(path)
+    async with log.running():
+        await run(log)
+    steps = (*ssecore.log.sqlite._MIGRATIONS, "CREATE TABLE added (n); INSERT INTO added VALUES (7)")
+    monkeypatch.setattr(ssecore.log.sqlite, "_MIGRATIONS", steps)
+    async with log.running():
+        assert await log.stat("run")
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT n FROM added").fetchall() == [(7,)]
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert db.execute("PRAGMA quick_check").fetchall() == [("ok",)]
+
+
+async def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await anyio.to_thread.run_sync(filled, path)
+    before = content(path)
+    steps = (*ssecore.log.sqlite._MIGRATIONS, "CREATE TABLE added (n); INSERT INTO missing VALUES (7)")
+    with monkeypatch.context() as patch:
+        patch.setattr(ssecore.log.sqlite, "_MIGRATIONS", steps)
+        with pytest.raises(LogError, match="no such table: missing"):
+            async with SqliteLog(path).running():
+                pytest.fail("entered")
+    assert content(path) == before
+
+
+async def test_a_copy_put_back_from_before_has_diverged(path: Path) -> None:
+    log = SqliteLog(path)
+    async with log.running():
+        first = await topic(log)
+        for number in range(1, 6):
+            await log.append("topic", [frame(number)], epoch=first)
+    copy = shutil.copy(path, path.with_suffix(".copy"))
+    async with log.running():
+        await log.open("topic", second := new_epoch())
+        for number in range(6, 9):
+            await log.append("topic", [frame(number)], epoch=second)
+    shutil.copy(copy, path)
+    async with log.running():
+        stat = await log.open("topic", third := new_epoch())
+        assert locate(stat, Cursor(first, 5)) == (5, None)
+        assert locate(stat, Cursor(first, 6)) == (5, Gap("diverged", 6, 6)), "the first writer went on"
+        assert locate(stat, Cursor(second, 8)) == (0, Gap("expired", 9)), "its epoch is not in the copy"
+        assert await log.append("topic", [frame("other")], epoch=third) == 6
+        assert await written(log, "topic") == ["1", "2", "3", "4", "5", "other"]
+
+
+# The writer
+
+
+async def test_appends_that_meet_are_one_row_and_one_commit(path: Path) -> None:
+    log = SqliteLog(path)
+    async with log.running():
+        epochs = {name: await topic(log, name) for name in "ab"}
+        watched = Watched(log, "a")
+        async with anyio.create_task_group() as group:
+            for _ in range(100):
+                for name, epoch in epochs.items():
+                    group.start_soon(append_one, log, name, epoch)
+        assert [len(row.ends) for row in watched.rows] == [100]
+        assert watched.rows == await everything(log, "a")
+
+
+async def append_one(log: Log, stream: str, epoch: str, size: int = 1) -> None:
+    await log.append(stream, [frame("x" * size)], epoch=epoch)
+
+
+async def test_a_row_grows_to_a_bound_only(path: Path) -> None:
+    log = SqliteLog(path)
+    async with log.running():
+        epoch = await topic(log)
+        async with anyio.create_task_group() as group:
+            for _ in range(100):
+                group.start_soon(append_one, log, "topic", epoch, 10_000)
+        rows = await everything(log, "topic")
+        assert len(rows) > 10 and all(len(row.body) <= 65_536 for row in rows)
+        assert rows[-1].last == 100
+
+
+async def test_an_appended_row_reads_the_same_however_it_is_looked_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The facts of a stream that are kept in memory, and those in the file, are the same."""
+    monkeypatch.setattr(ssecore.log.sqlite, "_MAX_KNOWN", 2)
+    clock = Clock()
+    log = SqliteLog(path, clock=clock)
+    async with log.running():
+        epochs = {f"run {n}": await run(log, f"run {n}", owner="ann", meta={"n": n}) for n in range(6)}
+        for _ in range(3):
+            for name, epoch in epochs.items():
+                clock.now += 0.1
+                await log.append(name, [frame(name)], epoch=epoch)
+                assert await log.stat(name) == await log.find(epoch)
+        listed = {stat.stream: stat for stat in await log.runs("ann", 10)}
+    async with log.running():
+        assert listed == {name: await log.stat(name) for name in epochs}
+        assert [stat.last for stat in listed.values()] == [3] * 6
+
+
+async def test_full_sync_is_said_to_sqlite(path: Path) -> None:
+    log = SqliteLog(path, full_sync=True)
+    async with log.running():
+        assert log._writer
+        assert log._writer.execute("PRAGMA synchronous").fetchone() == (2,)
+        epoch = await run(log)
+        assert await log.append("run", [frame("a")], epoch=epoch) == 1
+
+
+async def test_a_failing_transaction_fails_its_appends_and_nothing_else(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = SqliteLog(path)
+    failures: list[LogUnavailable] = []
+
+    async def append(text: str) -> None:
+        try:
+            await log.append("run", [frame(text)], epoch=epoch, close=True)
+        except LogUnavailable as error:
+            failures.append(error)
+
+    async with log.running():
+        epoch = await run(log)
+        watched = Watched(log, "run")
+        await log.append("run", [frame("before")], epoch=epoch)
+        assert log._writer
+        log._writer.execute("PRAGMA query_only = ON")
+        async with anyio.create_task_group() as group:
+            for _ in range(10):
+                group.start_soon(append, "lost")
+        with pytest.raises(LogUnavailable):
+            await log.create("other", epoch=new_epoch())
+        assert len(failures) == 10
+        assert failures[0].detail == (
+            "the event log can't be written at the moment: attempt to write a readonly database"
+        )
+        assert failures[0].headers == {"Retry-After": "5"}
+        assert await written(log, "run") == ["before"]
+        assert (await facts(log, "run")).last == 1
+        errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+        assert len(errors) == 1 and str(path) in errors[0].getMessage(), "said once, with the path"
+
+        log._writer.execute("PRAGMA query_only = OFF")
+        assert await log.append("run", [frame("after")], epoch=epoch) == 2
+        assert "is written again" in caplog.text
+        assert texts(watched.rows) == await written(log, "run") == ["before", "after"]
+
+
+async def test_a_bug_in_a_transaction_leaves_nobody_waiting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = SqliteLog(path)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("with a secret in it")
+
+    with anyio.fail_after(10):
+        async with log.running():
+            epoch = await run(log)
+            with monkeypatch.context() as patch:
+                patch.setattr(ssecore.log.sqlite, "appended", fail)
+                with pytest.raises(LogUnavailable, match=r"moment: internal error$"):
+                    await log.append("run", [frame("a")], epoch=epoch)
+            assert await log.append("run", [frame("a")], epoch=epoch) == 1
+
+
+async def test_a_reader_that_fails_says_so_and_the_next_one_works(path: Path) -> None:
+    log = SqliteLog(path)
+    async with log.running():
+        epoch = await run(log)
+        await log.append("run", [frame("a")], epoch=epoch)
+        assert await written(log, "run") == ["a"]
+        (reader,) = log._idle
+        reader.execute("ATTACH ':memory:' AS other")
+        reader.execute("PRAGMA query_only = OFF")
+        reader.execute("CREATE TEMP TABLE streams (n)")
+        with pytest.raises(LogUnavailable, match="can't be read at the moment: no such column"):
+            await log.read("run", 0, 1000)
+        reader.execute("DROP TABLE temp.streams")
+        assert await written(log, "run") == ["a"]
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB, which only root can make."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or not mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)):
+        pytest.skip("needs root: a tmpfs can't be mounted here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+async def test_on_a_full_disk_appends_fail_reads_go_on_and_with_room_it_goes_on(small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"\0" * MIB)
+    log = SqliteLog(small_disk / "log.sqlite")
+    async with log.running():
+        epoch = await run(log)
+        watched = Watched(log, "run")
+        acknowledged: list[str] = []
+        with pytest.raises(LogUnavailable) as caught:
+            for number in range(1000):
+                await log.append("run", [frame(text := f"{number} {'x' * 10_000}")], epoch=epoch)
+                acknowledged.append(text)
+        assert "database or disk is full" in caught.value.detail
+        assert str(small_disk) not in caught.value.detail
+        for _ in range(3):
+            with pytest.raises(LogUnavailable):
+                await log.append("run", [frame("x" * 100_000)], epoch=epoch)
+        assert len(acknowledged) > 50
+        assert await written(log, "run") == acknowledged
+
+        ballast.unlink()
+        assert await log.append("run", [frame("room")], epoch=epoch, close=True) == len(acknowledged) + 1
+        assert texts(watched.rows) == await written(log, "run") == [*acknowledged, "room"]
+        with pytest.raises(WriterFenced):
+            await log.append("run", [frame("late")], epoch=epoch)
+    async with log.running():
+        assert await written(log, "run") == [*acknowledged, "room"]
+
+
+async def test_a_folder_that_can_not_be_written_is_refused(small_disk: Path) -> None:
+    path = small_disk / "log.sqlite"
+    log = SqliteLog(path)
+    async with log.running():
+        await run(log)
+    before = content(path)
+    assert mount("-o", "remount,ro", str(small_disk))
+    with pytest.raises(LogError, match=r"the folder of the event log .* can't be written: Read-only file system"):
+        async with log.running():
+            pytest.fail("entered")
+    assert mount("-o", "remount,rw", str(small_disk))
+    assert content(path) == before
+    async with log.running():
+        assert await log.stat("run")
+
+
+# Retention
+
+
+async def test_the_file_stays_small_while_a_million_events_pass_through(path: Path) -> None:
+    """With readers at work all the time, who get every event or are told from where on."""
+    log = SqliteLog(path, upkeep_s=0.05)
+    kept, batch = 8 * MIB, [frame("x" * 50)] * 1000
+    sizes: list[int] = []
+    done = False
+
+    async def read() -> None:
+        after = 0
+        while not done:
+            for row in await log.read("topic", after, 256 * 1024):
+                after = row.last
+                assert framed(row, after - 1)
+
+    async with log.running():
+        epoch = await topic(log, bytes=kept)
+        async with anyio.create_task_group() as readers:
+            readers.start_soon(read)
+            readers.start_soon(read)
+            for number in range(1000):
+                assert await log.append("topic", batch, epoch=epoch) == (number + 1) * 1000
+                if number % 20 == 0:
+                    sizes.append(size(path))
+                    assert size(path.with_name("log.sqlite-wal")) < 24 * MIB
+            done = True
+        stat = await facts(log, "topic")
+        assert kept - len(b"".join(batch)) < stat.size <= kept
+        assert max(sizes) <= 2 * kept
+        assert len(await written(log, "topic")) == stat.last - stat.first + 1
+
+        await log.open("topic", new_epoch(), retention=Retention(bytes=0))
+        await log.upkeep()
+    assert size(path) < 2 * MIB, "what has been given up is given back"
+
+
+async def test_the_wal_is_taken_into_the_file_before_it_is_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssecore.log.sqlite, "_MAX_WAL_BYTES", MIB // 4)
+    log = SqliteLog(path)
+    async with log.running():
+        epoch = await run(log)
+        for _ in range(50):
+            await log.append("run", [frame("x" * 60_000)], epoch=epoch)
+            assert size(path.with_name("log.sqlite-wal")) < MIB // 2
+
+
+async def test_a_large_run_is_deleted_step_by_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssecore.log.sqlite, "_STEP_ROWS", 10)
+    clock = Clock()
+    log = SqliteLog(path, clock=clock, upkeep_s=3600)
+    async with log.running():
+        for name in ("one", "two"):
+            epoch = await run(log, name, retention=Retention(age_s=60))
+            for _ in range(95):
+                await log.append(name, [frame("x" * 3000)], epoch=epoch)
+            await log.append(name, [frame("end")], epoch=epoch, close=True)
+        clock.now += 60
+        await log.delete("one")
+        await log.upkeep()
+        assert await log.stat("two") is None
+    with closing(sqlite3.connect(path)) as db:
+        for table in ("streams", "epochs", "rows", "garbage"):
+            assert db.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), table
+
+
+async def test_a_deletion_that_was_cut_off_is_finished_at_the_next_start(path: Path) -> None:
+    log = SqliteLog(path, upkeep_s=3600)
+    async with log.running():
+        epoch = await run(log)
+        await log.append("run", [frame("a")], epoch=epoch)
+        await log.delete("run")
+    log = SqliteLog(path, upkeep_s=3600)
+    async with log.running():
+        await log.upkeep()
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM rows").fetchone() == (0,)
