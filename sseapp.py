@@ -26,7 +26,7 @@ from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
 from ssecore.log.tail import Attached, Reader, Tails
 from ssecore.request import Receive, Request, Services
-from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, send_response
+from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, response_start, send_response
 from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
@@ -85,6 +85,7 @@ class SSEApp:
         self.settings = settings or Settings()
         self.state: Any = None
         self.draining = False
+        self._running = False
         #: Set by our runner, which knows its server: see `ssecore.direct`.
         self.direct = False
         self._table = Table([*routes, *RUN_ROUTES])
@@ -118,8 +119,18 @@ class SSEApp:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Run what belongs to the app as a whole: its lifespan, and the sweep over its streams. Once at a time."""
-        if self._timekeeper is not None:
+        if self._running:
             raise RuntimeError("the app is running already")
+        self._running = True
+        try:
+            async with self._opened():
+                yield
+        finally:
+            self._running = False
+
+    @asynccontextmanager
+    async def _opened(self) -> AsyncIterator[None]:
+        failure: Exception | None = None  # of the host: raised outside of the group, which would wrap it
         async with AsyncExitStack() as stack:
             if self._lifespan is not None:
                 self.state = await stack.enter_async_context(self._lifespan(self))
@@ -135,10 +146,14 @@ class SSEApp:
             self.draining = False
             try:
                 yield
+            except Exception as error:
+                failure = error
             finally:
                 await self.drain(0)
                 tasks.cancel_scope.cancel()
                 self._timekeeper = self._services = self._tasks = self.state = None
+        if failure is not None:
+            raise failure
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new streams from now on; give fleeting ones and runs `grace_s` to finish, then end them.
@@ -191,16 +206,15 @@ class SSEApp:
         head = request.method == "HEAD"
         try:
             answer = await self._answer(request, send, head=head)
+            start = response_start(answer) if answer is not None else None
         except ClientGone:
             return
-        except SSEAppError as error:
-            answer = self._refused(request, error)
         except Exception as error:
-            answer = problem(SSEAppError(public_text(error)))
+            answer, start = self._refused(request, error)
         finally:
             request.close()
-        if answer is not None:
-            await send_response(answer, send, head=head)
+        if answer is not None and start is not None:
+            await send_response(answer, start, send, head=head)
 
     async def _answer(self, request: Request, send: Send, *, head: bool) -> Response | None:
         """The answer to send, or `None` where it has been streamed."""
@@ -301,8 +315,19 @@ class SSEApp:
             text = "the service is about to stop" if self.draining else "too many open streams"
             raise Unavailable(f"{text}; try again", headers={"retry-after": str(random.randint(1, 5))})
 
-    def _refused(self, request: Request, error: SSEAppError) -> Response:
-        """The answer to a request that failed. One that will pass must not kill a browser's `EventSource`."""
+    def _refused(self, request: Request, error: Exception) -> tuple[Response, MutableMapping[str, Any]]:
+        """The answer to a request that failed, ready to be sent."""
+        try:
+            answer = self._refusal(request, error)
+            return answer, response_start(answer)
+        except ValueError as bad_headers:
+            answer = problem(SSEAppError(public_text(bad_headers)))
+            return answer, response_start(answer)
+
+    def _refusal(self, request: Request, error: Exception) -> Response:
+        if not isinstance(error, SSEAppError):
+            return problem(SSEAppError(public_text(error)))
+        # What will pass must not kill a browser's `EventSource`.
         if isinstance(error, Unavailable) and request.method == "GET" and request.is_event_source:
             body = b"retry: %d\n" % spread(self._options.retry_ms)
             return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})

@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from ssecore.errors import BadRequest, SettingsError, TooLarge, UpstreamError
 from ssecore.request import Request
-from ssecore.routes import GET, POST
+from ssecore.routes import GET, POST, Run
 from ssecore.settings import Settings
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode_json
 
@@ -264,7 +264,11 @@ async def chat_stream(request: Request) -> AsyncIterator[Event]:
     yield Event("", "done")
 
 
+_Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=100)]
+#: No tokens are paid for that nobody will read.
+LINGERING: Final = Run(linger_s="setting")
+
 ROUTES = [
-    GET("/chat", chat, query=Prompt, data_only=True),
-    POST("/chat/stream", chat_stream, body=Annotated[list[ChatMessage], Meta(min_length=1, max_length=100)]),
+    GET("/chat", chat, query=Prompt, data_only=True, run=LINGERING),
+    POST("/chat/stream", chat_stream, body=_Messages, run=LINGERING),
 ]

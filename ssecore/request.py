@@ -250,9 +250,14 @@ def _decode_json(body: bytes, kind: Any) -> Any:
 
 
 def _bad(error: msgspec.ValidationError) -> BadRequest:
-    """msgspec says `Expected `int` >= 0 - at `$.count``, or `Object missing required field `prompt``."""
+    """What msgspec says, with the field to blame.
+
+    It says "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", or of a key
+    "Expected `int`, got `str` - at `key` in `$.by_number`".
+    """
     text, _, place = str(error).partition(" - at ")
-    field = place.strip("`").removeprefix("$").removeprefix(".") or None
-    if field is None and "field `" in text:
-        field = text.split("`")[1]
+    path = place.rpartition(" in ")[2].strip("`").removeprefix("$")
+    if "field `" in text:
+        path += "." + text.rpartition("field `")[2].rstrip("`")
+    field = path.removeprefix(".") or None
     return BadRequest(f"{field}: {text}" if field else text, field=field)

@@ -12,7 +12,7 @@ from typing import Any
 from ssecore.errors import SSEAppError
 from ssecore.wire import encode_json
 
-__all__ = ["JSON", "ByteStream", "Response", "Send", "problem", "raw_headers", "send_response"]
+__all__ = ["JSON", "ByteStream", "Response", "Send", "problem", "raw_headers", "response_start", "send_response"]
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -63,10 +63,15 @@ def raw_headers(media_type: str | None, headers: Mapping[str, str]) -> list[tupl
     return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in items]
 
 
-async def send_response(response: Response, send: Send, *, head: bool = False) -> None:
-    """Send a whole answer; for HEAD its headers alone, with the length that GET would have."""
+def response_start(response: Response) -> MutableMapping[str, Any]:
+    """The message that begins a whole answer. Raises `ValueError` for headers that can't be sent."""
     headers = raw_headers(response.media_type, response.headers)
     if response.status not in (204, 304):
         headers.append((b"content-length", b"%d" % len(response.body)))
-    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    return {"type": "http.response.start", "status": response.status, "headers": headers}
+
+
+async def send_response(response: Response, start: MutableMapping[str, Any], send: Send, *, head: bool = False) -> None:
+    """Send a whole answer; for HEAD its headers alone, with the length that GET would have."""
+    await send(start)
     await send({"type": "http.response.body", "body": b"" if head else response.body, "more_body": False})

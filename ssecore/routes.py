@@ -30,7 +30,7 @@ _CONVERTERS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "int": (r"(-?[0-9]{1,18})", int),
     "path": (r"(.+)", str),
 }
-_PARAMETER: Final = re.compile(r"{([a-z_]+)(?::([a-z]+))?}")
+_PARAMETER: Final = re.compile(r"{([^{}:]*)(?::([^{}]*))?}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ class Route:
     streams: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        if not self.path.startswith("/"):
+            raise ValueError(f"{self.path!r}: a path begins with /")
         handler = self.handler
         streams = inspect.isasyncgenfunction(handler)
         if not streams and (self.run is not None or not inspect.iscoroutinefunction(handler)):
@@ -105,8 +107,9 @@ class Table:
             if route.method in methods:
                 raise ValueError(f"{route.method} {route.path} stands in the table twice")
             methods[route.method] = route
-            if route.method == "GET":
-                methods.setdefault("HEAD", route)
+        for methods in by_path.values():
+            if "GET" in methods:
+                methods.setdefault("HEAD", methods["GET"])
         self._static = {path: methods for path, methods in by_path.items() if "{" not in path}
         self._dynamic: dict[int, tuple[dict[str, Route], int, list[tuple[str, Callable[[str], Any]]]]] = {}
         alternatives = []
@@ -140,13 +143,17 @@ class Table:
 
 
 def _compile(path: str) -> tuple[str, list[tuple[str, Callable[[str], Any]]]]:
-    pattern, parameters, at = "", [], 0
+    pattern, parameters, at = "", list[tuple[str, Callable[[str], Any]]](), 0
     for match in _PARAMETER.finditer(path):
         name, kind = match[1], match[2] or ""
+        if not re.fullmatch("[a-z_][a-z0-9_]*", name) or name in dict(parameters):
+            raise ValueError(f"{path}: {name!r} is no name for a path parameter, or is there twice")
         if kind not in _CONVERTERS:
             raise ValueError(f"{path}: unknown type {kind!r} of a path parameter; there are int and path")
         group, convert = _CONVERTERS[kind]
         pattern += re.escape(path[at : match.start()]) + group
         parameters.append((name, convert))
         at = match.end()
+    if "{" in path[at:] or "}" in _PARAMETER.sub("", path):
+        raise ValueError(f"{path}: a brace is left over; a path parameter is {{name}}, {{name:int}} or {{name:path}}")
     return pattern + re.escape(path[at:]), parameters

@@ -8,12 +8,12 @@ a second signal ends at once.
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
 import socket
 from types import FrameType
 from typing import Any, Protocol
 
-import anyio
 import uvicorn
 
 from ssecore.errors import SettingsError
@@ -41,21 +41,20 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._grace_s = drain_s
-        self._drain_scope: anyio.CancelScope | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's own: it raises the signal again at the end, and the exit code would not be 0.
         if self.should_exit:
-            self.force_exit = True
-            if self._drain_scope is not None:
-                self._drain_scope.cancel()
-        elif sig == signal.SIGINT:
+            # At once: whatever else would have to be cancelled, and each task would say so in the log. Nothing is lost
+            # by it: the event log withstands it, and runs are closed as interrupted at the next start.
+            logging.shutdown()
+            os._exit(0)
+        if sig == signal.SIGINT:
             self._grace_s = 0
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        with anyio.CancelScope() as self._drain_scope:
-            await self._app.drain(self._grace_s)
+        await self._app.drain(self._grace_s)
         await super().shutdown(sockets)
 
 

@@ -115,5 +115,10 @@ def _parse(name: str, text: str, hint: Any) -> Any:
     try:
         return msgspec.convert(text, hint, strict=False)
     except msgspec.ValidationError as error:
-        expected = str(error).replace("`", "").lower()
-        raise SettingsError(f"{name}={text!r}: {expected}{', or none' if optional else ''}", field=name) from None
+        choices = [choice for literal in (hint, *get_args(hint)) for choice in _choices(literal)]
+        said = f"expected {' or '.join(choices)}" if choices else str(error).replace("`", "").replace(" | null", "")
+        raise SettingsError(f"{name}={text!r}: {said}{', or none' if optional else ''}", field=name) from None
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()

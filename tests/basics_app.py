@@ -1,0 +1,6 @@
+"""The streams of handlers/basics.py and nothing else, for servers that don't carry the whole service."""
+
+from handlers.basics import ROUTES
+from sseapp import SSEApp
+
+app = SSEApp(ROUTES)

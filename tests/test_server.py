@@ -1,0 +1,330 @@
+"""Servers as processes: events come as they are made, signals end all in good order, a frozen client is dropped.
+
+Nothing here waits for a time to pass: what takes a while is looked at again and again (`wait_until`), or read until it
+ends.
+"""
+
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests import serving
+from tests.needs import find, needs
+from tests.serving import Server, run_sseapp, serve, serve_uvicorn, wait_until
+
+server = serving.server
+
+#: What looks into /proc, and at TCP_USER_TIMEOUT.
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+
+EVENT_SOURCE = {"accept": "text/event-stream", "cache-control": "no-cache"}
+
+#: Streams that don't end by themselves within a test.
+IDLE = "/countdown/3600?interval=3600"
+BUSY = "/stream?count=1000000&interval=0.001"
+ENDLESS = [IDLE, BUSY, "/stream/merge?interval=3600", "/stream/timeout?limit=3600&interval=3600"]
+
+
+class Reader:
+    """A stream that is being read, with what has come so far."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.response = response
+        self.body = ""
+        self._chunks = response.iter_text()
+
+    def until(self, text: str) -> None:
+        while text not in self.body:
+            self.body += next(self._chunks)
+
+    def to_the_end(self) -> str:
+        """Raises `httpx.RemoteProtocolError` when the body is cut off."""
+        for chunk in self._chunks:
+            self.body += chunk
+        return self.body
+
+    def whatever_comes(self) -> str:
+        """As `to_the_end`, where being cut off is no failure."""
+        with suppress(httpx.RemoteProtocolError):
+            self.to_the_end()
+        return self.body
+
+
+@contextmanager
+def reading(server: Server, target: str) -> Iterator[Reader]:
+    """Open a stream and read its first bytes."""
+    with server.client.stream("GET", target) as response:
+        reader = Reader(response)
+        reader.until("retry: 2000\n")
+        yield reader
+
+
+def farewell(body: str) -> int:
+    """The reconnection time in milliseconds that a body ends with: a line behind the last event, without an id."""
+    _, _, tail = body.rpartition("\n\n")
+    match = re.fullmatch(r"retry: (\d+)\n", tail)
+    assert match, f"no farewell: {tail!r}"
+    return int(match[1])
+
+
+def is_clean(log: str) -> bool:
+    return "Traceback" not in log and "ERROR" not in log
+
+
+# Events come as they are made
+
+
+@needs("curl")
+def test_curl_shows_an_event_while_the_stream_goes_on(server: Server) -> None:
+    command = [find("curl"), "-sSN", "--noproxy", "*", f"{server.url}{IDLE}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as curl:
+        try:
+            assert curl.stdout is not None
+            shown = b""
+            while not shown.endswith(b"\n\n"):
+                ready, _, _ = select.select([curl.stdout], [], [], 10)
+                assert ready, f"nothing came after {shown!r}"
+                more = curl.stdout.read(4096)
+                assert more, f"the stream ended after {shown!r}"
+                shown += more
+            assert shown == b'retry: 2000\nevent: countdown\ndata: {"remaining":3600}\n\n'
+            assert curl.poll() is None
+        finally:
+            curl.terminate()
+
+
+@linux
+def test_a_client_that_leaves_within_its_body_is_no_error(tmp_path: Path) -> None:
+    head = b"POST /chat/stream HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+    with serve(tmp_path) as server:
+        before = open_sockets(server)
+        with connect(server) as sock:
+            sock.sendall(head + b'[{"role": ')
+            left = wait_until(lambda: open_sockets(server) - before)
+        wait_until(lambda: not left & open_sockets(server))
+        server.process.terminate()
+        assert server.wait() == 0
+    assert is_clean(server.log())
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_has_come(server: Server) -> None:
+    head = b"POST /chat/stream HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with connect(server) as sock:
+        sock.sendall(head + b"content-length: 100000000\r\n\r\n")
+        assert sock.recv(4096).startswith(b"HTTP/1.1 413 ")
+    with connect(server) as sock:
+        # In chunks: more than the limit has to come, and not the end.
+        sock.sendall(head + b"transfer-encoding: chunked\r\n\r\n")
+        sock.sendall(b"100001\r\n" + b" " * 0x100001 + b"\r\n")
+        assert sock.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+def connect(server: Server, *, receive_buffer_bytes: int | None = None) -> socket.socket:
+    sock = socket.socket()
+    if receive_buffer_bytes is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+    sock.settimeout(10)
+    sock.connect(("127.0.0.1", server.port))
+    return sock
+
+
+def open_sockets(server: Server) -> set[str]:
+    """The sockets that the server's process holds, each by a name that is its own."""
+    names = set()
+    for entry in os.scandir(f"/proc/{server.process.pid}/fd"):
+        with suppress(FileNotFoundError):  # closed since
+            names.add(os.readlink(entry.path))
+    return {name for name in names if name.startswith("socket:")}
+
+
+# A websocket
+
+
+@pytest.mark.parametrize("start", [serve, serve_uvicorn], ids=["sseapp", "uvicorn"])
+def test_a_websocket_handshake_is_not_accepted(start: Any, tmp_path: Path) -> None:
+    handshake = (
+        b"GET /nothing HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+        b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    with start(tmp_path) as server, connect(server) as sock:
+        sock.sendall(handshake)
+        status = sock.recv(4096).split(b" ")[1]
+        # A server that knows websockets says 403 for the app; one that doesn't takes it for a GET.
+        assert status in (b"403", b"404")
+        assert server.client.get("/healthz").is_success
+    assert "Traceback" not in server.log()
+
+
+# Signals
+
+
+def test_ctrl_c_ends_endless_streams_within_a_second(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, ExitStack() as stack:
+        readers = [stack.enter_context(reading(server, target)) for target in ENDLESS]
+        begin = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        bodies = [reader.to_the_end() for reader in readers]
+        assert server.wait() == 0
+        assert time.monotonic() - begin < 1
+    for body in bodies:
+        assert farewell(body)
+    assert is_clean(server.log())
+
+
+def test_farewells_are_spread_over_time(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, ExitStack() as stack:
+        readers = [stack.enter_context(reading(server, IDLE)) for _ in range(12)]
+        server.process.send_signal(signal.SIGINT)
+        delays = [farewell(reader.to_the_end()) for reader in readers]
+    # Around the normal one, and hardly two the same.
+    assert len(set(delays)) > 6
+    assert 1000 <= min(delays) <= max(delays) <= 10_000
+
+
+def test_sigterm_lets_a_short_stream_finish(tmp_path: Path) -> None:
+    with serve(tmp_path, env={"SSEAPP_DRAIN_S": "60"}) as server:
+        with reading(server, "/countdown/3?interval=0.2") as reader:
+            server.process.terminate()
+            whole = reader.to_the_end()
+        # It has not waited for the end of its time, as there was nothing to wait for.
+        assert server.wait() == 0
+    assert whole.count("\n\n") == 4
+    assert whole.endswith('event: complete\ndata: {"message":"Countdown finished!"}\nid: end\n\n')
+
+
+def test_sigterm_ends_an_endless_stream_when_the_time_is_over(tmp_path: Path) -> None:
+    with serve(tmp_path, env={"SSEAPP_DRAIN_S": "0.5"}) as server:
+        with reading(server, BUSY) as busy, reading(server, IDLE) as idle:
+            begin = time.monotonic()
+            server.process.terminate()
+            bodies = [busy.to_the_end(), idle.to_the_end()]
+            assert time.monotonic() - begin >= 0.5
+        assert server.wait() == 0
+    for body in bodies:
+        assert farewell(body)
+    assert is_clean(server.log())
+
+
+def test_sigterm_refuses_new_streams_and_says_that_it_does(tmp_path: Path) -> None:
+    with serve(tmp_path, env={"SSEAPP_DRAIN_S": "60"}) as server:
+        with reading(server, IDLE) as endless:
+            server.process.terminate()
+            wait_until(lambda: server.client.get("/readyz").status_code == 503)
+            assert server.client.get("/readyz").json() == {"status": "draining"}
+            assert server.client.get("/healthz").json() == {"status": "ok"}
+
+            refusal = server.client.get("/stream")
+            problem = refusal.json()
+            assert (refusal.status_code, problem["code"]) == (503, "unavailable")
+            assert "about to stop" in problem["detail"]
+            assert int(refusal.headers["retry-after"]) > 0
+
+            soft = server.client.get("/stream", headers=EVENT_SOURCE)
+            assert (soft.status_code, soft.headers["content-type"]) == (200, "text/event-stream")
+            assert re.fullmatch(r"retry: [1-9]\d{3}\n", soft.text)
+            # What is over is over, and what is wrong is wrong.
+            assert server.client.get("/stream", headers=EVENT_SOURCE | {"last-event-id": "end"}).status_code == 204
+            assert server.client.get("/stream?count=x", headers=EVENT_SOURCE).status_code == 400
+            assert endless.body.count("\n\n") == 1
+        # The last stream has gone: there is nothing more to wait for.
+        assert server.wait() == 0
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(second: signal.Signals, tmp_path: Path) -> None:
+    with serve(tmp_path, env={"SSEAPP_DRAIN_S": "60"}) as server:
+        with reading(server, IDLE) as idle:
+            server.process.terminate()
+            wait_until(lambda: server.client.get("/readyz").status_code == 503)
+            begin = time.monotonic()
+            server.process.send_signal(second)
+            assert server.wait() == 0
+            assert time.monotonic() - begin < 2
+            assert "id: end" not in idle.whatever_comes()
+    assert is_clean(server.log())
+
+
+def test_a_signal_while_nothing_happens_ends_the_server(tmp_path: Path) -> None:
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        with serve(tmp_path) as server:
+            server.process.send_signal(sent)
+            assert server.wait() == 0
+        assert is_clean(server.log())
+
+
+# Where it listens
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_an_address_for_all_is_refused_without_saying_so_aloud(host: str, tmp_path: Path) -> None:
+    for result in (
+        run_sseapp("serve", "--host", host, "--port", "0", "--data-dir", str(tmp_path)),
+        run_sseapp("serve", "--port", "0", "--data-dir", str(tmp_path), env={"SSEAPP_HOST": host}),
+    ):
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith(f"sseapp: {host} is not a loopback address")
+        assert "SSEAPP_AUTH=off" in result.stderr
+
+
+def test_an_address_for_all_is_taken_when_it_was_said_aloud(tmp_path: Path) -> None:
+    with serve(tmp_path, "--host", "0.0.0.0", env={"SSEAPP_AUTH": "off"}) as server:
+        assert server.client.get("/healthz").is_success
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.2"])
+def test_any_loopback_address_is_taken(host: str, tmp_path: Path) -> None:
+    with serve(tmp_path, "--host", host) as server:
+        assert server.client.get("/healthz").is_success
+
+
+def test_a_port_in_use_is_said_plainly(server: Server, tmp_path: Path) -> None:
+    port = str(server.port)
+    result = run_sseapp("serve", "--port", port, "--data-dir", str(tmp_path))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(rf"sseapp: can't listen on 127\.0\.0\.1:{port}: .*in use.*\n", result.stderr)
+
+
+def test_an_unknown_host_is_said_plainly(tmp_path: Path) -> None:
+    result = run_sseapp("serve", "--host", "nowhere.invalid", "--data-dir", str(tmp_path))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"sseapp: can't listen on 'nowhere\.invalid': .+\n", result.stderr)
+
+
+def test_a_start_that_fails_says_why_and_its_exit_code_does(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    result = run_sseapp("serve", "--port", "0", "--data-dir", str(file))
+    assert result.returncode not in (0, 1)
+    assert str(file) in result.stderr
+
+
+# A client that stops reading
+
+
+@linux
+def test_a_frozen_client_is_dropped_and_its_socket_freed(tmp_path: Path) -> None:
+    with serve(tmp_path, env={"SSEAPP_SEND_TIMEOUT_S": "1"}) as server:
+        with reading(server, "/countdown/1?interval=1.5") as quiet:
+            before = open_sockets(server)
+            with connect(server, receive_buffer_bytes=4096) as frozen:
+                frozen.sendall(b"GET /stream?count=1000000&interval=0 HTTP/1.1\r\nhost: x\r\n\r\n")
+                held = wait_until(lambda: open_sockets(server) - before)
+                wait_until(lambda: not held & open_sockets(server), 8)
+            # One that has nothing to say for longer than that is not taken for one that nobody reads.
+            assert quiet.to_the_end().endswith("id: end\n\n")
+        server.process.terminate()
+        assert server.wait() == 0
+    assert is_clean(server.log())

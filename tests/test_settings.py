@@ -1,0 +1,213 @@
+"""Settings: read from the environment, refused where they can't be used, and all of them in `sseapp serve --help`."""
+
+import dataclasses
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssecore.errors import SettingsError
+from ssecore.settings import Settings
+from tests.serving import run_sseapp
+
+#: Variables, as the field's metadata or the prefix have them.
+VARIABLES = {
+    field.name: field.metadata["variable"] or f"SSEAPP_{field.name.upper()}" for field in dataclasses.fields(Settings)
+}
+
+
+def test_without_variables_the_defaults_hold() -> None:
+    assert Settings.from_env({}) == Settings()
+    assert Settings.from_env({"PATH": "/bin", "SSEAPP": "1", "XSSEAPP_PORT": "1"}) == Settings()
+
+
+def test_the_defaults_are_those_of_the_documentation() -> None:
+    settings = Settings()
+    assert (settings.host, settings.port, settings.data_dir) == ("127.0.0.1", 8000, Path("var"))
+    assert (settings.heartbeat_s, settings.send_timeout_s, settings.drain_s) == (15, 30, 8)
+    assert (settings.auth, settings.max_stream_s, settings.openai_api_key) == (None, None, None)
+    assert (settings.mock_delay_s, settings.max_import_bytes) == (0.1, 1024**3)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("SSEAPP_HOST", "::1", "host", "::1"),
+        ("SSEAPP_PORT", "0", "port", 0),
+        ("SSEAPP_PORT", "65535", "port", 65535),
+        ("SSEAPP_DATA_DIR", "/srv/data", "data_dir", Path("/srv/data")),
+        ("SSEAPP_AUTH", "off", "auth", "off"),
+        ("SSEAPP_AUTH", "", "auth", None),
+        ("SSEAPP_HEARTBEAT_S", "0.5", "heartbeat_s", 0.5),
+        ("SSEAPP_HEARTBEAT_S", "2", "heartbeat_s", 2.0),
+        ("SSEAPP_DRAIN_S", "0", "drain_s", 0.0),
+        ("SSEAPP_MAX_STREAM_S", "60", "max_stream_s", 60.0),
+        ("SSEAPP_MAX_STREAM_S", "none", "max_stream_s", None),
+        ("SSEAPP_MAX_STREAMS", "none", "max_streams", None),
+        ("SSEAPP_MAX_STREAMS", "None", "max_streams", None),
+        ("SSEAPP_MAX_STREAMS", "12", "max_streams", 12),
+        ("SSEAPP_MAX_BODY_BYTES", "1", "max_body_bytes", 1),
+        ("OPENAI_BASE_URL", "http://127.0.0.1:1/v1", "openai_base_url", "http://127.0.0.1:1/v1"),
+        ("OPENAI_API_KEY", "key", "openai_api_key", "key"),
+        ("OPENAI_API_KEY", "", "openai_api_key", None),
+        ("OPENAI_MODEL", "", "openai_model", "gpt-4o-mini"),
+        ("OPENAI_MODEL", "tiny", "openai_model", "tiny"),
+    ],
+)
+def test_a_variable_sets_its_field(variable: str, text: str, name: str, value: Any) -> None:
+    settings = Settings.from_env({variable: text})
+    assert getattr(settings, name) == value
+    assert type(getattr(settings, name)) is type(value)
+    assert dataclasses.replace(settings, **{name: getattr(Settings(), name)}) == Settings()
+
+
+def test_the_environment_is_the_process_own_if_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSEAPP_PORT", "1234")
+    assert Settings.from_env().port == 1234
+
+
+def test_an_option_wins_over_its_variable() -> None:
+    environ = {"SSEAPP_PORT": "1", "SSEAPP_HOST": "::1"}
+    settings = Settings.from_env(environ, port="2", host=None, data_dir=None)
+    assert (settings.port, settings.host) == (2, "::1")
+
+
+def test_an_option_hides_a_wrong_variable() -> None:
+    assert Settings.from_env({"SSEAPP_PORT": "wrong"}, port="2").port == 2
+
+
+# Wrong values
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "expectation"),
+    [
+        ("SSEAPP_PORT", "http", r"\bint"),
+        ("SSEAPP_PORT", "", r"\bint"),
+        ("SSEAPP_PORT", "80.5", r"\bint"),
+        ("SSEAPP_PORT", "-1", ">= 0"),
+        ("SSEAPP_PORT", "65536", "<= 65535"),
+        ("SSEAPP_HEARTBEAT_S", "soon", r"\b(float|number)"),
+        ("SSEAPP_HEARTBEAT_S", "0", "> 0"),
+        ("SSEAPP_HEARTBEAT_S", "-1", "> 0"),
+        ("SSEAPP_HEARTBEAT_S", "nan", "> 0"),
+        ("SSEAPP_HEARTBEAT_S", "inf", "<= 10000000"),
+        ("SSEAPP_DRAIN_S", "nan", ">= 0"),
+        ("SSEAPP_MAX_STREAMS", "many", r"\bint.*\bnone\b"),
+        ("SSEAPP_MAX_STREAMS", "0", r">= 1.*\bnone\b"),
+        ("SSEAPP_MAX_BODY_BYTES", "none", r"\bint"),
+        ("SSEAPP_RETRY_MS", "1.5", r"\bint"),
+        ("SSEAPP_AUTH", "on", r"\boff\b"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name_value_and_expectation(variable: str, text: str, expectation: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_env({variable: text})
+    said = re.fullmatch(rf"{variable}={text!r}: (.+)", str(refused.value))
+    assert said, refused.value
+    assert re.search(expectation, said[1])
+    assert refused.value.field == variable
+
+
+def test_what_is_expected_is_said_once_and_in_words() -> None:
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_env({"SSEAPP_MAX_STREAMS": "many"})
+    assert "null" not in str(refused.value)
+    assert str(refused.value).count("none") == 1
+
+
+def test_a_wrong_option_is_refused_by_the_name_of_the_option() -> None:
+    with pytest.raises(SettingsError, match=r"^--port='x': .*\bint"):
+        Settings.from_env({"SSEAPP_PORT": "1"}, port="x")
+
+
+# Unknown variables
+
+
+@pytest.mark.parametrize(
+    ("variable", "near"),
+    [
+        ("SSEAPP_HEARTBEATS", "SSEAPP_HEARTBEAT_S"),
+        ("SSEAPP_MAX_STREAM", "SSEAPP_MAX_STREAM"),
+        ("SSEAPP_DATADIR", "SSEAPP_DATA_DIR"),
+        ("SSEAPP_POTR", "SSEAPP_PORT"),
+    ],
+)
+def test_an_unknown_variable_is_warned_about_with_the_nearest_name(
+    variable: str, near: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Settings.from_env({variable: "1"}) == Settings()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert re.search(rf"\b{variable}\b.* is it {near}", record.getMessage())
+
+
+def test_an_unknown_variable_like_no_other_is_warned_about_without_a_guess(caplog: pytest.LogCaptureFixture) -> None:
+    Settings.from_env({"SSEAPP_QQQQQQQQQQQQQQQ": "1", "QQQ": "1"})
+    (message,) = caplog.messages
+    assert "SSEAPP_QQQQQQQQQQQQQQQ" in message
+    assert "is it" not in message
+
+
+def test_known_variables_and_those_of_others_are_not_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    defaults = {name: getattr(Settings(), name) for name in VARIABLES}
+    Settings.from_env(
+        {VARIABLES[name]: str(default) for name, default in defaults.items()} | {"HOME": "/", "sseapp_x": ""}
+    )
+    assert caplog.messages == []
+
+
+def test_the_value_of_an_unknown_variable_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    Settings.from_env({"SSEAPP_OPENAI_API_KEY": "the-secret"})
+    assert len(caplog.messages) == 1
+    assert "the-secret" not in caplog.text
+
+
+# Secrets
+
+
+def test_a_secret_is_not_in_the_repr() -> None:
+    settings = Settings.from_env({"OPENAI_API_KEY": "the-secret"})
+    assert settings.openai_api_key == "the-secret"
+    assert "the-secret" not in f"{settings!r} {settings}"
+
+
+# The command
+
+
+def test_help_lists_every_setting_with_its_default() -> None:
+    result = run_sseapp("serve", "--help")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    for field in dataclasses.fields(Settings):
+        default = "none" if field.default is None else re.escape(str(field.default))
+        listed = rf"(?m)^ +{VARIABLES[field.name]}\s+{re.escape(field.metadata['help'])}\s+\(default: {default}\)$"
+        assert re.search(listed, result.stdout), f"{VARIABLES[field.name]} is not in\n{result.stdout}"
+    for option in ("--host", "--port", "--data-dir"):
+        assert option in result.stdout
+
+
+def test_the_command_says_what_is_wrong_with_a_variable() -> None:
+    result = run_sseapp("serve", env={"SSEAPP_PORT": "http"})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"sseapp: SSEAPP_PORT='http': .*\bint.*\n", result.stderr)
+
+
+def test_the_command_says_what_is_wrong_with_an_option() -> None:
+    result = run_sseapp("serve", "--port", "99999")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"sseapp: --port='99999': .*65535\n", result.stderr)
+
+
+def test_the_command_warns_of_an_unknown_variable() -> None:
+    result = run_sseapp("serve", "--host", "192.0.2.1", env={"SSEAPP_POTR": "1"})
+    assert result.returncode == 2
+    assert re.search(r"SSEAPP_POTR.*SSEAPP_PORT\?", result.stderr)
+
+
+def test_the_command_alone_says_how_it_is_used() -> None:
+    result = run_sseapp()
+    assert result.returncode == 2
+    assert "serve" in result.stderr
