@@ -1,0 +1,120 @@
+"""A TCP relay that breaks connections off, as a bad network does.
+
+    with relay(server_port, budgets=[300, 1000]) as line:
+        ...                                  # clients use line.url
+        line.wait_streams(2)                 # until the second event stream has begun
+        line.answers()                       # all that came back, connection by connection
+
+The n-th answer that is an event stream is reset once so many bytes of it have gone through; those beyond the list are
+left whole, and so is every other answer.
+"""
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Final
+
+__all__ = ["Relay", "relay"]
+
+_RESET: Final = struct.pack("ii", 1, 0)
+
+
+class Relay:
+    """See above; made by `relay`."""
+
+    def __init__(self, port: int, budgets: Sequence[int]) -> None:
+        self._port = port
+        self._budgets = list(budgets)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._changed = threading.Condition()
+        self._answers: list[bytearray] = []
+        self._streams = 0
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._start(self._accept)
+
+    def wait_streams(self, count: int, limit_s: float = 20) -> None:
+        """Wait until so many event streams have begun."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._streams >= count, limit_s), f"{self._streams} streams only"
+
+    def answers(self) -> list[bytes]:
+        """All that came back, connection by connection."""
+        with self._changed:
+            return [bytes(answer) for answer in self._answers]
+
+    def cut(self) -> None:
+        """Reset all connections that are open now."""
+        for sock in self._sockets[:]:
+            self._reset(sock)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self.cut()
+        for thread in self._threads:
+            thread.join(5)
+        self._listener.close()
+
+    def _start(self, work: object, *arguments: object) -> None:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._port))
+                for sock in (client, server):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._sockets += [client, server]
+                with self._changed:
+                    answer = bytearray()
+                    self._answers.append(answer)
+                self._start(self._pump, client, server, None)
+                self._start(self._pump, server, client, answer)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, answer: bytearray | None) -> None:
+        budget = None
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if answer is not None and b"content-type: text/event-stream" in data:
+                    with self._changed:
+                        budget = self._budgets.pop(0) if self._budgets else None
+                        self._streams += 1
+                        self._changed.notify_all()
+                if budget is not None:
+                    data, budget = data[:budget], budget - len(data[:budget])
+                sink.sendall(data)
+                if answer is not None:
+                    with self._changed:
+                        answer += data
+                if budget == 0:
+                    self._reset(sink)
+                    self._reset(source)
+                    return
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def _reset(self, sock: socket.socket) -> None:
+        if sock in self._sockets:
+            self._sockets.remove(sock)
+        with suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RD)
+        sock.close()
+
+
+@contextmanager
+def relay(port: int, budgets: Sequence[int] = ()) -> Iterator[Relay]:
+    """A relay in front of a port of this machine."""
+    line = Relay(port, budgets)
+    try:
+        yield line
+    finally:
+        line.close()
