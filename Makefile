@@ -4,8 +4,9 @@ PYTHON ?= python3
 UV ?= uv
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PEERS := .venv-peers/installed
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
-	--python-version 3.11 $(ARGS) pyproject.toml
+	--python-version 3.11 $(ARGS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -40,13 +41,19 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ## the benchmarks, or one of them (NAME=…)
-	$(BIN)/python -m benchmarks $(NAME)
+bench: install $(PEERS) ## the benchmarks beside their peers, or one of them (NAME=… ARGS='--rounds 3')
+	$(BIN)/python -m benchmarks $(ARGS) $(NAME)
+
+$(PEERS): benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --require-hashes -r $<
+	@touch $@
 
 lock: ## the locks again, with uv (ARGS=--upgrade for newer versions)
-	$(LOCK) --output-file requirements.txt
-	$(LOCK) --group dev --constraints requirements.txt --output-file requirements-dev.txt
+	$(LOCK) --output-file requirements.txt pyproject.toml
+	$(LOCK) --group dev --constraints requirements.txt --output-file requirements-dev.txt pyproject.toml
+	$(LOCK) --constraints requirements.txt --output-file benchmarks/requirements-peers.txt benchmarks/requirements-peers.in
 
 clean: ## all that was made, but not the data in ./var
-	rm -rf .venv dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
