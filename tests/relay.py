@@ -5,20 +5,17 @@
         line.wait_streams(2)                 # until the second event stream has begun
         line.answers()                       # all that came back, connection by connection
 
-The n-th answer that is an event stream is reset once so many bytes of it have gone through; those beyond the list are
-left whole, and so is every other answer.
+The n-th answer that is an event stream breaks off once so many bytes of it have gone through; those beyond the list
+are left whole, and so is every other answer. A client gets all that went through before the break: not so with a reset,
+which throws away what the client hasn't read yet, its first event id perhaps (that case is what `?key=` is for).
 """
 
 import socket
-import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Final
 
 __all__ = ["Relay", "relay"]
-
-_RESET: Final = struct.pack("ii", 1, 0)
 
 
 class Relay:
@@ -39,7 +36,9 @@ class Relay:
     def wait_streams(self, count: int, limit_s: float = 20) -> None:
         """Wait until so many event streams have begun."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._streams >= count, limit_s), f"{self._streams} streams only"
+            if not self._changed.wait_for(lambda: self._streams >= count, limit_s):
+                ends = "\n".join(repr(bytes(answer[-300:])) for answer in self._answers)
+                raise AssertionError(f"{self._streams} streams only, not {count}; the answers ended with\n{ends}")
 
     def answers(self) -> list[bytes]:
         """All that came back, connection by connection."""
@@ -47,9 +46,9 @@ class Relay:
             return [bytes(answer) for answer in self._answers]
 
     def cut(self) -> None:
-        """Reset all connections that are open now."""
+        """Break off all connections that are open now."""
         for sock in self._sockets[:]:
-            self._reset(sock)
+            self._break(sock)
 
     def close(self) -> None:
         with suppress(OSError):
@@ -94,19 +93,17 @@ class Relay:
                     with self._changed:
                         answer += data
                 if budget == 0:
-                    self._reset(sink)
-                    self._reset(source)
+                    self._break(sink)
+                    self._break(source)
                     return
         with suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
 
-    def _reset(self, sock: socket.socket) -> None:
+    def _break(self, sock: socket.socket) -> None:
         if sock in self._sockets:
             self._sockets.remove(sock)
         with suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RD)
+            sock.shutdown(socket.SHUT_RDWR)
         sock.close()
 
 

@@ -88,7 +88,7 @@ def test_a_chat_goes_on_over_cuts_and_the_model_is_called_once(page: Page, tmp_p
         with serve(tmp_path, env=environ) as server, relay(server.port, cuts) as line:
             seen = listen(page, line.url, "/chat?prompt=hi")
             runs = httpx.get(f"{server.url}/runs").json()["runs"]
-        model.settle()
+            model.settle()
         assert len(model.calls) == 1
     texts = [data for _, data, _ in seen["events"]]
     assert texts.pop() == "[DONE]"
@@ -97,6 +97,16 @@ def test_a_chat_goes_on_over_cuts_and_the_model_is_called_once(page: Page, tmp_p
     assert seen["opened"] == len(cuts) + 1
     assert [run["state"] for run in runs] == ["completed"]
     assert sum(answer.count(b"HTTP/1.1 204") for answer in line.answers()) == 1
+
+
+def test_with_a_key_a_cut_before_the_first_event_starts_nothing_twice(page: Page, tmp_path: Path) -> None:
+    environ = {"SSEAPP_RETRY_MS": "50", "SSEAPP_MOCK_DELAY_S": "0"}
+    with serve(tmp_path, env=environ) as server, relay(server.port, [100, 250, 300]) as line:
+        seen = listen(page, line.url, "/chat?prompt=hi&key=0123456789abcdef0123456789")
+        runs = httpx.get(f"{server.url}/runs").json()["runs"]
+    assert len(runs) == 1
+    assert contiguous([id for _, _, id in seen["events"]])
+    assert seen["events"][-1][1] == "[DONE]"
 
 
 def test_a_fleeting_stream_runs_once(page: Page, tmp_path: Path) -> None:
