@@ -14,7 +14,7 @@ import random
 import sys
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import anyio
 from anyio.abc import TaskGroup
@@ -67,6 +67,9 @@ _EVENT_STREAM_HEADERS = [
     # nginx buffers no answer that says so, whatever its configuration.
     (b"x-accel-buffering", b"no"),
 ]
+
+#: How long a client may take to read a farewell.
+FAREWELL_S: Final = 1.0
 
 #: Makes what handlers find in `request.state`; left when the app stops.
 Lifespan = Callable[["SSEApp"], AbstractAsyncContextManager[Any]]
@@ -159,7 +162,7 @@ class SSEApp:
         """Refuse new streams from now on; give fleeting ones and runs `grace_s` to finish, then end them.
 
         Readers of runs and topics get their farewell at once: what they read goes on without them. Returns when all
-        have ended, or after a second more: a client that doesn't read keeps its stream.
+        have ended, or after a second more: a client that doesn't read keeps its stream, until `abort`.
         """
         self.draining = True
         for stream in list(self._streams):
@@ -172,8 +175,13 @@ class SSEApp:
                 await self._no_streams()
             for stream in list(self._streams):
                 stream.stop("drain")
-            with anyio.move_on_after(1):
+            with anyio.move_on_after(FAREWELL_S):
                 await self._no_streams()
+
+    def abort(self) -> None:
+        """Cut off who is still there: before the server cancels their tasks, and says so in its log."""
+        for stream in list(self._streams):
+            stream.abort("drain")
 
     async def _no_streams(self) -> None:
         while self._streams:

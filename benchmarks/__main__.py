@@ -8,11 +8,19 @@ import inspect
 import sys
 from collections.abc import Callable
 
-from benchmarks import memory, throughput
-from benchmarks.process import pin_load
+from benchmarks import durable, fanout, history, memory, resume, retention, throughput
+from benchmarks.process import pin_load, raise_file_limit
 from benchmarks.report import Report
 
-BENCHMARKS: dict[str, Callable[..., Report]] = {"memory": memory.run, "throughput": throughput.run}
+BENCHMARKS: dict[str, Callable[..., Report]] = {
+    "durable": durable.run,
+    "fanout": fanout.run,
+    "history": history.run,
+    "memory": memory.run,
+    "resume": resume.run,
+    "retention": retention.run,
+    "throughput": throughput.run,
+}
 
 
 def main() -> int:
@@ -40,6 +48,7 @@ def main() -> int:
     if unknown := sorted(set(names) - set(BENCHMARKS)):
         parser.error(f"no benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}")
     pin_load()
+    raise_file_limit()
     for name in names:
         given = {key: value for key, value in options.items() if value is not None and name in defaults[key]}
         report = BENCHMARKS[name](**given)

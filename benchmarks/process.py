@@ -2,17 +2,29 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-__all__ = ["PEERS_PYTHON", "ROOT", "Server", "memory_bytes", "pin_load", "pin_server", "rss_samples"]
+__all__ = [
+    "PEERS_PYTHON",
+    "ROOT",
+    "Server",
+    "cpu_s",
+    "memory_bytes",
+    "pin_load",
+    "pin_server",
+    "raise_file_limit",
+    "rss_samples",
+    "samples",
+]
 
 ROOT = Path(__file__).parent.parent
 #: Of the environment that requirements-peers.txt is installed in.
@@ -31,16 +43,35 @@ def pin_load() -> None:
     os.sched_setaffinity(0, {_LOAD_CORE})
 
 
+def raise_file_limit() -> None:
+    """For thousands of sockets, here and in servers started from now on."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 class Server:
     """A server that runs until its `with` block ends, on a `port` that was free.
 
-    Raises `RuntimeError` with its output where it doesn't start.
+    `environ` is added to the environment. Raises `RuntimeError` with its output where it doesn't start.
     """
 
-    def __init__(self, arguments: Sequence[str], python: Path = Path(sys.executable)) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        python: Path = Path(sys.executable),
+        *,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self._log = tempfile.TemporaryFile()
         command = [str(python.absolute()), *arguments]
-        self._process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=self._log, preexec_fn=pin_server)
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=self._log,
+            stderr=self._log,
+            env={**os.environ, **(environ or {})},
+            preexec_fn=pin_server,
+        )
         self.pid = self._process.pid
         try:
             self.port = self._wait_for_port()
@@ -49,8 +80,17 @@ class Server:
             raise
 
     @classmethod
-    def service(cls, data_dir: str) -> Self:
-        return cls(["-m", "sseapp", "serve", "--port", "0", "--data-dir", data_dir])
+    def service(cls, data_dir: str, log: str = "sqlite") -> Self:
+        return cls(["-m", "sseapp", "serve", "--port", "0", "--data-dir", data_dir, "--log", log])
+
+    @classmethod
+    def app(
+        cls, data_dir: str, log: str = "sqlite", *, by_task: bool = False, settings: Mapping[str, object] | None = None
+    ) -> Self:
+        """`benchmarks.app`, with `settings` by their names."""
+        environ = {f"SSEAPP_{name.upper()}": str(value) for name, value in (settings or {}).items()}
+        way = ["--by-task"] if by_task else []
+        return cls(["-m", "benchmarks.app", "--data-dir", data_dir, "--log", log, *way], environ=environ)
 
     @classmethod
     def uvicorn(cls, peer: str, python: Path = Path(sys.executable)) -> Self:
@@ -70,12 +110,7 @@ class Server:
         raise RuntimeError(f"{self._process.args!r} did not start:\n{output.decode()}")
 
     def cpu_s(self) -> float:
-        """User and system time, of threads that have ended too.
-
-        /proc/<pid>/stat counts hundredths of a second, this clock nanoseconds. Its number is made as the kernel's
-        MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED) does (include/linux/posix-timers.h).
-        """
-        return time.clock_gettime((~self.pid << 3) | 2)
+        return cpu_s(self.pid)
 
     def __enter__(self) -> Self:
         return self
@@ -90,6 +125,15 @@ class Server:
         self._log.close()
 
 
+def cpu_s(pid: int) -> float:
+    """A process's user and system time, of threads that have ended too.
+
+    /proc/<pid>/stat counts hundredths of a second, this clock nanoseconds. Its number is made as the kernel's
+    MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED) does (include/linux/posix-timers.h).
+    """
+    return time.clock_gettime((~pid << 3) | 2)
+
+
 def memory_bytes(pid: int, field: str = "VmRSS") -> int:
     """From /proc/<pid>/status: `VmRSS`, or `VmHWM`, its highest so far. Raises `RuntimeError` if the process ended."""
     found = re.search(rf"^{field}:\s*(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
@@ -99,21 +143,28 @@ def memory_bytes(pid: int, field: str = "VmRSS") -> int:
 
 
 @contextmanager
-def rss_samples(pid: int, every_s: float = 0.05) -> Iterator[list[int]]:
-    """Samples of a process's memory in bytes while the block runs, and its highest point, if they missed that."""
-    samples, highest = [memory_bytes(pid)], memory_bytes(pid, "VmHWM")
-    over = threading.Event()
+def samples(probe: Callable[[], int], every_s: float = 0.05) -> Iterator[list[int]]:
+    """What `probe` says at equal intervals while the block runs."""
+    found, over = [probe()], threading.Event()
 
     def sample() -> None:
         while not over.wait(every_s):
-            samples.append(memory_bytes(pid))
+            found.append(probe())
 
     thread = threading.Thread(target=sample)
     thread.start()
     try:
-        yield samples
+        yield found
     finally:
         over.set()
         thread.join()
+
+
+@contextmanager
+def rss_samples(pid: int, every_s: float = 0.05) -> Iterator[list[int]]:
+    """Samples of a process's memory in bytes while the block runs, and its highest point, if they missed that."""
+    highest = memory_bytes(pid, "VmHWM")
+    with samples(lambda: memory_bytes(pid), every_s) as found:
+        yield found
     if memory_bytes(pid, "VmHWM") > highest:
-        samples.append(memory_bytes(pid, "VmHWM"))
+        found.append(memory_bytes(pid, "VmHWM"))

@@ -18,14 +18,14 @@ from contextlib import ExitStack, asynccontextmanager, closing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 from anyio import CancelScope, CapacityLimiter, to_thread
 
 from ssecore.errors import SSEAppError, Unavailable
 
-__all__ = ["COLUMNS", "NewTask", "Status", "Tasks", "open_tasks"]
+__all__ = ["COLUMNS", "NewTask", "Status", "Task", "Tasks", "open_tasks"]
 
 Status = Literal["open", "doing", "done"]
 COLUMNS: Final = ("id", "title", "description", "status", "priority", "due", "created")
@@ -86,6 +86,18 @@ class NewTask(msgspec.Struct, array_like=True):
     due: str | None
 
 
+class Task(NamedTuple):
+    """A row, by `COLUMNS`."""
+
+    id: int
+    title: str
+    description: str
+    status: Status
+    priority: int
+    due: str | None
+    created: str
+
+
 class Tasks:
     """The table. Every method raises `Unavailable` where the file can't be used at the moment (locked, disk full)."""
 
@@ -97,6 +109,13 @@ class Tasks:
     async def insert(self, tasks: Sequence[NewTask]) -> None:
         """All of them, or none."""
         await to_thread.run_sync(self._work, partial(_insert, tasks), limiter=self._writing)
+
+    async def get(self, id: int) -> Task | None:
+        return await to_thread.run_sync(self._work, partial(_get, id), limiter=self._reading)
+
+    async def set_status(self, id: int, status: Status) -> bool:
+        """Whether there is such a task."""
+        return await to_thread.run_sync(self._work, partial(_set_status, id, status), limiter=self._writing)
 
     async def pages(
         self, status: Status | None = None, text: str | None = None, limit: int = sys.maxsize
@@ -199,6 +218,15 @@ def _prepare(connection: sqlite3.Connection) -> None:
 def _insert(tasks: Sequence[NewTask], connection: sqlite3.Connection) -> None:
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     connection.execute(_INSERT, (created, msgspec.json.encode(tasks).decode()))
+
+
+def _get(id: int, connection: sqlite3.Connection) -> Task | None:
+    rows = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM tasks WHERE id = ?", (id,)).fetchall()
+    return Task(*rows[0]) if rows else None
+
+
+def _set_status(id: int, status: Status, connection: sqlite3.Connection) -> bool:
+    return connection.execute("UPDATE tasks SET status = ? WHERE id = ?", (status, id)).rowcount > 0
 
 
 def _read(sql: str, values: dict[str, Any], connection: sqlite3.Connection) -> tuple[int, bytes | None]:

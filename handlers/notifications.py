@@ -34,11 +34,11 @@ async def user_stream(request: Request, user_id: str) -> Subscription:
 
 
 async def notify(request: Request, user_id: str) -> Response:
-    return await _publish(request, f"users/{_checked(user_id)}", "notification")
+    return JSON({"id": await _publish(request, f"users/{_checked(user_id)}", "notification")}, status=202)
 
 
 async def message(request: Request, user_id: str) -> Response:
-    return await _publish(request, f"users/{_checked(user_id)}", "message")
+    return JSON({"id": await _publish(request, f"users/{_checked(user_id)}", "message")}, status=202)
 
 
 async def topic(request: Request, name: str) -> Subscription:
@@ -46,13 +46,14 @@ async def topic(request: Request, name: str) -> Subscription:
 
 
 async def publish(request: Request, name: str) -> Response:
-    return await _publish(request, f"topics/{_checked(name)}", request.query.event)
+    topic = f"topics/{_checked(name)}"
+    id = await _publish(request, topic, request.query.event)
+    return JSON({"id": id, "subscribers": request.topics.subscribers(topic)}, status=202)
 
 
-async def _publish(request: Request, topic: str, event: str) -> Response:
+async def _publish(request: Request, topic: str, event: str) -> str:
     # As posted, byte for byte: it has been read as JSON, so it is nothing else.
-    cursor = await request.topics.publish(topic, Event(request.raw_body.strip(), event))
-    return JSON({"id": str(cursor), "subscribers": request.topics.subscribers(topic)}, status=202)
+    return str(await request.topics.publish(topic, Event(request.raw_body.strip(), event)))
 
 
 def _checked(name: str) -> str:

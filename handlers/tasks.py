@@ -1,4 +1,4 @@
-"""Rows of a real database: import a CSV, stream what matches, export.
+"""Rows of a real database: import a CSV, stream what matches, work on one task, export.
 
 Boundary of trust: an import is any bytes whatever. It is read in bounded pieces; a row that can't be used costs one
 `item_error`, and the next line is a row again.
@@ -6,21 +6,24 @@ Boundary of trust: an import is any bytes whatever. It is read in bounded pieces
 
 import csv
 import io
+import re
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
-from datetime import date
-from typing import IO, Annotated, Any, Final, get_args
+from datetime import UTC, date, datetime
+from typing import IO, Annotated, Any, Final, Literal, get_args
 
 import msgspec
-from anyio import to_thread
+from anyio import current_time, to_thread
 from msgspec import UNSET, Meta, UnsetType
 
-from handlers.database import COLUMNS, NewTask, Status, Tasks, open_tasks
-from ssecore.errors import BadRequest
+from handlers.chat import ChatMessage
+from handlers.database import COLUMNS, NewTask, Status, Task, Tasks, open_tasks
+from ssecore.errors import BadRequest, NotFound, SSEAppError
 from ssecore.request import Request
 from ssecore.responses import ByteStream
-from ssecore.routes import GET, POST, Upload
+from ssecore.routes import GET, POST, Run, Upload
+from ssecore.stream import public_text
 from ssecore.wire import Event
 
 __all__ = ["ROUTES", "TaskFile", "Tasks", "open_tasks"]
@@ -47,6 +50,18 @@ class _Rows(msgspec.Struct):
 class _Search(_Rows):
     q: Annotated[str, Meta(max_length=1000)] | UnsetType = UNSET
     limit: Annotated[int, Meta(ge=1)] = sys.maxsize
+
+
+Operation = Literal["analyze", "summarize", "finish"]
+
+
+class _Operation(msgspec.Struct):
+    operation: Operation
+
+
+class _Execution(_Operation):
+    #: 18 digits at most, as in a path; SQLite has no more than 64 bits.
+    task_id: Annotated[int, Meta(ge=1, lt=10**18)]
 
 
 async def import_tasks(request: Request) -> AsyncIterator[Event]:
@@ -82,6 +97,80 @@ async def export_tasks(request: Request) -> ByteStream:
 
     headers = {"content-disposition": 'attachment; filename="tasks.csv"'}
     return ByteStream(chunks(), "text/csv; charset=utf-8", headers)
+
+
+async def execute_task(request: Request, task_id: int | None = None) -> AsyncIterator[Event]:
+    """Work on one task. What fails behind the first event is told as the last one."""
+    began = current_time()
+    id: int = request.body.task_id if task_id is None else task_id
+    operation: Operation = (request.body if task_id is None else request.query).operation
+    task = await request.state.tasks.get(id)
+    if task is None:
+        raise NotFound(f"there is no task {id}")
+    yield Event({"task_id": id, "status": "validating", "timestamp": _now()}, "status")
+    steps = OPERATIONS[operation]
+    try:
+        for number, (step, work) in enumerate(steps.items()):
+            yield Event({"task_id": id, "step": step, "progress": 100 * number // len(steps)}, "status")
+            result = await work(request, task)
+            yield Event({"step": step, "result": result, "progress": 100 * (number + 1) // len(steps)}, "result")
+    except Exception as error:
+        code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
+        yield Event({"error": public_text(error), "type": code, "task_id": id}, "error")
+        return
+    seconds = round(current_time() - began, 3)
+    end = {"task_id": id, "status": "completed", "duration_seconds": seconds, "timestamp": _now()}
+    yield Event(end, "complete")
+
+
+async def _count(request: Request, task: Task) -> Mapping[str, int]:
+    text = _text_of(task)
+    sentences = [part for part in _SENTENCE_END.split(text) if any(map(str.isalnum, part))]
+    return {"characters": len(text), "words": len(_WORD.findall(text)), "sentences": len(sentences)}
+
+
+async def _measure_words(request: Request, task: Task) -> Mapping[str, str | int | float]:
+    words = _WORD.findall(_text_of(task))
+    return {
+        "longest_word": max(words, key=len, default=""),
+        "average_word_length": round(sum(map(len, words)) / max(len(words), 1), 2),
+        "distinct_words": len(set(map(str.casefold, words))),
+    }
+
+
+async def _summarize(request: Request, task: Task) -> Mapping[str, str]:
+    messages = [ChatMessage("system", SUMMARIZE), ChatMessage("user", _text_of(task))]
+    async with aclosing(request.state.model.stream(messages)) as answer:
+        return {"summary": "".join([text async for text in answer])}
+
+
+async def _finish(request: Request, task: Task) -> Mapping[str, str]:
+    if not await request.state.tasks.set_status(task.id, "done"):
+        raise NotFound(f"there is no task {task.id} any more")
+    return {"status": "done"}
+
+
+def _text_of(task: Task) -> str:
+    return f"{task.title}\n\n{task.description}" if task.description else task.title
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+#: For the model, ahead of the task's text.
+SUMMARIZE: Final = "Summarize the task in one or two sentences."
+
+#: The steps of each operation, in their order. A text has 10,502 characters at most: that is no work for a thread.
+OPERATIONS: Final[Mapping[Operation, Mapping[str, Callable[[Request, Task], Awaitable[Any]]]]] = {
+    "analyze": {"count": _count, "words": _measure_words},
+    "summarize": {"summarize": _summarize},
+    "finish": {"finish": _finish},
+}
+
+_WORD: Final = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+#: Behind its mark and before white space, so that 3.14 is no end; behind a full-width mark; and at an empty line.
+_SENTENCE_END: Final = re.compile(r"(?<=[.!?\u2026])\s+|(?<=[\u3002\uff01\uff1f])|\n\n")
 
 
 def _csv(rows: Iterable[Iterable[Any]]) -> bytes:
@@ -223,7 +312,9 @@ def _is_date(text: str) -> bool:
 
 
 ROUTES = [
-    POST("/tasks/import", import_tasks, body=Upload("text/csv")),
+    POST("/tasks/import", import_tasks, body=Upload("text/csv"), run=Run()),
+    POST("/tasks/execute/stream", execute_task, body=_Execution, run=Run()),
+    POST("/tasks/{task_id:int}/execute/stream", execute_task, query=_Operation, run=Run()),
     GET("/tasks/stream", stream_tasks, query=_Search),
     GET("/export.csv", export_tasks, query=_Rows),
 ]

@@ -69,7 +69,10 @@ class _Audience:
         slice_, self._round = self._round[:SLICE], self._round[SLICE:]
         for stream in slice_:
             if stream in self.idle:
-                stream.step()
+                try:
+                    stream.step()
+                except Exception as error:  # rule 3
+                    stream.failed(error)
         if self._round:
             self._loop.call_soon(self._step)
             return
@@ -104,6 +107,7 @@ class DirectStream(Stream):
         self._carriers = carriers
         self._carrier = CancelScope()
         self._over = False
+        self._starting: asyncio.Task[None] | None = None
         audience = source.tail.audience
         if not isinstance(audience, _Audience):
             audience = source.tail.audience = _Audience(source.tail)
@@ -161,13 +165,16 @@ class DirectStream(Stream):
         except StopIteration:
             self.progress += 1
         except Exception as error:  # rule 3
-            self._failed(error)
+            self.failed(error)
         else:
             self._start_carrier(self._rest(sending, waits_for))  # type: ignore[arg-type]
 
     def _start_carrier(self, first: Coroutine[Any, Any, bytes | None]) -> None:
+        # By a task: whoever steps may be a callback of the loop, where anyio doesn't know which library runs.
         del self._audience.idle[self]
-        self._carrier = CancelScope()  # now, so that an abort before the task's first step cancels it as well
+        self._starting = asyncio.get_running_loop().create_task(self._start(first))
+
+    async def _start(self, first: Coroutine[Any, Any, bytes | None]) -> None:
         self._carriers.start_soon(self._carry, self._carrier, first)
 
     async def _rest(self, sending: Coroutine[Any, Any, None], waits_for: Any) -> bytes:
@@ -191,14 +198,17 @@ class DirectStream(Stream):
                     if batch is None:
                         batch = await source.from_log()
                     elif not batch and not source.finished:
+                        # The next carrier's, from now on: an abort before its first step has to cancel it as well.
+                        self._carrier = CancelScope()
                         self._audience.idle[self] = None
                         return
                 self._leave()
                 self._scope.cancel()
         except Exception as error:
-            self._failed(error)
+            self.failed(error)
 
-    def _failed(self, error: Exception) -> None:
+    def failed(self, error: Exception) -> None:
+        """This reader is over; the others go on."""
         if not isinstance(error, OSError):
             logger.error("a server's send failed", exc_info=error)
         self.abort("client")

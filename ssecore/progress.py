@@ -70,14 +70,14 @@ class Report(Generic[T]):
     An item costs one lock, and a call into the loop only where the reader waits for it.
     """
 
-    def __init__(self, buffer: int, portal: BlockingPortal) -> None:
+    def __init__(self, buffer: int) -> None:
         self._buffer = buffer
-        self._portal = portal
+        self._portal = BlockingPortal()
         self._loop_thread = threading.get_ident()
         self._items: deque[T] = deque()
         self._changed = threading.Condition()  # there is room, or it is over
         self._over = False  # the reader has left, or the work has ended
-        self._wanted: Signal | None = None  # the reader waits for an item
+        self._wanted: Signal | None = None  # whoever reads waits for an item
 
     def __call__(self, item: T) -> None:
         """Hand it over. Blocks while `buffer` items wait. Raises `WorkCancelled` when the reader has left."""
@@ -101,6 +101,7 @@ class Report(Generic[T]):
     def _wake(self) -> None:
         if self._wanted is not None:
             self._wanted.set()
+            self._wanted = None
 
     def _end(self) -> None:
         with self._changed:
@@ -118,9 +119,8 @@ class Report(Generic[T]):
                     return self._items.popleft()
                 if self._over:
                     raise anyio.EndOfStream
-                self._wanted = Signal()
+                self._wanted = self._wanted or Signal()
             await self._wanted.wait()
-            self._wanted = None
 
 
 class from_thread(Generic[T]):
@@ -151,29 +151,27 @@ class from_thread(Generic[T]):
         buffer: int = 16,
         limiter: CapacityLimiter | None = None,
     ) -> None:
-        _check_whole("buffer", buffer, 1, None)
+        if buffer < 1:
+            raise ValueError(f"buffer must be at least 1, not {buffer}")
         self._work: Callable[[Report[T]], object] = lambda report: work(report, *args)
         self._name = getattr(work, "__qualname__", repr(work))
-        self._buffer = buffer
         self._limiter = limiter
         self._failure: Exception | None = None
-        self._report: Report[T] | None = None
+        self._report = Report[T](buffer)
         self._tasks: TaskGroup | None = None
         self._scope = CancelScope(shield=True)  # as in `merge`: leaving the block is the only way to cancel it
         self._ended = Signal()
 
     async def __aenter__(self) -> Self:
-        portal = BlockingPortal()
-        self._report = Report(self._buffer, portal)
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
-        self._tasks.start_soon(self._run, portal, self._report)
+        self._tasks.start_soon(self._run)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._report is not None and self._tasks is not None
+        assert self._tasks is not None
         self._report._end()
         self._scope.cancel()  # where it waits for its turn; a thread at work isn't touched by it
         with CancelScope(shield=True):  # rule 2
@@ -187,41 +185,36 @@ class from_thread(Generic[T]):
         if self._failure is not None:
             logger.warning("%s failed, and its reader had left", self._name, exc_info=self._failure)
 
-    async def _run(self, portal: BlockingPortal, report: Report[T]) -> None:
+    async def _run(self) -> None:
         with self._scope:
-            async with portal:
+            async with self._report._portal:
                 try:
-                    limiter = self._limiter or _loop_limiter()
-                    await anyio.to_thread.run_sync(self._in_thread, report, limiter=limiter)
+                    await anyio.to_thread.run_sync(self._in_thread, limiter=self._limiter or _loop_limiter())
                 except Exception as error:
                     self._failure = error
-        report._end()
+        self._report._end()
         self._ended.set()
 
-    def _in_thread(self, report: Report[T]) -> None:
+    def _in_thread(self) -> None:
         try:
-            self._work(report)
+            self._work(self._report)
         except BaseException as error:
             # SystemExit would end the server, and StopAsyncIteration the reader's loop without a word.
             if isinstance(error, Exception) and not isinstance(error, StopAsyncIteration):
                 raise
-            if not (isinstance(error, WorkCancelled) and report._over):
+            if not (isinstance(error, WorkCancelled) and self._report._over):
                 raise RuntimeError(f"work in a thread was ended by {error!r}") from error
 
     def __aiter__(self) -> Self:
-        if self._report is None:
+        if self._tasks is None:
             raise RuntimeError("use `async with from_thread(...) as items`, so that the thread is ended")
         return self
 
     async def __anext__(self) -> T:
-        assert self._report is not None
-        try:
+        with suppress(anyio.EndOfStream):
             return await self._report._next()
-        except anyio.EndOfStream:
-            failure, self._failure = self._failure, None
-            if failure is not None:
-                raise failure from None
-            raise StopAsyncIteration from None
+        failure, self._failure = self._failure, None
+        raise StopAsyncIteration if failure is None else failure
 
 
 def _loop_limiter() -> CapacityLimiter:
@@ -244,7 +237,7 @@ class LogLevel(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One line of the log."""
+    """One line of the log; the data of a `log` event."""
 
     timestamp: str  #: RFC 3339, UTC
     level: LogLevel
@@ -252,13 +245,12 @@ class LogEntry:
     details: Any  #: what was given, as it was then; anything with a JSON form
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"timestamp", "level", "message", "details"}`"""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class ProgressState:
-    """How far the work is."""
+    """How far the work is; the data of a `progress` event."""
 
     current_step: int  #: the one at work, from 1; 0 before the first
     total_steps: int
@@ -266,7 +258,6 @@ class ProgressState:
     percent: int  #: 0 to 100: the steps that are done, so 100 when it is complete and not before
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"current_step", "total_steps", "step_name", "percent"}`"""
         return asdict(self)
 
 
@@ -287,7 +278,8 @@ class ProgressLogger:
         on_log: Callable[[LogEntry], object] | None = None,
         on_progress: Callable[[ProgressState], object] | None = None,
     ) -> None:
-        _check_whole("total_steps", total_steps, 1, None)
+        if total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, not {total_steps}")
         #: A new object at each change, never one that changes (rule 3).
         self.state = ProgressState(0, total_steps, "", 0)
         self._on_log = on_log
@@ -310,7 +302,8 @@ class ProgressLogger:
             total = self.state.total_steps
             if self._completed:
                 raise RuntimeError("the progress is complete: no step comes after that")
-            _check_whole("step", n, 1, total)
+            if not 1 <= n <= total:
+                raise ValueError(f"there is no step {n}: they go from 1 to {total}")
             self._change(ProgressState(n, total, name, 100 * (n - 1) // total))
 
     def next_step(self, name: str) -> None:
@@ -338,11 +331,3 @@ class ProgressLogger:
         self.state = state
         if self._on_progress is not None:
             self._on_progress(state)
-
-
-def _check_whole(name: str, value: int, lowest: int, highest: int | None) -> None:
-    if type(value) is not int:  # True is no number of steps
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < lowest or (highest is not None and value > highest):
-        span = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-        raise ValueError(f"{name} must be {span}, not {value}")

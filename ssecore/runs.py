@@ -65,8 +65,9 @@ MAX_KEY: Final = 255
 MAX_LIST: Final = 1000
 #: Pauses between attempts to store how a run ended, when the log is away.
 RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
-#: The events that end a run in this service's two families; `[DONE]` on data-only routes.
-_TERMINAL: Final = ("complete", "done", "result", "error", "cancelled")
+#: The events that end a run in this service's two families; `[DONE]` on data-only routes. Not `result`: it also stands
+#: in the middle, and a run that is wrongly said to be interrupted is better than one wrongly said to be complete.
+_TERMINAL: Final = ("complete", "done", "error", "cancelled")
 
 
 class Interrupted(SSEAppError):
@@ -123,48 +124,58 @@ class Worker:
             self.settled.set()
 
     async def _write(self) -> None:
+        try:
+            try:
+                await self._store()
+            except TooLarge as error:
+                self._break_off()
+                await self._append(error_frames(error, data_only=self._route.data_only), "failed")
+        except (LogUnavailable, LogError) as error:
+            self._break_off()
+            await self._end_unstored(error)
+        except (WriterFenced, NotFound):
+            self._break_off()
+            logger.warning("run %s was taken over or deleted while it was at work", self.id)
+
+    async def _store(self) -> None:
         """Everything that the pump has gathered while the last append was under way goes in as one."""
         log, pump, limits = self._runs.log, self._pump, self._runs.retention
         events = size = 0
-        try:
-            while True:
-                frames = await pump.frames()
-                events, size = events + len(frames), size + sum(map(len, frames))
-                if (limits.events and events > limits.events) or (limits.bytes and size > limits.bytes):
-                    # Not trimmed while it runs: a reader that comes later would find no beginning.
-                    pump.stop()
-                    failure = TooLarge("the run is larger than the log keeps of one stream")
-                    await self._append([*error_frames(failure, data_only=self._route.data_only)], "failed")
-                    return
-                if not pump.finished:
-                    await log.append(self.id, frames, epoch=self.id)
-                    self.settled.set()
-                    continue
-                if self._is_none(events):
-                    self.failed_early = pump.failure
-                    await log.delete(self.id)
-                    return
-                last, state = self._ending()
-                await self._append([*frames, *last], state)
+        while True:
+            frames = await pump.frames()
+            events, size = events + len(frames), size + sum(map(len, frames))
+            if (limits.events and events > limits.events) or (limits.bytes and size > limits.bytes):
+                # Not trimmed while it runs: a reader that comes later would find no beginning.
+                raise TooLarge("the run is larger than the log keeps of one stream")
+            if not pump.finished:
+                await log.append(self.id, frames, epoch=self.id)
+                self.settled.set()
+                continue
+            if pump.failure is not None and not events and self._reason is None and self._may_be_none():
+                self.failed_early = pump.failure
+                await log.delete(self.id)
                 return
-        except (LogUnavailable, LogError) as error:
-            pump.stop()
-            await self._end_unstored(error)
-        except TooLarge as error:  # one event alone is more than the log takes
-            pump.stop()
-            await self._append(error_frames(error, data_only=self._route.data_only), "failed")
-        except (WriterFenced, NotFound):
-            logger.warning("run %s was taken over or deleted while it was at work", self.id)
+            last, state = self._ending()
+            await self._append([*frames, *last], state)
+            return
 
-    def _is_none(self, events: int) -> bool:
-        in_time = current_time() - self.began < FIRST_ITEM_S
-        return self._pump.failure is not None and not events and not self.opened and in_time and self._reason is None
+    def _may_be_none(self) -> bool:
+        """Rule 2: nobody has been told of it yet."""
+        return not self.opened and current_time() - self.began < FIRST_ITEM_S
+
+    def _break_off(self) -> None:
+        """End the generator, which is not to blame: what it gives can't be kept."""
+        if self._request._end_reason is None:
+            self._request._end_reason = "failed"
+        self._pump.stop()
 
     def _ending(self) -> tuple[list[bytes], State]:
         """What is to be said last, and the state. A generator that came to its own end has said it."""
         data_only = self._route.data_only
         if self._pump.exhausted:
             return [], "completed"
+        if self._reason is not None and self._pump.failure is not None:
+            logger.warning("run %s: its handler failed while it was closed", self.id, exc_info=self._pump.failure)
         if self._reason == "drain":
             return error_frames(Interrupted("the service stopped"), data_only=data_only), "interrupted"
         if self._reason is not None:
@@ -180,6 +191,8 @@ class Worker:
         """The log is away: readers hear of it now, without an id; it is stored when that is possible again."""
         frames = error_frames(error, data_only=self._route.data_only)
         logger.error("run %s: its events can't be stored: %s", self.id, error)
+        if self.failed_early is None and not self.settled.is_set() and self._may_be_none():
+            self.failed_early = error
         tail = self._runs.tails.get(self.id)
         if tail is not None:
             tail.fail(b"".join(frames))
@@ -190,15 +203,18 @@ class Worker:
                 await self._runs.stopping.wait()
             attempt += 1
             try:
-                await self._append(frames, "failed")
+                if self.failed_early is not None:
+                    await self._runs.log.delete(self.id)
+                else:
+                    await self._append(frames, "failed")
                 return
             except (LogUnavailable, LogError):
                 if self._runs.stopping.is_set():
                     return
 
     def cancel(self, reason: Literal["asked", "linger", "drain"]) -> None:
-        """End it; a second time it does nothing."""
-        if self._reason is None and not self._pump.exhausted:
+        """End it; a second time, or at its own end, it does nothing."""
+        if self._reason is None and not self._pump.exhausted and not self._pump.ended:
             self._reason = reason
             self._request._end_reason = "drain" if reason == "drain" else "cancelled"
             self._pump.stop()
@@ -324,8 +340,21 @@ class Runs:
         """A new run, or the one that was started with the same key."""
         key = self._key(request)
         printed = _fingerprint(request)
-        if key is not None and (known := await self.log.find_key(key)) is not None:
-            return self._same(known, printed), self._workers.get(known.stream)
+        while True:
+            known = await self.log.find_key(key) if key is not None else None
+            if known is None:
+                known, worker = await self._create(request, route, params, key, printed)
+                if worker is not None:
+                    return known, worker
+            worker = self._workers.get(known.stream)
+            if worker is not None or await self.log.stat(known.stream) is not None:
+                return self._same(known, printed), worker
+            # It failed while it was being looked for: it was none (rule 2), and its key is free again.
+
+    async def _create(
+        self, request: Request, route: Route, params: Mapping[str, Any], key: str | None, printed: _Print
+    ) -> tuple[Stat, Worker | None]:
+        """A new run and its worker, at work; or the one that has the key already, and `None`."""
         self._check_room(request)
         worker = Worker(self, new_epoch(), route, request, params)
         self._workers[worker.id] = worker  # rule 3
@@ -349,7 +378,7 @@ class Runs:
         finally:
             if not started:
                 self._ended(worker)
-        return self._same(stat, printed), self._workers.get(stat.stream)
+        return stat, None
 
     def _same(self, stat: Stat, printed: _Print) -> Stat:
         if stat.meta.get("request") != printed.whole:

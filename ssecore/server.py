@@ -35,6 +35,8 @@ class Drainable(Protocol):
 
     async def drain(self, grace_s: float) -> None: ...
 
+    def abort(self) -> None: ...
+
 
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: Drainable, drain_s: float) -> None:
@@ -55,6 +57,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._app.drain(self._grace_s)
+        self._app.abort()
         await super().shutdown(sockets)
 
 

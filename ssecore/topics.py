@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import anyio
 
-from ssecore.errors import Unavailable, WriterFenced
+from ssecore.errors import EncodeError, NotFound, Unavailable, WriterFenced
 from ssecore.log import Cursor, Log, Retention, Stat, locate, new_epoch, parse_cursor
 from ssecore.log.tail import Attached, Reader, Tail, Tails, gap_frame
 from ssecore.request import Request
@@ -53,13 +53,14 @@ class Topics:
 
         Raises `EncodeError`, `LogUnavailable`.
         """
-        frames = [encode(event) for event in events]
+        frames = [_stored(event) for event in events]
         stream = _stream(topic)
+        epoch = await self._epoch(stream)
         try:
-            epoch = await self._epoch(stream)
             return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch))
-        except WriterFenced:  # another process has opened the topic; it may be shared
-            self._epochs.pop(stream, None)
+        except (WriterFenced, NotFound):  # another process has opened the topic (it may be shared), or it was deleted
+            if self._epochs.get(stream) == epoch:  # else another publisher of ours has been here already
+                del self._epochs[stream]
             epoch = await self._epoch(stream)
             return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch))
 
@@ -69,9 +70,7 @@ class Topics:
 
     async def subscribe(self, request: Request, subscription: Subscription) -> Attached:
         """A reader that begins where the request says. Raises `BadRequest`, `Unavailable`, `LogUnavailable`."""
-        limit = self._settings.max_subscribers
-        if limit is not None and self.subscribers(subscription.topic) >= limit:
-            raise Unavailable("too many subscribers to this topic; try again", headers={"retry-after": "5"})
+        self._check_room(subscription.topic)
         cursor = parse_cursor(request.last_event_id) if request.last_event_id else None
         stream = _stream(subscription.topic)
         await self._epoch(stream)
@@ -81,6 +80,7 @@ class Topics:
             if stat is None:  # deleted between two awaits
                 self._epochs.pop(stream, None)
                 raise Unavailable("the topic is being deleted; try again", headers={"retry-after": "1"})
+            self._check_room(subscription.topic)  # many may have come at the same moment
             tail.settle(stat)
             after, before = self._begin(stat, tail, subscription, cursor, request.data_only)
             reader = Reader(tail, after, data_only=request.data_only, before=before)
@@ -88,6 +88,11 @@ class Topics:
             self._tails.leave(tail)
         reader.on_close = lambda: self._tails.leave(tail)
         return Attached(reader, {})
+
+    def _check_room(self, topic: str) -> None:
+        limit = self._settings.max_subscribers
+        if limit is not None and self.subscribers(topic) >= limit:
+            raise Unavailable("too many subscribers to this topic; try again", headers={"retry-after": "5"})
 
     def _begin(
         self, stat: Stat, tail: Tail, subscription: Subscription, cursor: Cursor | None, data_only: bool
@@ -116,6 +121,12 @@ class Topics:
                 del self._opening[stream]
                 done.set()
         return epoch
+
+
+def _stored(event: Event) -> bytes:
+    if event.id is not None:
+        raise EncodeError("id must be left out on a topic: ids are the log's", field="id")
+    return encode(event)
 
 
 def _stream(topic: str) -> str:

@@ -4,7 +4,9 @@ With SSEAPP_TEST_ALL=1, as `.ci/run` sets it, it fails instead. `tests/system-pa
 """
 
 import os
+import re
 import shutil
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -18,6 +20,7 @@ _PLACES: Final = {
     "curl": ("curl",),
     "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),
     "nginx": ("nginx",),
+    "tmpfs": ("mount",),
 }
 
 #: nginx is where a user's own path doesn't lead.
@@ -33,7 +36,18 @@ def needs(name: str) -> pytest.MarkDecorator:
 
 def find(name: str) -> str:
     """The path of the program or file. Raises `LookupError` where there is none: mark the test with `needs`."""
+    if name == "tmpfs" and not _may_mount():
+        raise LookupError("needs tmpfs: only root may mount one, and not in every container")
     for place in _PLACES[name]:
         if path := shutil.which(place, mode=os.F_OK, path=_PATH):
             return path
     raise LookupError(f"needs {name}: not installed")
+
+
+def _may_mount() -> bool:
+    """Whether this process has CAP_SYS_ADMIN, number 21 of capabilities(7)."""
+    try:
+        capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return capabilities is not None and bool(int(capabilities[1], 16) >> 21 & 1)

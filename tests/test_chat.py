@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import queue
+import re
 import socket
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from handlers import chat
 from handlers.chat import AnswerReader, ChatMessage, MockModel, ModelError, open_model
 from ssecore.errors import SettingsError, SSEAppError
 from ssecore.settings import Settings
-from ssecore.wire import HEARTBEAT, Decoder, Event, encode
+from ssecore.wire import HEARTBEAT, Decoder, Event
+from tests.serving import wait_until
 from tests.upstream import (
     DONE,
     FIRST,
@@ -116,7 +118,8 @@ def shared_upstream() -> Iterator[Upstream]:
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory, shared_upstream: Upstream) -> Iterator[Service]:
     variables = {"OPENAI_BASE_URL": shared_upstream.url, "OPENAI_API_KEY": KEY, "OPENAI_MODEL": "m"}
-    with service(tmp_path_factory.mktemp("llm"), **variables, SSEAPP_HEARTBEAT_S="0.2") as running:
+    times = {"SSEAPP_HEARTBEAT_S": "0.2", "SSEAPP_LINGER_S": "0.2"}
+    with service(tmp_path_factory.mktemp("llm"), **variables, **times) as running:
         yield running
 
 
@@ -130,9 +133,51 @@ def upstream(shared_upstream: Upstream) -> Iterator[Upstream]:
 OPENING: Final = b"retry: 2000\n"
 
 
-def events(body: bytes) -> list[Event]:
-    assert body.startswith(OPENING)
-    return Decoder().feed(body.removeprefix(OPENING))
+def events(answer: "httpx.Response | Reading") -> list[Event]:
+    """A whole answer's events, without the ids, which are the run's: in each frame the first line, without a hole."""
+    run, body = answer.headers["run-id"].encode(), answer.content
+    opening = re.match(rb"retry: 2000\n(id: %b\.0\n\n)?" % re.escape(run), body)
+    assert opening, body
+    return numbered_events(body[opening.end() :], run)
+
+
+def numbered_events(body: bytes, run: bytes, first: int = 1) -> list[Event]:
+    *frames, rest = body.split(b"\n\n")
+    assert rest == b""
+    found = []
+    for number, frame in enumerate(frames, first):
+        while frame.startswith(HEARTBEAT):
+            frame = frame.removeprefix(HEARTBEAT)
+        head, _, fields = frame.partition(b"\n")
+        assert head == b"id: %b.%d" % (run, number)
+        assert not re.search(rb"^id", fields, re.MULTILINE)
+        found += Decoder().feed(fields + b"\n\n")
+    return found
+
+
+def framed(answer: httpx.Response, *frames: bytes) -> bytes:
+    """What an answer must be, byte for byte, whose run has these frames."""
+    run = answer.headers["run-id"].encode()
+    assert re.fullmatch(rb"[A-Za-z0-9_-]{22}", run)
+    return OPENING + b"".join(b"id: %b.%d\n%b\n\n" % (run, number, frame) for number, frame in enumerate(frames, 1))
+
+
+def runs(running: Service) -> list[dict[str, Any]]:
+    """All runs, newest first. Looking at the list counts as no interest in one."""
+    listed: list[dict[str, Any]] = running.client.get("/runs").json()["runs"]
+    return listed
+
+
+def wait_lingered(running: Service) -> list[Event]:
+    """Wait until the newest run is cancelled because nobody reads it, and give its events."""
+    (newest,) = wait_until(lambda: [run for run in runs(running)[:1] if run["state"] != "running"])
+    assert newest["state"] == "cancelled"
+    *before, end = events(running.client.get(f"/runs/{newest['run']}/events"))
+    if newest["route"] == "GET /chat":
+        assert (before.pop(), end) == (Event('{"type":"cancelled","reason":"linger"}'), Event("[DONE]"))
+    else:
+        assert end == Event('{"reason":"linger"}', "cancelled")
+    return before
 
 
 def ask(running: Service, prompt: str = "Hello") -> httpx.Response:
@@ -147,6 +192,7 @@ class Reading:
     """An answer still under way."""
 
     def __init__(self, response: httpx.Response) -> None:
+        self.headers = response.headers
         self._bytes = response.iter_raw()
         self.seen = b""
 
@@ -155,8 +201,11 @@ class Reading:
             self.seen += next(self._bytes)
         return self.seen
 
-    def rest(self) -> bytes:
-        return self.seen + b"".join(self._bytes)
+    @property
+    def content(self) -> bytes:
+        """All of it, to its end."""
+        self.seen += b"".join(self._bytes)
+        return self.seen
 
 
 @contextmanager
@@ -175,18 +224,9 @@ def named(*texts: str) -> list[Event]:
 def test_mock_answers_a_prompt_with_data_only(mock: httpx.Client) -> None:
     response = mock.get("/chat", params={"prompt": "hi there"})
     assert response.headers["content-type"] == "text/event-stream"
-    assert response.content == (
-        b"retry: 2000\n"
-        b'data: {"content":"This "}\n\n'
-        b'data: {"content":"is "}\n\n'
-        b'data: {"content":"a "}\n\n'
-        b'data: {"content":"mock "}\n\n'
-        b'data: {"content":"response "}\n\n'
-        b'data: {"content":"to: "}\n\n'
-        b'data: {"content":"hi "}\n\n'
-        b'data: {"content":"there"}\n\n'
-        b"data: [DONE]\nid: end\n\n"
-    )
+    words = (b"This ", b"is ", b"a ", b"mock ", b"response ", b"to: ", b"hi ", b"there")
+    frames = [b'data: {"content":"%b"}' % word for word in words]
+    assert response.content == framed(response, *frames, b"data: [DONE]")
 
 
 def test_mock_answers_the_last_user_message_with_tokens(mock: httpx.Client) -> None:
@@ -198,26 +238,18 @@ def test_mock_answers_the_last_user_message_with_tokens(mock: httpx.Client) -> N
     ]
     response = mock.post("/chat/stream", json=messages)
     assert response.headers["content-type"] == "text/event-stream"
-    assert response.content == (
-        b"retry: 2000\n"
-        b"event: token\ndata: This \n\n"
-        b"event: token\ndata: is \n\n"
-        b"event: token\ndata: a \n\n"
-        b"event: token\ndata: mock \n\n"
-        b"event: token\ndata: response \n\n"
-        b"event: token\ndata: to: \n\n"
-        b"event: token\ndata: yes\n\n"
-        b"event: done\ndata: \n\n"
-    )
+    words = (b"This ", b"is ", b"a ", b"mock ", b"response ", b"to: ", b"yes")
+    frames = [b"event: token\ndata: %b" % word for word in words]
+    assert response.content == framed(response, *frames, b"event: done\ndata: ")
 
 
 @pytest.mark.parametrize("prompt", [" ", "  two\n\nlines \t", "\u2028é🙂\x1f\0x", "data: x\n\nevent: done", "w" * 8000])
 def test_mock_pieces_joined_are_the_text(mock: httpx.Client, prompt: str) -> None:
     text = f"This is a mock response to: {prompt}"
-    *pieces, end = events(mock.get("/chat", params={"prompt": prompt}).content)
+    *pieces, end = events(mock.get("/chat", params={"prompt": prompt}))
     assert ("".join(json.loads(piece.data)["content"] for piece in pieces), end.data) == (text, "[DONE]")
 
-    *tokens, done = events(mock.post("/chat/stream", json=[{"role": "user", "content": prompt}]).content)
+    *tokens, done = events(mock.post("/chat/stream", json=[{"role": "user", "content": prompt}]))
     assert ("".join(piece.data for piece in tokens), done) == (text, Event("", "done"))
 
 
@@ -227,6 +259,9 @@ def test_prompt_may_have_8000_characters_whatever_their_bytes(mock: httpx.Client
 
 def test_chat_ends_for_good(mock: httpx.Client) -> None:
     assert mock.get("/chat?prompt=x", headers={"last-event-id": "end"}).status_code == 204
+    whole = mock.get("/chat?prompt=x")
+    last = f"{whole.headers['run-id']}.{len(events(whole))}"
+    assert mock.get("/chat?prompt=x", headers={"last-event-id": last}).status_code == 204
 
 
 @pytest.mark.parametrize(
@@ -269,7 +304,7 @@ def test_bad_prompt_is_refused(mock: httpx.Client, query: str, field: str | None
         ('{"role": "user", "content": "x"}', None),
         ('[{"role": "robot", "content": "x"}]', "[0].role"),
         ('[{"role": "user", "content": 5}]', "[0].content"),
-        ('[{"role": "user"}]', "[0]"),
+        ('[{"role": "user"}]', "[0].content"),
         ('[{"role": "system", "content": "x"}, {"role": "assistant", "content": "x"}]', "role"),
         (json.dumps([{"role": "user", "content": "x" * 100_001}]), "[0].content"),
         (json.dumps(101 * HELLO_JSON), None),
@@ -328,7 +363,7 @@ def test_upstream_is_asked_as_openai_is(llm: Service, upstream: Upstream) -> Non
     upstream.plan(answer("Hi"))
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "é🙂"}]
     response = llm.client.post("/chat/stream", json=messages)
-    assert response.content == b"retry: 2000\nevent: token\ndata: Hi\n\nevent: done\ndata: \n\n"
+    assert response.content == framed(response, b"event: token\ndata: Hi", b"event: done\ndata: ")
 
     call = upstream.calls[0]
     assert call.request_line == "POST /v1/chat/completions HTTP/1.1"
@@ -341,9 +376,8 @@ def test_upstream_is_asked_as_openai_is(llm: Service, upstream: Upstream) -> Non
 def test_prompt_becomes_one_user_message(llm: Service, upstream: Upstream) -> None:
     upstream.plan(answer("Hi", "\n there"))
     response = ask(llm, "Hello")
-    assert response.content == (
-        b'retry: 2000\ndata: {"content":"Hi"}\n\ndata: {"content":"\\n there"}\n\ndata: [DONE]\nid: end\n\n'
-    )
+    frames = (b'data: {"content":"Hi"}', b'data: {"content":"\\n there"}', b"data: [DONE]")
+    assert response.content == framed(response, *frames)
     assert upstream.calls[0].json["messages"] == HELLO_JSON
 
 
@@ -367,9 +401,9 @@ def test_token_goes_on_as_it_comes(llm: Service, upstream: Upstream) -> None:
     upstream.plan(script)
     with stream_post(llm) as (_, reading):
         for text in ("a", "b", "c"):
-            reading.until(encode(Event(text, "token")))  # the upstream waits until this token is here
+            reading.until(b"event: token\ndata: %b\n\n" % text.encode())  # the upstream waits until this token is here
             told.release()
-        assert events(reading.rest()) == [*named("a", "b", "c"), Event("", "done")]
+        assert events(reading) == [*named("a", "b", "c"), Event("", "done")]
 
 
 GOOD: Final = {
@@ -403,7 +437,7 @@ def test_whole_answer_in_any_dialect_is_taken(llm: Service, upstream: Upstream, 
         call.end()
 
     upstream.plan(script)
-    tokens = events(post(llm).content)
+    tokens = events(post(llm))
     assert tokens.pop() == Event("", "done")
     assert "".join(event.data for event in tokens) == "Hi"
     assert {event.event for event in tokens} == {"token"}
@@ -419,7 +453,7 @@ def test_token_cut_inside_a_character_and_inside_crlf_is_whole(llm: Service, ups
         call.end()
 
     upstream.plan(script)
-    assert events(post(llm).content) == [*named("é🙂", "\u2028\n!"), Event("", "done")]
+    assert events(post(llm)) == [*named("é🙂", "\u2028\n!"), Event("", "done")]
 
 
 @pytest.mark.parametrize("behind", [b"", token("more"), b"data: {"], ids=["whole", "more", "rubbish"])
@@ -503,12 +537,14 @@ def test_fault_before_the_first_token_is_a_problem(llm: Service, upstream: Upstr
         fault(call)
 
     upstream.plan(script, script)
+    before = runs(llm)
     for response in (ask(llm), post(llm)):
         assert response.headers["content-type"] == "application/problem+json"
         assert (response.status_code, response.json()["code"]) == (502, code)
         assert KEY not in response.text
         assert "says" not in response.text
     assert len(upstream.calls) == 2  # none is asked for again
+    assert runs(llm) == before  # nor is anything kept
 
 
 @faults
@@ -525,14 +561,15 @@ def test_fault_behind_a_token_is_an_event(llm: Service, upstream: Upstream, faul
     with stream_post(llm) as (_, reading):
         reading.until(b"data: Hi\n\n")
         told.release()
-        *tokens, failure = events(reading.rest())
+        *tokens, failure = events(reading)
     assert (tokens, failure.event) == (named("Hi"), "error")
     error = json.loads(failure.data)
     assert error == {"error": error["error"], "code": code}
 
     told.release()
-    data, failure, end = events(ask(llm).content)
-    assert (data, end) == (Event('{"content":"Hi"}'), Event("[DONE]", id="end"))
+    data, failure, end = events(ask(llm))
+    assert (data, end) == (Event('{"content":"Hi"}'), Event("[DONE]"))
+    assert [run["state"] for run in runs(llm)[:2]] == ["failed"] * 2
     assert json.loads(failure.data) == {"type": "error", **error}
     assert failure.event is None
     assert len(upstream.calls) == 2  # somebody may have paid for the token
@@ -545,7 +582,7 @@ def test_fault_in_one_packet_with_a_token_comes_behind_it(llm: Service, upstream
         call.end()
 
     upstream.plan(script)
-    *tokens, failure = events(post(llm).content)
+    *tokens, failure = events(post(llm))
     assert (tokens, failure.event) == (named("H", "i"), "error")
 
 
@@ -556,7 +593,7 @@ def test_break_behind_the_finish_is_no_fault(llm: Service, upstream: Upstream) -
         call.raw(b"ff\r\n")  # a part of a chunk, and the end
 
     upstream.plan(script)
-    assert events(post(llm).content) == [*named("Hi"), Event("", "done")]
+    assert events(post(llm)) == [*named("Hi"), Event("", "done")]
 
 
 def test_answer_without_end_is_cut_at_a_mebibyte(llm: Service, upstream: Upstream) -> None:
@@ -566,7 +603,7 @@ def test_answer_without_end_is_cut_at_a_mebibyte(llm: Service, upstream: Upstrea
             call.send(*[token("é" * 1000)] * 100)
 
     upstream.plan(script)
-    *tokens, failure = events(post(llm).content)
+    *tokens, failure = events(post(llm))
     size = sum(len(event.data.encode()) for event in tokens)
     assert 1024 * 1024 - 2000 <= size <= 1024 * 1024
     assert json.loads(failure.data)["code"] == "upstream_too_large"
@@ -653,7 +690,7 @@ async def test_refusal_is_read_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("refusals", [[429], [503], [429, 503]])
 def test_refusal_that_passes_is_tried_again(llm: Service, upstream: Upstream, refusals: list[int]) -> None:
     upstream.plan(*(refuse(status, retry_after="0") for status in refusals), answer("Hi"))
-    assert events(post(llm).content) == [*named("Hi"), Event("", "done")]
+    assert events(post(llm)) == [*named("Hi"), Event("", "done")]
     assert len(upstream.calls) == len(refusals) + 1
     assert len({json.dumps(call.json) for call in upstream.calls}) == 1  # the same request
 
@@ -737,9 +774,10 @@ def test_slow_first_token_finds_a_stream_that_lives(llm: Service, upstream: Upst
     upstream.plan(script)
     with stream_post(llm) as (response, reading):
         assert response.status_code == 200
-        assert reading.until(HEARTBEAT) == b"retry: 2000\n" + HEARTBEAT
+        opening = b"id: %b.0\n\n" % response.headers["run-id"].encode()  # a cut here resumes the run
+        assert reading.until(HEARTBEAT) == OPENING + opening + HEARTBEAT
         opened.set()
-        assert events(reading.rest()) == [*named("Hi"), Event("", "done")]
+        assert events(reading) == [*named("Hi"), Event("", "done")]
 
 
 @pytest.mark.parametrize(
@@ -758,9 +796,10 @@ def test_late_refusal_is_an_event(llm: Service, upstream: Upstream, fault: Scrip
     with llm.client.stream("GET", "/chat?prompt=x") as response:
         assert response.status_code == 200
         opened.set()
-        failure, end = events(response.read())
+        response.read()
+        failure, end = events(response)
     assert json.loads(failure.data)["code"] == code
-    assert end == Event("[DONE]", id="end")
+    assert end == Event("[DONE]")
 
 
 @both_backends
@@ -923,7 +962,10 @@ async def test_model_that_is_left_closes_its_connection(anyio_backend: str) -> N
             upstream.settle()
 
 
-def test_client_that_leaves_in_an_answer_ends_it(llm: Service, upstream: Upstream) -> None:
+# Clients that leave: their run is cancelled when nobody has come back for the linger time
+
+
+def test_answer_that_nobody_reads_any_more_is_ended(llm: Service, upstream: Upstream) -> None:
     def script(call: Call) -> None:
         call.head()
         call.send(token("Hi"))
@@ -934,9 +976,10 @@ def test_client_that_leaves_in_an_answer_ends_it(llm: Service, upstream: Upstrea
         reading.until(b"data: Hi\n\n")
     upstream.settle()
     assert len(upstream.calls) == 1
+    assert wait_lingered(llm) == named("Hi")
 
 
-def test_client_that_leaves_an_answer_under_way_ends_it(llm: Service, upstream: Upstream) -> None:
+def test_answer_under_way_that_nobody_reads_any_more_is_ended(llm: Service, upstream: Upstream) -> None:
     def script(call: Call) -> None:
         call.head()
         while True:
@@ -946,10 +989,11 @@ def test_client_that_leaves_an_answer_under_way_ends_it(llm: Service, upstream: 
     with stream_post(llm) as (_, reading):
         reading.until(b"data: Hi\n\n")
     upstream.settle()
+    assert {(event.event, event.data) for event in wait_lingered(llm)} == {("token", "Hi")}
 
 
 @pytest.mark.parametrize("before", [[], [FIRST]], ids=["head", "first token"])
-def test_client_that_leaves_before_an_answer_ends_it(llm: Service, upstream: Upstream, before: list[bytes]) -> None:
+def test_answer_that_nobody_waits_for_is_ended(llm: Service, upstream: Upstream, before: list[bytes]) -> None:
     def script(call: Call) -> None:
         if before:
             call.head()
@@ -963,17 +1007,54 @@ def test_client_that_leaves_before_an_answer_ends_it(llm: Service, upstream: Ups
         upstream.wait_call()
     upstream.settle()
     assert len(upstream.calls) == 1
+    assert wait_lingered(llm) == []
 
 
-def test_client_that_leaves_between_two_tries_ends_them(llm: Service, upstream: Upstream) -> None:
+def test_tries_that_nobody_waits_for_are_ended(llm: Service, upstream: Upstream) -> None:
     upstream.plan(refuse(429, retry_after="5"))
     host, _, port = llm.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as client:
         client.sendall(b"GET /chat?prompt=x HTTP/1.1\r\nhost: %b\r\n\r\n" % host.encode())
         upstream.wait_call()
         llm.wait_logged("upstream_rate_limited, trying again")
+    assert wait_lingered(llm) == []
     upstream.plan(answer("Hi"))
-    assert events(post(llm).content) == [*named("Hi"), Event("", "done")]
+    assert events(post(llm)) == [*named("Hi"), Event("", "done")]
+    assert len(upstream.calls) == 1
+
+
+def test_client_that_comes_back_in_time_finds_its_answer_whole(tmp_path: Path, upstream: Upstream) -> None:
+    left = threading.Event()
+
+    def script(call: Call) -> None:
+        call.head()
+        call.send(token("a"))
+        assert left.wait(LIMIT_S)
+        call.send(token("b"), token("c"), STOP, DONE)
+        call.end()
+
+    upstream.plan(script)
+    with service(tmp_path, OPENAI_BASE_URL=upstream.url) as running:
+        with stream_post(running) as (_, reading):
+            reading.until(b"data: a\n\n")
+        left.set()
+        upstream.settle()  # it was not cut
+        run = reading.headers["run-id"]
+        for number, rest in enumerate(([*named("a", "b", "c")], [*named("b", "c")], [*named("c")], [])):
+            after = {"last-event-id": f"{run}.{number}"}
+            response = running.client.post("/chat/stream", json=HELLO_JSON, headers=after)
+            assert response.headers["run-id"] == run
+            body = response.content.removeprefix(OPENING).removeprefix(b"id: %b.0\n\n" % run.encode())
+            assert numbered_events(body, run.encode(), number + 1) == [*rest, Event("", "done")]
+    assert len(upstream.calls) == 1
+
+
+def test_asking_twice_with_one_key_asks_the_model_once(llm: Service, upstream: Upstream) -> None:
+    upstream.plan(answer("Hi"))
+    key = {"idempotency-key": "chat-0123456789-0123456789"}
+    first, second = (llm.client.post("/chat/stream", json=HELLO_JSON, headers=key) for _ in range(2))
+    assert events(first) == [*named("Hi"), Event("", "done")]
+    assert second.content == first.content
     assert len(upstream.calls) == 1
 
 

@@ -56,6 +56,10 @@ class Service:
     async def import_csv(self, body: str | bytes) -> list[tuple[str, Any]]:
         return named(await self.post(body))
 
+    async def runs(self) -> list[dict[str, Any]]:
+        listed: list[dict[str, Any]] = (await self.client.get("/runs")).json()["runs"]
+        return listed
+
     async def rows(self, **query: Any) -> list[dict[str, Any]]:
         *rows, end = named(await self.client.get("/tasks/stream", params=query))
         assert end == ("done", "")
@@ -73,7 +77,7 @@ async def service(data_dir: Path, **values: Any) -> AsyncIterator[Service]:
         async with open_tasks(data_dir) as tasks:
             yield SimpleNamespace(tasks=tasks)
 
-    app = SSEApp(ROUTES, Settings(**values), lifespan=resources)
+    app = SSEApp(ROUTES, Settings(log="memory", **values), lifespan=resources)
     with anyio.fail_after(LIMIT_S):
         async with (
             app.running(),
@@ -105,9 +109,15 @@ def real_server(data_dir: Path) -> Iterator[httpx.Client]:
 
 
 def named(response: httpx.Response) -> list[tuple[str, Any]]:
-    """Each event's name and data."""
+    """Each event's name and data. Those of a run have its ids, without a hole; the others none but the last one's."""
     assert response.status_code == 200, response.text
-    return [(event.event or "message", decoded(event)) for event in Decoder().feed(response.content)]
+    events = Decoder().feed(response.content)
+    run = response.headers.get("run-id")
+    if run is not None:
+        assert [event.id for event in events] == [f"{run}.{number}" for number in range(1, len(events) + 1)]
+    else:
+        assert [event.id for event in events] == [None] * (len(events) - 1) + ["end"]
+    return [(event.event or "message", decoded(event)) for event in events]
 
 
 def decoded(event: Event) -> Any:
@@ -438,6 +448,7 @@ async def test_a_file_without_a_good_header_is_a_400_and_starts_nothing(
         assert answer["detail"].startswith(detail)
         assert answer.get("field") == field
         assert await s.rows() == []
+        assert await s.runs() == []
 
 
 async def test_another_media_type_is_a_415_and_too_large_a_file_a_413(tmp_path: Path) -> None:
@@ -446,6 +457,7 @@ async def test_another_media_type_is_a_415_and_too_large_a_file_a_413(tmp_path: 
         problem(answer, 415)
         problem(await s.post(b"title\n" + b"x\n" * 50), 413)
         assert await s.rows() == []
+        assert await s.runs() == []
         assert (await s.import_csv(b"title\n" + b"x\n" * 47))[-1][1]["imported"] == 47
 
 
@@ -571,30 +583,62 @@ async def test_leaving_in_the_middle_of_a_stream_gives_its_connection_back(tmp_p
         assert len(await s.rows()) == 5000
 
 
-async def test_an_import_ends_within_one_batch_when_its_client_leaves(
+class Held:
+    """Imports that wait in the third batch, in its thread, until they may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go_on, self.batches = threading.Event(), threading.Event(), 0
+        self._insert = database._insert
+        monkeypatch.setattr(database, "_insert", self._third_waits)
+
+    def _third_waits(self, tasks: Sequence[NewTask], connection: sqlite3.Connection) -> None:
+        self.batches += 1
+        if self.batches == 3:
+            self.reached.set()
+            assert self.go_on.wait(LIMIT_S)
+        self._insert(tasks, connection)
+
+
+async def test_an_import_goes_on_to_its_end_when_its_client_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reached, go_on, batches = threading.Event(), threading.Event(), 0
-    insert = database._insert
+    held = Held(monkeypatch)
+    async with service(tmp_path, linger_s=0) as s:
+        body = numbered(5000).encode()
+        async with connect(s.app, "POST", "/tasks/import", headers=CSV, body=body) as exchange:
+            assert await exchange.chunk()
+            run = exchange.headers["run-id"]
+            assert await to_thread.run_sync(held.reached.wait, LIMIT_S)
+            exchange.disconnect()
+            await exchange.ended.wait()
+        held.go_on.set()
+        *progress, end = named(await s.client.get(f"/runs/{run}/events"))
+        assert [data["current"] for _, data in progress] == list(range(100, 5001, 100))
+        assert end == ("complete", {"status": "success", "imported": 5000, "failed": 0})
+        assert held.batches == 50
+        assert await s.titles() == [f"Task {n}" for n in range(1, 5001)]
 
-    def third_waits(tasks: Sequence[NewTask], connection: sqlite3.Connection) -> None:
-        nonlocal batches
-        batches += 1
-        if batches == 3:
-            reached.set()
-            assert go_on.wait(LIMIT_S)
-        insert(tasks, connection)
 
-    monkeypatch.setattr(database, "_insert", third_waits)
+async def test_an_import_ends_within_one_batch_when_it_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
     async with service(tmp_path) as s:
         body = numbered(5000).encode()
         async with connect(s.app, "POST", "/tasks/import", headers=CSV, body=body) as exchange:
-            assert await to_thread.run_sync(reached.wait, LIMIT_S)
-            exchange.disconnect()
+            assert await to_thread.run_sync(held.reached.wait, LIMIT_S)
+            await exchange.started.wait()
+            assert (await s.client.delete(f"/runs/{exchange.headers['run-id']}")).status_code == 202
             await anyio.wait_all_tasks_blocked()
-            go_on.set()
+            held.go_on.set()
+            events = Decoder().feed(await exchange.body())
             await exchange.ended.wait()
-        assert batches == 3
+        assert [(event.event, decoded(event)) for event in events] == [
+            ("progress", {"current": 100, "total": None, "percent": decoded(events[0])["percent"]}),
+            ("progress", {"current": 200, "total": None, "percent": decoded(events[1])["percent"]}),
+            ("cancelled", {"reason": "asked"}),
+        ]
+        assert held.batches == 3
         assert await s.titles() == [f"Task {n}" for n in range(1, 301)]
 
 

@@ -265,7 +265,7 @@ class Tails:
     def enter(self, stream: str) -> Tail:
         """The stream's tail, watching from now on. `settle` it with facts asked for after this; then make readers."""
         tail = self._tails.get(stream)
-        if tail is None or tail.ended is not None:
+        if tail is None or tail.ended == "deleted" or tail.last_words:
             tail = self._tails[stream] = Tail(self.log, stream)
         tail.guests += 1
         return tail

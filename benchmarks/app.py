@@ -1,0 +1,68 @@
+"""The service with what only benchmarks ask for, under our runner.
+
+`GET /durable` is /stream as a run. `POST /written/{name}` publishes to the topic /topics/{name} without a request an
+event. `--by-task` has a task for each reader, as under any other server.
+"""
+
+import argparse
+import sys
+
+import msgspec
+
+from handlers import ROUTES, resources
+from handlers.basics import Counted, counter
+from sseapp import SSEApp
+from ssecore.request import Request
+from ssecore.responses import JSON, Response
+from ssecore.routes import GET, POST, Run
+from ssecore.server import serve
+from ssecore.settings import Settings
+from ssecore.wire import Event
+
+
+class Written(msgspec.Struct):
+    count: int
+    batch: int = 100
+
+
+async def write(request: Request, name: str) -> Response:
+    """Answers when all are in the log, with the last one's id."""
+    query: Written = request.query
+    cursor = None
+    for begin in range(0, query.count, query.batch):
+        numbers = range(begin, min(begin + query.batch, query.count))
+        events = [Event({"count": n, "message": f"Update {n}"}, "message") for n in numbers]
+        cursor = await request.topics.publish(f"topics/{name}", *events)
+    return JSON({"id": str(cursor)})
+
+
+class ByTask(SSEApp):
+    """Whose runner can't tell it that direct delivery is possible."""
+
+    @property
+    def direct(self) -> bool:
+        return False
+
+    @direct.setter
+    def direct(self, value: bool) -> None:
+        pass
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.app")
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--log", required=True)
+    parser.add_argument("--by-task", action="store_true")
+    options = parser.parse_args()
+    settings = Settings.from_env(port="0", data_dir=options.data_dir, log=options.log)
+    routes = [
+        *ROUTES,
+        GET("/durable", counter, query=Counted, run=Run()),
+        POST("/written/{name}", write, query=Written),
+    ]
+    kind = ByTask if options.by_task else SSEApp
+    return serve(kind(routes, settings, lifespan=lambda app: resources(app.settings)), settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Runs that behave as their path says, for servers that are killed."""
+
+from collections.abc import AsyncIterator
+from itertools import count
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from sseapp import GET, Event, Request, Run, Settings, SSEApp
+
+
+async def work(request: Request, kind: str) -> AsyncIterator[Event]:
+    """Three events and then nothing, but for `silent`; after `complete`, the last would be the end."""
+    if kind != "silent":
+        for number in (1, 2, 3):
+            yield Event(str(number))
+    if kind in ("finished", "complete"):
+        yield Event("[DONE]") if request.data_only else Event("", "complete")
+    if kind != "finished":
+        await anyio.sleep_forever()
+
+
+async def counting(request: Request) -> AsyncIterator[Event]:
+    """As fast as it goes, for ever."""
+    for number in count(1):
+        yield Event(f"{number} {'x' * (number % 100)}")
+        await checkpoint()
+
+
+def make() -> SSEApp:
+    routes = [
+        GET("/named/{kind}", work, run=Run()),
+        GET("/data/{kind}", work, run=Run(), data_only=True),
+        GET("/counting", counting, run=Run()),
+    ]
+    return SSEApp(routes, Settings.from_env())
