@@ -1103,7 +1103,7 @@ async def act_at_random(service: House, rng: random.Random, steps: int) -> tuple
 
 
 @pytest.mark.parametrize("kept", [100_000, 25])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 async def test_every_reader_holds_a_contiguous_history_whatever_happens_to_its_connections(
     way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, kept: int
 ) -> None:

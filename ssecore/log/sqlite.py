@@ -100,7 +100,9 @@ _MAX_KNOWN: Final = 10_000
 _STEP_ROWS: Final = 32
 _STEP_STREAMS: Final = 64
 _STEP_PAGES: Final = 256
-#: SQLite takes the WAL into the file every 4 MiB; readers can keep it from starting over. Beyond this it is made to.
+#: SQLite takes the WAL into the file after so many pages, 2 MiB. (Its own 4 MiB would be half of a small log.)
+_CHECKPOINT_PAGES: Final = 512
+#: Readers can keep the WAL from starting over. Beyond this it is made to.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
 #: How long SQLite waits for somebody who looks into the file from outside.
 _BUSY_S: Final = 2.0
@@ -405,6 +407,7 @@ class SqliteLog:
         try:
             db.execute(f"PRAGMA synchronous = {'FULL' if self._full_sync else 'NORMAL'}")
             db.execute(f"PRAGMA journal_size_limit = {_MAX_WAL_BYTES // 2}")
+            db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
             db.execute(f"PRAGMA query_only = {query_only}")
         except BaseException:
             db.close()
