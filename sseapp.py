@@ -25,6 +25,7 @@ from ssecore.log import Log
 from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
 from ssecore.log.tail import Attached, Reader, Tails
+from ssecore.progress import LogLevel, ProgressLogger, from_thread
 from ssecore.request import Receive, Request, Services
 from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, response_start, send_response
 from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
@@ -43,7 +44,9 @@ __all__ = [
     "ByteStream",
     "Decoder",
     "Event",
+    "LogLevel",
     "NotFound",
+    "ProgressLogger",
     "Request",
     "Response",
     "Route",
@@ -55,6 +58,7 @@ __all__ = [
     "Upload",
     "create_app",
     "encode",
+    "from_thread",
     "main",
     "merge",
 ]
@@ -235,12 +239,13 @@ class SSEApp:
         if request.method in ("GET", "HEAD") and request.last_event_id == "end":
             return Response(status=204)  # it has ended for good: an `EventSource` stops here
         if head:
-            await self._send_head(send, _EVENT_STREAM_HEADERS)
-            return None
+            return await self._send_head(send, _EVENT_STREAM_HEADERS)
         self._check_room()
         if route.run is not None:
             answer = await request.runs.respond(request, route, params)
-            return await self._send_answer(request, send, answer, head=head)
+            if isinstance(answer, Response):
+                return answer
+            return await self._send_reader(request, send, answer)  # without asking for room again: the run is at work
         pump = EventPump(
             route.handler(request, **params),
             request,
@@ -257,27 +262,33 @@ class SSEApp:
         if isinstance(answer, ByteStream):
             return await self._send_bytes(request, send, answer, head=head)
         if head and isinstance(answer, Subscription):
-            await self._send_head(send, _EVENT_STREAM_HEADERS)
-            return None
+            return await self._send_head(send, _EVENT_STREAM_HEADERS)
         if isinstance(answer, Subscription):
             self._check_room()
             attached = await request.topics.subscribe(request, answer)
-        elif isinstance(answer, Attached):
-            attached = answer
-        else:
+            return await self._send_reader(request, send, attached, answer)
+        if not isinstance(answer, Attached):
             raise TypeError(f"{request.path}: the handler returned {type(answer).__name__}, not a Response")
         try:
-            self._check_room()
-            headers = [*_EVENT_STREAM_HEADERS, *raw_headers(None, attached.headers)]
             if head:
-                await self._send_head(send, headers)
-                return None
-            stream = self._reading(request, send, attached.reader, headers)
-            if isinstance(answer, Subscription) and answer.pulse is not None:
-                stream.pulse(answer.pulse, answer.pulse_s)
+                return await self._send_head(send, [*_EVENT_STREAM_HEADERS, *raw_headers(None, answer.headers)])
+            self._check_room()
+            return await self._send_reader(request, send, answer)
+        finally:
+            answer.reader.close()
+
+    async def _send_reader(
+        self, request: Request, send: Send, attached: Attached, subscription: Subscription | None = None
+    ) -> Response | None:
+        reader = attached.reader
+        try:
+            headers = [*_EVENT_STREAM_HEADERS, *raw_headers(None, attached.headers)]
+            stream = self._reading(request, send, reader, headers)
+            if subscription is not None and subscription.pulse is not None:
+                stream.pulse(subscription.pulse, subscription.pulse_s)
             await self._run(stream)
         finally:
-            attached.reader.close()
+            reader.close()
         return None
 
     def _reading(self, request: Request, send: Send, reader: Reader, headers: list[tuple[bytes, bytes]]) -> Stream:
@@ -290,8 +301,7 @@ class SSEApp:
         try:
             headers = raw_headers(answer.media_type, answer.headers)
             if head:
-                await self._send_head(send, headers)
-                return None
+                return await self._send_head(send, headers)
             self._check_room()
             started = True
             pump = Pump(answer.chunks, _chunk, request, buffer_bytes=self.settings.buffer_bytes)
@@ -301,10 +311,11 @@ class SSEApp:
                 await answer.chunks.aclose()
         return None
 
-    async def _send_head(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+    async def _send_head(self, send: Send, headers: list[tuple[bytes, bytes]]) -> Response | None:
         """The headers that GET would have: without a length, which nobody knows."""
         await send({"type": "http.response.start", "status": 200, "headers": [*headers]})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return None
 
     async def _run(self, stream: Stream) -> None:
         self._streams.add(stream)

@@ -58,7 +58,7 @@ Ts = TypeVarTuple("Ts")
 
 
 class WorkCancelled(BaseException):
-    """The reader has left. Raised in the thread by `report` and `report.check`, each time again.
+    """The reader has left (rule 1). Raised in the thread by `report` and `report.check`, each time again.
 
     Not an `Exception`, so that a work's own `except Exception` doesn't take it for a failure; `finally` runs.
     """
@@ -75,7 +75,7 @@ class Report(Generic[T]):
         self._portal = BlockingPortal()
         self._loop_thread = threading.get_ident()
         self._items: deque[T] = deque()
-        self._changed = threading.Condition()  # there is room, or it is over
+        self._changed = threading.Condition()  # there is room, or it is over (rule 3)
         self._over = False  # the reader has left, or the work has ended
         self._wanted: Signal | None = None  # whoever reads waits for an item
 

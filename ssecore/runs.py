@@ -61,6 +61,8 @@ State = Literal["running", "completed", "failed", "cancelled", "interrupted"]
 #: Where no caller has a name, a key is as secret as a run's id: 22 characters of base64url are 128 bits.
 MIN_ANONYMOUS_KEY: Final = 22
 MAX_KEY: Final = 255
+#: How far a run's generator may run ahead of the log, in buffers: what goes in as one commit.
+BUFFERS: Final = 4
 #: How many runs `GET /runs` lists.
 MAX_LIST: Final = 1000
 #: Pauses between attempts to store how a run ended, when the log is away.
@@ -101,8 +103,12 @@ class Worker:
         self._request = copy.copy(request)
         self._request._receive = _no_connection
         self._pump: Pump[Event] = Pump(
-            route.handler(self._request, **params), _stored, self._request, buffer_bytes=runs.settings.buffer_bytes
+            route.handler(self._request, **params),
+            _stored,
+            self._request,
+            buffer_bytes=BUFFERS * runs.settings.buffer_bytes,
         )
+        self._last = b""
         self._read = anyio.Event()
         self._unread = anyio.Event()
 
@@ -143,6 +149,7 @@ class Worker:
         events = size = 0
         while True:
             frames = await pump.frames()
+            self._last = frames[-1] if frames else self._last
             events, size = events + len(frames), size + sum(map(len, frames))
             if (limits.events and events > limits.events) or (limits.bytes and size > limits.bytes):
                 # Not trimmed while it runs: a reader that comes later would find no beginning.
@@ -173,7 +180,7 @@ class Worker:
         """What is to be said last, and the state. A generator that came to its own end has said it."""
         data_only = self._route.data_only
         if self._pump.exhausted:
-            return [], "completed"
+            return [], "failed" if self._last.startswith(b"event: error\n") else "completed"
         if self._reason is not None and self._pump.failure is not None:
             logger.warning("run %s: its handler failed while it was closed", self.id, exc_info=self._pump.failure)
         if self._reason == "drain":

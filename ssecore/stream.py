@@ -510,7 +510,11 @@ class Timekeeper:
             await anyio.sleep(self._tick_s)
             now = current_time()
             for stream in list(self.streams):
-                stream.tick(now)
+                try:
+                    stream.tick(now)
+                except Exception:  # its pulse, say: its own trouble, not the next stream's
+                    logger.exception("a stream's time could not be kept")
+                    stream.abort("failed")
 
 
 def error_frames(error: Exception, *, data_only: bool) -> list[bytes]:

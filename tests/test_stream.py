@@ -646,11 +646,8 @@ async def test_a_timeout_of_its_own_that_expired_does_not_limit_the_closing(capl
     assert_undisturbed(caplog)
 
 
-async def test_asyncios_own_timeout_in_a_handler_works_as_ever(
-    anyio_backend_name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    if anyio_backend_name != "asyncio":
-        pytest.skip("asyncio only")
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_asyncios_own_timeout_in_a_handler_works_as_ever(caplog: pytest.LogCaptureFixture) -> None:
     trace = Trace()
 
     async def handler(request: Request) -> AsyncIterator[Event]:
@@ -720,10 +717,9 @@ async def test_a_stop_while_the_generator_is_about_to_go_on_reaches_it_at_once(
     assert_undisturbed(caplog)
 
 
-async def test_the_host_is_cancelled_natively(anyio_backend_name: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_the_host_is_cancelled_natively(caplog: pytest.LogCaptureFixture) -> None:
     """What uvicorn does to its tasks: `Task.cancel`, and again."""
-    if anyio_backend_name != "asyncio":
-        pytest.skip("asyncio only")
     trace = Trace()
 
     async def handler(request: Request) -> AsyncIterator[Event]:
