@@ -56,6 +56,7 @@ class Settings:
     max_runs: Annotated[int, Meta(ge=1)] | None = _setting(1000, "runs at work at once; more are refused")
     max_runs_per_caller: Annotated[int, Meta(ge=1)] | None = _setting(100, "the same for one caller, if it has a name")
     max_subscribers: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open subscriptions to one topic")
+    max_topics: Annotated[int, Meta(ge=1)] = _setting(10_000, "topics that one process opens; more are refused")
     max_streams: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open streams in all; more are refused")
     buffer_bytes: _Bytes = _setting(64 * 1024, "how far a source may run ahead of its client")
     max_body_bytes: _Bytes = _setting(1024 * 1024, "largest body of a request")

@@ -110,6 +110,9 @@ class Topics:
             await opening.wait()
         epoch = self._epochs.get(stream)
         if epoch is None:
+            # A name may come from anybody, and each leaves its facts in the log.
+            if len(self._epochs) >= self._settings.max_topics:
+                raise Unavailable("too many topics", headers={"retry-after": "60"})
             done = self._opening[stream] = anyio.Event()
             try:
                 epoch = new_epoch()

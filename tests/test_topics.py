@@ -669,3 +669,15 @@ async def test_the_limit_holds_for_those_who_come_at_the_same_moment(way: Way) -
             assert topics_of(app).subscribers("news") == 3
             hold.set()
         assert sorted(statuses) == [200] * 3 + [503] * 7
+
+
+@once
+async def test_topics_are_bounded_and_those_that_are_open_go_on(way: Way) -> None:
+    async with running(way, max_topics=2) as app:
+        await publish(app, name="one")
+        async with connect(app, target="/two") as reader:
+            await take(reader, 1)
+        async with connect(app, target="/three") as refused:
+            assert b'"unavailable"' in await refused.body()
+            assert refused.status == 503
+        await publish(app, name="one")
