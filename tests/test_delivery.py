@@ -354,6 +354,7 @@ async def test_a_reader_behind_the_tail_reads_the_log_and_comes_back_to_the_tail
         reads.afters.clear()
         await service.publish_each(5)
         await slow.reached(65)
+        await other.reached(65)
         assert not reads.afters
         assert slow.frames == other.frames
 
