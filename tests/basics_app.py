@@ -1,6 +1,6 @@
 """The streams of handlers/basics.py and nothing else, for servers that don't carry the whole service."""
 
 from handlers.basics import ROUTES
-from sseapp import SSEApp
+from sseapp import Settings, SSEApp
 
-app = SSEApp(ROUTES)
+app = SSEApp(ROUTES, Settings(log="memory"))

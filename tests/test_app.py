@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Mutable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
@@ -20,6 +21,13 @@ from ssecore import errors
 from ssecore.errors import BadRequest, NotFound, SettingsError, SSEAppError, Unavailable
 from ssecore.request import BODY_TIMEOUT_S, MAX_QUERY_FIELDS, SPOOL_BYTES, Request
 from ssecore.testing import Transport, VirtualClockLoop, connect
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apps with the settings' defaults keep their log in ./var: not in the one of a service that runs from here."""
+    monkeypatch.chdir(tmp_path)
+
 
 JSON_TYPE = {"content-type": "application/json"}
 CSV_TYPE = {"content-type": "text/csv"}
