@@ -7,9 +7,11 @@ to leave, and sending is done by whoever has something to send:
 - While a reader is *idle* (all it could have has been sent) it stands in its tail's `Audience`. When the tail changes,
   the audience steps each idle reader's `send` coroutine once. With a client that reads it finishes there, without
   suspension.
+- Where the server's connection is known (`connection`), there isn't even a `send`: what is due is framed as a chunk
+  once, and written to each.
 - If it suspends, the client is slow: the suspended coroutine is carried on by a *carrier*, a task of the app's, which
   then sends what has come meanwhile, from the cursor, and makes the reader idle again when it has caught up.
-- A reader begins with a carrier: opening, and what is in the log already.
+- A reader begins with its opening, stepped in the same way. What the tail doesn't hold any more a carrier sends.
 
 Rules:
 
@@ -20,6 +22,8 @@ Rules:
 3.  An exception out of one reader's `send` ends that reader: never the publisher, never the next reader.
 4.  A large audience is stepped in slices of `SLICE`, with a turn of the loop between them.
 5.  At most one `send` of a connection is in flight: a reader is idle, or it has a carrier.
+6.  The connection's own task awaits the client's leaving and nothing else. A stream that ends by itself cancels that
+    wait, not the task: a cancel scope for it would cost each connection 0.7 KiB.
 """
 
 import asyncio
@@ -31,9 +35,10 @@ from typing import Any, Final
 from anyio import CancelScope
 from anyio.abc import TaskGroup
 
+from ssecore.connection import Connection, chunk, connection_of
 from ssecore.log import Ended
 from ssecore.log.tail import Reader, Tail
-from ssecore.request import EndReason, Request
+from ssecore.request import Request
 from ssecore.responses import Send
 from ssecore.stream import Stream, StreamOptions, Timekeeper
 from ssecore.wire import HEARTBEAT
@@ -44,6 +49,8 @@ logger = logging.getLogger("sseapp")
 
 #: Rule 4. About 3 ms of sends.
 SLICE: Final = 256
+#: No reader is there: sequences begin at 1, cursors at 0.
+NOBODY: Final = -1
 
 
 class _Audience:
@@ -57,9 +64,7 @@ class _Audience:
         self._round: list[DirectStream] = []
         self._done = 0  # of the round
         self._seen: tuple[int, Ended | None] = (0, None)  # what the tail had when the round began
-        self._batch = b""
-        self._message: dict[str, Any] = {}
-        self._chunk = b""
+        self._batch = self._chunk = b""
 
     def changed(self) -> None:
         # On the loop's next turn: what is appended in this one travels together.
@@ -82,41 +87,37 @@ class _Audience:
             self.changed()
 
     def _deliver(self, streams: list["DirectStream"]) -> None:
-        """Hot path: for a reader that is up to date and whose client reads, a few comparisons and one write."""
-        idle, tail = self.idle, self._tail
-        after = last = -1
-        chunk = b""
-        if streams and tail.ended is None:
-            after = streams[0].source.after
-            if (held := tail.since(after)) is not None:
-                batch, last = held
-                chunk = self.chunk(batch)
+        """Hot path: for a reader that is up to date and whose client reads, some comparisons and one write."""
+        idle, chunk, after, last = self.idle, *self._next(streams)
         for stream in streams:
             if stream not in idle:
                 continue
             try:
-                if chunk and stream.source.after == after and (cycle := stream.cycle) is not None:
-                    if not cycle.flow.write_paused and not cycle.disconnected:
-                        cycle.transport.write(chunk)
-                        stream.source.after = last
-                        stream.progress += 2
-                        continue
-                stream.step()
+                connection, source = stream.connection, stream.source
+                if (
+                    connection is not None
+                    and source.after == after
+                    and not connection.flow.write_paused
+                    and not connection.disconnected
+                ):
+                    connection.transport.write(chunk)
+                    source.after = last
+                    stream.progress += 2
+                else:
+                    stream.step()
             except Exception as error:  # rule 3
                 stream.failed(error)
 
-    def chunk(self, batch: bytes) -> bytes:
-        """The same chunk for all who get the same batch."""
-        self.message(batch)
-        return self._chunk
-
-    def message(self, batch: bytes) -> dict[str, Any]:
-        """The same message for all who get the same batch (rule 1)."""
+    def _next(self, streams: list["DirectStream"]) -> tuple[bytes, int, int]:
+        """The chunk for those who have read up to the first number; then they have read up to the second."""
+        after = streams[0].source.after if streams else NOBODY
+        held = self._tail.since(after) if self._tail.ended is None else None
+        if held is None:
+            return b"", NOBODY, NOBODY
+        batch, last = held
         if batch is not self._batch:
-            self._batch = batch
-            self._message = {"type": "http.response.body", "body": batch, "more_body": True}
-            self._chunk = b"%x\r\n%b\r\n" % (len(batch), batch)
-        return self._message
+            self._batch, self._chunk = batch, chunk(batch)
+        return self._chunk, after, last
 
 
 class DirectStream(Stream):
@@ -165,16 +166,22 @@ class DirectStream(Stream):
         self._raise_early()
 
     def _begin(self) -> None:
+        """Most often all of the opening can be sent without waiting: then no carrier is needed."""
         batch = self.source.ready()
-        if batch is None or self.source.finished:
-            self.source.say(batch or b"")  # nobody has taken it yet
+        if batch is None:
             self._start_carrier(self._open())
-        else:
-            self._step_through(self._opened(batch))
+        elif self.source.finished:
+            self._start_carrier(self._opened(batch))
+        elif self._step(self._greet(batch)):
+            self._be_idle()
 
-    async def _opened(self, batch: bytes) -> None:
-        await self._send_start()
-        await self._send_body(self._first(batch))
+    async def _greet(self, batch: bytes) -> None:
+        await self._send_body(await self._opened(batch))
+
+    def _be_idle(self) -> None:
+        self._audience.idle[self] = None
+        if self.connection is None and self.source.plain:
+            self.connection = connection_of(self._send_message)
 
     @types.coroutine
     def _left(self, watching: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
@@ -213,7 +220,7 @@ class DirectStream(Stream):
         if batch is None or self.source.finished:
             self._start_carrier(_given(batch or b""))
         elif batch:
-            self._step_send(batch)
+            self._step(self._send_body(batch))
 
     def _woken(self) -> None:
         if self in self._audience.idle:
@@ -221,33 +228,31 @@ class DirectStream(Stream):
 
     def _beat(self) -> None:
         if self in self._audience.idle:
-            self._step_send(HEARTBEAT)
+            self._step(self._send_body(HEARTBEAT))
 
-    def _step_send(self, batch: bytes) -> None:
-        """Hot path, once for each reader and change: one coroutine, one step of it."""
-        self.progress += 1
-        sending = self._send_message(self._audience.message(batch))
+    def _step(self, sending: Coroutine[Any, Any, None]) -> bool:
+        """One step of it, in which it ends where the client reads. Else a carrier goes on with it."""
         try:
-            waits_for = sending.send(None)  # type: ignore[attr-defined]
+            waits_for = sending.send(None)
         except StopIteration:
-            self.progress += 1
+            return True
         except Exception as error:  # rule 3
             self.failed(error)
         else:
-            self._start_carrier(self._rest(sending, waits_for))  # type: ignore[arg-type]
+            self._start_carrier(_rest(sending, waits_for))
+        return False
 
     def _start_carrier(self, first: Coroutine[Any, Any, bytes | None]) -> None:
         # By a task: whoever steps may be a callback of the loop, where anyio doesn't know which library runs.
-        del self._audience.idle[self]
+        self._audience.idle.pop(self, None)
         self._starting = asyncio.get_running_loop().create_task(self._start(first))
 
     async def _start(self, first: Coroutine[Any, Any, bytes | None]) -> None:
+        self._starting = None
+        self._carrier = CancelScope()
+        if self._over:  # an abort before this first step
+            self._carrier.cancel()
         self._carriers.start_soon(self._carry, self._carrier, first)
-
-    async def _rest(self, sending: Coroutine[Any, Any, None], waits_for: Any) -> bytes:
-        await _resumed(sending, waits_for)
-        self.progress += 1
-        return b""
 
     async def _carry(self, scope: CancelScope, first: Coroutine[Any, Any, bytes | None]) -> None:
         """Send what `first` gives and all that follows, until there is nothing more to be had without waiting."""
@@ -265,13 +270,10 @@ class DirectStream(Stream):
                     if batch is None:
                         batch = await source.from_log()
                     elif not batch and not source.finished:
-                        # The next carrier's, from now on: an abort before its first step has to cancel it as well.
-                        self._carrier = CancelScope()
-                        self.cycle = getattr(self._send_message, "__self__", None)
-                        self._audience.idle[self] = None
+                        self._carrier = None
+                        self._be_idle()
                         return
                 self._leave()
-                self._scope.cancel()
         except Exception as error:
             self.failed(error)
 
@@ -284,6 +286,11 @@ class DirectStream(Stream):
 
 async def _given(batch: bytes) -> bytes:
     return batch
+
+
+async def _rest(sending: Coroutine[Any, Any, None], waits_for: Any) -> bytes:
+    await _resumed(sending, waits_for)
+    return b""
 
 
 @types.coroutine

@@ -338,7 +338,7 @@ class Stream:
         self._send_message = send
         self._headers = headers
         self._options = options
-        self._scope = CancelScope()
+        self._scope: CancelScope | None = None
         self._seen = -1
         self._since = 0.0
         self._deadline = current_time() + options.max_stream_s if options.max_stream_s else None
@@ -412,7 +412,11 @@ class Stream:
         if self._request._end_reason is None:
             self._request._end_reason = reason
         self.source.stop()
-        self._scope.cancel()
+        self._cut()
+
+    def _cut(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
 
     def tick(self, now: float) -> None:
         """The sweep's look at this stream (rule 7): late by one round of the sweep at most."""
@@ -461,6 +465,10 @@ class Stream:
         batch = await source.first()
         if source.finished and not batch and self._failed_by_itself():
             return None  # whoever runs this stream raises it: an HTTP error
+        return await self._opened(batch)
+
+    async def _opened(self, batch: bytes) -> bytes:
+        source = self.source
         await self._send({"type": "http.response.start", "status": 200, "headers": [*self._headers]})
         if source.events:
             batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)

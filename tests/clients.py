@@ -26,7 +26,7 @@ PATIENCE: Final = 20
 class AppWithCallers(SSEApp):
     """An app where the header `x-caller` says who asks."""
 
-    async def _answer(self, request: Request, send: Send, *, head: bool) -> Response | None:
+    async def _answer(self, request: Request, send: Send, *, head: bool) -> Any:
         request.caller = request.headers.get("x-caller")
         return await super()._answer(request, send, head=head)
 

@@ -170,6 +170,8 @@ class Reader:
         self.on_close: Callable[[], None] | None = None
         #: Who sends for it, where nobody waits in `batch`; see `direct`.
         self.on_wake: Callable[[], None] | None = None
+        #: It gets the tail's frames as they are.
+        self.plain = translate is None
         self._data_only = data_only
         self._translate = translate
         self._before = before
