@@ -22,8 +22,8 @@ Rules:
 3.  An exception out of one reader's `send` ends that reader: never the publisher, never the next reader.
 4.  A large audience is stepped in slices of `SLICE`, with a turn of the loop between them.
 5.  At most one `send` of a connection is in flight: a reader is idle, or it has a carrier.
-6.  The connection's own task awaits the client's leaving and nothing else. A stream that ends by itself cancels that
-    wait, not the task: a cancel scope for it would cost each connection 0.7 KiB.
+6.  The connection's own task awaits the client's leaving and nothing else. A stream that ends by itself cancels what
+    the task waits for, not the task: a cancel scope would cost each connection 0.7 KiB.
 """
 
 import asyncio
@@ -123,6 +123,8 @@ class _Audience:
 class DirectStream(Stream):
     """A `Stream` of a `Reader` that needs no task but the connection's own."""
 
+    __slots__ = ("_audience", "_carrier", "_carriers", "_over", "_starting", "_waits_for", "connection")
+
     source: Reader
 
     def __init__(
@@ -149,15 +151,26 @@ class DirectStream(Stream):
         self._audience: _Audience = audience
         source.on_wake = self._woken
 
-    async def run(self, timekeeper: Timekeeper | None) -> None:
+    @types.coroutine
+    def run(self, timekeeper: Timekeeper | None) -> Generator[Any, Any, None]:
+        """As `Stream.run`; awaits the client's leaving, or the stream's end, which cancels that wait (rule 6)."""
         assert timekeeper is not None, "an app with carriers is running, and has a timekeeper"
         timekeeper.streams.add(self)
+        watching = self._request.disconnect()
         try:
             self._begin()
-            await self._left(self._request.disconnect())
-            if not self._over:
-                self.abort("client")
+            while not self._over:
+                self._waits_for = watching.send(None)
+                if not self._over:
+                    yield self._waits_for
+        except StopIteration:
+            self.abort("client")
+        except asyncio.CancelledError:
+            if not self._over or _cancelling():
+                raise
         finally:
+            self._waits_for = None
+            watching.close()
             if not self._over:
                 self.abort("cancelled")
             self.source.close()
@@ -182,25 +195,6 @@ class DirectStream(Stream):
         self._audience.idle[self] = None
         if self.connection is None and self.source.plain:
             self.connection = connection_of(self._send_message)
-
-    @types.coroutine
-    def _left(self, watching: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
-        """Await the client's leaving, or the end of this stream: then what is waited for is cancelled (rule 6)."""
-        try:
-            while not self._over:
-                try:
-                    self._waits_for = watching.send(None)
-                except StopIteration:
-                    return
-                if not self._over:
-                    yield self._waits_for
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._over or (task is not None and task.cancelling()):
-                raise
-        finally:
-            self._waits_for = None
-            watching.close()
 
     def _cut(self) -> None:
         self._leave()
@@ -282,6 +276,12 @@ class DirectStream(Stream):
         if not isinstance(error, OSError):
             logger.error("a server's send failed", exc_info=error)
         self.abort("client")
+
+
+def _cancelling() -> bool:
+    """Whether it is this task that somebody wants to end, and not only what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _given(batch: bytes) -> bytes:

@@ -324,6 +324,21 @@ class StreamOptions:
 class Stream:
     """One streaming response: opens it, sends what its source gives, and ends it as it should."""
 
+    __slots__ = (
+        "_deadline",
+        "_headers",
+        "_options",
+        "_pulse",
+        "_pulse_at",
+        "_request",
+        "_scope",
+        "_seen",
+        "_send_message",
+        "_since",
+        "progress",
+        "source",
+    )
+
     def __init__(
         self,
         request: Request,

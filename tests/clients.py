@@ -11,7 +11,7 @@ import pytest
 
 from sseapp import SSEApp
 from ssecore.request import Request
-from ssecore.responses import Response, Send
+from ssecore.responses import Send
 from ssecore.testing import Exchange, connect
 from ssecore.wire import Decoder, Event
 
