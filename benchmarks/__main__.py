@@ -8,14 +8,30 @@ import inspect
 import sys
 from collections.abc import Callable
 
-from benchmarks import durable, fanout, history, memory, resume, retention, throughput
+from benchmarks import (
+    churn,
+    durable,
+    fanout,
+    first_byte,
+    history,
+    idle,
+    latency,
+    memory,
+    resume,
+    retention,
+    throughput,
+)
 from benchmarks.process import pin_load, raise_file_limit
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
+    "churn": churn.run,
     "durable": durable.run,
     "fanout": fanout.run,
+    "first_byte": first_byte.run,
     "history": history.run,
+    "idle": idle.run,
+    "latency": latency.run,
     "memory": memory.run,
     "resume": resume.run,
     "retention": retention.run,
