@@ -16,7 +16,8 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
@@ -26,15 +27,33 @@ from anyio import CancelScope, CapacityLimiter, to_thread
 
 from ssecore.errors import SSEAppError, Unavailable
 
-__all__ = ["COLUMNS", "Exchange", "NewTask", "Status", "Task", "Tasks", "open_tasks"]
+__all__ = [
+    "COLUMNS",
+    "Due",
+    "Exchange",
+    "Filter",
+    "Grouping",
+    "NewTask",
+    "Status",
+    "Task",
+    "Tasks",
+    "open_tasks",
+]
 
 Status = Literal["open", "doing", "done"]
+#: How near a task's date is; `done` and `none` (no date) are no matter of dates. `week`: the seven days after today.
+Due = Literal["overdue", "today", "week", "later", "none", "done"]
+Grouping = Literal["status", "priority", "due"]
 COLUMNS: Final = ("id", "title", "description", "status", "priority", "due", "created")
 
 #: Rows read at once: the longest ones that an import takes make some 12 MB, usual ones 40 KB.
 PAGE_ROWS: Final = 200
 #: Connections for reading. A page takes less than a millisecond, so a few serve many streams.
 READERS: Final = 3
+#: Of a search: more words cost more time, up to a second each where a million rows have it.
+MAX_WORDS: Final = 10
+#: What a found row holds of its description.
+FOUND_CHARS: Final = 300
 #: How long to wait for another process's write.
 BUSY_TIMEOUT_S: Final = 30.0
 
@@ -95,6 +114,15 @@ _PAGE: Final = f"""SELECT max(id), CAST(group_concat(json, char(10)) AS BLOB) FR
     SELECT tasks.id AS id, json_object({", ".join(f"'{name}', tasks.{name}" for name in COLUMNS)}) AS json
     FROM {{source}} WHERE {{where}} ORDER BY {{key}} LIMIT :rows)"""
 
+_DUE: Final = """CASE
+    WHEN tasks.status = 'done' THEN 'done'
+    WHEN tasks.due IS NULL THEN 'none'
+    WHEN tasks.due < :today THEN 'overdue'
+    WHEN tasks.due = :today THEN 'today'
+    WHEN tasks.due <= date(:today, '+7 days') THEN 'week'
+    ELSE 'later' END"""
+_GROUPS: Final[dict[Grouping, str]] = {"status": "tasks.status", "priority": "tasks.priority", "due": _DUE}
+
 T = TypeVar("T")
 
 
@@ -118,6 +146,17 @@ class Task(NamedTuple):
     priority: int
     due: str | None
     created: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Which rows; `None` doesn't ask. `due="week"` takes today's, too."""
+
+    words: str | None = None
+    any_word: bool = False  #: else all of the words must occur
+    status: Status | None = None
+    priority: int | None = None
+    due: Due | None = None
 
 
 class Exchange(msgspec.Struct, array_like=True, frozen=True):
@@ -168,6 +207,15 @@ class Tasks:
             rows = page.split(b"\n")
             yield rows
             limit = limit - wanted if len(rows) == wanted else 0
+
+    async def search(self, wanted: Filter, limit: int, today: date) -> tuple[int, list[Task]]:
+        """How many rows there are, and the first of them: by their words' weight, or by date. Descriptions are cut."""
+        work = partial(_search, wanted, limit, today)
+        return await to_thread.run_sync(self._work, work, limiter=self._reading)
+
+    async def count(self, wanted: Filter, by: Grouping | None, today: date) -> dict[str, int]:
+        """How many rows there are in each group; without `by` in the one called `all`. Empty groups are not there."""
+        return await to_thread.run_sync(self._work, partial(_count, wanted, by, today), limiter=self._reading)
 
     async def session(self, owner: str | None, id: str) -> list[Exchange]:
         """A session's exchanges, oldest first; none, if there is no such session of this owner's."""
@@ -316,11 +364,51 @@ def _cut(text: str, max_chars: int) -> str:
     return text if len(text) <= max_chars else text[: max_chars - 1] + "\u2026"
 
 
-def _quoted(text: str) -> str:
-    """A query for FTS5 in which nothing is an operator: every word a string, and all of them must occur.
+def _search(wanted: Filter, limit: int, today: date, connection: sqlite3.Connection) -> tuple[int, list[Task]]:
+    source, values = _matching(wanted, today)
+    order = "tasks.due IS NULL, tasks.due, tasks.id" if wanted.words is None else "words.rank, tasks.id"
+    columns = ", ".join(COLUMNS).replace("description", "substr(description, 1, :chars)")
+    # The sorter carries numbers only; the few rows are read behind it.
+    found = f"SELECT tasks.id AS found, count(*) OVER () AS total, row_number() OVER (ORDER BY {order}) AS place"
+    sql = f"""SELECT total, {columns} FROM ({found} FROM {source} ORDER BY place LIMIT :rows)
+        CROSS JOIN tasks ON tasks.id = found ORDER BY place"""
+    rows = connection.execute(sql, {**values, "rows": limit, "chars": FOUND_CHARS}).fetchall()
+    return (rows[0][0] if rows else 0), [Task(*row[1:]) for row in rows]
+
+
+def _count(wanted: Filter, by: Grouping | None, today: date, connection: sqlite3.Connection) -> dict[str, int]:
+    source, values = _matching(wanted, today)
+    if by is None:
+        return {"all": connection.execute(f"SELECT count(*) FROM {source}", values).fetchall()[0][0]}
+    sql = f"SELECT {_GROUPS[by]}, count(*) FROM {source} GROUP BY 1 ORDER BY 1"
+    return {str(name): number for name, number in connection.execute(sql, values).fetchall()}
+
+
+def _matching(wanted: Filter, today: date) -> tuple[str, dict[str, Any]]:
+    """The rows as what stands behind FROM, and its values."""
+    source, where = "tasks", ["TRUE"]
+    words = _quoted(wanted.words or "", " OR " if wanted.any_word else " ", MAX_WORDS)
+    if wanted.words is not None:
+        source = "words CROSS JOIN tasks ON tasks.id = words.rowid"
+        where.append("words MATCH :words")
+    if wanted.status is not None:
+        where.append("tasks.status = :status")
+    if wanted.priority is not None:
+        where.append("tasks.priority = :priority")
+    if wanted.due == "week":
+        where.append(f"{_DUE} IN ('today', 'week')")
+    elif wanted.due is not None:
+        where.append(f"{_DUE} = :due")
+    values = {"words": words, "status": wanted.status, "priority": wanted.priority, "due": wanted.due}
+    return f"{source} WHERE {' AND '.join(where)}", {**values, "today": today.isoformat()}
+
+
+def _quoted(text: str, between: str = " ", most: int | None = None) -> str:
+    """A query for FTS5 in which nothing is an operator: every word a string. All of them must occur.
 
     "Within an FTS expression a string may be specified [...] by enclosing it in double quotes. Within a string, any
     embedded double quote characters may be escaped SQL-style" (https://www.sqlite.org/fts5.html, 3.1). One that holds
     nothing but punctuation is ignored there.
     """
-    return " ".join('"' + word.replace('"', '""') + '"' for word in text.replace("\0", " ").split())
+    words = text.replace("\0", " ").split()[:most]
+    return between.join('"' + word.replace('"', '""') + '"' for word in words or [""])
