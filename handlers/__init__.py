@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from handlers import basics, chat, notifications, ops, tasks
+from handlers import agent, basics, chat, notifications, ops, tasks
 from handlers.chat import Model, open_model
 from handlers.tasks import Tasks, open_tasks
 from ssecore.routes import Route
@@ -12,7 +12,7 @@ from ssecore.settings import Settings
 
 __all__ = ["ROUTES", "Resources", "resources"]
 
-ROUTES: list[Route] = [*basics.ROUTES, *tasks.ROUTES, *chat.ROUTES, *notifications.ROUTES, *ops.ROUTES]
+ROUTES: list[Route] = [*basics.ROUTES, *tasks.ROUTES, *agent.ROUTES, *chat.ROUTES, *notifications.ROUTES, *ops.ROUTES]
 
 
 @dataclass(frozen=True, slots=True)
