@@ -16,9 +16,9 @@ __all__ = ["plan", "write"]
 
 _WORD: Final = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 #: What stands between two numbers and is nothing but arithmetic; a date is none.
-_EXPRESSION: Final = re.compile(r"(?<![\w.])[-+(\s]*\.?\d(?:[\d\s.()+*/%^\u00d7·÷\u2212-]|(?<=\d)[eE][+-]?(?=\d))*")
-_OPERATOR: Final = re.compile(r"[\d)]\s*(?:\*\*|//|[-+*/%^\u00d7·÷\u2212])\s*[-+(.\d]")
-_DATE: Final = re.compile(r"\s*\d{4}-\d\d?-\d\d?\s*")
+_EXPRESSION: Final = re.compile(r"(?<![\w.])[-+( ]{0,20}\.?\d(?:[\d .()+*/%^\u00d7·÷\u2212-]|(?<=\d)[eE][+-]?(?=\d))*")
+_OPERATOR: Final = re.compile(r"[\d)] ?(?:\*\*|//|[-+*/%^\u00d7·÷\u2212]) ?[-+(.\d]")
+_DATE: Final = re.compile(r" *\d{4}-\d\d?-\d\d? *")
 _SPOKEN: Final = {r"\bplus\b": "+", r"\bminus\b": "-", r"\btimes\b|\bmultiplied by\b": "*", r"\bdivided by\b": "/"}
 
 #: `3-4` and `24/7` may be something else; what has one of these signs is not.
@@ -31,8 +31,8 @@ _FINDING: Final = frozenset("search find list show task tasks todo todos due".sp
 _PLAIN: Final = frozenset(
     """a about all am an and any are as at be been but by can could did do does each every equal equals for from get
     give got had has have how i if in into is it its know like many mention mentioning mentions me much my need of on or
-    our out per please should so some tell that the today's their them then there these they this those to up us was we were
-    what what's whats when where which who whose why will with without would you your status priority""".split()
+    our out per please should so some tell that the their them then there these they this those to up us was we were
+    today's what what's whats when where which who whose why will with without would you your status priority""".split()
 )
 _STATUSES: Final = {
     "open": "open",
@@ -52,7 +52,7 @@ _UNDATED: Final = re.compile(r"\b(?:no|without an?) (?:due )?date\b")
 
 def plan(question: str, earlier: Sequence[str] = ()) -> list[ToolCall]:
     """The calls that the question asks for, three at most; none, if there is no word in it. `earlier`: before it."""
-    text = question.lower()
+    text = plain = " ".join(question.lower().split())
     for pattern, sign in _SPOKEN.items():
         text = re.sub(pattern, sign, text)
     calls: list[tuple[str, Mapping[str, Any]]] = []
@@ -62,7 +62,7 @@ def plan(question: str, earlier: Sequence[str] = ()) -> list[ToolCall]:
     if expression and (_PLAINLY.search(expression) or _CALCULATING.intersection(words) or not _subject(words)):
         calls.append(("calculate", {"expression": expression.strip()}))
     elif expression:
-        text, words = question.lower(), _WORD.findall(question.lower())
+        text, words = plain, _WORD.findall(plain)
     if _TELLING_TIME.intersection(words) and not _UNDATED.search(text) and "due" not in words:
         calls.append(("today", {}))
     which = _which(text, words)
@@ -81,7 +81,7 @@ def plan(question: str, earlier: Sequence[str] = ()) -> list[ToolCall]:
 
 def _expression(text: str) -> str:
     """The first piece of arithmetic in a text; "" if there is none."""
-    pieces = (match[0] for match in _EXPRESSION.finditer(text))
+    pieces = (match[0].rstrip(" .+-*/%^(\u00d7·÷\u2212") for match in _EXPRESSION.finditer(text))
     return next((piece for piece in pieces if _OPERATOR.search(piece) and not _DATE.fullmatch(piece)), "")
 
 
