@@ -306,7 +306,8 @@ class _Query(msgspec.Struct):
 
 class _Message(msgspec.Struct):
     message: Annotated[str, Meta(min_length=1, max_length=8000)]
-    session_id: Annotated[str, Meta(min_length=1, max_length=128, pattern="^[A-Za-z0-9._~-]+$")] | None = None
+    #: `\Z`, since `$` would take a line end behind it.
+    session_id: Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._~-]+\Z")] | None = None
 
 
 def _steps(request: Request, question: str, history: Sequence[Exchange] = ()) -> aclosing[AsyncGenerator[Step, None]]:
