@@ -36,6 +36,7 @@ OUTER: Final = {"": 4, "server": 4, "testing": 2}
 #: What the product imports besides the standard library and itself: no web framework, no ORM, no SSE library.
 DEPENDENCIES: Final = frozenset(
     ["anyio", "httptools", "httpx", "msgspec", "orjson", "prometheus_client", "redis", "uvicorn", "uvloop"]
+    + ["xllamacpp"]  # in handlers/llama.py alone, which runs as a program of its own
 )
 
 #: Hosts of package registries, and folders of whoever works on the project.
@@ -187,7 +188,7 @@ def link_distribution(name: str, packages: Path) -> None:
         (packages / top).symlink_to(str(installed.locate_file(top)))
 
 
-@pytest.mark.parametrize("lock", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize("lock", ["requirements.txt", "requirements-dev.txt", "requirements-local-model.txt"])
 def test_a_lock_holds_versions_and_hashes_and_no_address(lock: str) -> None:
     text = (ROOT / lock).read_text()
     assert "://" not in text
