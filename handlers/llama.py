@@ -19,7 +19,7 @@ CONTEXT_TOKENS: Final = 4096
 ANSWERS: Final = 2
 #: So small a model doesn't always find an end.
 MAX_ANSWER_TOKENS: Final = 512
-#: A prompt is read in pieces of so many tokens, some 2 s each. Only between them the server sees that a client has left.
+#: A prompt is read in pieces of so many tokens, up to 2 s each; only between them it is seen that a client has left.
 BATCH_TOKENS: Final = 512
 #: More make so small a model little faster, and the service next to it slower.
 MAX_THREADS: Final = 2

@@ -37,18 +37,14 @@ async def local_model() -> AsyncIterator[tuple[str, str]]:
 
     Raises `SettingsError` where its packages aren't installed, `UpstreamError` where it doesn't start.
     """
-    command = [sys.executable, str(_PROGRAM), str(_weights())]
-    key = secrets.token_urlsafe()  # by a pipe: everybody can read a command line
+    key = secrets.token_urlsafe()
     ending = threading.Event()
-    with subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with _start() as process:
         try:
-            assert process.stdin and process.stdout
-            with suppress(BrokenPipeError):  # it has ended already: there will be no address
-                process.stdin.write(f"{key}\n".encode())
             address = b""
             with anyio.move_on_after(START_TIMEOUT_S):
                 # A thread that is left alone, at the limit or by a cancel, ends with the process.
-                address = await anyio.to_thread.run_sync(process.stdout.readline, abandon_on_cancel=True)
+                address = await anyio.to_thread.run_sync(_introduce, process, key, abandon_on_cancel=True)
             if not address:
                 raise UpstreamError(
                     f"OPENAI_BASE_URL={LOCAL}: the model didn't start within {START_TIMEOUT_S:g} s, or failed; "
@@ -61,6 +57,19 @@ async def local_model() -> AsyncIterator[tuple[str, str]]:
         finally:
             ending.set()
             process.kill()  # it holds nothing that would have to be saved
+
+
+def _start() -> "subprocess.Popen[bytes]":
+    command = [sys.executable, str(_PROGRAM), str(_weights())]
+    return subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _introduce(process: "subprocess.Popen[bytes]", key: str) -> bytes:
+    """Tell the process the key, and wait for its address; nothing where it has ended."""
+    assert process.stdin and process.stdout
+    with suppress(BrokenPipeError):
+        process.stdin.write(f"{key}\n".encode())  # not as an argument, which everybody on this machine can read
+    return process.stdout.readline()
 
 
 def _watch(process: "subprocess.Popen[bytes]", ending: threading.Event) -> None:
