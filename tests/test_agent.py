@@ -531,8 +531,7 @@ def test_server_that_refuses_tools_writes_from_what_the_planner_found(
     ]
     told = upstream.calls[1].json
     assert "tools" not in told
-    assert told["messages"][-1]["content"].startswith("invoice\n\nWhat the tools gave:\n")
-    assert '"title":"Invoice of May"' in told["messages"][-1]["content"]
+    assert told["messages"][-1] == {"role": "user", "content": f"Facts: {FOUND}\n\nQuestion: invoice"}
 
 
 def test_request_that_is_refused_without_tools_too_is_an_error(llm: Server, upstream: Upstream) -> None:
