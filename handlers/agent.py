@@ -134,7 +134,7 @@ class Agent:
         self._tasks = tasks
         self._model = model
         self._stage: Stage | None = None
-        self._results: list[tuple[str, dict[str, Any]]] = []
+        self._results: list[tuple[ToolCall, dict[str, Any]]] = []
         self._answer: list[str] = []
 
     async def steps(self, question: str, history: Sequence[Exchange] = ()) -> AsyncGenerator[Step, None]:
@@ -234,7 +234,7 @@ class Agent:
 
     async def _use(self, call: ToolCall) -> ToolResult:
         result = await use(self._tasks, call.name, call.arguments)
-        self._results.append((call.name, result))
+        self._results.append((call, result))
         return ToolResult(call.name, result)
 
     def _concluded(self) -> tuple[Thought, Status]:

@@ -3,6 +3,7 @@
 It knows a handful of English words and no grammar. What names no tool searches the tasks for any of its words.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -111,23 +112,23 @@ def _subject(words: Sequence[str]) -> list[str]:
     return [word for word in words if word not in known]
 
 
-def write(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """The answer, from each tool's name and result."""
+def write(results: Sequence[tuple[ToolCall, Mapping[str, Any]]]) -> str:
+    """The answer, from the plan's calls and their results."""
     if not results:
         return (
             "There is no word in the question that I could search the tasks for. I can search and count the tasks, "
             "do arithmetic, and tell the date."
         )
-    return "\n\n".join(
-        _WRITERS[tool](result) if "error" not in result else _refused(result) for tool, result in results
-    )
+    return "\n\n".join(_written(call, result) for call, result in results)
 
 
-def _refused(result: Mapping[str, Any]) -> str:
-    return f"I could not do that: {result['error']}."
+def _written(call: ToolCall, result: Mapping[str, Any]) -> str:
+    if "error" in result:
+        return f"I could not do that: {result['error']}."
+    return _WRITERS[call.name](json.loads(call.arguments), result)
 
 
-def _write_found(result: Mapping[str, Any]) -> str:
+def _write_found(given: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     rows, total = result["tasks"], result["found"]
     if not total:
         return "I found no task that matches."
@@ -139,17 +140,18 @@ def _write_found(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write_counted(result: Mapping[str, Any]) -> str:
+def _write_counted(given: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    which = ", ".join(f"{name} {given[name]}" for name in ("words", "status", "priority", "due") if name in given)
+    counted = f"I counted {_tasks(result['count'])}{f' ({which})' if which else ''}."
     groups = ", ".join(f"{name} {number}" for name, number in result.get("groups", {}).items())
-    counted = f"I counted {_tasks(result['count'])}."
     return f"{counted} By {result['by']}: {groups}." if groups else counted
 
 
-def _write_calculated(result: Mapping[str, Any]) -> str:
+def _write_calculated(given: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     return f"{result['expression']} = {result['value']}"
 
 
-def _write_today(result: Mapping[str, Any]) -> str:
+def _write_today(given: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     day = date.fromisoformat(result["date"])
     return f"Today is {result['weekday']}, {day.day} {day:%B %Y}, {result['time']} {result['timezone']}."
 

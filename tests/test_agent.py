@@ -147,7 +147,7 @@ def test_stream_tells_thoughts_and_tokens(mock: Server) -> None:
         ("thought", {"step": 1, "total": 3, "thought": "The question is: How many tasks are open?"}),
         ("thought", {"step": 2, "total": 3, "thought": "I ask count_tasks."}),
         ("thought", {"step": 3, "total": 3, "thought": "I answer from 1 result."}),
-        *tokens("I ", "counted ", "1 ", "task."),
+        *tokens("I ", "counted ", "1 ", "task ", "(status ", "open)."),
         ("complete", {"done": True, "query": "How many tasks are open?"}),
     ]
 
@@ -229,7 +229,7 @@ def test_question_without_a_word_is_answered_without_a_tool(mock: Server) -> Non
         ("What is 9**9**9?", "I could not do that: expression: the result is too large."),
         ("flowers", "I found no task that matches."),
         ("Show me all of the tasks that are in progress", "I found 1 task:\n- #3 Write the report (doing, priority 3)"),
-        ("How many tasks are overdue?", "I counted 1 task."),
+        ("How many tasks are overdue?", "I counted 1 task (due overdue)."),
     ],
 )
 def test_answer_says_what_the_tools_gave(mock: Server, query: str, told: str) -> None:
@@ -838,7 +838,7 @@ def test_session_carries_the_conversation_on_to_the_model(llm: Server, upstream:
 def test_session_carries_the_conversation_on_without_a_model(mock: Server) -> None:
     tell(mock, "chat", "Find the invoice", session_id=SESSION)
     events = tell(mock, "chat", "How many of them are done?", session_id=SESSION)
-    assert events[-2][1]["content"] == "I counted 1 task."
+    assert events[-2][1]["content"] == "I counted 1 task (words invoice, status done)."
 
 
 async def test_session_is_there_after_a_restart_and_belongs_to_its_caller(tmp_path: Path) -> None:
