@@ -195,9 +195,9 @@ class Agent:
     ) -> AsyncGenerator[Step, None]:
         messages: list[Any] = [*_conversation(SYSTEM, history), ChatMessage("user", question)]
         planned = concluded = False
-        for round in range(MAX_ROUNDS + 1):
+        for turn in range(MAX_ROUNDS + 1):
             text, calls = "", list[ToolCall]()
-            async with aclosing(model.stream(messages, DESCRIPTIONS, call=round < MAX_ROUNDS)) as pieces:
+            async with aclosing(model.stream(messages, DESCRIPTIONS, call=turn < MAX_ROUNDS)) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, ToolCall):
                         calls.append(replace(piece, name=piece.name[:MAX_NAME_CHARS]))
@@ -222,6 +222,8 @@ class Agent:
                     for step in self._concluded():
                         yield step
                 return
+            if turn == MAX_ROUNDS:
+                raise UpstreamError("the model goes on asking for tools", code="upstream_tools")
             messages.append(_asked(text, calls))
             yield Status("retrieving")
             for number, call in enumerate(calls):
@@ -230,7 +232,6 @@ class Agent:
                 yield result
                 content = encode_json(result.result).decode()
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": content})
-        raise UpstreamError("the model goes on asking for tools", code="upstream_tools")
 
     async def _use(self, call: ToolCall) -> ToolResult:
         result = await use(self._tasks, call.name, call.arguments)
@@ -383,7 +384,7 @@ async def chat(request: Request) -> AsyncIterator[Event]:
                     case Token(text):
                         yield Event({"type": "chunk", "content": text})
                     case End(answer, sources, disclaimer):
-                        if session is not None:  # rule 4
+                        if session is not None and answer:  # rule 4; models refuse a conversation with empty texts
                             await tasks.add_exchange(request.caller, session, Exchange(message, answer))
                         result = {"content": answer, "sources": sources, "disclaimer": disclaimer}
                         yield Event({"type": "result", **result})
