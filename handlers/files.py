@@ -33,7 +33,7 @@ from ssecore.routes import GET
 
 __all__ = ["ROUTES", "content_disposition", "open_folder"]
 
-#: Read at once, in a worker thread: 64 KiB cost a third of the speed, and a download holds two or three of these.
+#: Read at once, in a worker thread: 64 KiB halve the speed, and a download holds two or three of these.
 CHUNK_BYTES: Final = 256 * 1024
 
 #: The names' types as Python knows them: without the system's own table, which differs from machine to machine.

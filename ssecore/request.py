@@ -258,8 +258,8 @@ def _bad(error: msgspec.ValidationError) -> BadRequest:
     """What msgspec says, with the field to blame.
 
     It says "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", or of a key
-    "Expected `int`, got `str` - at `key` in `$.by_number`". Of a word out of a list it says the value as it came, however
-    long and whatever stands in it: "Invalid enum value 'x' - at `$.status`".
+    "Expected `int`, got `str` - at `key` in `$.by_number`". Of a word out of a list it quotes the value as it came,
+    however long, whatever stands in it: "Invalid enum value 'x' - at `$.status`".
     """
     whole = str(error)
     text, _, place = whole.rpartition(" - at ") if " - at " in whole else (whole, "", "")
