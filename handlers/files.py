@@ -61,7 +61,6 @@ _MAX_DATE_CHARS: Final = 40
 #: What a name may hold to stand between quotes. Not `"` and `\\`, which few read escaped, nor `%`, which some decode
 #: (RFC 6266, appendix D).
 _NOT_PLAIN: Final = re.compile(r"[^ !#$&-\[\]-~]")
-_ATTR_CHARS: Final = "!#$&+-.^_`|~"  # RFC 8187, 3.2.1, besides letters and digits
 
 
 class PreconditionFailed(SSEAppError):
@@ -188,7 +187,7 @@ def content_disposition(filename: str) -> str:
     """
     plain = _NOT_PLAIN.sub("_", filename)
     header = f'attachment; filename="{plain}"'
-    return header if plain == filename else f"{header}; filename*=UTF-8''{quote(filename, safe=_ATTR_CHARS)}"
+    return header if plain == filename else f"{header}; filename*=UTF-8''{quote(filename, safe='')}"
 
 
 def _is_fresh(headers: Mapping[str, str], version: _Version) -> bool:
