@@ -22,12 +22,12 @@ from pathlib import Path
 from secrets import token_hex
 from typing import IO, Annotated, Any, Final, Literal, get_args
 
-import anyio
 import msgspec
+from anyio import sleep, to_thread
 from msgspec import Meta
 
 from handlers.database import Status, Tasks
-from ssecore.errors import EncodeError, SSEAppError
+from ssecore.errors import SSEAppError
 from ssecore.progress import LogLevel, ProgressLogger, Report, from_thread
 from ssecore.request import Request
 from ssecore.responses import JSON, Response
@@ -112,7 +112,7 @@ async def _work(request: Request) -> AsyncGenerator[_Far, None]:
         steps = body.input.steps
         for step in range(steps):
             yield 100 * step // steps, f"step {step + 1} of {steps}"
-            await anyio.sleep(body.input.interval)
+            await sleep(body.input.interval)
         yield 100, f"{steps} steps"
         return
     if isinstance(body, _Digest):
@@ -290,11 +290,11 @@ def _make_report(progress: ProgressLogger, check: Callable[[], None], tasks: Tas
                 figures.add(rows)
                 step = 1 + (PARTS - 1) * read // highest
                 if step > progress.state.current_step:
-                    progress.log(f"{figures.tasks} tasks are read", LogLevel.DEBUG)
+                    progress.log("tasks are read", LogLevel.DEBUG, {"tasks": figures.tasks})
                     progress.set_step(step, "reading the tasks")
         data = figures.to_dict()
         if figures.overdue:
-            progress.log(f"{figures.overdue} tasks are overdue", LogLevel.WARNING, {"overdue": figures.overdue})
+            progress.log("some tasks are overdue", LogLevel.WARNING, {"overdue": figures.overdue})
         progress.set_step(PARTS + 1, "writing the report")
         file.write(msgspec.json.format(encode_json(data), indent=2) + b"\n")
         size = file.tell()
@@ -329,29 +329,19 @@ async def process_stream(request: Request) -> AsyncIterator[Event]:
 async def process_items(request: Request) -> AsyncIterator[Event]:
     items: list[Any] = request.body
     for index, item in enumerate(items):
-        try:
-            figures = await _item(item)
-        except EncodeError as error:
-            yield Event({"index": index, "error": error.detail}, "item_error")
+        if not isinstance(item, str):
+            error = f"a string is expected, not {_JSON_NAMES.get(type(item), 'a number')}"
+            yield Event({"index": index, "error": error}, "item_error")
             continue
+        long = len(item) > LONG_TEXT_CHARS
+        figures = {"sha256": await to_thread.run_sync(_hashed, item) if long else _hashed(item), "length": len(item)}
         percent = round(100 * (index + 1) / len(items), 1)
         yield Event({"current": index + 1, "total": len(items), "percent": percent, "item": figures}, "progress")
     yield Event({"status": "success"}, "complete")
 
 
-async def _item(item: Any) -> dict[str, Any]:
-    """Raises `EncodeError` for what is no text."""
-    if not isinstance(item, str):
-        raise EncodeError(f"a string is expected, not {_JSON_NAMES.get(type(item), 'a number')}")
-    hashed = await anyio.to_thread.run_sync(_hashed, item) if len(item) > LONG_TEXT_CHARS else _hashed(item)
-    return {"sha256": hashed, "length": len(item)}
-
-
 def _hashed(text: str) -> str:
-    try:
-        return hashlib.sha256(text.encode()).hexdigest()
-    except UnicodeEncodeError as error:
-        raise EncodeError(f"a lone surrogate at position {error.start}") from None
+    return hashlib.sha256(text.encode()).hexdigest()  # JSON is read without lone surrogates
 
 
 _JSON_NAMES: Final = {dict: "an object", list: "an array", bool: "a truth value", type(None): "null"}
