@@ -5,15 +5,24 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from handlers import basics, chat, jobs, notifications, ops, tasks
+from handlers import basics, chat, files, jobs, notifications, ops, tasks
 from handlers.chat import Model, open_model
+from handlers.files import open_folder
 from handlers.tasks import Tasks, open_tasks
 from ssecore.routes import Route
 from ssecore.settings import Settings
 
 __all__ = ["ROUTES", "Resources", "resources"]
 
-ROUTES: list[Route] = [*basics.ROUTES, *tasks.ROUTES, *chat.ROUTES, *jobs.ROUTES, *notifications.ROUTES, *ops.ROUTES]
+ROUTES: list[Route] = [
+    *basics.ROUTES,
+    *tasks.ROUTES,
+    *chat.ROUTES,
+    *jobs.ROUTES,
+    *notifications.ROUTES,
+    *files.ROUTES,
+    *ops.ROUTES,
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +38,6 @@ class Resources:
 @asynccontextmanager
 async def resources(settings: Settings) -> AsyncIterator[Resources]:
     """Open what the handlers need, and close it when the app stops."""
+    files_folder = await open_folder(settings.data_dir)
     async with open_tasks(settings.data_dir) as tasks_database, open_model(settings) as model:
-        folder = settings.data_dir / "files"
-        folder.mkdir(exist_ok=True)
-        yield Resources(settings, tasks_database, model, folder)
+        yield Resources(settings, tasks_database, model, files_folder)
