@@ -222,6 +222,7 @@ def test_report_writes_figures_about_the_tasks(server: Server, files: Path) -> N
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", figures.pop("created"))
     assert figures == FIGURES
     assert os.listdir(files) == [REPORT]
+    assert server.client.get(f"/download/{REPORT}").content == (files / REPORT).read_bytes()
 
 
 def test_report_reads_page_after_page(tmp_path: Path) -> None:
@@ -491,6 +492,8 @@ def test_a_killed_process_leaves_no_half_written_file_under_a_served_name(tmp_pa
             }
         # What is left is hidden, not hashed, and goes when it is so old that nobody can be at work on it.
         (young,) = half_written(files, SUMS)
+        assert server.client.get(f"/download/{young.name}").status_code == 404
+        assert server.client.get(f"/download/{SUMS}").text == "the old one"
         assert run_job(server, "digest")[-1] == ("completed", 100, f"0 files: {SUMS}")
         assert half_written(files, SUMS) == [young]
         old = time.time() - jobs.STALE_S - 1
