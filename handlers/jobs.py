@@ -113,7 +113,7 @@ async def _work(request: Request) -> AsyncGenerator[_Far, None]:
         for step in range(steps):
             yield 100 * step // steps, f"step {step + 1} of {steps}"
             await sleep(body.input.interval)
-        yield 100, f"{steps} steps"
+        yield 100, _counted(steps, "step")
         return
     if isinstance(body, _Digest):
         thread = from_thread(_digest, request.state.files)
@@ -142,6 +142,10 @@ def _reporter(report: Report[_Far], steps: int) -> ProgressLogger:
     return ProgressLogger(steps, on_progress=lambda state: report((state.percent, state.step_name)))
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 # The files
 
 
@@ -167,7 +171,7 @@ def _digest(report: Report[_Far], folder: Path) -> None:
                 unread += 1
             else:
                 sums.write(_sum_line(digest.hexdigest(), name))
-    message = f"{len(sizes) - unread} {'file' if len(sizes) - unread == 1 else 'files'}: {SUMS}"
+    message = f"{_counted(len(sizes) - unread, 'file')}: {SUMS}"
     report((100, f"{message} ({unread} could not be read)" if unread else message))
 
 
@@ -305,7 +309,7 @@ def _make_report(progress: ProgressLogger, check: Callable[[], None], tasks: Tas
 
 def _report(report: Report[_Far], tasks: Tasks, folder: Path) -> None:
     data = _make_report(_reporter(report, PARTS + 1), report.check, tasks, folder)
-    report((100, f"{data['tasks']} {'task' if data['tasks'] == 1 else 'tasks'}: {REPORT}"))
+    report((100, f"{_counted(data['tasks'], 'task')}: {REPORT}"))
 
 
 def _reported(report: Report[Event], tasks: Tasks, folder: Path) -> None:

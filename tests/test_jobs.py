@@ -282,7 +282,7 @@ def test_a_cursor_starts_no_job(server: Server) -> None:
     id = started(start(server, "sleep", {"steps": 1, "interval": 0}))
     states(progress(server, id))
     before = runs(server)
-    assert states(start(server, "sleep", last_event_id=f"{id}.1"), 2)[-1] == ("completed", 100, "1 steps")
+    assert states(start(server, "sleep", last_event_id=f"{id}.1"), 2)[-1] == ("completed", 100, "1 step")
     assert start(server, "sleep", last_event_id="x").status_code == 400
     assert runs(server) == before
 

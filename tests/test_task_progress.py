@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
@@ -14,17 +15,20 @@ import httpx
 import pytest
 import sniffio
 from anyio import current_time
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ssecore.log.tail
 from handlers import database, tasks
 from handlers.database import NewTask, Task, open_tasks
 from handlers.tasks import ROUTES
 from sseapp import SSEApp
+from ssecore.log import Row, framed
 from ssecore.request import Request
 from ssecore.routes import GET, Run
 from ssecore.settings import Settings
 from ssecore.testing import VirtualClockLoop
-from ssecore.wire import Decoder, Event
+from ssecore.wire import Decoder, Event, encode
 from tests import serving
 from tests.clients import BROWSER, AppWithCallers, Reading, ask, listen_like_a_browser, listening
 from tests.serving import Server
@@ -359,6 +363,19 @@ async def test_what_is_left_out_sends_nothing_and_holds_up_no_heartbeat(
         assert reading.raw.startswith(b"retry: 2000\nid: %b.0\n\n" % run.encode())
         assert reading.raw.endswith(b'id: %b.101\nevent: complete\ndata: {"task_id":1}\n\n' % run.encode())
         assert 99 <= times[-1] <= 101
+
+
+_TEXTS: Final = st.text(st.characters(exclude_categories=["Cs"]))
+_NAMES: Final = st.none() | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"), min_size=1)
+
+
+@given(st.lists(st.builds(Event, data=_TEXTS, event=_NAMES, retry=st.none() | st.integers(0, 2**53 - 1))))
+def test_a_translation_that_says_the_same_changes_no_byte(events: list[Event]) -> None:
+    frames = [encode(event) for event in events]
+    row = Row("A" * 22, 1, b"".join(frames), tuple(accumulate(map(len, frames))))
+    assert ssecore.log.tail._translated(framed(row), lambda event: event) == framed(row)
+    assert ssecore.log.tail._translated(framed(row), lambda event: None) == b""
+    assert ssecore.log.tail._translated(b"".join(frames), lambda event: event) == row.body  # last words: without ids
 
 
 # Against a real server
