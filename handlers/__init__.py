@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from handlers import agent, basics, chat, files, notifications, ops, tasks
+from handlers import agent, basics, chat, files, jobs, notifications, ops, tasks
 from handlers.chat import Model, open_model
 from handlers.files import open_folder
 from handlers.tasks import Tasks, open_tasks
@@ -19,6 +19,7 @@ ROUTES: list[Route] = [
     *tasks.ROUTES,
     *agent.ROUTES,
     *chat.ROUTES,
+    *jobs.ROUTES,
     *notifications.ROUTES,
     *files.ROUTES,
     *ops.ROUTES,

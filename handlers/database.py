@@ -1,4 +1,5 @@
-"""The tasks: one table in SQLite, with full-text search; and the sessions. Several processes may share the file.
+"""The tasks: one table in SQLite, with full-text search; the sessions; which runs worked on a task. Several processes
+may share the file.
 
 Rules:
 
@@ -14,7 +15,7 @@ Rules:
 import sqlite3
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -63,6 +64,8 @@ MAX_EXCHANGES: Final = 20
 MAX_SESSION_CHARS: Final = 8000
 #: Of one caller; the longest unused ones go first. At most some 160 MB of text.
 MAX_SESSIONS: Final = 5000
+#: Executions of one task that are remembered for each caller: whoever watches one of them finds it again.
+MAX_EXECUTIONS: Final = 20
 #: A session that was not used for so long is forgotten.
 MAX_SESSION_AGE_S: Final = 7 * 86400.0
 
@@ -104,6 +107,16 @@ _VERSIONS: Final = (
         "CREATE INDEX sessions_by_owner ON sessions (owner, used)",
         "CREATE INDEX sessions_by_use ON sessions (used)",
     ),
+    (
+        # `number` is their order: runs may begin within one tick of the clock.
+        """CREATE TABLE executions (
+            number INTEGER PRIMARY KEY,
+            run TEXT NOT NULL,
+            task_id INTEGER NOT NULL,
+            owner TEXT NOT NULL
+        )""",
+        "CREATE INDEX executions_by_task ON executions (task_id, owner, number)",
+    ),
 )
 
 _INSERT: Final = f"""INSERT INTO tasks ({", ".join(COLUMNS[1:])})
@@ -122,6 +135,7 @@ _DUE: Final = """CASE
     WHEN tasks.due <= date(:today, '+7 days') THEN 'week'
     ELSE 'later' END"""
 _GROUPS: Final[dict[Grouping, str]] = {"status": "tasks.status", "priority": "tasks.priority", "due": _DUE}
+_EXECUTIONS: Final = "FROM executions WHERE task_id = ? AND owner = ? ORDER BY number DESC"
 
 #: Of words and a status the words are looked for first, but only from the first row on that has the status, to the last
 #: one: not in all of what was done long ago. FTS5 takes one lower bound, and a NULL for none: where no row has the
@@ -176,8 +190,9 @@ class Exchange(msgspec.Struct, array_like=True, frozen=True):
 class Tasks:
     """The tables. Every method raises `Unavailable` where the file can't be used at the moment (locked, disk full)."""
 
-    def __init__(self, connections: list[sqlite3.Connection]) -> None:
+    def __init__(self, connections: list[sqlite3.Connection], path: Path) -> None:
         self._free = connections
+        self._path = path
         self._reading = CapacityLimiter(len(connections) - 1)
         self._writing = CapacityLimiter(1)
 
@@ -225,6 +240,30 @@ class Tasks:
         """How many rows there are in each group; without `by` in the one called `all`. Empty groups are not there."""
         return await to_thread.run_sync(self._work, partial(_count, wanted, by, today), limiter=self._reading)
 
+    def scan(self) -> Generator[tuple[int, int, list[bytes]], None, None]:
+        """All rows as `pages` has them, each page with its last id and the table's: for a worker thread.
+
+        On a connection of its own, however long that takes: it takes none away from those who are streamed to.
+        """
+        with _trouble_told(), closing(_connect(self._path)) as connection:
+            ((highest,),) = connection.execute("SELECT max(id) FROM tasks").fetchall()
+            sql = _PAGE.format(source="tasks", key="tasks.id", where="tasks.id > :after")
+            after = 0
+            while True:
+                after, page = _read(sql, {"after": after, "rows": PAGE_ROWS}, connection)
+                if page is None:
+                    return
+                yield after, max(highest, after), page.split(b"\n")
+
+    async def begin_execution(self, run: str, task_id: int, owner: str | None) -> None:
+        """Remember that this run works on the task; of the owner's the newest ones are kept."""
+        work = partial(_begin_execution, run, task_id, owner or "")
+        await to_thread.run_sync(self._work, work, limiter=self._writing)
+
+    async def executions(self, task_id: int, owner: str | None) -> list[str]:
+        """The owner's runs that worked on the task, newest first. The log may have forgotten some of them."""
+        return await to_thread.run_sync(self._work, partial(_executions, task_id, owner or ""), limiter=self._reading)
+
     async def session(self, owner: str | None, id: str) -> list[Exchange]:
         """A session's exchanges, oldest first; none, if there is no such session of this owner's."""
         return await to_thread.run_sync(self._work, partial(_session, owner or "", id), limiter=self._reading)
@@ -237,11 +276,8 @@ class Tasks:
         """In a worker thread. The limiters see to it that a connection is free."""
         connection = self._free.pop()
         try:
-            return work(connection)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a mistake of ours
-                raise
-            raise Unavailable(f"the tasks database can't be used now: {error}", headers={"retry-after": "5"}) from error
+            with _trouble_told():
+                return work(connection)
         finally:
             self._free.append(connection)
 
@@ -261,7 +297,8 @@ async def open_tasks(data_dir: Path) -> AsyncIterator[Tasks]:
 
     Raises `SSEAppError` for a file that is not one of ours, or not usable; it is left as it is.
     """
-    tasks = Tasks(await to_thread.run_sync(_open, data_dir / "tasks.db"))
+    path = data_dir / "tasks.db"
+    tasks = Tasks(await to_thread.run_sync(_open, path), path)
     try:
         yield tasks
     finally:
@@ -318,6 +355,17 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
             connection.execute("ROLLBACK")
 
 
+@contextmanager
+def _trouble_told() -> Iterator[None]:
+    """Locked, no room, no file: raised as `Unavailable`."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a mistake of ours
+            raise
+        raise Unavailable(f"the tasks database can't be used now: {error}", headers={"retry-after": "5"}) from error
+
+
 def _insert(tasks: Sequence[NewTask], connection: sqlite3.Connection) -> None:
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     connection.execute(_INSERT, (created, msgspec.json.encode(tasks).decode()))
@@ -336,6 +384,18 @@ def _read(sql: str, values: dict[str, Any], connection: sqlite3.Connection) -> t
     (row,) = connection.execute(sql, values).fetchall()  # to its end: the read transaction is over
     last, page = row
     return last, page
+
+
+def _begin_execution(run: str, task_id: int, owner: str, connection: sqlite3.Connection) -> None:
+    with _transaction(connection):
+        connection.execute("INSERT INTO executions (run, task_id, owner) VALUES (?, ?, ?)", (run, task_id, owner))
+        older = f"SELECT number {_EXECUTIONS} LIMIT -1 OFFSET ?"
+        connection.execute(f"DELETE FROM executions WHERE number IN ({older})", (task_id, owner, MAX_EXECUTIONS))
+
+
+def _executions(task_id: int, owner: str, connection: sqlite3.Connection) -> list[str]:
+    rows = connection.execute(f"SELECT run {_EXECUTIONS}", (task_id, owner)).fetchall()
+    return [run for (run,) in rows]
 
 
 def _session(owner: str, id: str, connection: sqlite3.Connection) -> list[Exchange]:
