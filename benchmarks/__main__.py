@@ -19,6 +19,7 @@ from benchmarks import (
     memory,
     resume,
     retention,
+    rows,
     throughput,
 )
 from benchmarks.process import pin_load, raise_file_limit
@@ -35,6 +36,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "memory": memory.run,
     "resume": resume.run,
     "retention": retention.run,
+    "rows": rows.run,
     "throughput": throughput.run,
 }
 

@@ -335,6 +335,7 @@ class Stream:
         "_seen",
         "_send_message",
         "_since",
+        "_status",
         "progress",
         "source",
     )
@@ -346,12 +347,14 @@ class Stream:
         source: Source,
         headers: list[tuple[bytes, bytes]],
         options: StreamOptions,
+        status: int = 200,
     ) -> None:
         self.progress = 0  #: odd while a send is in flight (rule 7)
         self.source = source
         self._request = request
         self._send_message = send
         self._headers = headers
+        self._status = status
         self._options = options
         self._scope: CancelScope | None = None
         self._seen = -1
@@ -484,7 +487,7 @@ class Stream:
 
     async def _opened(self, batch: bytes) -> bytes:
         source = self.source
-        await self._send({"type": "http.response.start", "status": 200, "headers": [*self._headers]})
+        await self._send({"type": "http.response.start", "status": self._status, "headers": [*self._headers]})
         if source.events:
             batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)
         return batch
