@@ -19,7 +19,7 @@ from typing import Any, Final
 import anyio
 from anyio.abc import TaskGroup
 
-from ssecore.direct import DirectStream
+from ssecore.direct import DirectStream, PumpStream
 from ssecore.errors import ClientGone, NotFound, SettingsError, SSEAppError, Unavailable
 from ssecore.log import Log
 from ssecore.log.memory import MemoryLog
@@ -32,7 +32,7 @@ from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
 from ssecore.settings import Settings, describe
-from ssecore.stream import EventPump, Pump, Stream, StreamOptions, Timekeeper, merge, public_text, spread
+from ssecore.stream import EventPump, Pump, Source, Stream, StreamOptions, Timekeeper, merge, public_text, spread
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
@@ -259,7 +259,7 @@ class SSEApp:
             buffer_bytes=settings.buffer_bytes,
             ends_for_good=request.method == "GET",
         )
-        return Stream(request, send, pump, _EVENT_STREAM_HEADERS, self._options)
+        return self._stream(request, send, pump, _EVENT_STREAM_HEADERS)
 
     async def _send_answer(self, request: Request, send: Send, answer: Any, *, head: bool) -> Response | Stream | None:
         """What to send or to run for what a handler returned."""
@@ -296,9 +296,15 @@ class SSEApp:
         except ValueError:
             reader.close()
             raise
-        if self.direct and self._tasks is not None:
-            return DirectStream(request, send, reader, headers, self._options, self._tasks)
-        return Stream(request, send, reader, headers, self._options)
+        return self._stream(request, send, reader, headers)
+
+    def _stream(
+        self, request: Request, send: Send, source: Source, headers: list[tuple[bytes, bytes]], status: int = 200
+    ) -> Stream:
+        if not self.direct or self._tasks is None:
+            return Stream(request, send, source, headers, self._options, status)
+        kind = DirectStream if isinstance(source, Reader) else PumpStream
+        return kind(request, send, source, headers, self._options, status, self._tasks)
 
     async def _send_bytes(self, request: Request, send: Send, answer: ByteStream, *, head: bool) -> Stream | None:
         started = False
@@ -310,7 +316,7 @@ class SSEApp:
             self._check_room()
             started = True
             pump = Pump(answer.chunks, _chunk, request, buffer_bytes=self.settings.buffer_bytes)
-            return Stream(request, send, pump, headers, self._options, answer.status)
+            return self._stream(request, send, pump, headers, answer.status)
         finally:
             if not started and hasattr(answer.chunks, "aclose"):
                 await answer.chunks.aclose()

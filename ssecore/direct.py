@@ -40,10 +40,10 @@ from ssecore.log import Ended
 from ssecore.log.tail import Reader, Tail
 from ssecore.request import Request
 from ssecore.responses import Send
-from ssecore.stream import Stream, StreamOptions, Timekeeper
+from ssecore.stream import FIRST_ITEM_S, Pump, Stream, StreamOptions, Timekeeper
 from ssecore.wire import HEARTBEAT
 
-__all__ = ["DirectStream"]
+__all__ = ["DirectStream", "PumpStream"]
 
 logger = logging.getLogger("sseapp")
 
@@ -120,36 +120,29 @@ class _Audience:
         return self._chunk, after, last
 
 
-class DirectStream(Stream):
-    """A `Stream` of a `Reader` that needs no task but the connection's own."""
+class _Stepped(Stream):
+    """A `Stream` whose connection's own task only awaits the client's leaving; `send` is stepped, or carried."""
 
-    __slots__ = ("_audience", "_carrier", "_carriers", "_over", "_starting", "_waits_for", "connection")
+    __slots__ = ("_carrier", "_carriers", "_over", "_starting", "_waits_for")
 
-    source: Reader
+    source: Any
 
     def __init__(
         self,
         request: Request,
         send: Send,
-        source: Reader,
+        source: Any,
         headers: list[tuple[bytes, bytes]],
         options: StreamOptions,
+        status: int,
         carriers: TaskGroup,
     ) -> None:
-        super().__init__(request, send, source, headers, options)
-        #: Written to without `send`, while this stream is idle; see `connection`.
-        self.connection: Connection | None = None
+        super().__init__(request, send, source, headers, options, status)
         self._carriers = carriers
         self._carrier: CancelScope | None = None
         self._over = False
         self._starting: asyncio.Task[None] | None = None
         self._waits_for: Any = None
-        audience = source.tail.audience
-        if not isinstance(audience, _Audience):
-            audience = source.tail.audience = _Audience(source.tail)
-            source.tail.on_change = audience.changed
-        self._audience: _Audience = audience
-        source.on_wake = self._woken
 
     @types.coroutine
     def run(self, timekeeper: Timekeeper | None) -> Generator[Any, Any, None]:
@@ -173,28 +166,33 @@ class DirectStream(Stream):
             watching.close()
             if not self._over:
                 self.abort("cancelled")
-            self.source.close()
-            timekeeper.streams.discard(self)
-            self._log_unheard()
+            try:
+                yield from self._settled()
+            finally:
+                self.source.close()
+                timekeeper.streams.discard(self)
+                self._log_unheard()
         self._raise_early()
 
     def _begin(self) -> None:
-        """Most often all of the opening can be sent without waiting: then no carrier is needed."""
-        batch = self.source.ready()
-        if batch is None:
-            self._start_carrier(self._open())
-        elif self.source.finished:
-            self._start_carrier(self._opened(batch))
-        elif self._step(self._greet(batch)):
-            self._be_idle()
+        """Begin to send."""
+        raise NotImplementedError
 
-    async def _greet(self, batch: bytes) -> None:
-        await self._send_body(await self._opened(batch))
+    async def _settled(self) -> None:
+        """Until nothing works for this stream any more."""
 
     def _be_idle(self) -> None:
-        self._audience.idle[self] = None
-        if self.connection is None and self.source.plain:
-            self.connection = connection_of(self._send_message)
+        """All that can be had without waiting has been sent."""
+        raise NotImplementedError
+
+    def _be_busy(self) -> None:
+        """Not idle, from now on."""
+        raise NotImplementedError
+
+    async def _greet(self, batch: bytes) -> None:
+        batch = await self._opened(batch)
+        if batch:
+            await self._send_body(batch)
 
     def _cut(self) -> None:
         self._leave()
@@ -204,27 +202,11 @@ class DirectStream(Stream):
     def _leave(self) -> None:
         """Nothing more is sent."""
         self._over = True
-        self._audience.idle.pop(self, None)
+        self._be_busy()
         if self._waits_for is not None:
             self._waits_for.cancel()
 
-    def step(self) -> None:
-        """Send what can be had without waiting. Only while idle."""
-        batch = self.source.ready()
-        if batch is None or self.source.finished:
-            self._start_carrier(_given(batch or b""))
-        elif batch:
-            self._step(self._send_body(batch))
-
-    def _woken(self) -> None:
-        if self in self._audience.idle:
-            self.step()
-
-    def _beat(self) -> None:
-        if self in self._audience.idle:
-            self._step(self._send_body(HEARTBEAT))
-
-    def _step(self, sending: Coroutine[Any, Any, None]) -> bool:
+    def _step(self, sending: Coroutine[Any, Any, None], *, last: bool = False) -> bool:
         """One step of it, in which it ends where the client reads. Else a carrier goes on with it."""
         try:
             waits_for = sending.send(None)
@@ -233,12 +215,12 @@ class DirectStream(Stream):
         except Exception as error:  # rule 3
             self.failed(error)
         else:
-            self._start_carrier(_rest(sending, waits_for))
+            self._start_carrier(_rest(sending, waits_for, None if last else b""))
         return False
 
     def _start_carrier(self, first: Coroutine[Any, Any, bytes | None]) -> None:
         # By a task: whoever steps may be a callback of the loop, where anyio doesn't know which library runs.
-        self._audience.idle.pop(self, None)
+        self._be_busy()
         self._starting = asyncio.get_running_loop().create_task(self._start(first))
 
     async def _start(self, first: Coroutine[Any, Any, bytes | None]) -> None:
@@ -272,10 +254,135 @@ class DirectStream(Stream):
             self.failed(error)
 
     def failed(self, error: Exception) -> None:
-        """This reader is over; the others go on."""
+        """This stream is over; the others go on."""
         if not isinstance(error, OSError):
             logger.error("a server's send failed", exc_info=error)
         self.abort("client")
+
+
+class DirectStream(_Stepped):
+    """The stream of a `Reader`."""
+
+    __slots__ = ("_audience", "connection")
+
+    source: Reader
+
+    def _begin(self) -> None:
+        """Most often all of the opening can be sent without waiting: then no carrier is needed."""
+        #: Written to without `send`, while this stream is idle; see `connection`.
+        self.connection: Connection | None = None
+        source = self.source
+        audience = source.tail.audience
+        if not isinstance(audience, _Audience):
+            audience = source.tail.audience = _Audience(source.tail)
+            source.tail.on_change = audience.changed
+        self._audience: _Audience = audience
+        source.on_wake = self._woken
+        batch = source.ready()
+        if batch is None:
+            self._start_carrier(self._open())
+        elif source.finished:
+            self._start_carrier(self._opened(batch))
+        elif self._step(self._greet(batch)):
+            self._be_idle()
+
+    def _be_idle(self) -> None:
+        self._audience.idle[self] = None
+        if self.connection is None and self.source.plain:
+            self.connection = connection_of(self._send_message)
+
+    def _be_busy(self) -> None:
+        self._audience.idle.pop(self, None)
+
+    def step(self) -> None:
+        """Send what can be had without waiting. Only while idle."""
+        batch = self.source.ready()
+        if batch is None or self.source.finished:
+            self._start_carrier(_given(batch or b""))
+        elif batch:
+            self._step(self._send_body(batch))
+
+    def _woken(self) -> None:
+        if self in self._audience.idle:
+            self.step()
+
+    def _beat(self) -> None:
+        if self in self._audience.idle:
+            self._step(self._send_body(HEARTBEAT))
+
+
+class PumpStream(_Stepped):
+    """The stream of a `Pump`, which has a task. What it has when its generator waits is sent by a callback."""
+
+    __slots__ = ("_idle", "_opening", "_planned", "_pumping")
+
+    source: Pump[Any]
+
+    def _begin(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._idle = True
+        self._planned = False
+        self.source.on_wake = self._woken
+        self._pumping = loop.create_task(self.source.run())
+        #: Until the answer has begun: rule 1 of `stream`.
+        self._opening: asyncio.TimerHandle | None = loop.call_later(FIRST_ITEM_S, self._woken)
+
+    async def _settled(self) -> None:
+        self._opened_or_never()
+        again: asyncio.CancelledError | None = None
+        if not self._pumping.done():
+            with CancelScope(shield=True):  # against anyio's cancellations; a server's `Task.cancel` comes through
+                while not self._pumping.done():
+                    try:
+                        await asyncio.wait([self._pumping])
+                    except asyncio.CancelledError as error:
+                        again = error
+        if again is not None:
+            raise again
+
+    def _opened_or_never(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
+            self._opening = None
+
+    def _be_idle(self) -> None:
+        self._idle = True
+
+    def _be_busy(self) -> None:
+        self._idle = False
+
+    def _woken(self) -> None:
+        # On the loop's next turn: by then the generator waits, or the buffer is full.
+        if not self._planned:
+            self._planned = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Hot path, once for each time that the generator waits: one `send`, one step of it."""
+        self._planned = False
+        if not self._idle:  # its carrier will look
+            return
+        batch = self.source.ready()
+        if self.source.finished:
+            if self._step(self._end(batch), last=True):
+                self._leave()
+        elif self._opening is not None:
+            self._opened_or_never()
+            self._step(self._greet(batch))
+        elif batch:
+            self._step(self._send_body(batch))
+
+    async def _end(self, batch: bytes) -> None:
+        if self._opening is not None:
+            self._opened_or_never()
+            if not batch and self._failed_by_itself():
+                return  # `run` raises it: an HTTP error
+            batch = await self._opened(batch)
+        await self._finish(batch)
+
+    def _beat(self) -> None:
+        if self._idle:
+            self._step(self._send_body(HEARTBEAT))
 
 
 def _cancelling() -> bool:
@@ -288,9 +395,9 @@ async def _given(batch: bytes) -> bytes:
     return batch
 
 
-async def _rest(sending: Coroutine[Any, Any, None], waits_for: Any) -> bytes:
+async def _rest(sending: Coroutine[Any, Any, None], waits_for: Any, then: bytes | None) -> bytes | None:
     await _resumed(sending, waits_for)
-    return b""
+    return then
 
 
 @types.coroutine

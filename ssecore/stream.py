@@ -139,6 +139,8 @@ class Pump(Generic[T]):
         self._frames: list[bytes] = []
         self._wanted: Signal | None = None  # the sender waits for something to take
         self._room: Signal | None = None  # the pump waits for the sender to take
+        #: Who sends for it, where nobody waits in `batch`; see `direct`.
+        self.on_wake: Callable[[], None] | None = None
         # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from
         # one inside the generator (a timeout of its own). Whoever runs a pump stops it.
         self._scope = CancelScope(shield=True)
@@ -203,6 +205,13 @@ class Pump(Generic[T]):
             self._wanted = Signal()
             await self._wanted.wait()
             self._wanted = None
+        return self._take()
+
+    def ready(self) -> bytes:
+        """As `batch`, without waiting."""
+        return b"".join(self._take())
+
+    def _take(self) -> list[bytes]:
         taken = self._frames.copy()
         self._frames.clear()
         self.finished = self.ended
@@ -214,6 +223,8 @@ class Pump(Generic[T]):
     def wake(self) -> None:
         if self._wanted is not None:
             self._wanted.set()
+        elif self.on_wake is not None:
+            self.on_wake()
 
     def stop(self) -> None:
         self._stopped = True
