@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 import anyio
 import msgspec
 
-from benchmarks.peers.work import tick, update
+from benchmarks.peers.work import pauses, tick, update
 from handlers import ROUTES, resources
 from handlers.basics import Counted, counter
 from sseapp import SSEApp
@@ -42,9 +42,9 @@ async def padded(request: Request) -> AsyncIterator[Event]:
 
 async def ticks(request: Request) -> AsyncIterator[Event]:
     query: Ticking = request.query
-    while True:
+    for pause in pauses(query.interval):
         yield Event(tick())
-        await anyio.sleep(query.interval)
+        await anyio.sleep(pause)
 
 
 class Written(msgspec.Struct):

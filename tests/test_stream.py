@@ -1,5 +1,5 @@
-"""The life of a stream, in virtual time: no test waits, and each moment is exact. Each test runs on both backends, and on
-asyncio in the way of our runner as well, where `send` is stepped (`ssecore.direct`).
+"""The life of a stream, in virtual time: no test waits, and each moment is exact. Each test runs on both backends, and
+on asyncio in the way of our runner as well, where `send` is stepped (`ssecore.direct`).
 
 Nothing here depends on the order in which ready tasks run (trio shuffles it on purpose).
 """

@@ -6,7 +6,7 @@ from urllib.parse import parse_qs
 
 import orjson
 
-from benchmarks.peers.work import tick, update
+from benchmarks.peers.work import pauses, tick, update
 
 HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 
@@ -26,10 +26,12 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 async def ticks(interval: float, receive: Any, send: Any) -> None:
     watcher = asyncio.ensure_future(left(receive))
-    while not watcher.done():
+    for pause in pauses(interval):
+        if watcher.done():
+            return
         body = b"data: %b\n\n" % orjson.dumps(tick())
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        await asyncio.sleep(interval)
+        await asyncio.sleep(pause)
 
 
 async def left(receive: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterable
 from fastapi import FastAPI  # type: ignore[import-not-found]
 from fastapi.sse import EventSourceResponse, ServerSentEvent  # type: ignore[import-not-found]
 
-from benchmarks.peers.work import tick, update
+from benchmarks.peers.work import pauses, tick, update
 
 app = FastAPI()
 
@@ -20,6 +20,6 @@ async def stream(count: int, pad: int = 0) -> AsyncIterable[ServerSentEvent]:
 
 @app.get("/ticks", response_class=EventSourceResponse)  # type: ignore[untyped-decorator]
 async def ticks(interval: float) -> AsyncIterable[ServerSentEvent]:
-    while True:
+    for pause in pauses(interval):
         yield ServerSentEvent(data=tick())
-        await asyncio.sleep(interval)
+        await asyncio.sleep(pause)

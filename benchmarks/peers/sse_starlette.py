@@ -13,7 +13,7 @@ from starlette.applications import Starlette  # type: ignore[import-not-found]
 from starlette.responses import Response  # type: ignore[import-not-found]
 from starlette.routing import Route  # type: ignore[import-not-found]
 
-from benchmarks.peers.work import tick, update
+from benchmarks.peers.work import pauses, tick, update
 
 queues: set[asyncio.Queue[str]] = set()
 
@@ -30,9 +30,9 @@ async def stream(request: Any) -> Any:
 
 
 async def clock(interval: float) -> AsyncIterator[dict[str, str]]:
-    while True:
+    for pause in pauses(interval):
         yield {"data": json.dumps(tick())}
-        await asyncio.sleep(interval)
+        await asyncio.sleep(pause)
 
 
 async def ticks(request: Any) -> Any:

@@ -1,9 +1,11 @@
 """What all of them send."""
 
+import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["tick", "update"]
+__all__ = ["pauses", "tick", "update"]
 
 
 def update(n: int, pad: int) -> dict[str, Any]:
@@ -15,3 +17,10 @@ def update(n: int, pad: int) -> dict[str, Any]:
 def tick() -> dict[str, int]:
     """The moment it was made in, on a clock that all processes of this machine share."""
     return {"sent": time.monotonic_ns()}
+
+
+def pauses(interval: float) -> Iterator[float]:
+    """Between the ticks of one stream. The first is any part of one, so that many streams don't tick together."""
+    yield interval * random.random()
+    while True:
+        yield interval
