@@ -24,6 +24,8 @@ Rules:
 5.  At most one `send` of a connection is in flight: a reader is idle, or it has a carrier.
 6.  The connection's own task awaits the client's leaving and nothing else. A stream that ends by itself cancels what
     the task waits for, not the task: a cancel scope would cost each connection 0.7 KiB.
+7.  A generator's events are sent in the moment in which it begins to wait, before the loop has its turn: no other
+    task's work stands between an event and its client.
 """
 
 import asyncio
@@ -312,7 +314,7 @@ class DirectStream(_Stepped):
 
 
 class PumpStream(_Stepped):
-    """The stream of a `Pump`, which has a task. What it has when its generator waits is sent by a callback."""
+    """The stream of a `Pump`, which has a task: it steps `send` each time that its generator waits (rule 7)."""
 
     __slots__ = ("_idle", "_opening", "_planned", "_pumping")
 
@@ -322,7 +324,7 @@ class PumpStream(_Stepped):
         loop = asyncio.get_running_loop()
         self._idle = True
         self._planned = False
-        self.source.on_wake = self._woken
+        self.source.on_wake, self.source.on_wait = self._woken, self._waits
         self._pumping = loop.create_task(self.source.run())
         #: Until the answer has begun: rule 1 of `stream`.
         self._opening: asyncio.TimerHandle | None = loop.call_later(FIRST_ITEM_S, self._woken)
@@ -352,16 +354,22 @@ class PumpStream(_Stepped):
         self._idle = False
 
     def _woken(self) -> None:
-        # On the loop's next turn: by then the generator waits, or the buffer is full.
+        # On the loop's next turn: what wakes is still at work.
         if not self._planned:
             self._planned = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            asyncio.get_running_loop().call_soon(self._wake_up)
+
+    def _wake_up(self) -> None:
+        self._planned = False
+        if self._idle:
+            self._flush()
+
+    def _waits(self) -> None:
+        """Hot path, once for each time that the generator waits, or the buffer is full: in the pump's own task."""
+        if self._idle and self.source.has_some:
+            self._flush()
 
     def _flush(self) -> None:
-        """Hot path, once for each time that the generator waits: one `send`, one step of it."""
-        self._planned = False
-        if not self._idle:  # its carrier will look
-            return
         batch = self.source.ready()
         if self.source.finished:
             if self._step(self._end(batch), last=True):

@@ -139,8 +139,10 @@ class Pump(Generic[T]):
         self._frames: list[bytes] = []
         self._wanted: Signal | None = None  # the sender waits for something to take
         self._room: Signal | None = None  # the pump waits for the sender to take
-        #: Who sends for it, where nobody waits in `batch`; see `direct`.
+        #: Who sends for it, where nobody waits in `batch`: when woken, and each time that the generator or this pump
+        #: waits for something; see `direct`.
         self.on_wake: Callable[[], None] | None = None
+        self.on_wait: Callable[[], None] | None = None
         # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from
         # one inside the generator (a timeout of its own). Whoever runs a pump stops it.
         self._scope = CancelScope(shield=True)
@@ -149,7 +151,7 @@ class Pump(Generic[T]):
     async def run(self) -> None:
         try:
             with self._scope:
-                await _drive(self._generator, self._run_ahead(), lambda: self._stopped)
+                await _drive(self._generator, self._run_ahead(), lambda: self._stopped, self.on_wait)
         except Exception as error:
             self.failure = error
         except get_cancelled_exc_class():
@@ -180,7 +182,8 @@ class Pump(Generic[T]):
                 if frames:
                     # Before the append, so that the last item is still here when the generator ends without a wait.
                     await self._wait_for_room()
-                self.wake()
+                if self._wanted is not None:
+                    self._wanted.set()
                 size = 0
             frames.append(framed)
             size += len(framed)
@@ -206,6 +209,10 @@ class Pump(Generic[T]):
             await self._wanted.wait()
             self._wanted = None
         return self._take()
+
+    @property
+    def has_some(self) -> bool:
+        return bool(self._frames)
 
     def ready(self) -> bytes:
         """As `batch`, without waiting."""
@@ -272,7 +279,12 @@ class EventPump(Pump[Event]):
         return frames[:-1] + _END_ID if self._ends_for_good else frames
 
 
-async def _drive(generator: AsyncIterator[Any], work: Coroutine[Any, Any, None], stopping: Callable[[], bool]) -> None:
+async def _drive(
+    generator: AsyncIterator[Any],
+    work: Coroutine[Any, Any, None],
+    stopping: Callable[[], bool],
+    on_wait: Callable[[], None] | None = None,
+) -> None:
     """Do `work`, which iterates `generator`, and close the generator behind it, whatever happened (rules 2 and 6)."""
     scope = CancelScope()
 
@@ -284,7 +296,7 @@ async def _drive(generator: AsyncIterator[Any], work: Coroutine[Any, Any, None],
     try:
         with scope:
             try:
-                await _cancelled_once(work, lambda: close() if stopping() else None)
+                await _cancelled_once(work, lambda: close() if stopping() else None, on_wait)
             finally:
                 close()
                 aclose = getattr(generator, "aclose", None)
@@ -296,8 +308,12 @@ async def _drive(generator: AsyncIterator[Any], work: Coroutine[Any, Any, None],
 
 
 @types.coroutine
-def _cancelled_once(work: Coroutine[Any, Any, None], on_cancelled: Callable[[], None]) -> Generator[Any, Any, None]:
+def _cancelled_once(
+    work: Coroutine[Any, Any, None], on_cancelled: Callable[[], None], on_wait: Callable[[], None] | None
+) -> Generator[Any, Any, None]:
     """Await `work`, and call `on_cancelled` at the moment a cancellation arrives in it, before it sees it (rule 6).
+
+    `on_wait` is called whenever it begins to wait.
 
     Budget: one Python frame for each suspension of the work, none for an item that is there.
     """
@@ -309,6 +325,8 @@ def _cancelled_once(work: Coroutine[Any, Any, None], on_cancelled: Callable[[], 
             waits_for = step(value)
         except StopIteration:
             return
+        if on_wait is not None:
+            on_wait()
         try:
             value = yield waits_for
         except GeneratorExit:
