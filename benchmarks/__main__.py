@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …]`: run them, print a table each, write results/NAME.json.
+"""`python -m benchmarks [NAME …]`: run them, print a table each, write results/NAME.json, draw results/*.svg.
 
 Every keyword of a benchmark's `run` is an option here.
 """
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks import (
+    charts,
     churn,
     durable,
     fanout,
@@ -71,6 +72,7 @@ def main() -> int:
         given = {key: value for key, value in options.items() if value is not None and name in defaults[key]}
         report = BENCHMARKS[name](**given)
         print(report, f"written to {report.write()}", sep="\n", end="\n\n", flush=True)
+    print("drawn:", *charts.draw())
     return 0
 
 

@@ -188,4 +188,4 @@ async def test_a_delivery_makes_nothing_and_keeps_nothing(monkeypatch: pytest.Mo
         finally:
             tracemalloc.stop()
     # All of it together: the event, its frames, the round. A message and a coroutine for each would be 40 KiB.
-    assert peak < 200 * READERS
+    assert peak < 100 * READERS
