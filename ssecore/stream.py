@@ -139,19 +139,17 @@ class Pump(Generic[T]):
         self._frames: list[bytes] = []
         self._wanted: Signal | None = None  # the sender waits for something to take
         self._room: Signal | None = None  # the pump waits for the sender to take
-        #: Who sends for it, where nobody waits in `batch`: when woken, and each time that the generator or this pump
-        #: waits for something; see `direct`.
+        #: Who sends for it, where nobody waits in `batch`; see `direct`.
         self.on_wake: Callable[[], None] | None = None
-        self.on_wait: Callable[[], None] | None = None
-        # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from
-        # one inside the generator (a timeout of its own). Whoever runs a pump stops it.
-        self._scope = CancelScope(shield=True)
+        #: Who iterates and closes the generator instead of `_drive`, and who is told of a `stop`; see `direct`.
+        self.drive: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self.on_stop: Callable[[], None] | None = None
+        self._scope: CancelScope | None = None
         self._stopped = False
 
     async def run(self) -> None:
         try:
-            with self._scope:
-                await _drive(self._generator, self._run_ahead(), lambda: self._stopped, self.on_wait)
+            await (self.drive or self._drive)()
         except Exception as error:
             self.failure = error
         except get_cancelled_exc_class():
@@ -163,6 +161,21 @@ class Pump(Generic[T]):
             self.ended = True
             self.finished = not self._frames
             self.wake()
+
+    async def _drive(self) -> None:
+        # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from
+        # one inside the generator (a timeout of its own). Whoever runs a pump stops it.
+        self._scope = CancelScope(shield=True)
+        if self._stopped:
+            self._scope.cancel()
+        with self._scope:
+            await _drive(self._generator, self._run_ahead(), lambda: self._stopped)
+
+    async def aclose(self) -> None:
+        """Close the generator."""
+        aclose = getattr(self._generator, "aclose", None)
+        if aclose is not None:
+            await aclose()
 
     async def _run_ahead(self) -> None:
         """Hot path: an event costs one `anext`, one `frame`, one append; a signal only where somebody waits."""
@@ -235,7 +248,10 @@ class Pump(Generic[T]):
 
     def stop(self) -> None:
         self._stopped = True
-        self._scope.cancel()
+        if self.on_stop is not None:
+            self.on_stop()
+        elif self._scope is not None:
+            self._scope.cancel()
 
     def say(self, frame: bytes) -> None:
         self.wake()
@@ -279,12 +295,7 @@ class EventPump(Pump[Event]):
         return frames[:-1] + _END_ID if self._ends_for_good else frames
 
 
-async def _drive(
-    generator: AsyncIterator[Any],
-    work: Coroutine[Any, Any, None],
-    stopping: Callable[[], bool],
-    on_wait: Callable[[], None] | None = None,
-) -> None:
+async def _drive(generator: AsyncIterator[Any], work: Coroutine[Any, Any, None], stopping: Callable[[], bool]) -> None:
     """Do `work`, which iterates `generator`, and close the generator behind it, whatever happened (rules 2 and 6)."""
     scope = CancelScope()
 
@@ -296,7 +307,7 @@ async def _drive(
     try:
         with scope:
             try:
-                await _cancelled_once(work, lambda: close() if stopping() else None, on_wait)
+                await _cancelled_once(work, lambda: close() if stopping() else None)
             finally:
                 close()
                 aclose = getattr(generator, "aclose", None)
@@ -308,12 +319,8 @@ async def _drive(
 
 
 @types.coroutine
-def _cancelled_once(
-    work: Coroutine[Any, Any, None], on_cancelled: Callable[[], None], on_wait: Callable[[], None] | None
-) -> Generator[Any, Any, None]:
+def _cancelled_once(work: Coroutine[Any, Any, None], on_cancelled: Callable[[], None]) -> Generator[Any, Any, None]:
     """Await `work`, and call `on_cancelled` at the moment a cancellation arrives in it, before it sees it (rule 6).
-
-    `on_wait` is called whenever it begins to wait.
 
     Budget: one Python frame for each suspension of the work, none for an item that is there.
     """
@@ -325,8 +332,6 @@ def _cancelled_once(
             waits_for = step(value)
         except StopIteration:
             return
-        if on_wait is not None:
-            on_wait()
         try:
             value = yield waits_for
         except GeneratorExit:
