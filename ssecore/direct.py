@@ -379,8 +379,12 @@ class PumpStream(_Stepped):
                     except asyncio.CancelledError as error:
                         again = error
         self.source.on_stop = self.source.drive = None
+        del self._pumping  # its task keeps the exception that ended it, whose traceback keeps this stream
         if again is not None:
-            raise again
+            try:
+                raise again
+            finally:
+                del again
 
     def _opened_or_never(self) -> None:
         if self._opening is not None:
@@ -446,23 +450,12 @@ async def _given(batch: bytes) -> bytes:
 @types.coroutine
 def _flushing(work: Coroutine[Any, Any, None], on_wait: Callable[[], None]) -> Generator[Any, Any, None]:
     """Await `work`, and call `on_wait` whenever it begins to wait."""
-    step: Callable[[Any], Any] = work.send
-    value: Any = None
-    while True:
-        try:
-            waits_for = step(value)
-        except StopIteration:
-            return
+    try:
+        waits_for = work.send(None)
         on_wait()
-        try:
-            value = yield waits_for
-        except GeneratorExit:
-            work.close()
-            raise
-        except BaseException as thrown:
-            step, value = work.throw, thrown
-        else:
-            step = work.send
+    except StopIteration:
+        return
+    yield from _resumed(work, waits_for, on_wait)
 
 
 async def _rest(sending: Coroutine[Any, Any, None], waits_for: Any, then: bytes | None) -> bytes | None:
@@ -471,20 +464,25 @@ async def _rest(sending: Coroutine[Any, Any, None], waits_for: Any, then: bytes 
 
 
 @types.coroutine
-def _resumed(sending: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+def _resumed(
+    work: Coroutine[Any, Any, None], waits_for: Any, on_wait: Callable[[], None] | None = None
+) -> Generator[Any, Any, None]:
     """Await what was begun elsewhere: it waits for something that nobody has been told of (rule 2)."""
-    step, value = sending.send, None
-    while True:
-        try:
-            value = yield waits_for
-        except GeneratorExit:
-            sending.close()
-            raise
-        except BaseException as thrown:
-            step, value = sending.throw, thrown
-        else:
-            step = sending.send
-        try:
+    step: Callable[[Any], Any]
+    value: Any
+    try:
+        while True:
+            try:
+                step, value = work.send, (yield waits_for)
+            except GeneratorExit:
+                work.close()
+                raise
+            except BaseException as thrown:
+                step, value = work.throw, thrown
             waits_for = step(value)
-        except StopIteration:
-            return
+            if on_wait is not None:
+                on_wait()
+    except StopIteration:
+        return
+    finally:
+        value = None  # else an exception's traceback would keep this frame, and the frame the exception
