@@ -244,6 +244,17 @@ def test_a_time_limit_ends_in_its_error(tab: Tab) -> None:
 
 
 @needs("chromium")
+def test_a_flood_of_events_is_shown_by_its_end(tab: Tab) -> None:
+    view = tab.start("Basics", "Counter", count="20000", interval="0")
+    ends(view)
+    expect(view.locator(".count")).to_have_text("20,001 events")
+    lines = view.locator(".log li")
+    assert lines.count() == 300
+    expect(lines.last).to_contain_text("Update 19999")
+    expect(view.locator(".forgotten")).to_have_text("19,700 earlier not shown")
+
+
+@needs("chromium")
 def test_what_is_published_is_seen_in_two_tabs_and_after_a_reload(
     shared: BrowserContext, tab: Tab, server: Server
 ) -> None:

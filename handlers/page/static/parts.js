@@ -7,10 +7,15 @@ const MOST_ITEMS = 300
 /** Of the text of one stream. The longest answers have half of it. */
 const MOST_CHARACTERS = 400_000
 
-/** A list that forgets its oldest items, and follows its end unless somebody has scrolled away from it. */
+/**
+ * A list that forgets its oldest items, and follows its end unless somebody has scrolled away from it.
+ *
+ * Items go in once a frame, and those that would be forgotten in the same frame are never made: a stream may bring ten
+ * thousand of them a second, and a look at the scroll position costs a layout.
+ */
 class Roll {
+  #coming = []
   #forgotten = 0
-  #due = false
 
   constructor(label, tag, attributes) {
     this.list = element(tag, attributes)
@@ -19,22 +24,32 @@ class Roll {
     this.scroller = element("div", { class: "roll", tabindex: "0", role: "group", "aria-label": label }, this.before, this.list)
   }
 
-  add(node) {
+  /** @param {() => Node} make */
+  add(make) {
+    if (!this.#coming.length) requestAnimationFrame(() => this.flush())
+    this.#coming.push(make)
+    if (this.#coming.length > 2 * MOST_ITEMS) {
+      // in a tab that nobody sees there are no frames
+      this.#forgotten += MOST_ITEMS
+      this.#coming.splice(0, MOST_ITEMS)
+    }
+  }
+
+  flush() {
     const { scroller, list } = this
+    const coming = this.#coming.slice(-MOST_ITEMS)
+    if (!coming.length) return
+    this.#forgotten += this.#coming.length - coming.length
+    this.#coming = []
     const follows = scroller.scrollTop + scroller.clientHeight >= scroller.scrollHeight - 8
-    list.append(node)
-    if (list.childElementCount > MOST_ITEMS) {
+    list.append(...coming.map((make) => make()))
+    while (list.childElementCount > MOST_ITEMS) {
       list.firstElementChild.remove()
-      this.before.hidden = false
-      setText(this.before, `${++this.#forgotten} earlier not shown`)
+      this.#forgotten++
     }
-    if (follows && !this.#due) {
-      this.#due = true
-      requestAnimationFrame(() => {
-        this.#due = false
-        scroller.scrollTop = scroller.scrollHeight
-      })
-    }
+    this.before.hidden = !this.#forgotten
+    setText(this.before, `${this.#forgotten.toLocaleString("en")} earlier not shown`)
+    if (follows) scroller.scrollTop = scroller.scrollHeight
   }
 }
 
@@ -62,14 +77,19 @@ export class Log {
   element = this.#roll.scroller
 
   /** @param {{label?: string, time?: string, details?: unknown}} [about] */
-  add(level, text, { label = "", time, details } = {}) {
-    const line = element("li", { "data-level": level })
-    line.append(element("time", {}, clock(time)))
-    if (label) line.append(element("b", {}, label))
-    line.append(element("span", {}, text))
-    const more = flat(details)
-    if (more) line.append(element("small", {}, more))
-    this.#roll.add(line)
+  add(level, text, { label = "", time = Date.now(), details } = {}) {
+    this.#roll.add(() => {
+      const line = element("li", { "data-level": level }, element("time", {}, clock(time)))
+      if (label) line.append(element("b", {}, label))
+      line.append(element("span", {}, text))
+      const more = flat(details)
+      if (more) line.append(element("small", {}, more))
+      return line
+    })
+  }
+
+  settle() {
+    this.#roll.flush()
   }
 }
 
@@ -162,8 +182,14 @@ export class Rows {
       this.#columns = Object.keys(row).filter((name) => !["description", "created"].includes(name))
       this.head.append(...this.#columns.map((name) => element("th", { scope: "col" }, name)))
     }
-    const cells = this.#columns.map((name) => element("td", { "data-column": name }, plain(row[name])))
-    this.#roll.add(element("tr", { title: plain(row.description) || null }, ...cells))
+    this.#roll.add(() => {
+      const cells = this.#columns.map((name) => element("td", { "data-column": name }, plain(row[name])))
+      return element("tr", { title: plain(row.description) || null }, ...cells)
+    })
+  }
+
+  settle() {
+    this.#roll.flush()
   }
 }
 

@@ -172,7 +172,7 @@ export class View {
   /** What changes with each event, once a frame. */
   #draw() {
     const { lastId, events, resumed } = this.connection
-    setText(this.countFact, `${events} event${events === 1 ? "" : "s"}`)
+    setText(this.countFact, `${events.toLocaleString("en")} event${events === 1 ? "" : "s"}`)
     const [epoch, sequence] = lastId.split(".")
     setText(this.idFact, `${epoch.slice(0, 4)}….${sequence}`)
     this.idLine.title = lastId

@@ -50,7 +50,8 @@ const ENGINE = {
     show.line("warning", plain(error), { label: `${label} ${number}`.trim() })
   },
   complete: (show, data) => {
-    if (data && typeof data === "object") show.facts(data)
+    const { done, ...facts } = Object(data)
+    if (Object.keys(facts).length) show.facts(facts)
     return "completed"
   },
   done: () => "completed",
