@@ -11,9 +11,10 @@ from typing import Any, Final
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, expect
 
-from tests.needs import find, needs
+from tests import chromium
+from tests.needs import needs
 from tests.relay import relay
 from tests.serving import Server, free_port, serve, wait_until
 
@@ -82,14 +83,7 @@ def test_a_name_that_is_no_file_of_the_page_is_nowhere(server: Server, name: str
 # The page at work
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    arguments += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find("chromium"), headless=True, args=arguments)
-        yield browser
-        browser.close()
+browser = chromium.browser
 
 
 class Tab:
