@@ -33,6 +33,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Its answers take two seconds and more: time for a reload, or for a picture."""
+    with serve(tmp_path_factory.mktemp("slow"), env={"SSEAPP_MOCK_DELAY_S": "0.06"}) as server:
+        yield server
+
+
 # What the service answers
 
 
@@ -343,18 +350,24 @@ def test_what_has_no_field_stands_at_the_forms_end(tab: Tab) -> None:
 
 
 @needs("chromium")
-def test_an_agents_run_goes_on_over_a_reload(tab: Tab) -> None:
+def test_an_agents_run_goes_on_over_a_reload(shared: BrowserContext, slow: Server) -> None:
+    rows = "title,status,priority\n" + "".join(f"Backup {n},open,5\n" for n in range(6))
+    slow.client.post("/tasks/import", content=rows, headers={"content-type": "text/csv"})
+    tab = Tab(shared, slow.url)
     view = tab.start("Agent", "Tool calls")
-    expect(view.locator(".text")).to_contain_text("Today is")
+    expect(view.locator(".text")).to_contain_text("Today")
     run, before = run_of(view), view.locator(".timeline").inner_text()
-    becomes(view, "open")
+    assert slow.client.get(f"/runs/{run}").json()["state"] == "running"
     tab.page.reload()
     view = tab.views.first
+    becomes(view, "open")  # it is still at work
     ends(view)
     assert run_of(view) == run
     assert view.locator(".timeline").inner_text() == before
     assert re.search(r"^Today is .*I found \d tasks?:.*priority 5", text_of(view), re.DOTALL)
     expect(tab.run_in_list(run)).to_have_count(1)
+    tab.page.close()
+    assert tab.complaints == []
 
 
 @needs("chromium")
@@ -404,8 +417,8 @@ def test_a_reload_before_the_first_event_starts_nothing_twice(tab: Tab, server: 
 def test_a_job_goes_on_over_a_line_that_is_away_for_three_seconds(shared: BrowserContext, server: Server) -> None:
     with relay(server.port) as line:
         tab = Tab(shared, line.url)
-        view = tab.start("Jobs", "Job", steps="45", interval="0.1")
-        expect(view.locator(".bar .step")).to_have_text("step 3 of 45")
+        view = tab.start("Jobs", "Job", steps="60", interval="0.1")
+        view.locator(".log li").nth(2).wait_for()
         shared.set_offline(True)
         line.cut()
         becomes(view, "reconnecting")
@@ -414,7 +427,7 @@ def test_a_job_goes_on_over_a_line_that_is_away_for_three_seconds(shared: Browse
         ends(view)
         expect(view.locator(".resumed")).to_have_text(re.compile("resumed 1"))
         steps = view.locator(".log span").all_inner_texts()
-        assert steps[1:-1] == [f"step {n} of 45" for n in range(1, 46)]  # none twice, none missing
+        assert steps[1:-1] == [f"step {n} of 60" for n in range(1, 61)]  # none twice, none missing
         tab.page.close()
         assert [text for text in tab.complaints if "ERR_INTERNET" not in text] == []
 
@@ -446,15 +459,15 @@ def test_a_run_is_cancelled_from_the_list(tab: Tab) -> None:
 
 @needs("chromium")
 def test_a_paused_view_goes_on_where_it_was(tab: Tab, server: Server) -> None:
-    view = tab.start("Jobs", "Job", steps="20", interval="0.05")
-    expect(view.locator(".log li >> nth=2")).to_be_visible()
+    view = tab.start("Jobs", "Job", steps="40", interval="0.05")
+    view.locator(".log li").nth(2).wait_for()
     view.get_by_role("button", name="Pause").click()
     becomes(view, "paused")
     run = run_of(view)
     wait_until(lambda: server.client.get(f"/runs/{run}").json()["state"] == "completed")
     view.get_by_role("button", name="Resume").click()
     ends(view)
-    assert view.locator(".log span").all_inner_texts()[1:-1] == [f"step {n} of 20" for n in range(1, 21)]
+    assert view.locator(".log span").all_inner_texts()[1:-1] == [f"step {n} of 40" for n in range(1, 41)]
 
 
 @needs("chromium")
@@ -529,23 +542,17 @@ def test_a_stream_is_started_and_closed_by_the_keyboard_alone(tab: Tab) -> None:
     expect(tab.views).to_have_count(0)
 
 
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(tmp_path_factory.mktemp("data"), env={"SSEAPP_MOCK_DELAY_S": "0.03"}) as server:
-        yield server
-
-
 @needs("chromium")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_at_work_wide_and_narrow(browser: Browser, untouched: Server, scheme: Any) -> None:
+def test_the_page_at_work_wide_and_narrow(browser: Browser, slow: Server, scheme: Any) -> None:
     """Nothing is wider than the screen. The pictures are of this."""
-    for run in untouched.client.get("/runs").json()["runs"]:
-        untouched.client.delete(f"/runs/{run['run']}")
+    for run in slow.client.get("/runs").json()["runs"]:
+        slow.client.delete(f"/runs/{run['run']}")
     context = browser.new_context(
         viewport={"width": 1280, "height": 1060}, color_scheme=scheme, reduced_motion="reduce", device_scale_factor=1
     )
-    tab = Tab(context, untouched.url)
-    if scheme == "light":
+    tab = Tab(context, slow.url)
+    if scheme == "light":  # the one of README
         ends(tab.start("Tasks", "Import a CSV"))
     notifications = tab.start("Topics", "Notifications")
     for said in ('{"title": "Backup", "text": "All machines are saved"}', "The report is ready"):
@@ -558,7 +565,7 @@ def test_the_page_at_work_wide_and_narrow(browser: Browser, untouched: Server, s
     chat = tab.start("Chat", "One prompt", prompt=" and ".join([prompt] * 6))
     ends(tab.start("Agent", "Tool calls"))
     expect(job.locator(".bar .step")).to_have_text(re.compile(r"[1-6]\d of 60|60 steps"))
-    expect(chat.locator(".text")).to_contain_text("where it was and what comes")
+    expect(chat.locator(".text")).to_contain_text("goes on where it was")
     tab.picture(f"page-{scheme}")
     assert tab.page.locator(".text").first.evaluate("node => getComputedStyle(node, '::after').animationName") == "none"
     tab.page.set_viewport_size({"width": 360, "height": 740})
