@@ -29,10 +29,11 @@ from ssecore.log import (
     parse_cursor,
 )
 from ssecore.log.memory import MemoryLog
+from ssecore.log.redis import RedisLog
 from ssecore.log.sqlite import SqliteLog
 from ssecore.wire import Decoder, Event, encode, encode_json
 
-ENGINES: Final = ("memory-asyncio", "memory-trio", "sqlite-asyncio", "sqlite-trio")
+ENGINES: Final = ("memory-asyncio", "memory-trio", "sqlite-asyncio", "sqlite-trio", "redis-asyncio")
 START: Final = 1_700_000_000.0
 NEVER_S: Final = 3600.0
 
@@ -50,6 +51,8 @@ class Clock:
 def make(engine: str, folder: Path, clock: Callable[[], float], upkeep_s: float = NEVER_S) -> Log:
     if engine.startswith("memory"):
         return MemoryLog(clock=clock, upkeep_s=upkeep_s)
+    if engine.startswith("redis"):
+        return RedisLog("unix:///tmp/w/scratch/redis/r.sock", prefix=str(folder), clock=clock, upkeep_s=upkeep_s)
     return SqliteLog(folder / "log.sqlite", clock=clock, upkeep_s=upkeep_s)
 
 

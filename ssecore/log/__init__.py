@@ -379,6 +379,9 @@ class Watchers:
 
         return unwatch
 
+    def watched(self, stream: str) -> bool:
+        return stream in self._streams
+
     def notify(self, stream: str, row: Row | None, ended: Ended | None) -> None:
         """Tells all. What a watcher raises is its own trouble: neither the writer's nor the next watcher's."""
         watchers = self._streams.get(stream)
