@@ -16,7 +16,7 @@ to the streams that are watched here:
     keys of a stream have one hash tag.
 2.  A stream has one batch under way for each process, and remembers each process's last one. So an append whose answer
     was lost is asked for again, and goes in once.
-3.  The scripts hold the server's run id. One that was restarted, or took over, knows none of them (NOSCRIPT), so nothing
+3.  The scripts hold the server's run id. One that was restarted, or took over, knows none of them (NOSCRIPT): nothing
     is appended before this process has seen that it is another instance. There the stream gets an epoch first: what the
     old instance had and this one lacks was seen by somebody, and its numbers must not be given again in silence.
 4.  A run whose writer knows of more events than Redis has lost some: it is told so (`LogError`), and fails its run.
@@ -275,9 +275,10 @@ class _Batch:
         return b"".join([append.body for append in self.appends]), tuple(ends)
 
     def settle(self, last: int) -> None:
-        for append in reversed(self.appends):
+        last -= sum(len(append.ends) for append in self.appends)
+        for append in self.appends:
+            last += len(append.ends)
             append.last = last
-            last -= len(append.ends)
             append.done.set()
 
     def fail(self, error: SSEAppError) -> None:
@@ -360,7 +361,7 @@ class RedisLog:
                     group.cancel_scope.cancel()
         finally:
             with CancelScope(shield=True), suppress(RedisError, OSError):
-                await self._pubsub.aclose()
+                await self._pubsub.aclose()  # type: ignore[no-untyped-call]
                 await self._listener.aclose()
                 await self._redis.aclose()
         if failure:
@@ -466,9 +467,7 @@ class RedisLog:
         if stat.epochs[-1][0] != epoch:  # else an earlier try, whose answer was lost
             keep = [encode_json(retention), *_limits(retention)] if retention is not None else ["", "", "", ""]
             most = ssecore.log.MAX_EPOCHS
-            said, *forgotten = await self._run(
-                "open", [stream], epoch, repr(self._clock()), int(writes), most, *keep
-            )
+            said, *forgotten = await self._run("open", [stream], epoch, repr(self._clock()), int(writes), most, *keep)
             if said != b"ok":
                 await self._run_index("forget", "epochs", epoch, stream)
                 raise NotFound("no such stream") if said == b"none" else WriterFenced("the stream is closed")
@@ -867,11 +866,11 @@ class RedisLog:
 
     async def _read_on(self, stream: str) -> None:
         while (told := self._told.get(stream)) is not None:
-            stat = await self._stat(stream)
+            stat = await self._patiently(lambda: self._stat(stream))
             if stat is None:
                 self._announce(stream, None, "deleted")
                 return
-            rows = await self._read(stream, told, _MAX_ROW_BYTES)
+            rows = await self._patiently(lambda after=told: self._read(stream, after, _MAX_ROW_BYTES))  # type: ignore[misc]
             for row in rows:
                 if self._told.get(stream) == told or row.first == (self._told.get(stream) or 0) + 1:
                     self._told[stream] = row.first - 1  # what was trimmed meanwhile nobody can be told
