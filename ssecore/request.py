@@ -76,6 +76,9 @@ class Request:
         self._receive = receive
         self.body_digest = ""  #: SHA-256 of the body as it came, where the route declares one
         self.caller: str | None = None  #: the name of whoever asks; `None` where nobody has one
+        self.run_id: str | None = None  #: the run's, in the handler of one
+        #: Set by the handler of a run that tells of its failure in words of its own: the run's state is `failed` then.
+        self.failed = False
         self._services = services
         self._upload: SpooledTemporaryFile[bytes] | None = None
         self._end_reason: EndReason | None = None
