@@ -5,9 +5,9 @@ The rules that it shares with the other engines are in tests/test_log.py.
 
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import pytest
@@ -20,6 +20,8 @@ from ssecore.log.redis import RedisLog
 from ssecore.wire import Decoder, Event, encode
 from tests.needs import needs
 from tests.redis_server import Kind, RedisServer, serving
+
+T = TypeVar("T")
 
 KINDS = [pytest.param("redis", marks=needs("redis")), "valkey"]
 
@@ -85,6 +87,12 @@ class Heard:
         while self.ended is None:
             await self._changed.wait()
         return self.ended
+
+
+async def until(ask: Callable[[], Awaitable[T]], true: Callable[[T], bool]) -> None:
+    """For what Redis' own clock decides."""
+    while not true(await ask()):
+        await anyio.sleep(0.01)  # noqa: ASYNC110
 
 
 async def whole(log: RedisLog, stream: str) -> list[str]:
@@ -328,6 +336,54 @@ async def test_an_append_whose_answer_was_lost_goes_in_once(server: RedisServer)
         assert await whole(log, id) == ["a", "b", "c"]
 
 
+async def test_unfinished_are_the_open_runs_whose_process_is_gone(server: RedisServer) -> None:
+    async with logs(server, 1, lease_s=0.3) as (watch,):
+        async with logs(server, 2, lease_s=0.3) as (one, two):
+            left, closed, taken = await run(one), await run(one), await run(one)
+            await one.append(closed, frames("end"), epoch=closed, close=True)
+            await two.open(taken, new_epoch())
+            at_work = await run(two)
+            assert await watch.unfinished() == []
+        mine = await run(watch)
+        await until(watch.unfinished, lambda found: len(found) >= 3)
+        found = await watch.unfinished()
+        assert [stat.stream for stat in found] == [left, taken, at_work]
+        assert mine not in [stat.stream for stat in found]
+
+
+async def test_a_call_reaches_whoever_works_on_the_run(server: RedisServer) -> None:
+    async with logs(server, 3) as (one, two, three):
+        heard: list[tuple[str, str, str]] = []
+        arrived = anyio.Event()
+
+        def listener(name: str) -> Callable[[str, str], None]:
+            def on_call(stream: str, word: str) -> None:
+                heard.append((name, stream, word))
+                if len(heard) == 2:
+                    arrived.set()
+
+            return on_call
+
+        one.on_call, two.on_call = listener("one"), listener("two")
+        first, second = await run(one), await run(one)
+        await two.open(second, new_epoch())
+        await three.call(first, "cancel")
+        await three.call(second, "read")
+        await arrived.wait()
+        assert sorted(heard) == [("one", first, "cancel"), ("two", second, "read")]
+        with pytest.raises(NotFound):
+            await three.call("nothing", "cancel")
+
+
+async def test_who_is_interested_is_known_for_a_while(server: RedisServer) -> None:
+    async with logs(server) as (one, two):
+        id = await run(one)
+        assert not await one.touched(id)
+        await two.touch(id, 0.05)
+        assert await one.touched(id)
+        await until(lambda: one.touched(id), lambda touched: not touched)
+
+
 async def test_appends_that_meet_are_one_call(server: RedisServer) -> None:
     def calls() -> int:
         stats = server.call("INFO", "commandstats")
@@ -336,9 +392,13 @@ async def test_appends_that_meet_are_one_call(server: RedisServer) -> None:
     async with logs(server, 1) as (log,):
         id = await run(log)
         before = calls()
+
+        async def append(number: int) -> None:
+            await log.append(id, frames(number), epoch=id)
+
         async with anyio.create_task_group() as group:
             for number in range(1000):
-                group.start_soon(lambda number=number: log.append(id, frames(number), epoch=id))
+                group.start_soon(append, number)
         assert calls() - before <= 10
         assert await whole(log, id) == list(map(str, range(1000)))
 

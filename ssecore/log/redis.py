@@ -22,7 +22,10 @@ to the streams that are watched here:
 4.  A run whose writer knows of more events than Redis has lost some: it is told so (`LogError`), and fails its run.
 5.  Pub/sub promises nothing. A message that leaves a hole, a second subscribe frame (the library has connected anew),
     and a look from time to time (the last message may be the lost one) each mean: read on from what was told.
-6.  The index (epochs, keys, runs by owner, what is open, what is due) lies under another hash tag. What it names is
+6.  Each process has a lease, and each run a holder: the process that opened it last. `unfinished` are the open runs
+    whose holder's lease has run out. Whoever was cut off from Redis doesn't look before a whole lease has passed: the
+    others may have been cut off too. It is the epoch that fences a holder that comes back, not the lease.
+7.  The index (epochs, keys, runs by owner, what is open, what is due) lies under another hash tag. What it names is
     looked up in the stream's own facts before it is believed, so a call that was cut off leaves only what is ignored.
 """
 
@@ -104,13 +107,14 @@ redis.call('HSET', KEYS[1], 'instance', instance, unpack(ARGV, 2))
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 return 1
 """,
-    # facts, rows, sizes; epoch, now, becomes the writer, most epochs, retention (JSON), its events, bytes, age
+    # facts, rows, sizes; epoch, now, holder ('' where the instance has changed, and only then), most epochs,
+    # retention (JSON), its events, bytes, age
     "open": _TRIM
     + """
 local f = redis.call('HMGET', KEYS[1], 'closed', 'first', 'last', 'epochs', 'size', 'kind', 'instance')
 if not f[1] then return {'none'} end
 if f[1] == '1' then return {'closed'} end
-if ARGV[3] == '0' and f[7] == instance then return {'ok'} end
+if ARGV[3] == '' and f[7] == instance then return {'ok'} end
 local first, last, size, now = tonumber(f[2]), tonumber(f[3]), tonumber(f[5]), tonumber(ARGV[2])
 local epochs, forgotten, starts, names = f[4] .. ' ' .. ARGV[1] .. ':' .. num(last + 1), {'ok'}, {}, {}
 for name, start in string.gmatch(epochs, '([^ :]+):(%d+)') do
@@ -126,7 +130,9 @@ local kept = {}
 for n = at, #names do table.insert(kept, names[n] .. ':' .. num(starts[n])) end
 redis.call('HSET', KEYS[1], 'epochs', table.concat(kept, ' '), 'epoch', ARGV[1], 'updated', ARGV[2],
   'instance', instance)
-if ARGV[3] == '1' then redis.call('HSET', KEYS[1], 'writer', ARGV[1]) end
+if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'holder', ARGV[3]) end
+-- A run goes on with its writer. A topic's writers have to hear of the epoch: they tell its ids.
+if ARGV[3] ~= '' or f[6] == 'topic' then redis.call('HSET', KEYS[1], 'writer', ARGV[1]) end
 if ARGV[5] ~= '' then
   redis.call('HSET', KEYS[1], 'retention', ARGV[5], 'max_events', ARGV[6], 'max_bytes', ARGV[7], 'age_s', ARGV[8])
 end
@@ -196,10 +202,10 @@ redis.call('HSET', KEYS[1], 'first', num(first), 'size', num(size))
 local at = string.match(redis.call('LINDEX', KEYS[3], 0) or '', '(%S+)$')
 return string.format('%.6f', (tonumber(at) or now) + age_s)
 """,
-    # facts, rows, sizes, processes; channel
+    # all; channel
     "delete": """
 local f = redis.call('HMGET', KEYS[1], 'owner', 'key', 'epochs')
-if redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4]) == 0 then return {} end
+if redis.call('DEL', unpack(KEYS)) == 0 then return {} end
 redis.call('PUBLISH', ARGV[1], '0 0 2 - ')
 return {f[1] or false, f[2] or false, f[3]}
 """,
@@ -290,23 +296,29 @@ class _Batch:
 class RedisLog:
     """`Log` in the Redis that `url` names (`redis://`, `rediss://` for TLS, `unix://`; user and password in it).
 
-    `wait_s`: how long a call waits for a Redis that is away. `clock` gives Unix time; `upkeep_s` is the pause between
-    two looks at what age has ended, and `look_s` that between two at the watched streams (rule 5). `prefix` begins the
-    name of every key. On asyncio only.
+    `wait_s`: how long a call waits for a Redis that is away, half of `lease_s` at most. `lease_s`: how long a process
+    may be silent before its runs are closed. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what
+    age has ended, and `look_s` that between two at the watched streams (rule 5). `prefix` begins the name of every key.
+    On asyncio only.
     """
+
+    shared = True
+    on_call: Callable[[str, str], None] | None = None
 
     def __init__(
         self,
         url: str,
         *,
         wait_s: float = 5.0,
+        lease_s: float = 10.0,
         prefix: str = "sseapp",
         clock: Callable[[], float] = time.time,
         upkeep_s: float = 5.0,
         look_s: float = 2.0,
     ) -> None:
         self._url = url
-        self._wait_s = wait_s
+        self._wait_s = min(wait_s, lease_s / 2)  # a lease outlasts its holder's own waiting
+        self._lease_s = lease_s
         self._prefix = prefix
         self._clock = clock
         self._upkeep_s = upkeep_s
@@ -324,7 +336,8 @@ class RedisLog:
         self._dirty: dict[str, None] = {}
         self._shas: dict[str, str] = {}
         self._running = False
-        self._away = False
+        self.away = False
+        self._back_at = 0.0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -339,12 +352,13 @@ class RedisLog:
             self._listener: Any = Redis.from_url(self._url, **(options | {"socket_timeout": None}))
         except ValueError as error:
             raise LogError(f"the event log's Redis URL can't be used: {error}") from None
-        self._wake, self._look, self._channels = Signal(), Signal(), Signal()
+        self._wake, self._look, self._channels, self._called = Signal(), Signal(), Signal(), Signal()
         self._pubsub: Any = self._listener.pubsub()
         try:
             await self._start()
+            self._back_at = current_time()
             async with anyio.create_task_group() as group:
-                for task in (self._listen, self._subscribe, self._refill, self._keep_up):
+                for task in (self._listen, self._subscribe, self._refill, self._hold, self._keep_up):
                     group.start_soon(task)
                 self._running = True
                 try:
@@ -361,6 +375,7 @@ class RedisLog:
                     group.cancel_scope.cancel()
         finally:
             with CancelScope(shield=True), suppress(RedisError, OSError):
+                await self._redis.delete(self._lease(self._process))
                 await self._pubsub.aclose()  # type: ignore[no-untyped-call]
                 await self._listener.aclose()
                 await self._redis.aclose()
@@ -375,7 +390,7 @@ class RedisLog:
         version = info.get("redis_version", "0")
         if tuple(map(int, version.split(".")[:2])) < (7, 0):
             raise LogError(f"the event log needs Redis 7.0 or later; this is {version}")
-        await self._pubsub.subscribe(self._name("wake"))
+        await self._pubsub.subscribe(self._call_channel(self._process))
 
     async def _load(self) -> dict[str, Any]:
         """The scripts, for the instance that answers now (rule 3)."""
@@ -403,11 +418,11 @@ class RedisLog:
         return await self._patiently(lambda: self._create(stat))
 
     async def _create(self, stat: Stat) -> tuple[Stat, bool]:
-        """The facts first, and then the index: what the index names is there (rule 6)."""
+        """The facts first, and then the index: what the index names is there (rule 7)."""
         stream, ((epoch, _),) = stat.stream, stat.epochs
         if stat.key is not None and (there := await self.find_key(stat.key)) is not None:
             return there, False
-        if not await self._run("create", [stream], str(_UNCLAIMED_S), *_fields(stat)):
+        if not await self._run("create", [stream], str(_UNCLAIMED_S), *_fields(stat, self._process)):
             there = await self._stat(stream)
             if there is None:
                 return await self._create(stat)
@@ -466,8 +481,8 @@ class RedisLog:
             raise Conflict("this epoch has been opened before")
         if stat.epochs[-1][0] != epoch:  # else an earlier try, whose answer was lost
             keep = [encode_json(retention), *_limits(retention)] if retention is not None else ["", "", "", ""]
-            most = ssecore.log.MAX_EPOCHS
-            said, *forgotten = await self._run("open", [stream], epoch, repr(self._clock()), int(writes), most, *keep)
+            most, holder = ssecore.log.MAX_EPOCHS, self._process if writes else ""
+            said, *forgotten = await self._run("open", [stream], epoch, repr(self._clock()), holder, most, *keep)
             if said != b"ok":
                 await self._run_index("forget", "epochs", epoch, stream)
                 raise NotFound("no such stream") if said == b"none" else WriterFenced("the stream is closed")
@@ -555,11 +570,69 @@ class RedisLog:
         return await self._patiently(runs)
 
     async def unfinished(self) -> list[Stat]:
-        async def unfinished() -> list[Stat]:
-            names = await self._redis.zrange(self._name("open"), 0, -1)
-            return [stat for stat in await self._stats(names) if not stat.closed]
+        """Those whose holder's lease has run out (rule 6)."""
+        if current_time() - self._back_at < self._lease_s:
+            return []
+        return await self._patiently(self._unfinished)
 
-        return await self._patiently(unfinished)
+    async def _unfinished(self) -> list[Stat]:
+        names = await self._redis.zrange(self._name("open"), 0, -1)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hmget(self._keys(name.decode())[0], "holder", "closed")
+            facts = dict(zip(names, await pipe.execute() if names else [], strict=True))
+            holders = list({holder for holder, _ in facts.values() if holder is not None})
+            for holder in holders:
+                pipe.exists(self._lease(holder.decode()))
+            alive = {
+                holder for holder, there in zip(holders, await pipe.execute() if holders else [], strict=True) if there
+            }
+        for name, (_, closed) in facts.items():
+            if closed != b"0":  # whoever closed or deleted it was cut off
+                await self._closed(name.decode())
+        left = [name for name, (holder, closed) in facts.items() if closed == b"0" and holder not in alive]
+        return await self._stats(left)
+
+    async def call(self, stream: str, word: str) -> None:
+        holder = await self._patiently(lambda: self._redis.hget(self._keys(stream)[0], "holder"))
+        if holder is None:
+            raise NotFound("no such stream")
+        calls = self._name(f"calls:{holder.decode()}")
+
+        async def send() -> None:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.rpush(calls, f"{word} {stream}")
+                pipe.expire(calls, _REMEMBER_S)
+                pipe.publish(self._call_channel(holder.decode()), "")
+                await pipe.execute()
+
+        await self._patiently(send)
+
+    async def _answer_calls(self) -> None:
+        while calls := await self._redis.lpop(self._name(f"calls:{self._process}"), 100):
+            for said in calls:
+                word, _, stream = said.decode().partition(" ")
+                if self.on_call is not None:
+                    self.on_call(stream, word)
+
+    async def touch(self, stream: str, for_s: float) -> None:
+        await self._patiently(lambda: self._redis.set(self._keys(stream)[4], "", px=max(1, int(for_s * 1000))))
+
+    async def touched(self, stream: str) -> bool:
+        return bool(await self._patiently(lambda: self._redis.exists(self._keys(stream)[4])))
+
+    async def _hold(self) -> None:
+        """Keeps the lease, and answers calls that were missed."""
+        while True:
+            try:
+                await self._redis.set(self._lease(self._process), "", px=int(self._lease_s * 1000))
+                await self._answer_calls()
+                self._is_back()
+            except (RedisError, OSError) as error:
+                self._is_away(error)
+            with anyio.move_on_after(self._lease_s / 3):
+                await self._called.wait()
+            self._called = Signal()
 
     async def delete(self, stream: str) -> None:
         await self._patiently(lambda: self._delete(stream))
@@ -810,7 +883,10 @@ class RedisLog:
                 self._is_away(error)
                 await anyio.sleep(0.1)
                 continue
-            if message is None or not message["channel"].startswith(prefix):
+            if message is None:
+                continue
+            if not message["channel"].startswith(prefix):
+                self._called.set()
                 continue
             stream = message["channel"][len(prefix) :].decode()
             if message["type"] == "subscribe":
@@ -926,26 +1002,33 @@ class RedisLog:
 
     def _keys(self, stream: str) -> list[str]:
         tag = f"{self._prefix}:{{{stream}}}"
-        return [f"{tag}:facts", f"{tag}:rows", f"{tag}:sizes", f"{tag}:processes"]
+        return [f"{tag}:facts", f"{tag}:rows", f"{tag}:sizes", f"{tag}:processes", f"{tag}:touched"]
 
     def _name(self, name: str) -> str:
         return f"{self._prefix}:{{index}}:{name}"
+
+    def _lease(self, process: str) -> str:
+        return self._name(f"lease:{process}")
+
+    def _call_channel(self, process: str) -> str:
+        return f"{self._prefix}:called:{process}"
 
     def _channel(self, stream: str) -> str:
         return f"{self._prefix}:appended:{stream}"
 
     def _is_away(self, error: Exception) -> None:
-        if not self._away:
+        if not self.away:
             logger.error("the event log's Redis is away: %s", error)
-        self._away = True
+        self.away = True
 
     def _is_back(self) -> None:
-        if self._away:
+        if self.away:
             logger.warning("the event log's Redis is back")
-        self._away = False
+            self._back_at = current_time()
+        self.away = False
 
 
-def _fields(stat: Stat) -> list[str | bytes]:
+def _fields(stat: Stat, holder: str) -> list[str | bytes]:
     """A new stream's facts, as HSET takes them."""
     ((epoch, first),) = stat.epochs
     fields: dict[str, Any] = {
@@ -960,6 +1043,7 @@ def _fields(stat: Stat) -> list[str | bytes]:
         "epochs": f"{epoch}:{first}",
         "epoch": epoch,
         "writer": epoch,
+        "holder": holder,
         "retention": encode_json(stat.retention),
     }
     fields |= zip(("max_events", "max_bytes", "age_s"), _limits(stat.retention), strict=True)
