@@ -150,7 +150,8 @@ class SSEApp:
             self._services = Services(runs, Topics(log, tails, self.settings))
             self._timekeeper, self._tasks = Timekeeper(self._options), tasks
             tasks.start_soon(self._timekeeper.run)
-            tasks.start_soon(runs.keep_watch)
+            if log.shared:
+                tasks.start_soon(runs.keep_watch)
             self.draining = False
             try:
                 yield

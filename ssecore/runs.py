@@ -297,8 +297,8 @@ class Runs:
         return self.settings.linger_s if linger_s == "setting" else linger_s
 
     async def keep_watch(self) -> None:
-        """While the app runs: end what other processes leave behind, and tell them that their runs are read here."""
-        while self.log.shared:
+        """Where processes share the log: end what others leave behind, and tell them that their runs are read here."""
+        while True:
             await anyio.sleep(self.settings.lease_s / 3)
             with suppress(LogUnavailable):
                 await self.recover()
@@ -508,18 +508,18 @@ class Runs:
         finally:
             self.tails.leave(tail)
         worker = self._workers.get(run)
-        elsewhere = worker is None and self.log.shared and not stat.closed and stat.meta.get("linger_s") is not None
+        elsewhere = worker is None and self.log.shared and not stat.closed and stat.meta["linger_s"] is not None
         if worker is not None:
             worker.attach()
-        self._elsewhere[run] += elsewhere
+        elif elsewhere:
+            self._elsewhere[run] += 1
 
         def closed() -> None:
             self.tails.leave(tail)
             if worker is not None:
                 worker.detach()
-            self._elsewhere[run] -= elsewhere
-            if not self._elsewhere[run]:
-                del self._elsewhere[run]
+            elif elsewhere:
+                self._elsewhere -= Counter([run])  # without those that are at zero
 
         reader.on_close = closed
         if elsewhere:
@@ -533,7 +533,7 @@ class Runs:
 
     async def _interested(self, stat: Stat) -> None:
         """Tell the process that works on the run, if another one does."""
-        linger_s = stat.meta.get("linger_s")
+        linger_s = stat.meta["linger_s"]
         if self.log.shared and not stat.closed and linger_s is not None:
             await self.log.touch(stat.stream, max(linger_s, self.settings.lease_s))
 

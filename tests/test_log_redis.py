@@ -91,8 +91,8 @@ class Heard:
 
 async def until(ask: Callable[[], Awaitable[T]], true: Callable[[T], bool]) -> None:
     """For what Redis' own clock decides."""
-    while not true(await ask()):
-        await anyio.sleep(0.01)  # noqa: ASYNC110
+    while not true(await ask()):  # noqa: ASYNC110
+        await anyio.sleep(0.01)
 
 
 async def whole(log: RedisLog, stream: str) -> list[str]:
