@@ -50,7 +50,7 @@ $(PEERS): benchmarks/requirements-peers.txt
 	@touch $@
 
 lock: ## the locks again, with uv (ARGS=--upgrade for newer versions)
-	$(LOCK) --output-file requirements.txt pyproject.toml
+	$(LOCK) --extra redis --output-file requirements.txt pyproject.toml
 	$(LOCK) --group dev --constraints requirements.txt --output-file requirements-dev.txt pyproject.toml
 	$(LOCK) --constraints requirements.txt --output-file benchmarks/requirements-peers.txt benchmarks/requirements-peers.in
 

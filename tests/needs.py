@@ -20,6 +20,7 @@ _PLACES: Final = {
     "curl": ("curl",),
     "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),
     "nginx": ("nginx",),
+    "openssl": ("openssl",),
     "redis": ("redis-server",),
     "tmpfs": ("mount",),
 }

@@ -19,6 +19,7 @@ missing() { # the Debian packages whose program or file (the same as in tests/ne
     present curl || echo curl
     present nginx || echo nginx-light
     present /usr/lib/nginx/modules/ngx_nchan_module.so || echo libnginx-mod-nchan
+    present openssl || echo openssl
     present redis-server || echo redis-server
     present chromium chromium-browser || echo chromium
     present mount || echo mount
