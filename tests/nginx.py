@@ -3,14 +3,13 @@
     with nginx(one.port, two.port) as proxy:
         httpx.get(proxy.url)
 
-Only what belongs to a place is replaced in it: ports, paths, the replicas' addresses. `changes` replaces more, for tests
-that can't wait as long as the shipped times.
+Only what belongs to a place is replaced in it: ports, paths, the replicas' addresses. `changes` replaces more, for
+tests that can't wait as long as the shipped times.
 """
 
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,20 +75,16 @@ def nginx(
         copytree(_DEPLOY / "sseapp", folder / "sseapp")
         replicas = "".join(f"server 127.0.0.1:{port} max_fails=1 fail_timeout=2s;\n" for port in ports)
         (folder / "sseapp/replicas.conf").write_text(replicas)
-        text = (_DEPLOY / config).read_text()
         places = {
             "/tmp/nginx": f"{folder}/tmp/nginx",
             "/dev/stdout": f"{folder}/access.log",
             "listen 8080": f"listen 127.0.0.1:{port}",
-            "listen 8443": f"listen 127.0.0.1:{tls_port}",
-            "/etc/nginx/tls": str(folder),
         }
-        if config == "nginx.conf":
-            places = dict(list(places.items())[:3])
-        else:
+        if config == "nginx-tls.conf":
+            places |= {"listen 8443": f"listen 127.0.0.1:{tls_port}", "/etc/nginx/tls": name}
             _make_certificate(folder)
-        (folder / config).write_text(_replaced(text, places))
-        for old, new in (changes or {}).items():
+        (folder / config).write_text((_DEPLOY / config).read_text())
+        for old, new in {**places, **(changes or {})}.items():
             paths = [path for path in (folder / config, *folder.glob("sseapp/*")) if old in path.read_text()]
             assert paths, f"{old!r} is no longer in the shipped configuration"
             for path in paths:
@@ -111,13 +106,6 @@ def nginx(
             process.wait(10)
 
 
-def _replaced(text: str, places: Mapping[str, str]) -> str:
-    for old, new in places.items():
-        assert old in text, f"{old!r} is no longer in the shipped configuration"
-        text = text.replace(old, new)
-    return text
-
-
 def _answers(proxy: Nginx) -> bool:
     with suppress(httpx.HTTPError):
         # Anything: the replicas may be away.
@@ -127,6 +115,15 @@ def _answers(proxy: Nginx) -> bool:
 
 def _make_certificate(folder: Path) -> None:
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-nodes"]
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-keyout", "privkey.pem", "-out", "fullchain.pem"]
+    key = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-keyout",
+        "privkey.pem",
+        "-out",
+        "fullchain.pem",
+    ]
     command = [find("openssl"), "req", "-x509", *key, *subject]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
