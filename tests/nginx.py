@@ -22,9 +22,9 @@ import httpx
 from tests.needs import find
 from tests.serving import free_port, wait_until
 
-__all__ = ["Nginx", "nginx"]
+__all__ = ["DEPLOY", "Nginx", "nginx"]
 
-_DEPLOY: Final = Path(__file__).parent.parent / "deploy"
+DEPLOY: Final = Path(__file__).parent.parent / "deploy"
 _NOBODY: Final = 65534
 
 
@@ -72,7 +72,7 @@ def nginx(
     """In front of these ports of this machine. Yields when it answers."""
     with TemporaryDirectory() as name:
         folder, port, tls_port = Path(name), free_port(), free_port()
-        copytree(_DEPLOY / "sseapp", folder / "sseapp")
+        copytree(DEPLOY / "sseapp", folder / "sseapp")
         replicas = "".join(f"server 127.0.0.1:{port} max_fails=1 fail_timeout=2s;\n" for port in ports)
         (folder / "sseapp/replicas.conf").write_text(replicas)
         places = {
@@ -83,7 +83,7 @@ def nginx(
         if config == "nginx-tls.conf":
             places |= {"listen 8443": f"listen 127.0.0.1:{tls_port}", "/etc/nginx/tls": name}
             _make_certificate(folder)
-        (folder / config).write_text((_DEPLOY / config).read_text())
+        (folder / config).write_text((DEPLOY / config).read_text())
         for old, new in {**places, **(changes or {})}.items():
             paths = [path for path in (folder / config, *folder.glob("sseapp/*")) if old in path.read_text()]
             assert paths, f"{old!r} is no longer in the shipped configuration"

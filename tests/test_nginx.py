@@ -1,6 +1,7 @@
 """Through a real nginx, with the configuration that is shipped in deploy/."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -13,12 +14,13 @@ import httpx
 import pytest
 from playwright.sync_api import Page
 
+from ssecore.server import KEEP_ALIVE_S
 from ssecore.wire import Decoder
 from tests import chromium, redis_server
 from tests.chromium import LISTEN, seen
 from tests.clients import BROWSER
 from tests.needs import needs
-from tests.nginx import Nginx, nginx
+from tests.nginx import DEPLOY, Nginx, nginx
 from tests.serving import Server, free_port, serve, wait_until
 
 pytestmark = needs("nginx")
@@ -227,6 +229,30 @@ def test_a_refusal_of_the_service_is_passed_on_as_it_is(tmp_path: Path) -> None:
             assert "retry-after" in other.headers
 
 
+def test_a_request_is_not_passed_on_to_another_replica(service: Server) -> None:
+    """The first may have started the work before it broke off. Only the checks of health, which start nothing, are."""
+
+    def break_off() -> None:
+        for _ in range(4):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+
+    changes = {"max_fails=1": "max_fails=0"}  # so that each turn is taken
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=break_off, daemon=True).start()
+        with nginx(listener.getsockname()[1], service.port, changes=changes) as proxy:
+            assert {httpx.get(f"{proxy.url}/readyz").status_code for _ in range(4)} == {200}
+            answers = [httpx.get(f"{proxy.url}/stream/hello?interval=0") for _ in range(2)]
+    assert sorted(answer.status_code for answer in answers) == [200, 502]
+
+
+def test_nginx_closes_idle_connections_before_the_service_does() -> None:
+    """Otherwise a request would now and then be sent on a connection that is being closed: 502."""
+    [nginx_s] = re.findall(r"^    keepalive_timeout (\d+)s;", (DEPLOY / "sseapp/http.conf").read_text(), re.MULTILINE)
+    assert int(nginx_s) < KEEP_ALIVE_S
+
+
 def publish(url: str, count: int, topic: str = "news") -> list[str]:
     """The ids of so many acknowledged events."""
     ids: list[str] = []
@@ -364,7 +390,7 @@ def test_an_event_source_goes_on_over_a_rolling_restart_of_all_replicas(page: Pa
         page.wait_for_function(f"window.seen.news.events.at(-1)[2] === {acknowledged[-1]!r}", timeout=20_000)
         news, short_run, long_run = (seen(page, name) for name in ("news", "short", "long"))
     assert not news.closed
-    assert news.opened >= 3  # its replica went away under it, each time
+    assert news.opened >= 2  # its replica went away under it
     assert contiguous(news.ids[1:])
     assert set(acknowledged) <= set(news.ids)
     words = "".join(json.loads(data)["content"] for data in short_run.data[:-1])
