@@ -26,8 +26,10 @@ COPY --from=build /srv/venv /srv/venv
 COPY --from=build /srv/sseapp /srv/sseapp
 # A volume that is mounted here for the first time takes its owner over.
 COPY --from=build --chown=10001:10001 /srv/data /data
+# TMPDIR: a large upload is spooled to disk, and a tmpfs would be memory.
 ENV PATH=/srv/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    TMPDIR=/data \
     SSEAPP_HOST=0.0.0.0 \
     SSEAPP_PORT=8000 \
     SSEAPP_DATA_DIR=/data

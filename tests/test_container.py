@@ -133,7 +133,7 @@ def container(storage: Storage, image: str) -> Iterator[Container]:
     # Limits can only be lowered without CAP_SYS_RESOURCE, and podman's own are higher than some machines'.
     files = min(20_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     limits = ["--ulimit", f"nofile={files}:{files}", "--ulimit", "nproc=4096:4096"]
-    closed = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "all", "--security-opt", "no-new-privileges"]
+    closed = ["--read-only", "--read-only-tmpfs=false", "--cap-drop", "all", "--security-opt", "no-new-privileges"]
     how = ["--detach", "--network", "none", "--no-healthcheck", *limits, *closed, "--volume", f"{data}:/data"]
     storage.podman("run", "--name", "sseapp", *how, "--env", "SSEAPP_AUTH=off", image)
     container = Container(storage, "sseapp")
@@ -190,6 +190,7 @@ def test_the_image_holds_what_the_service_needs_and_no_more(container: Container
         assert container.execute("/srv/venv/bin/python", "-c", f"import {absent}").returncode != 0
     assert container.execute("sh", "-c", "command -v gcc cc make git").stdout == ""
     assert container.execute("sh", "-c", "ls -d /pip /wheels /etc/pip.conf /srv/sseapp/tests").stdout == ""
+    assert container.execute("python", "-c", "import tempfile; print(tempfile.gettempdir())").stdout == "/data\n"
     # Compiled beforehand, since it can't be kept later.
     assert container.execute("sh", "-c", "ls /srv/sseapp/ssecore/__pycache__").stdout
 
