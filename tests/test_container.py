@@ -94,12 +94,12 @@ def storage() -> Iterator[Storage]:
 
 @pytest.fixture(scope="module")
 def base(storage: Storage) -> str:
-    """A small Debian with Python, as the official images are."""
-    left_out = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "locale", "man")]
-    packages = ["--variant=essential", "--include=python3,python3-venv", "--dpkgopt=force-unsafe-io", *left_out]
+    """A small Debian with Python. Its packages are unpacked only: to set them up takes a minute, and adds nothing."""
+    packages = "--include=base-files,base-passwd,coreutils,dash,libc-bin,python3,python3-venv"
+    merged = "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr"
     context = storage.folder / "base"
     context.mkdir()
-    run(find("mmdebstrap"), "--quiet", *packages, SUITE, context / "base.tar")
+    run(find("mmdebstrap"), "--quiet", "--variant=extract", packages, merged, SUITE, context / "base.tar")
     (context / "Dockerfile").write_text("FROM scratch\nADD base.tar /\n")
     name = "localhost/base:ci"
     storage.buildah("bud", "--quiet", "--isolation", "chroot", "--tag", name, context)
@@ -149,14 +149,6 @@ def container(storage: Storage, image: str) -> Iterator[Container]:
 
 def test_the_dockerfile_is_clean() -> None:
     run(Path(sys.executable).parent / "hadolint", ROOT / "Dockerfile")
-
-
-# The next two take long, and share what they make with the others: each test has a time limit of its own.
-
-
-@in_a_container
-def test_a_debian_with_python_is_base_enough(storage: Storage, base: str) -> None:
-    assert storage.buildah("images", "--quiet", base)
 
 
 @in_a_container
