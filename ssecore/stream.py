@@ -331,12 +331,14 @@ class Stream:
         source: Source,
         headers: list[tuple[bytes, bytes]],
         options: StreamOptions,
+        status: int = 200,
     ) -> None:
         self.progress = 0  #: odd while a send is in flight (rule 7)
         self.source = source
         self._request = request
         self._send_message = send
         self._headers = headers
+        self._status = status
         self._options = options
         self._scope = CancelScope()
         self._seen = -1
@@ -461,7 +463,7 @@ class Stream:
         batch = await source.first()
         if source.finished and not batch and self._failed_by_itself():
             return None  # whoever runs this stream raises it: an HTTP error
-        await self._send({"type": "http.response.start", "status": 200, "headers": [*self._headers]})
+        await self._send({"type": "http.response.start", "status": self._status, "headers": [*self._headers]})
         if source.events:
             batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)
         return batch

@@ -3,6 +3,7 @@
 With SSEAPP_TEST_ALL=1, as `.ci/run` sets it, it fails instead. `tests/system-packages.sh` installs what is listed here.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,11 +15,12 @@ import pytest
 __all__ = ["find", "needs"]
 
 #: Each name with the programs or files of which one has to be there. What is added here goes into
-#: tests/system-packages.sh too.
+#: tests/system-packages.sh too, but for the local model, which comes from a lock (see the Makefile).
 _PLACES: Final = {
     "buildah": ("buildah",),
     "chromium": ("chromium", "chromium-browser"),
     "curl": ("curl",),
+    "local-model": (),
     "mmdebstrap": ("mmdebstrap",),
     "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),
     "nginx": ("nginx",),
@@ -44,6 +46,8 @@ def find(name: str) -> str:
     """The path of the program or file. Raises `LookupError` where there is none: mark the test with `needs`."""
     if name in ("buildah", "tmpfs") and not _may_mount():
         raise LookupError(f"needs {name}: only root may mount, and not in every container")
+    if name == "local-model" and (package := importlib.util.find_spec("xllamacpp")) and package.origin:
+        return package.origin
     for place in _PLACES[name]:
         if path := shutil.which(place, mode=os.F_OK, path=_PATH):
             return path

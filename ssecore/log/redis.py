@@ -43,7 +43,7 @@ import msgspec
 import orjson
 from anyio import CancelScope, current_time
 from anyio import Event as Signal
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -348,7 +348,9 @@ class RedisLog:
             "retry": Retry(NoBackoff(), 0),  # ours, which know what may be asked for twice
         }
         try:
-            self._redis: Any = Redis.from_url(self._url, max_connections=_MAX_CONNECTIONS, **options)
+            # Whoever finds all connections taken waits for one.
+            pool = BlockingConnectionPool.from_url(self._url, max_connections=_MAX_CONNECTIONS, timeout=None, **options)
+            self._redis: Any = Redis.from_pool(pool)
             self._listener: Any = Redis.from_url(self._url, **(options | {"socket_timeout": None}))
         except ValueError as error:
             raise LogError(f"the event log's Redis URL can't be used: {error}") from None
@@ -857,16 +859,19 @@ class RedisLog:
             raise _away("Redis can't be reached")
 
     async def _subscribe(self) -> None:
-        """Keeps the channels that are subscribed to those that are watched."""
-        there: set[str] = set()
+        """Keeps the channels that are subscribed to those that are watched.
+
+        One that is watched anew is subscribed anew, even if it still was: somebody waits for the answer.
+        """
+        there: dict[str, Signal] = {}
         while True:
             await self._channels.wait()
             self._channels = Signal()
-            wanted = set(self._told)
+            wanted = dict(self._subscribed)
             try:
-                if new := wanted - there:
+                if new := [stream for stream, asked in wanted.items() if there.get(stream) is not asked]:
                     await self._pubsub.subscribe(*map(self._channel, new))
-                if old := there - wanted:
+                if old := there.keys() - wanted.keys():
                     await self._pubsub.unsubscribe(*map(self._channel, old))
                 there = wanted
             except (RedisError, OSError) as error:
