@@ -172,6 +172,8 @@ class SSEApp:
             self._services = Services(runs, Topics(log, tails, self.settings))
             self._timekeeper, self._tasks = Timekeeper(self._options), tasks
             tasks.start_soon(self._timekeeper.run)
+            if log.shared:
+                tasks.start_soon(runs.keep_watch)
             self.draining = False
             try:
                 yield
@@ -371,6 +373,12 @@ def open_log(settings: Settings) -> Log:
     """The event log's engine that the settings name."""
     if settings.log == "memory":
         return MemoryLog()
+    if settings.log != "sqlite":
+        try:
+            from ssecore.log.redis import RedisLog
+        except ModuleNotFoundError:
+            raise SettingsError("the Redis log needs redis-py: pip install 'sseapp[redis]'", field="log") from None
+        return RedisLog(settings.log, lease_s=settings.lease_s)
     return SqliteLog(settings.data_dir / "log.db", full_sync=settings.log_full_sync, lock_wait_s=settings.drain_s)
 
 
@@ -402,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("host", "address to listen on"),
         ("port", "port to listen on; 0 takes a free one"),
         ("data-dir", "folder of the data"),
-        ("log", "engine of the event log: sqlite or memory"),
+        ("log", "the event log: sqlite, memory, or a Redis URL"),
     ):
         serve.add_argument(f"--{option}", help=meaning)
     options = vars(parser.parse_args(arguments))

@@ -27,6 +27,9 @@ logger = logging.getLogger("sseapp")
 #: The kernel's buffer for one client. Linux would let it grow to 4 MiB: so much would a frozen client hold.
 SEND_BUFFER_BYTES = 256 * 1024
 BACKLOG = 4096
+#: How long an idle connection is kept. Longer than a proxy in front keeps its own (nginx and AWS 60 s, Google 600): a
+#: request that comes on a connection just as it is closed here is a 502 to its client.
+KEEP_ALIVE_S = 620
 
 #: The garbage collector's first generation, of 700 by default: a connection is some 60 objects that it looks at, and
 #: where thousands of them wait it would look at them again and again. Much higher, and what connections leave behind
@@ -101,6 +104,7 @@ def serve(app: Drainable, settings: Settings) -> int:
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=1,
     )
     app.direct = True  # its `send` is uvicorn's

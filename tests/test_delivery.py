@@ -242,7 +242,7 @@ class House:
 
 @asynccontextmanager
 async def house(way: Way, folder: Path, **values: Any) -> AsyncIterator[House]:
-    app = SSEApp(ROUTES, Settings(log=way.engine, data_dir=folder, **values))  # type: ignore[arg-type]
+    app = SSEApp(ROUTES, Settings(log=way.engine, data_dir=folder, **values))
     app.direct = way.direct
     if way.direct:  # as under a server: where no task runs, nothing says which library does
         sniffio.current_async_library_cvar.set(None)
