@@ -6,10 +6,10 @@ event. `--by-task` has a task for each reader, as under any other server.
 """
 
 import argparse
+import asyncio
 import sys
 from collections.abc import AsyncIterator
 
-import anyio
 import msgspec
 
 from benchmarks.peers.work import pauses, tick, update
@@ -44,7 +44,7 @@ async def ticks(request: Request) -> AsyncIterator[Event]:
     query: Ticking = request.query
     for pause in pauses(query.interval):
         yield Event(tick())
-        await anyio.sleep(pause)
+        await asyncio.sleep(pause)  # as all the others do
 
 
 class Written(msgspec.Struct):
