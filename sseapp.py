@@ -12,6 +12,7 @@ import argparse
 import logging
 import random
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Final
@@ -20,7 +21,8 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ssecore.direct import DirectStream
-from ssecore.errors import ClientGone, NotFound, SettingsError, SSEAppError, Unavailable
+from ssecore.errors import ClientGone, NotFound, SettingsError, SSEAppError, TooManyRequests, Unavailable
+from ssecore.guard import Caller, Guard
 from ssecore.log import Log
 from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
@@ -33,6 +35,7 @@ from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
 from ssecore.settings import Settings, describe
 from ssecore.stream import EventPump, Pump, Stream, StreamOptions, Timekeeper, merge, public_text, spread
+from ssecore.tokens import add_token, parse_expiry, read_tokens, revoke_tokens
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
@@ -87,17 +90,26 @@ class SSEApp:
     """
 
     def __init__(
-        self, routes: Sequence[Route], settings: Settings | None = None, *, lifespan: Lifespan | None = None
+        self,
+        routes: Sequence[Route],
+        settings: Settings | None = None,
+        *,
+        lifespan: Lifespan | None = None,
+        caller: Caller | None = None,
     ) -> None:
         self.settings = settings or Settings()
+        #: Who may enter. Without `caller`, tokens or `auth="off"` in the settings: this machine only.
+        self.guard = Guard(self.settings, caller)
         self.state: Any = None
         self.draining = False
         self._running = False
         #: Set by our runner, which knows its server: see `ssecore.direct`.
         self.direct = False
-        self._table = Table([*routes, *RUN_ROUTES])
+        self._table = Table([*routes, *RUN_ROUTES, *self.guard.routes])
         self._lifespan = lifespan
         self._streams: set[Stream] = set()
+        self._taken = 0  # places of streams, from the decision that there is room for one to its end
+        self._places: Counter[str] = Counter()  # the same by caller
         self._idle: anyio.Event | None = None
         self._timekeeper: Timekeeper | None = None
         self._services: Services | None = None
@@ -150,6 +162,8 @@ class SSEApp:
             self._services = Services(runs, Topics(log, tails, self.settings))
             self._timekeeper, self._tasks = Timekeeper(self._options), tasks
             tasks.start_soon(self._timekeeper.run)
+            if self.guard.tokens is not None:
+                tasks.start_soon(self.guard.tokens.watch)
             self.draining = False
             try:
                 yield
@@ -217,21 +231,29 @@ class SSEApp:
         request = Request(scope, receive, self.state, services=self._services, draining=self.draining)
         head = request.method == "HEAD"
         try:
-            answer = await self._answer(request, send, head=head)
+            request.answer_headers = self.guard.cors_headers(request)
+            self.guard.admit(request)
+            answer = self.guard.preflight(request) or await self._answer(request, send, head=head)
             start = response_start(answer) if answer is not None else None
         except ClientGone:
             return
         except Exception as error:
             answer, start = self._refused(request, error)
         finally:
+            self._leave_place(request)
             request.close()
         if answer is not None and start is not None:
+            start["headers"] += request.answer_headers
             await send_response(answer, start, send, head=head)
 
     async def _answer(self, request: Request, send: Send, *, head: bool) -> Response | None:
         """The answer to send, or `None` where it has been streamed."""
         settings = self.settings
         route, params = self._table.match(request.method, request.path)
+        if not route.open:
+            await self.guard.enter(request)
+        if route.publishes:
+            self.guard.spend(request)
         await request.decode(route, params, settings.max_body_bytes, settings.max_import_bytes)
         if not route.streams:
             answer = await route.handler(request, **params)
@@ -239,8 +261,8 @@ class SSEApp:
         if request.method in ("GET", "HEAD") and request.last_event_id == "end":
             return Response(status=204)  # it has ended for good: an `EventSource` stops here
         if head:
-            return await self._send_head(send, _EVENT_STREAM_HEADERS)
-        self._check_room()
+            return await self._send_head(request, send, _EVENT_STREAM_HEADERS)
+        self._take_place(request)
         if route.run is not None:
             answer = await request.runs.respond(request, route, params)
             if isinstance(answer, Response):
@@ -262,17 +284,19 @@ class SSEApp:
         if isinstance(answer, ByteStream):
             return await self._send_bytes(request, send, answer, head=head)
         if head and isinstance(answer, Subscription):
-            return await self._send_head(send, _EVENT_STREAM_HEADERS)
+            return await self._send_head(request, send, _EVENT_STREAM_HEADERS)
         if isinstance(answer, Subscription):
-            self._check_room()
+            self._take_place(request)
             attached = await request.topics.subscribe(request, answer)
             return await self._send_reader(request, send, attached, answer)
         if not isinstance(answer, Attached):
             raise TypeError(f"{request.path}: the handler returned {type(answer).__name__}, not a Response")
         try:
             if head:
-                return await self._send_head(send, [*_EVENT_STREAM_HEADERS, *raw_headers(None, answer.headers)])
-            self._check_room()
+                return await self._send_head(
+                    request, send, [*_EVENT_STREAM_HEADERS, *raw_headers(None, answer.headers)]
+                )
+            self._take_place(request)
             return await self._send_reader(request, send, answer)
         finally:
             answer.reader.close()
@@ -301,8 +325,8 @@ class SSEApp:
         try:
             headers = raw_headers(answer.media_type, answer.headers)
             if head:
-                return await self._send_head(send, headers)
-            self._check_room()
+                return await self._send_head(request, send, headers)
+            self._take_place(request)
             started = True
             pump = Pump(answer.chunks, _chunk, request, buffer_bytes=self.settings.buffer_bytes)
             await self._run(Stream(request, send, pump, headers, self._options))
@@ -311,9 +335,9 @@ class SSEApp:
                 await answer.chunks.aclose()
         return None
 
-    async def _send_head(self, send: Send, headers: list[tuple[bytes, bytes]]) -> Response | None:
+    async def _send_head(self, request: Request, send: Send, headers: list[tuple[bytes, bytes]]) -> Response | None:
         """The headers that GET would have: without a length, which nobody knows."""
-        await send({"type": "http.response.start", "status": 200, "headers": [*headers]})
+        await send({"type": "http.response.start", "status": 200, "headers": [*headers, *request.answer_headers]})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return None
 
@@ -327,12 +351,31 @@ class SSEApp:
                 self._idle.set()
                 self._idle = None
 
-    def _check_room(self) -> None:
-        """Raises `Unavailable` where no stream can be opened now."""
-        limit = self.settings.max_streams
-        if self.draining or (limit is not None and len(self._streams) >= limit):
+    def _take_place(self, request: Request) -> None:
+        """Count the stream that the request is about to open, until its end.
+
+        Raises `Unavailable` where none can be opened now, `TooManyRequests` where the caller has too many.
+        """
+        retry = {"retry-after": str(random.randint(1, 5))}
+        limit, callers = self.settings.max_streams, self.settings.max_streams_per_caller
+        if self.draining or (limit is not None and self._taken >= limit):
             text = "the service is about to stop" if self.draining else "too many open streams"
-            raise Unavailable(f"{text}; try again", headers={"retry-after": str(random.randint(1, 5))})
+            raise Unavailable(f"{text}; try again", headers=retry)
+        if callers is not None and request.caller is not None and self._places[request.caller] >= callers:
+            raise TooManyRequests(f"you have {callers} open streams already; close one", headers=retry)
+        request.has_place = True
+        self._taken += 1
+        if request.caller is not None:
+            self._places[request.caller] += 1
+
+    def _leave_place(self, request: Request) -> None:
+        if request.has_place:
+            request.has_place = False
+            self._taken -= 1
+            if request.caller is not None:
+                self._places[request.caller] -= 1
+                if not self._places[request.caller]:
+                    del self._places[request.caller]
 
     def _refused(self, request: Request, error: Exception) -> tuple[Response, MutableMapping[str, Any]]:
         """The answer to a request that failed, ready to be sent."""
@@ -398,9 +441,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("log", "engine of the event log: sqlite or memory"),
     ):
         serve.add_argument(f"--{option}", help=meaning)
+    token = commands.add_parser("token", help="the tokens that callers show")
+    token.add_argument("--tokens-file", help="the file; default: SSEAPP_TOKENS_FILE")
+    actions = token.add_subparsers(dest="action", required=True)
+    add = actions.add_parser("add", help="make a token and print it, this once")
+    add.add_argument("name", help="whose it is: the caller's name")
+    add.add_argument("--expires", metavar="WHEN", help="90d, 12h, 30m, or a date as 2030-12-31; default: never")
+    actions.add_parser("list", help="all tokens: id, name, created, expires")
+    revoke = actions.add_parser("revoke", help="a token no longer holds, and its streams end")
+    revoke.add_argument("which", help="a name, for all of its tokens, or a token's id")
     options = vars(parser.parse_args(arguments))
-    options.pop("command")
     try:
+        if options.pop("command") == "token":
+            return _token(**options)
         from ssecore.server import serve as run
 
         settings = Settings.from_env(**options)
@@ -408,6 +461,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SSEAppError as error:
         print(f"sseapp: {error}", file=sys.stderr)
         return 2
+
+
+def _token(action: str, tokens_file: str | None, name: str = "", expires: str | None = None, which: str = "") -> int:
+    """`sseapp token …`: what a program may want goes to stdout, remarks go to stderr."""
+    path = Settings.from_env(tokens_file=tokens_file).tokens_file
+    if path is None:
+        raise SettingsError("where are the tokens? name the file in SSEAPP_TOKENS_FILE, or by --tokens-file")
+    if action == "add":
+        expiry = parse_expiry(expires) if expires is not None else None
+        print(add_token(path, name, expiry))
+        until = f"until {expiry.isoformat()}" if expiry is not None else "until it is revoked"
+        print(f"{name}'s token, which holds {until}; it is not kept anywhere: keep it now", file=sys.stderr)
+    elif action == "list":
+        for entry in read_tokens(path):
+            until = entry.expires.isoformat() if entry.expires is not None else "never"
+            print(entry.id, entry.name, entry.created.isoformat(), until, sep="\t")
+    else:
+        revoked = revoke_tokens(path, which)
+        print(f"{len(revoked)} of {which}'s tokens revoked", file=sys.stderr)
+        return 0 if revoked else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,4 +19,4 @@ async def readyz(request: Request) -> Response:
     return JSON({"status": "ready"})
 
 
-ROUTES = [GET("/healthz", healthz), GET("/readyz", readyz)]
+ROUTES = [GET("/healthz", healthz, open=True), GET("/readyz", readyz, open=True)]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import uvicorn
 
 from ssecore.errors import SettingsError
+from ssecore.guard import Guard
 from ssecore.settings import Settings
 
 __all__ = ["serve"]
@@ -32,6 +33,7 @@ class Drainable(Protocol):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
 
     direct: bool
+    guard: Guard
 
     async def drain(self, grace_s: float) -> None: ...
 
@@ -74,7 +76,7 @@ def serve(app: Drainable, settings: Settings) -> int:
     for name, level in (("uvicorn.error", logging.WARNING), ("httpx", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
     logging.getLogger("uvicorn.error").addFilter(_TruncatedOnPurpose())
-    sock = _listen(settings)
+    sock = _listen(settings, private=app.guard.mode == "private")
     host, port = sock.getsockname()[:2]
     config = uvicorn.Config(
         app,
@@ -97,15 +99,15 @@ def serve(app: Drainable, settings: Settings) -> int:
     return 0 if server.started else 3
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _listen(settings: Settings, *, private: bool) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise SettingsError(f"can't listen on {settings.host!r}: {error.strerror}", field="host") from None
-    if settings.auth != "off" and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+    if private and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise SettingsError(
             f"{settings.host} is not a loopback address, and nobody is asked for credentials: "
-            "set SSEAPP_AUTH=off if everybody who can reach it may use it",
+            "set SSEAPP_TOKENS_FILE to a file of tokens, or SSEAPP_AUTH=off if everybody who reaches it may use it",
             field="host",
         )
     try:

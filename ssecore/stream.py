@@ -341,9 +341,12 @@ class Stream:
         self._scope = CancelScope()
         self._seen = -1
         self._since = 0.0
-        self._deadline = current_time() + options.max_stream_s if options.max_stream_s else None
+        # Up to a tenth sooner: what began together (after a restart) doesn't end together.
+        life_s = options.max_stream_s and options.max_stream_s * random.uniform(0.9, 1.0)
+        self._deadline = current_time() + life_s if life_s else None
         self._pulse: tuple[Callable[[], Event], float] | None = None
         self._pulse_at = 0.0
+        self._refusal: SSEAppError | None = None  # the caller's token has ended
 
     async def run(self, timekeeper: "Timekeeper | None") -> None:
         """Raises the source's own exception if it fails before anything was sent; else nothing of its."""
@@ -425,6 +428,11 @@ class Stream:
         elif self.progress and self.source.events and self._options.heartbeat_s is not None:
             if now - self._since >= self._options.heartbeat_s:
                 self._beat()
+        credential = self._request.credential
+        if credential is not None and self._refusal is None:
+            self._refusal = credential.refusal()
+            if self._refusal is not None:
+                self.stop("unauthorized")
         if self._pulse is not None and now >= self._pulse_at:
             event, every_s = self._pulse
             self._pulse_at += every_s
@@ -461,7 +469,8 @@ class Stream:
         batch = await source.first()
         if source.finished and not batch and self._failed_by_itself():
             return None  # whoever runs this stream raises it: an HTTP error
-        await self._send({"type": "http.response.start", "status": 200, "headers": [*self._headers]})
+        headers = [*self._headers, *self._request.answer_headers]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         if source.events:
             batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)
         return batch
@@ -474,7 +483,9 @@ class Stream:
         source, reason = self.source, self._request._end_reason
         if reason is None:  # now: after the last send a server's `receive` says that the client has left
             self._request._end_reason = "failed" if source.failure else "finished"
-        if source.events:
+        if source.events and reason == "unauthorized" and self._refusal is not None:
+            batch += b"".join(error_frames(self._refusal, data_only=self._request.data_only))
+        elif source.events:
             batch += source.farewell(reason)
             if reason == "drain" or isinstance(source.failure, Unavailable):
                 # Spread, so that not all of them come back in one second.

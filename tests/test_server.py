@@ -107,7 +107,7 @@ def test_curl_shows_an_event_while_the_stream_goes_on(server: Server) -> None:
 
 @linux
 def test_a_client_that_leaves_within_its_body_is_no_error(tmp_path: Path) -> None:
-    head = b"POST /chat/stream HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+    head = b"POST /chat/stream HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
     with serve(tmp_path) as server:
         before = open_sockets(server)
         with connect(server) as sock:
@@ -120,7 +120,7 @@ def test_a_client_that_leaves_within_its_body_is_no_error(tmp_path: Path) -> Non
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_has_come(server: Server) -> None:
-    head = b"POST /chat/stream HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = b"POST /chat/stream HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with connect(server) as sock:
         sock.sendall(head + b"content-length: 100000000\r\n\r\n")
         assert sock.recv(4096).startswith(b"HTTP/1.1 413 ")
@@ -155,7 +155,7 @@ def open_sockets(server: Server) -> set[str]:
 @pytest.mark.parametrize("start", [serve, serve_uvicorn], ids=["sseapp", "uvicorn"])
 def test_a_websocket_handshake_is_not_accepted(start: Any, tmp_path: Path) -> None:
     handshake = (
-        b"GET /nothing HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+        b"GET /nothing HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
         b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
     )
     with start(tmp_path) as server, connect(server) as sock:
@@ -320,7 +320,7 @@ def test_a_frozen_client_is_dropped_and_its_socket_freed(tmp_path: Path) -> None
         with reading(server, "/countdown/1?interval=1.5") as quiet:
             before = open_sockets(server)
             with connect(server, receive_buffer_bytes=4096) as frozen:
-                frozen.sendall(b"GET /stream?count=1000000&interval=0 HTTP/1.1\r\nhost: x\r\n\r\n")
+                frozen.sendall(b"GET /stream?count=1000000&interval=0 HTTP/1.1\r\nhost: localhost\r\n\r\n")
                 held = wait_until(lambda: open_sockets(server) - before)
                 wait_until(lambda: not held & open_sockets(server), 8)
             # One that has nothing to say for longer than that is not taken for one that nobody reads.
