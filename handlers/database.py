@@ -1,4 +1,4 @@
-"""The tasks: one table in SQLite, with full-text search. Several processes may share the file.
+"""The tasks: one table in SQLite, with full-text search; and the sessions. Several processes may share the file.
 
 Rules:
 
@@ -13,8 +13,9 @@ Rules:
 
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from anyio import CancelScope, CapacityLimiter, to_thread
 
 from ssecore.errors import SSEAppError, Unavailable
 
-__all__ = ["COLUMNS", "NewTask", "Status", "Task", "Tasks", "open_tasks"]
+__all__ = ["COLUMNS", "Exchange", "NewTask", "Status", "Task", "Tasks", "open_tasks"]
 
 Status = Literal["open", "doing", "done"]
 COLUMNS: Final = ("id", "title", "description", "status", "priority", "due", "created")
@@ -37,32 +38,53 @@ READERS: Final = 3
 #: How long to wait for another process's write.
 BUSY_TIMEOUT_S: Final = 30.0
 
+#: Of an agent's session: the newest exchanges, and of these as many as have so many characters together. A small local
+#: model takes some 8,000 characters in all; a single longer text is cut.
+MAX_EXCHANGES: Final = 20
+MAX_SESSION_CHARS: Final = 8000
+#: Of one caller; the longest unused ones go first. At most some 160 MB of text.
+MAX_SESSIONS: Final = 5000
+#: A session that was not used for so long is forgotten.
+MAX_SESSION_AGE_S: Final = 7 * 86400.0
+
 _APPLICATION_ID: Final = 0x73736561  # "ssea"
-_SCHEMA_VERSION: Final = 1
-_SCHEMA: Final = (
-    """CREATE TABLE tasks (
-        id INTEGER PRIMARY KEY,
-        title TEXT NOT NULL,
-        description TEXT NOT NULL,
-        status TEXT NOT NULL CHECK (status IN ('open', 'doing', 'done')),
-        priority INTEGER NOT NULL CHECK (priority BETWEEN 1 AND 5),
-        due TEXT,
-        created TEXT NOT NULL
-    )""",
-    "CREATE INDEX tasks_by_status ON tasks (status, id)",
-    "CREATE VIRTUAL TABLE words USING fts5 (title, description, content='tasks', content_rowid='id')",
-    """CREATE TRIGGER words_insert AFTER INSERT ON tasks BEGIN
-        INSERT INTO words (rowid, title, description) VALUES (new.id, new.title, new.description);
-    END""",
-    """CREATE TRIGGER words_delete AFTER DELETE ON tasks BEGIN
-        INSERT INTO words (words, rowid, title, description) VALUES ('delete', old.id, old.title, old.description);
-    END""",
-    """CREATE TRIGGER words_update AFTER UPDATE OF id, title, description ON tasks BEGIN
-        INSERT INTO words (words, rowid, title, description) VALUES ('delete', old.id, old.title, old.description);
-        INSERT INTO words (rowid, title, description) VALUES (new.id, new.title, new.description);
-    END""",
-    f"PRAGMA application_id = {_APPLICATION_ID}",
-    f"PRAGMA user_version = {_SCHEMA_VERSION}",
+#: What each version of the schema adds to the one before it, from version 1 on. What was released is not changed.
+_VERSIONS: Final = (
+    (
+        """CREATE TABLE tasks (
+            id INTEGER PRIMARY KEY,
+            title TEXT NOT NULL,
+            description TEXT NOT NULL,
+            status TEXT NOT NULL CHECK (status IN ('open', 'doing', 'done')),
+            priority INTEGER NOT NULL CHECK (priority BETWEEN 1 AND 5),
+            due TEXT,
+            created TEXT NOT NULL
+        )""",
+        "CREATE INDEX tasks_by_status ON tasks (status, id)",
+        "CREATE VIRTUAL TABLE words USING fts5 (title, description, content='tasks', content_rowid='id')",
+        """CREATE TRIGGER words_insert AFTER INSERT ON tasks BEGIN
+            INSERT INTO words (rowid, title, description) VALUES (new.id, new.title, new.description);
+        END""",
+        """CREATE TRIGGER words_delete AFTER DELETE ON tasks BEGIN
+            INSERT INTO words (words, rowid, title, description) VALUES ('delete', old.id, old.title, old.description);
+        END""",
+        """CREATE TRIGGER words_update AFTER UPDATE OF id, title, description ON tasks BEGIN
+            INSERT INTO words (words, rowid, title, description) VALUES ('delete', old.id, old.title, old.description);
+            INSERT INTO words (rowid, title, description) VALUES (new.id, new.title, new.description);
+        END""",
+    ),
+    (
+        # Each owner has ids of its own: another caller's session is never seen, nor can its id be taken away.
+        """CREATE TABLE sessions (
+            owner TEXT NOT NULL,
+            id TEXT NOT NULL,
+            used REAL NOT NULL,
+            exchanges TEXT NOT NULL,
+            PRIMARY KEY (owner, id)
+        )""",
+        "CREATE INDEX sessions_by_owner ON sessions (owner, used)",
+        "CREATE INDEX sessions_by_use ON sessions (used)",
+    ),
 )
 
 _INSERT: Final = f"""INSERT INTO tasks ({", ".join(COLUMNS[1:])})
@@ -98,8 +120,15 @@ class Task(NamedTuple):
     created: str
 
 
+class Exchange(msgspec.Struct, array_like=True, frozen=True):
+    """What was asked in a session, and the whole answer."""
+
+    question: str
+    answer: str
+
+
 class Tasks:
-    """The table. Every method raises `Unavailable` where the file can't be used at the moment (locked, disk full)."""
+    """The tables. Every method raises `Unavailable` where the file can't be used at the moment (locked, disk full)."""
 
     def __init__(self, connections: list[sqlite3.Connection]) -> None:
         self._free = connections
@@ -139,6 +168,14 @@ class Tasks:
             rows = page.split(b"\n")
             yield rows
             limit = limit - wanted if len(rows) == wanted else 0
+
+    async def session(self, owner: str | None, id: str) -> list[Exchange]:
+        """A session's exchanges, oldest first; none, if there is no such session of this owner's."""
+        return await to_thread.run_sync(self._work, partial(_session, owner or "", id), limiter=self._reading)
+
+    async def add_exchange(self, owner: str | None, id: str, exchange: Exchange) -> None:
+        """Carry a session on, or begin it. Of two at once both are kept, in the order in which they come here."""
+        await to_thread.run_sync(self._work, partial(_add_exchange, owner or "", id, exchange), limiter=self._writing)
 
     def _work(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """In a worker thread. The limiters see to it that a connection is free."""
@@ -196,23 +233,33 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    """Make the schema, if nothing is there yet. Raises `ValueError` for what is there and not ours."""
-    connection.execute("BEGIN IMMEDIATE")  # of several processes that start at once, one makes it
-    try:
+    """Bring the schema up to date, from nothing or from an older version. Raises `ValueError` for what is not ours."""
+    with _transaction(connection):  # of several processes that start at once, one makes it
         sources = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
         application, version, tables = (connection.execute(source).fetchall()[0][0] for source in sources)
         if application == version == tables == 0:
-            for statement in _SCHEMA:
-                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         elif application != _APPLICATION_ID:
             raise ValueError("it is the database of another program")
-        elif version != _SCHEMA_VERSION:
-            raise ValueError(f"it has version {version} and this program knows version {_SCHEMA_VERSION}: update it")
+        elif version > len(_VERSIONS):
+            raise ValueError(f"it has version {version} and this program knows version {len(_VERSIONS)}: update it")
+        for number, statements in enumerate(_VERSIONS[version:], version + 1):
+            for statement in statements:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {number}")
+    connection.execute("PRAGMA journal_mode = WAL")
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All of the block's statements, or none; other writers wait meanwhile."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
         connection.execute("COMMIT")
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-    connection.execute("PRAGMA journal_mode = WAL")
 
 
 def _insert(tasks: Sequence[NewTask], connection: sqlite3.Connection) -> None:
@@ -233,6 +280,40 @@ def _read(sql: str, values: dict[str, Any], connection: sqlite3.Connection) -> t
     (row,) = connection.execute(sql, values).fetchall()  # to its end: the read transaction is over
     last, page = row
     return last, page
+
+
+def _session(owner: str, id: str, connection: sqlite3.Connection) -> list[Exchange]:
+    sql = "SELECT exchanges FROM sessions WHERE owner = ? AND id = ? AND used > ?"
+    rows = connection.execute(sql, (owner, id, time.time() - MAX_SESSION_AGE_S)).fetchall()
+    return msgspec.json.decode(rows[0][0], type=list[Exchange]) if rows else []
+
+
+def _add_exchange(owner: str, id: str, exchange: Exchange, connection: sqlite3.Connection) -> None:
+    now = time.time()
+    with _transaction(connection):
+        exchanges = _bounded([*_session(owner, id, connection), exchange])
+        values = (owner, id, now, msgspec.json.encode(exchanges).decode())
+        connection.execute("INSERT OR REPLACE INTO sessions (owner, id, used, exchanges) VALUES (?, ?, ?, ?)", values)
+        connection.execute("DELETE FROM sessions WHERE used <= ?", (now - MAX_SESSION_AGE_S,))
+        over = "SELECT rowid FROM sessions WHERE owner = ? ORDER BY used DESC, rowid DESC LIMIT -1 OFFSET ?"
+        connection.execute(f"DELETE FROM sessions WHERE rowid IN ({over})", (owner, MAX_SESSIONS))
+
+
+def _bounded(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """The newest ones that have room; of the newest itself each text has half of it."""
+    half = MAX_SESSION_CHARS // 2
+    newest = Exchange(_cut(exchanges[-1].question, half), _cut(exchanges[-1].answer, half))
+    kept, left = [newest], MAX_SESSION_CHARS - len(newest.question) - len(newest.answer)
+    for exchange in reversed(exchanges[-MAX_EXCHANGES:-1]):
+        left -= len(exchange.question) + len(exchange.answer)
+        if left < 0:
+            break
+        kept.append(exchange)
+    return kept[::-1]
+
+
+def _cut(text: str, max_chars: int) -> str:
+    return text if len(text) <= max_chars else text[: max_chars - 1] + "\u2026"
 
 
 def _quoted(text: str) -> str:

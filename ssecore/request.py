@@ -81,6 +81,9 @@ class Request:
         #: What every answer to it carries besides its own headers.
         self.answer_headers: list[tuple[bytes, bytes]] = []
         self.has_place = False  #: counted as a stream
+        self.run_id: str | None = None  #: the run's, in the handler of one
+        #: Set by the handler of a run that tells of its failure in words of its own: the run's state is `failed` then.
+        self.failed = False
         self._services = services
         self._upload: SpooledTemporaryFile[bytes] | None = None
         self._end_reason: EndReason | None = None

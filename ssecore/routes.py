@@ -48,6 +48,9 @@ class Run:
     #: What becomes of a run that nobody reads: it is cancelled after so many seconds; `None`: it goes on.
     #: "setting": as the setting `linger_s` says.
     linger_s: float | Literal["setting"] | None = None
+    #: Makes the route *detached*: nobody reads the run here. A request is answered at once with what this gives for it
+    #: and the run's id (a `Response`, to say where the run can be read), as others are with `Prefer: respond-async`.
+    accepted: Callable[[Any, str], Any] | None = None
 
 
 @dataclass(frozen=True)

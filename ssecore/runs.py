@@ -19,7 +19,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
@@ -44,7 +44,7 @@ from ssecore.errors import (
     WriterFenced,
 )
 from ssecore.log import Cursor, Gap, Log, Retention, Stat, locate, new_epoch, parse_cursor
-from ssecore.log.tail import Attached, Reader, Tails, gap_frame
+from ssecore.log.tail import Attached, Reader, Tails, Translate, gap_frame
 from ssecore.request import Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import DELETE, GET, Route
@@ -101,6 +101,7 @@ class Worker:
         self.began = current_time()
         self._reason: Literal["asked", "linger", "drain"] | None = None
         self._request = copy.copy(request)
+        self._request.run_id = id
         self._request._receive = _no_connection
         self._pump: Pump[Event] = Pump(
             route.handler(self._request, **params),
@@ -180,7 +181,8 @@ class Worker:
         """What is to be said last, and the state. A generator that came to its own end has said it."""
         data_only = self._route.data_only
         if self._pump.exhausted:
-            return [], "failed" if self._last.startswith(b"event: error\n") else "completed"
+            failed = self._request.failed or self._last.startswith(b"event: error\n")
+            return [], "failed" if failed else "completed"
         if self._reason is not None and self._pump.failure is not None:
             logger.warning("run %s: its handler failed while it was closed", self.id, exc_info=self._pump.failure)
         if self._reason == "drain":
@@ -329,11 +331,15 @@ class Runs:
         if request.last_event_id:
             return await self._go_on(request, route=route)
         stat, worker = await self._start(request, route, params)
-        if "respond-async" in request.headers.get("prefer", "").lower():
+        preferred = "respond-async" in request.headers.get("prefer", "").lower()
+        accepted = route.run.accepted if route.run is not None else None
+        if preferred or accepted is not None:
             await _settled(worker)
-            location = f"{request.root_path}/runs/{stat.stream}/events"
-            headers = {"location": location, "preference-applied": "respond-async", "run-id": stat.stream}
-            return JSON({"run": stat.stream, "events": location}, status=202, headers=headers)
+            answer: Response = (accepted or _accepted)(request, stat.stream)
+            headers = {**answer.headers, "run-id": stat.stream}
+            if preferred:
+                headers["preference-applied"] = "respond-async"
+            return replace(answer, headers=headers)
         if worker is not None:
             worker.attach()  # a client that leaves now was a reader, too
         try:
@@ -414,28 +420,38 @@ class Runs:
                 raise TooManyRequests("too many runs of yours at work; try again", headers={"retry-after": "5"})
 
     async def _go_on(
-        self, request: Request, *, route: Route | None = None, run: str | None = None
+        self,
+        request: Request,
+        *,
+        route: Route | None = None,
+        run: str | None = None,
+        only: str | None = None,
+        translate: Translate | None = None,
     ) -> Response | Attached:
         """Read on after the request's cursor."""
         cursor = parse_cursor(request.last_event_id)
         stat = await self.log.find(cursor.epoch)
         if stat is None or stat.kind != "run" or stat.owner != request.caller:
-            return self._expired(request, cursor, data_only=bool(route and route.data_only))
+            return self._expired(request, cursor)
         if run is not None and stat.stream != run:
             raise Conflict("this event id is of another run", field="last_event_id")
         if route is not None and (
             stat.meta["route"] != f"{route.method} {route.path}" or stat.meta["target"] != _fingerprint(request).target
         ):
             raise Conflict("this event id is of another request", field="last_event_id")
-        return await self._attach(stat.stream, cursor, data_only=bool(stat.meta["data_only"]))
+        if only is not None and stat.meta["route"] != only:
+            raise NotFound("there is no such run")
+        return await self._attach(stat.stream, cursor, data_only=bool(stat.meta["data_only"]), translate=translate)
 
-    def _expired(self, request: Request, cursor: Cursor, *, data_only: bool) -> Response:
+    def _expired(self, request: Request, cursor: Cursor) -> Response:
         if not request.wants_event_stream:
             raise Gone("this run is no longer kept, or never was")
-        body = _last_gap(Gap("expired", cursor.seq + 1), data_only=data_only)
+        body = _last_gap(Gap("expired", cursor.seq + 1), data_only=request.data_only)
         return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
 
-    async def _attach(self, run: str, cursor: Cursor | None, *, data_only: bool) -> Response | Attached:
+    async def _attach(
+        self, run: str, cursor: Cursor | None, *, data_only: bool, translate: Translate | None = None
+    ) -> Response | Attached:
         tail = self.tails.enter(run)
         try:
             stat = await self.log.stat(run)
@@ -450,7 +466,7 @@ class Runs:
                 over = stat.closed and after >= stat.last
                 before = _last_gap(gap, data_only=data_only) if over else gap_frame(gap, data_only=data_only)
             opening = b"" if after else b"id: %b.0\n\n" % run.encode()
-            reader = Reader(tail, after, data_only=data_only, before=before, opening=opening)
+            reader = Reader(tail, after, data_only=data_only, before=before, opening=opening, translate=translate)
         finally:
             self.tails.leave(tail)
         worker = self._workers.get(run)
@@ -465,14 +481,27 @@ class Runs:
         reader.on_close = closed
         return Attached(reader, {"run-id": run})
 
-    async def view(self, request: Request, run: str) -> Response | Attached:
-        """Read a run that is there; never start one. For handlers that show a run under a path of their own."""
+    async def view(
+        self, request: Request, run: str, *, only: str | None = None, translate: Translate | None = None
+    ) -> Response | Attached:
+        """Read a run that is there; never start one. For handlers that show a run under a path of their own.
+
+        `only`: the route whose runs are shown, as "POST /jobs"; others are not there. `translate` puts each event into
+        other words, or leaves it out (see `log.tail.Translate`); resuming, the end and delivery are as ever.
+        """
         if request.last_event_id == "end":
             return Response(status=204)
         if request.last_event_id:
-            return await self._go_on(request, run=run)
+            return await self._go_on(request, run=run, only=only, translate=translate)
         stat = await self._owned(request, run)
-        return await self._attach(run, None, data_only=bool(stat.meta["data_only"]))
+        if only is not None and stat.meta["route"] != only:
+            raise NotFound("there is no such run")
+        return await self._attach(run, None, data_only=bool(stat.meta["data_only"]), translate=translate)
+
+    async def run_of(self, last_event_id: str) -> str | None:
+        """The run that an event's id belongs to, whoever's it is. Raises `BadRequest` for what is no event id."""
+        stat = await self.log.find(parse_cursor(last_event_id).epoch)
+        return None if stat is None or stat.kind != "run" else stat.stream
 
     # The routes under /runs
 
@@ -520,6 +549,11 @@ async def _settled(worker: Worker | None) -> None:
         if worker.failed_early is not None:
             raise worker.failed_early
         worker.opened = True
+
+
+def _accepted(request: Request, run: str) -> Response:
+    location = f"{request.root_path}/runs/{run}/events"
+    return JSON({"run": run, "events": location}, status=202, headers={"location": location})
 
 
 async def _events(request: Request, id: str) -> Any:

@@ -8,6 +8,7 @@ the log keeps, it is told by a `gap`. So a slow reader costs its cursor, whateve
 2.  What the tail holds ends with the newest row that was announced. The top may be beyond it for a moment, when the
     log was asked after a commit and before its announcement; a reader then reads the log, and skips what comes twice.
 3.  Readers that are behind at the same place (many clients that come back at once) share one reading of the log.
+4.  A reader may be given a `Translate`. What it makes keeps the event's id, so that cursors mean the same everywhere.
 """
 
 from collections import deque
@@ -19,9 +20,9 @@ import anyio
 from ssecore.errors import LogError, LogUnavailable
 from ssecore.log import Ended, Gap, Log, Row, Stat, framed
 from ssecore.request import EndReason
-from ssecore.wire import Event, encode
+from ssecore.wire import Decoder, Event, encode
 
-__all__ = ["Attached", "Reader", "Tail", "Tails", "gap_frame"]
+__all__ = ["Attached", "Reader", "Tail", "Tails", "Translate", "gap_frame"]
 
 #: What a tail holds at most, and at least its newest row. A reader further behind reads the log: nobody is lost by it.
 TAIL_BYTES: Final = 256 * 1024
@@ -29,6 +30,12 @@ TAIL_BYTES: Final = 256 * 1024
 READ_BYTES: Final = 256 * 1024
 #: How many readings of the log are kept for others at the same place.
 KEPT_READS: Final = 4
+
+
+#: Says an event of the log in other words, or leaves it out (`None`). It is asked for an event as often as that is
+#: read, anywhere in the stream, so what it gives depends on the event alone; an id in it is not looked at. A stream's
+#: last event must become something: else no client's cursor gets to the end, and no browser is told to stop.
+Translate = Callable[[Event], Event | None]
 
 
 def gap_frame(gap: Gap, *, data_only: bool) -> bytes:
@@ -146,7 +153,14 @@ class Reader:
     failure: Exception | None
 
     def __init__(
-        self, tail: Tail, after: int, *, data_only: bool, before: bytes = b"", opening: bytes = b"", retry_ms: int = 0
+        self,
+        tail: Tail,
+        after: int,
+        *,
+        data_only: bool,
+        before: bytes = b"",
+        opening: bytes = b"",
+        translate: Translate | None = None,
     ) -> None:
         self.tail = tail
         self.after = after
@@ -157,6 +171,7 @@ class Reader:
         #: Who sends for it, where nobody waits in `batch`; see `direct`.
         self.on_wake: Callable[[], None] | None = None
         self._data_only = data_only
+        self._translate = translate
         self._before = before
         self._stopped = False
         self._wanted: anyio.Event | None = None
@@ -176,10 +191,13 @@ class Reader:
                 self._before = before
                 return None
             batch, self.after = held
+            if self._translate is not None:
+                batch = _translated(batch, self._translate)
             before = before + batch if before else batch
         if tail.ended is not None and self.after >= tail.top:
             self.finished = True
-            before += tail.last_words
+            last_words = tail.last_words
+            before += last_words if self._translate is None else _translated(last_words, self._translate)
         return before
 
     async def first(self) -> bytes:
@@ -188,17 +206,27 @@ class Reader:
         return await self.from_log() if batch is None else batch
 
     async def batch(self) -> bytes:
-        batch = self.ready()
-        if batch == b"" and not self.finished:
-            self._wanted = anyio.Event()
-            self.tail.waiting[self] = None
-            try:
-                await self._wanted.wait()
-            finally:
-                self._wanted = None
-                del self.tail.waiting[self]
+        woken = False
+        while True:
+            after = self.after
             batch = self.ready()
-        return await self.from_log() if batch is None else batch
+            if batch is None:
+                batch = await self.from_log()
+            if batch or self.finished:
+                return batch
+            if self.after > after:  # what came is not for this reader: nothing to be woken for
+                woken = False
+            elif woken:
+                return b""
+            else:
+                woken = True
+                self._wanted = anyio.Event()
+                self.tail.waiting[self] = None
+                try:
+                    await self._wanted.wait()
+                finally:
+                    self._wanted = None
+                    del self.tail.waiting[self]
 
     async def from_log(self) -> bytes:
         """What `ready` doesn't have."""
@@ -212,7 +240,7 @@ class Reader:
             before += gap_frame(gap, data_only=self._data_only)
             self.finished = gap.reason == "expired"
         self.after = last
-        return before + frames
+        return before + (frames if self._translate is None else _translated(frames, self._translate))
 
     def say(self, frame: bytes) -> None:
         """Send something that is not in the log, as soon as may be."""
@@ -239,6 +267,16 @@ class Reader:
         if self.on_close is not None:
             self.on_close()
             self.on_close = None
+
+
+def _translated(frames: bytes, translate: Translate) -> bytes:
+    """Rule 4."""
+    parts = []
+    for event in Decoder(max_event_bytes=None).feed(frames):
+        said = translate(event)
+        if said is not None:
+            parts.append(encode(Event(said.data, said.event, event.id, said.retry)))
+    return b"".join(parts)
 
 
 class Attached(NamedTuple):
