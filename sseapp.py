@@ -34,6 +34,7 @@ from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
 from ssecore.settings import Settings, describe
+from ssecore.signals import chained
 from ssecore.stream import EventPump, Pump, Stream, StreamOptions, Timekeeper, merge, public_text, spread
 from ssecore.tokens import add_token, parse_expiry, read_tokens, revoke_tokens
 from ssecore.topics import Subscription, Topics
@@ -165,6 +166,10 @@ class SSEApp:
             if self.guard.tokens is not None:
                 tasks.start_soon(self.guard.tokens.watch)
             self.draining = False
+            told = anyio.Event()
+            if not self.direct:  # our runner drains by itself
+                stack.enter_context(chained(told.set))
+                tasks.start_soon(self._leave_soon, told)
             try:
                 yield
             except Exception as error:
@@ -195,6 +200,12 @@ class SSEApp:
                 stream.stop("drain")
             with anyio.move_on_after(FAREWELL_S):
                 await self._no_streams()
+
+    async def _leave_soon(self, told: anyio.Event) -> None:
+        """Under another server: say farewell when a signal comes. How long the rest may take is the server's to say."""
+        await told.wait()
+        await self.drain(0)
+        self.abort()
 
     def abort(self) -> None:
         """Cut off who is still there: before the server cancels their tasks, and says so in its log."""

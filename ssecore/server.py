@@ -5,6 +5,7 @@ server drains the app first, and shuts down then. SIGTERM gives streams `drain_s
 a second signal ends at once.
 """
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
@@ -15,6 +16,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ssecore.errors import SettingsError
 from ssecore.guard import Guard
@@ -27,6 +29,11 @@ logger = logging.getLogger("sseapp")
 #: The kernel's buffer for one client. Linux would let it grow to 4 MiB: so much would a frozen client hold.
 SEND_BUFFER_BYTES = 256 * 1024
 BACKLOG = 4096
+#: How long a client may take to send the head of a request. nginx's client_header_timeout is 60.
+HEAD_S = 30.0
+#: On top of path, query and headers: the method, the version, colons and line ends.
+HEAD_SYNTAX_BYTES = 16 * 1024
+TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class Drainable(Protocol):
@@ -63,6 +70,60 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class _Protocol(HttpToolsProtocol):
+    """With bounds on what comes before there is a request: neither the parser nor uvicorn has any.
+
+    A head (and what stands between the parts of a body: chunk sizes, trailers) may have so many bytes, and a head so
+    much time. What is complete and yet too large is answered by the app (`ssecore.guard`).
+    """
+
+    max_head_bytes: int | None = None
+    _barren = 0  # bytes since the last ones that a request could use
+    _overdue: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_is_here()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_head()
+        self._barren += len(data)
+        super().data_received(data)
+        if self.max_head_bytes is not None and self._barren > self.max_head_bytes and not self.transport.is_closing():
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.write(TOO_LARGE)
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self._barren = 0
+        self._head_is_here()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._barren = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._barren = 0
+        super().on_message_complete()
+
+    def _await_head(self) -> None:
+        self._overdue = self.loop.call_later(HEAD_S, self._close)
+
+    def _head_is_here(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+
+    def _close(self) -> None:
+        self.transport.close()
+
+
 class _TruncatedOnPurpose(logging.Filter):
     """A stream whose client stopped reading is cut, as it must be: no error of the app."""
 
@@ -78,10 +139,12 @@ def serve(app: Drainable, settings: Settings) -> int:
     logging.getLogger("uvicorn.error").addFilter(_TruncatedOnPurpose())
     sock = _listen(settings, private=app.guard.mode == "private")
     host, port = sock.getsockname()[:2]
+    bounds = (settings.max_header_bytes, settings.max_target_bytes)
+    limit = sum(filter(None, bounds)) + HEAD_SYNTAX_BYTES if None not in bounds else None
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=type("_Bounded", (_Protocol,), {"max_head_bytes": limit}),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -23,7 +23,7 @@ PRODUCT: Final = [ROOT / "sseapp.py", *ENGINE, *SERVICE]
 #: that makes no cycle. A package, as `log`, is one entry.
 LAYERS: Final = (
     {"errors"},
-    {"wire", "settings", "tokens"},
+    {"wire", "settings", "tokens", "signals"},
     {"request", "responses", "routes", "metrics"},
     {"guard", "stream", "log", "direct", "client"},
     {"runs", "topics", "progress"},
