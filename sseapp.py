@@ -24,9 +24,11 @@ from ssecore.direct import DirectStream
 from ssecore.errors import ClientGone, NotFound, SettingsError, SSEAppError, TooManyRequests, Unavailable
 from ssecore.guard import Caller, Guard
 from ssecore.log import Log
+from ssecore.log.measured import measured
 from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
 from ssecore.log.tail import Attached, Reader, Tails
+from ssecore.metrics import Facts, Metrics
 from ssecore.progress import LogLevel, ProgressLogger, from_thread
 from ssecore.request import Receive, Request, Services
 from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, response_start, send_response
@@ -115,11 +117,13 @@ class SSEApp:
         self._timekeeper: Timekeeper | None = None
         self._services: Services | None = None
         self._tasks: TaskGroup | None = None
+        self.metrics = Metrics(self._facts)
         self._options = StreamOptions(
             heartbeat_s=self.settings.heartbeat_s,
             send_timeout_s=self.settings.send_timeout_s,
             max_stream_s=self.settings.max_stream_s,
             retry_ms=self.settings.retry_ms,
+            first_event=lambda route, seconds: self.metrics.first_event.labels(route).observe(seconds),
         )
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -154,13 +158,13 @@ class SSEApp:
         async with AsyncExitStack() as stack:
             if self._lifespan is not None:
                 self.state = await stack.enter_async_context(self._lifespan(self))
-            log = open_log(self.settings)
+            log = measured(open_log(self.settings), self.metrics)
             await stack.enter_async_context(log.running())
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tails = Tails(log)
             runs = Runs(log, tails, self.settings, tasks)
             await runs.recover()
-            self._services = Services(runs, Topics(log, tails, self.settings))
+            self._services = Services(runs, Topics(log, tails, self.settings), self.metrics)
             self._timekeeper, self._tasks = Timekeeper(self._options), tasks
             tasks.start_soon(self._timekeeper.run)
             if self.guard.tokens is not None:
@@ -180,6 +184,12 @@ class SSEApp:
                 self._timekeeper = self._services = self._tasks = self.state = None
         if failure is not None:
             raise failure
+
+    def _facts(self) -> Facts:
+        if self._services is None:
+            return Facts(self._streams)
+        runs = self._services.runs
+        return Facts(self._streams, runs.at_work, runs.tails.gaps)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new streams from now on; give fleeting ones and runs `grace_s` to finish, then end them.
@@ -316,6 +326,8 @@ class SSEApp:
         self, request: Request, send: Send, attached: Attached, subscription: Subscription | None = None
     ) -> Response | None:
         reader = attached.reader
+        if request.last_event_id and request.route is not None:
+            self.metrics.resumes.labels(request.route.path).inc()
         try:
             headers = [*_EVENT_STREAM_HEADERS, *raw_headers(None, attached.headers)]
             stream = self._reading(request, send, reader, headers)
@@ -358,9 +370,21 @@ class SSEApp:
             await stream.run(self._timekeeper)
         finally:
             self._streams.discard(stream)
+            self._note(stream)
             if not self._streams and self._idle is not None:
                 self._idle.set()
                 self._idle = None
+
+    def _note(self, stream: Stream) -> None:
+        """A stream's end, in the metrics and in one line of the log. Of a caller the name, of a payload nothing."""
+        request, reason = stream.request, stream.end_reason
+        self.metrics.ended(stream, reason)
+        if logger.isEnabledFor(logging.INFO):
+            seconds = round(anyio.current_time() - stream.began, 3)
+            facts = {"method": request.method, "route": stream.route, "reason": reason, "seconds": seconds}
+            facts |= {"events": stream.events, "bytes": stream.sent_bytes, "caller": request.caller}
+            text = "%(method)s %(route)s ended: %(reason)s after %(seconds)s s, %(events)s events, %(bytes)s bytes"
+            logger.info(f"{text}, caller %(caller)s" if request.caller else text, facts, extra={"stream": facts})
 
     def _take_place(self, request: Request) -> None:
         """Count the stream that the request is about to open, until its end.
@@ -399,11 +423,12 @@ class SSEApp:
 
     def _refusal(self, request: Request, error: Exception) -> Response:
         if not isinstance(error, SSEAppError):
-            return problem(SSEAppError(public_text(error)))
+            error = SSEAppError(public_text(error))
         # What will pass must not kill a browser's `EventSource`.
         if isinstance(error, Unavailable) and request.method == "GET" and request.is_event_source:
             body = b"retry: %d\n" % spread(self._options.retry_ms)
             return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
+        self.metrics.refused.labels(error.status).inc()
         return problem(error)
 
 

@@ -159,6 +159,7 @@ class DirectStream(Stream):
     def _step_send(self, batch: bytes) -> None:
         """Hot path, once for each reader and change: one coroutine, one step of it."""
         self.progress += 1
+        self._count(batch)
         sending = self._send_message(self._audience.message(batch))
         try:
             waits_for = sending.send(None)  # type: ignore[attr-defined]

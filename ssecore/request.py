@@ -47,6 +47,7 @@ class Services(NamedTuple):
 
     runs: Any
     topics: Any
+    metrics: Any
 
 
 class Request:
@@ -102,6 +103,11 @@ class Request:
     def topics(self) -> Any:
         """The app's `Topics`."""
         return self._running().topics
+
+    @property
+    def metrics(self) -> Any:
+        """The app's `Metrics`."""
+        return self._running().metrics
 
     def _running(self) -> "Services":
         if self._services is None:

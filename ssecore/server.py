@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+from datetime import UTC, datetime
 from types import FrameType
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from ssecore.errors import SettingsError
 from ssecore.guard import Guard
 from ssecore.settings import Settings
+from ssecore.wire import encode_json
 
 __all__ = ["serve"]
 
@@ -131,9 +133,24 @@ class _TruncatedOnPurpose(logging.Filter):
         return "without completing response" not in record.getMessage()
 
 
+class _JSONLines(logging.Formatter):
+    """One JSON object a line; of a stream's end each fact by itself."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC)
+        line = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        line |= getattr(record, "stream", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return encode_json(line).decode()
+
+
 def serve(app: Drainable, settings: Settings) -> int:
     """Serve until a signal comes. Returns the exit code. Raises `SettingsError` where it can't or must not listen."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    if settings.log_format == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_JSONLines())
     for name, level in (("uvicorn.error", logging.WARNING), ("httpx", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
     logging.getLogger("uvicorn.error").addFilter(_TruncatedOnPurpose())

@@ -87,6 +87,10 @@ class Source(Protocol):
     opening: bytes
 
     @property
+    def events_taken(self) -> int:
+        """How many events (or chunks) have been taken so far."""
+
+    @property
     def events(self) -> bool:
         """Events, with `retry:`, heartbeats and a farewell; else bytes, where a failure cuts the connection."""
 
@@ -128,6 +132,7 @@ class Pump(Generic[T]):
     def __init__(
         self, generator: AsyncIterator[T], frame: Callable[[T], bytes], request: Request, *, buffer_bytes: int
     ) -> None:
+        self.events_taken = 0
         self.ended = False
         self.finished = False
         self.exhausted = False  #: the generator came to its own end
@@ -204,6 +209,7 @@ class Pump(Generic[T]):
             await self._wanted.wait()
             self._wanted = None
         taken = self._frames.copy()
+        self.events_taken += len(taken)
         self._frames.clear()
         self.finished = self.ended
         if self._room is not None:
@@ -319,6 +325,8 @@ class StreamOptions:
     send_timeout_s: float | None
     max_stream_s: float | None
     retry_ms: int
+    #: Told once of each stream: its route, and how long its first event took.
+    first_event: Callable[[str, float], None] | None = None
 
 
 class Stream:
@@ -334,13 +342,18 @@ class Stream:
     ) -> None:
         self.progress = 0  #: odd while a send is in flight (rule 7)
         self.source = source
+        self.sent_bytes = 0  #: of the body
+        self.stalled_s = 0.0  #: in which a send waited for the client, as the sweep saw it
+        self.began = current_time()
+        self._waits_for_first = True
+        self._opened: bytes | None = None  # what it opened with, where that was no event
         self._request = request
         self._send_message = send
         self._headers = headers
         self._options = options
         self._scope = CancelScope()
         self._seen = -1
-        self._since = 0.0
+        self._since = self._looked = 0.0
         # Up to a tenth sooner: what began together (after a restart) doesn't end together.
         life_s = options.max_stream_s and options.max_stream_s * random.uniform(0.9, 1.0)
         self._deadline = current_time() + life_s if life_s else None
@@ -379,6 +392,24 @@ class Stream:
                 timekeeper.streams.discard(self)
             self._log_unheard()
         self._raise_early()
+
+    @property
+    def request(self) -> Request:
+        return self._request
+
+    @property
+    def route(self) -> str:
+        """The path as the table has it."""
+        return self._request.route.path if self._request.route is not None else "none"
+
+    @property
+    def events(self) -> int:
+        """Events (or chunks) so far."""
+        return self.source.events_taken
+
+    @property
+    def end_reason(self) -> EndReason:
+        return self._request.end_reason
 
     def _log_unheard(self) -> None:
         """What a handler failed with while it was closed can't be said to anybody."""
@@ -422,12 +453,14 @@ class Stream:
         if self.progress != self._seen:
             self._seen, self._since = self.progress, now
         elif self.progress % 2:
+            self.stalled_s += now - self._looked
             limit = self._options.send_timeout_s
             if limit is not None and now - self._since >= limit:
                 self.abort("slow")
         elif self.progress and self.source.events and self._options.heartbeat_s is not None:
             if now - self._since >= self._options.heartbeat_s:
                 self._beat()
+        self._looked = now
         credential = self._request.credential
         if credential is not None and self._refusal is None:
             self._refusal = credential.refusal()
@@ -471,11 +504,22 @@ class Stream:
             return None  # whoever runs this stream raises it: an HTTP error
         headers = [*self._headers, *self._request.answer_headers]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        opened = not batch
         if source.events:
             batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)
+        self._opened = batch if opened else None
         return batch
 
+    def _count(self, batch: bytes) -> None:
+        """Hot path, once for each write."""
+        self.sent_bytes += len(batch)
+        if self._waits_for_first and batch is not HEARTBEAT and batch is not self._opened:
+            self._waits_for_first = False
+            if self._options.first_event is not None:
+                self._options.first_event(self.route, current_time() - self.began)
+
     async def _send_body(self, batch: bytes) -> None:
+        self._count(batch)
         await self._send({"type": "http.response.body", "body": batch, "more_body": True})
 
     async def _finish(self, batch: bytes) -> None:
@@ -494,6 +538,7 @@ class Stream:
             if source.failure is not None:
                 _log_failure(source.failure)
             return  # without the last part: the server cuts the connection, and the client sees that
+        self.sent_bytes += len(batch)
         await self._send({"type": "http.response.body", "body": batch, "more_body": False})
 
 
