@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from time import monotonic
 from typing import Any, Final
 
 import anyio
@@ -380,7 +381,7 @@ class SSEApp:
         request, reason = stream.request, stream.end_reason
         self.metrics.ended(stream, reason)
         if logger.isEnabledFor(logging.INFO):
-            seconds = round(anyio.current_time() - stream.began, 3)
+            seconds = round(monotonic() - stream.began, 3)
             facts = {"method": request.method, "route": stream.route, "reason": reason, "seconds": seconds}
             facts |= {"events": stream.events, "bytes": stream.sent_bytes, "caller": request.caller}
             text = "%(method)s %(route)s ended: %(reason)s after %(seconds)s s, %(events)s events, %(bytes)s bytes"

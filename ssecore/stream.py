@@ -34,6 +34,7 @@ import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
@@ -344,7 +345,7 @@ class Stream:
         self.source = source
         self.sent_bytes = 0  #: of the body
         self.stalled_s = 0.0  #: in which a send waited for the client, as the sweep saw it
-        self.began = current_time()
+        self.began = monotonic()  # the loop's time can't be asked for where `direct` steps
         self._waits_for_first = True
         self._opened: bytes | None = None  # what it opened with, where that was no event
         self._request = request
@@ -516,7 +517,7 @@ class Stream:
         if self._waits_for_first and batch is not HEARTBEAT and batch is not self._opened:
             self._waits_for_first = False
             if self._options.first_event is not None:
-                self._options.first_event(self.route, current_time() - self.began)
+                self._options.first_event(self.route, monotonic() - self.began)
 
     async def _send_body(self, batch: bytes) -> None:
         self._count(batch)
@@ -524,7 +525,9 @@ class Stream:
 
     async def _finish(self, batch: bytes) -> None:
         """Send the last batch, and what a stream ends with."""
-        source, reason = self.source, self._request._end_reason
+        source, reason, counted = self.source, self._request._end_reason, len(batch)
+        if batch:
+            self._count(batch)
         if reason is None:  # now: after the last send a server's `receive` says that the client has left
             self._request._end_reason = "failed" if source.failure else "finished"
         if source.events and reason == "unauthorized" and self._refusal is not None:
@@ -538,7 +541,7 @@ class Stream:
             if source.failure is not None:
                 _log_failure(source.failure)
             return  # without the last part: the server cuts the connection, and the client sees that
-        self.sent_bytes += len(batch)
+        self.sent_bytes += len(batch) - counted
         await self._send({"type": "http.response.body", "body": batch, "more_body": False})
 
 

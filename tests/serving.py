@@ -104,7 +104,7 @@ def serve(data_dir: Path, *options: str, env: Mapping[str, str] | None = None) -
     command = ["sseapp", "serve", "--port", "0", "--data-dir", str(data_dir), *options]
 
     def started(server: Server) -> bool:
-        if match := re.search(r"serving on (http://\S+)\n", server.log()):
+        if match := re.search(r'serving on (http://[^\s"]+)["\n]', server.log()):
             server.is_up_at(match[1])
         return bool(match) and server.answers()
 
