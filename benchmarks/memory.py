@@ -1,11 +1,12 @@
-"""Rows of the tasks table, in constant memory: what the service grows by while it imports and streams them."""
+"""What the service grows by while it imports and streams rows of the tasks table, and sends a large file."""
 
 from collections.abc import Callable
 from functools import partial
+from os import truncate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.load import Reading, fetch
+from benchmarks.load import Reading, download, fetch
 from benchmarks.process import Server, memory_bytes, rss_samples
 from benchmarks.report import Check, Report
 
@@ -13,13 +14,15 @@ __all__ = ["run"]
 
 MIB = 1024 * 1024
 GROWTH = "growth MiB"
+DOWNLOAD = "/download"
 TITLE = b"Task of the benchmark"  #: once a row, whatever the format
 IMPORT_ROWS = 100  #: an import tells its progress each so many
 
 
-def run(*, rounds: int = 1, rows: int = 100_000, slow_bytes_s: int = 4_000_000) -> Report:
-    """`rows` rows imported, then read back: as fast as it goes, as CSV, and at `slow_bytes_s`."""
-    report = Report("memory", {"rounds": rounds, "rows": rows, "slow_bytes_s": slow_bytes_s})
+def run(*, rounds: int = 1, rows: int = 100_000, slow_bytes_s: int = 4_000_000, file_mib: int = 2048) -> Report:
+    """`rows` rows imported, then read back: as fast as it goes, as CSV, and at `slow_bytes_s`; a file of `file_mib`."""
+    sizes = {"rounds": rounds, "rows": rows, "slow_bytes_s": slow_bytes_s, "file_mib": file_mib}
+    report = Report("memory", sizes)
     readers: dict[str, tuple[int, Callable[[int], Reading]]] = {
         "/tasks/stream": (rows + 1, lambda port: fetch(port, "/tasks/stream")),
         "/export.csv": (rows, lambda port: fetch(port, "/export.csv", mark=TITLE)),
@@ -31,16 +34,20 @@ def run(*, rounds: int = 1, rows: int = 100_000, slow_bytes_s: int = 4_000_000) 
             csv = Path(folder, "tasks.csv")
             _write_csv(csv, rows)
             events = -(-rows // IMPORT_ROWS) + 1
-            one = {"/tasks/import": _measure(folder, rows, events, partial(_import, csv))}
+            one = {"/tasks/import": _measure(folder, {"rows/s": rows}, events, partial(_import, csv))}
             for name, (events, read) in readers.items():
-                one[name] = _measure(folder, rows, events, read)
+                one[name] = _measure(folder, {"rows/s": rows}, events, read)
+            _make_sparse(Path(folder, "files", "sparse"), file_mib * MIB)
+            one[DOWNLOAD] = _measure(
+                folder, {"MiB/s": file_mib}, file_mib * MIB, lambda port: download(port, "/download/sparse")
+            )
             found.append(one)
     report.add_rounds(found)
-    report.checks = [Check(f"{name}, {GROWTH}", report.rows[name][GROWTH], at_most=20) for name in readers]
+    report.checks = [Check(f"{name}, {GROWTH}", report.rows[name][GROWTH], at_most=20) for name in [*readers, DOWNLOAD]]
     return report
 
 
-def _measure(data_dir: str, rows: int, events: int, read: Callable[[int], Reading]) -> dict[str, float]:
+def _measure(data_dir: str, amounts: dict[str, int], events: int, read: Callable[[int], Reading]) -> dict[str, float]:
     """In a server just started, so that nothing that came before hides a growth."""
     with Server.service(data_dir) as server:
         fetch(server.port, "/stream?count=1&interval=0")  # it has started, and can stream
@@ -54,8 +61,14 @@ def _measure(data_dir: str, rows: int, events: int, read: Callable[[int], Readin
         "peak MiB": max(samples) / MIB,
         GROWTH: (max(samples) - idle) / MIB,
         "first after s": reading.first_s,
-        "rows/s": rows / reading.seconds,
+        **{rate: amount / reading.seconds for rate, amount in amounts.items()},
     }
+
+
+def _make_sparse(path: Path, size: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    truncate(path, size)
 
 
 def _write_csv(path: Path, rows: int) -> None:

@@ -3,16 +3,18 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from handlers import basics, chat, notifications, ops, tasks
+from handlers import basics, chat, files, notifications, ops, tasks
 from handlers.chat import Model, open_model
+from handlers.files import open_folder
 from handlers.tasks import Tasks, open_tasks
 from ssecore.routes import Route
 from ssecore.settings import Settings
 
 __all__ = ["ROUTES", "Resources", "resources"]
 
-ROUTES: list[Route] = [*basics.ROUTES, *tasks.ROUTES, *chat.ROUTES, *notifications.ROUTES, *ops.ROUTES]
+ROUTES: list[Route] = [*basics.ROUTES, *tasks.ROUTES, *chat.ROUTES, *notifications.ROUTES, *files.ROUTES, *ops.ROUTES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +24,12 @@ class Resources:
     settings: Settings
     tasks: Tasks
     model: Model
+    files: Path  #: the folder of the files
 
 
 @asynccontextmanager
 async def resources(settings: Settings) -> AsyncIterator[Resources]:
     """Open what the handlers need, and close it when the app stops."""
+    files_folder = await open_folder(settings.data_dir)
     async with open_tasks(settings.data_dir) as tasks_database, open_model(settings) as model:
-        yield Resources(settings, tasks_database, model)
+        yield Resources(settings, tasks_database, model, files_folder)

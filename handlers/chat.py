@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Literal, Protocol
 
 import anyio
@@ -17,6 +17,7 @@ import httpx
 import msgspec
 from msgspec import Meta
 
+from handlers.local_model import LOCAL, local_model
 from ssecore.errors import BadRequest, SettingsError, TooLarge, UpstreamError
 from ssecore.request import Request
 from ssecore.routes import GET, POST, Run
@@ -230,12 +231,17 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
     if not base and not key:
         yield MockModel(settings.mock_delay_s)
         return
+    if base == LOCAL:
+        async with local_model() as (base, key):
+            async with open_model(replace(settings, openai_base_url=base, openai_api_key=key)) as model:
+                yield model
+        return
     try:
         url = httpx.URL(base or "https://api.openai.com/v1")
     except httpx.InvalidURL:
         url = httpx.URL()
     if url.scheme not in ("http", "https") or not url.host:
-        raise SettingsError(f"OPENAI_BASE_URL={base!r}: expected http:// or https:// and a host")
+        raise SettingsError(f"OPENAI_BASE_URL={base!r}: expected local, or http:// or https:// and a host")
     if not (key.isascii() and key.isprintable()):  # httpx' own error would print it
         raise SettingsError("OPENAI_API_KEY: expected printable ASCII")
     headers = {"accept": CONTENT_TYPE, "accept-encoding": "identity", "content-type": "application/json"}
@@ -243,7 +249,8 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
         headers["authorization"] = f"Bearer {key}"
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=POOL_TIMEOUT_S)
     limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=20)
-    async with httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits) as client:
+    direct = {"all://127.0.0.1": None}  # the local model isn't behind the proxy that HTTP_PROXY may name
+    async with httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, mounts=direct) as client:
         url = url.copy_with(path=url.path.rstrip("/") + "/chat/completions")
         yield OpenAIModel(client, url, settings.openai_model, key)
 

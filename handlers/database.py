@@ -95,6 +95,13 @@ _PAGE: Final = f"""SELECT max(id), CAST(group_concat(json, char(10)) AS BLOB) FR
     SELECT tasks.id AS id, json_object({", ".join(f"'{name}', tasks.{name}" for name in COLUMNS)}) AS json
     FROM {{source}} WHERE {{where}} ORDER BY {{key}} LIMIT :rows)"""
 
+#: Of words and a status the words are looked for first, but only from the first row on that has the status, to the last
+#: one: not in all of what was done long ago. FTS5 takes one lower bound, and a NULL for none: where no row has the
+#: status the bound is above all rows.
+_FROM_FIRST_TO_LAST: Final = f"""words.rowid BETWEEN
+    coalesce((SELECT min(id) FROM tasks WHERE status = :status AND id > :after), {sys.maxsize})
+    AND (SELECT max(id) FROM tasks WHERE status = :status)"""
+
 T = TypeVar("T")
 
 
@@ -154,7 +161,8 @@ class Tasks:
         if text is not None:
             # CROSS JOIN: in this order. Not a look into the index for each row of a status.
             source, key = "words CROSS JOIN tasks ON tasks.id = words.rowid", "words.rowid"
-            where = "words.rowid > :after AND words MATCH :words"
+            bounds = "words.rowid > :after" if status is None else _FROM_FIRST_TO_LAST
+            where = f"{bounds} AND words MATCH :words"
         if status is not None:
             where += " AND tasks.status = :status"
         sql = _PAGE.format(source=source, key=key, where=where)

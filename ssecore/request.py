@@ -8,6 +8,7 @@ types that the route declares before a handler sees them; `BadRequest` names the
 """
 
 import hashlib
+import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from functools import cached_property
@@ -32,8 +33,12 @@ EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", 
 BODY_TIMEOUT_S: Final = 30.0
 #: More names than any form of ours has; each one costs memory before it is looked at.
 MAX_QUERY_FIELDS: Final = 100
+#: Of what is told about a value that can't be used, and quotes it.
+MAX_ERROR_CHARS: Final = 200
 #: An upload smaller than this never touches the disk.
 SPOOL_BYTES: Final = 1024 * 1024
+
+_MISSING_FIELD: Final = re.compile(r"Object (?:missing required|contains unknown) field `(.+)`", re.DOTALL)
 
 
 class RequestTimeout(SSEAppError):
@@ -267,11 +272,15 @@ def _bad(error: msgspec.ValidationError) -> BadRequest:
     """What msgspec says, with the field to blame.
 
     It says "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", or of a key
-    "Expected `int`, got `str` - at `key` in `$.by_number`".
+    "Expected `int`, got `str` - at `key` in `$.by_number`". Of a word out of a list it quotes the value as it came,
+    however long, whatever stands in it: "Invalid enum value 'x' - at `$.status`".
     """
-    text, _, place = str(error).partition(" - at ")
+    whole = str(error)
+    text, _, place = whole.rpartition(" - at ") if " - at " in whole else (whole, "", "")
     path = place.rpartition(" in ")[2].strip("`").removeprefix("$")
-    if "field `" in text:
-        path += "." + text.rpartition("field `")[2].rstrip("`")
+    if missing := _MISSING_FIELD.fullmatch(text):
+        path += f".{missing[1]}"
     field = path.removeprefix(".") or None
+    if len(text) > MAX_ERROR_CHARS:
+        text = f"{text[:MAX_ERROR_CHARS]}…"
     return BadRequest(f"{field}: {text}" if field else text, field=field)

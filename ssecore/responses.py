@@ -34,15 +34,17 @@ def JSON(data: Any, status: int = 200, headers: Mapping[str, str] | None = None)
 
 @dataclass(frozen=True, slots=True)
 class ByteStream:
-    """A body sent chunk by chunk in constant memory: at most `buffer_bytes` ahead of the client.
+    """A body sent chunk by chunk in constant memory: at most `buffer_bytes` and one chunk ahead of the client.
 
-    `chunks` is closed when the response ends, whatever ended it. When it fails in the middle the connection is cut, so
-    that the client can tell a part from the whole.
+    `chunks` is closed (its `aclose`, if it has one) when the response ends, whatever ended it: before its first chunk
+    too, and for HEAD. When it fails in the middle the connection is cut, so that the client can tell a part from the
+    whole. `headers` may hold a `content-length`, where the chunks are known to make it: the server cuts what differs.
     """
 
     chunks: AsyncIterator[bytes]
     media_type: str
     headers: Mapping[str, str] = field(default_factory=dict)
+    status: int = 200
 
 
 def problem(error: SSEAppError) -> Response:

@@ -78,7 +78,9 @@ class Settings:
     log_format: Literal["text", "json"] = _setting("text", "the log's lines: text or json")
     mock_delay_s: Annotated[float, Meta(ge=0)] = _setting(0.1, "pause between the mock model's words")
     openai_base_url: str | None = _setting(
-        None, "the language model's server; default with a key: OpenAI's own", variable="OPENAI_BASE_URL"
+        None,
+        "the language model's server, or 'local': a small model on this machine; default with a key: OpenAI's own",
+        variable="OPENAI_BASE_URL",
     )
     openai_api_key: str | None = _setting(None, "its key", variable="OPENAI_API_KEY", secret=True)
     openai_model: str = _setting("gpt-4o-mini", "its model", variable="OPENAI_MODEL")

@@ -340,6 +340,7 @@ class Stream:
         source: Source,
         headers: list[tuple[bytes, bytes]],
         options: StreamOptions,
+        status: int = 200,
     ) -> None:
         self.progress = 0  #: odd while a send is in flight (rule 7)
         self.source = source
@@ -351,6 +352,7 @@ class Stream:
         self._request = request
         self._send_message = send
         self._headers = headers
+        self._status = status
         self._options = options
         self._scope = CancelScope()
         self._seen = -1
@@ -504,7 +506,7 @@ class Stream:
         if source.finished and not batch and self._failed_by_itself():
             return None  # whoever runs this stream raises it: an HTTP error
         headers = [*self._headers, *self._request.answer_headers]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.start", "status": self._status, "headers": headers})
         opened = not batch
         if source.events:
             batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)

@@ -3,6 +3,7 @@
 With SSEAPP_TEST_ALL=1, as `.ci/run` sets it, it fails instead. `tests/system-packages.sh` installs what is listed here.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,10 +15,11 @@ import pytest
 __all__ = ["find", "needs"]
 
 #: Each name with the programs or files of which one has to be there. What is added here goes into
-#: tests/system-packages.sh too.
+#: tests/system-packages.sh too, but for the local model, which comes from a lock (see the Makefile).
 _PLACES: Final = {
     "chromium": ("chromium", "chromium-browser"),
     "curl": ("curl",),
+    "local-model": (),
     "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),
     "nginx": ("nginx",),
     "tmpfs": ("mount",),
@@ -38,6 +40,8 @@ def find(name: str) -> str:
     """The path of the program or file. Raises `LookupError` where there is none: mark the test with `needs`."""
     if name == "tmpfs" and not _may_mount():
         raise LookupError("needs tmpfs: only root may mount one, and not in every container")
+    if name == "local-model" and (package := importlib.util.find_spec("xllamacpp")) and package.origin:
+        return package.origin
     for place in _PLACES[name]:
         if path := shutil.which(place, mode=os.F_OK, path=_PATH):
             return path

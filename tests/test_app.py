@@ -773,8 +773,11 @@ async def test_head_of_a_stream_has_the_headers_of_get_and_starts_nothing(calls:
     assert (head.answer.status, head.answer.body) == (200, b"")
 
 
+@pytest.mark.parametrize("status", [200, 206])
 @pytest.mark.parametrize("headers", [{}, {"content-length": "3", "etag": '"1"'}])
-async def test_head_of_a_stream_of_bytes_has_the_headers_of_get(headers: dict[str, str]) -> None:
+async def test_head_of_a_stream_of_bytes_has_the_status_and_the_headers_of_get(
+    headers: dict[str, str], status: int
+) -> None:
     begun: list[bool] = []
 
     async def chunks() -> AsyncIterator[bytes]:
@@ -782,15 +785,15 @@ async def test_head_of_a_stream_of_bytes_has_the_headers_of_get(headers: dict[st
         yield b"abc"
 
     async def handler(request: Request) -> Any:
-        return ByteStream(chunks(), "text/csv", headers)
+        return ByteStream(chunks(), "text/csv", headers, status)
 
     app = SSEApp([GET("/a", handler)])
     get, head = Wire(part(b"", more=False)), Wire(part(b"", more=False))
     await get.run(app, "GET", "/a", {})
     await head.run(app, "HEAD", "/a", {})
-    assert get.answer.body == b"abc"
+    assert (get.answer.status, get.answer.body) == (status, b"abc")
     assert sorted(head.raw_headers) == sorted(get.raw_headers)
-    assert (head.answer.status, head.answer.body) == (200, b"")
+    assert (head.answer.status, head.answer.body) == (status, b"")
     assert begun == [True]
 
 

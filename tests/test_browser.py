@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -179,3 +180,37 @@ def test_a_slow_first_event_behind_an_impatient_proxy_is_one_run(page: Page, tmp
     assert [data for _, data, _ in seen["events"]] == ['{"content":"late "}', '{"content":"but whole"}', "[DONE]"]
     assert seen["errors"] >= 3, "the proxy was patient: this test shows nothing"
     assert [run["state"] for run in runs] == ["completed"]
+
+
+# Downloads
+
+NAMES: Final = ["a b;c=d, 'e' %41.txt", "Übung 日本語 😀.csv", "page.html", "picture.svg", "script.js"]
+
+
+def test_a_browser_saves_a_download_under_its_name_and_runs_nothing_of_it(page: Page, tmp_path: Path) -> None:
+    script = "window.ran = true"
+    with serve(tmp_path) as server:
+        for name in NAMES:
+            (tmp_path / "files" / name).write_text(script if name.endswith(".js") else f"<script>{script}</script>")
+        page.goto(f"{server.url}/healthz")
+        for name in NAMES:
+            with page.expect_download() as download:
+                page.evaluate("(url) => { location.href = url }", f"/download/{quote(name)}")
+            assert download.value.suggested_filename == name
+            assert Path(download.value.path()).read_bytes() == (tmp_path / "files" / name).read_bytes()
+        for element in ("script", "link"):
+            page.evaluate(LOAD, [element, "/download/script.js"])
+        assert page.evaluate("import('/download/script.js').then(() => 'imported', () => 'refused')") == "refused"
+        assert page.evaluate("window.ran") is None
+
+
+#: Puts an element with this source into the page, and waits until it is loaded or refused.
+LOAD: Final = """
+([name, url]) => new Promise((resolve) => {
+  const element = document.createElement(name)
+  element.rel = "stylesheet"
+  element.onload = element.onerror = resolve
+  element.src = element.href = url
+  document.documentElement.append(element)
+})
+"""

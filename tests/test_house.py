@@ -38,6 +38,9 @@ DEPENDENCIES: Final = frozenset(
     ["anyio", "httptools", "httpx", "msgspec", "orjson", "prometheus_client", "redis", "uvicorn", "uvloop"]
 )
 
+#: What is imported by one file alone: a program that `handlers/local_model.py` starts, where the package is installed.
+PROGRAMS: Final = {"handlers.llama": {"xllamacpp"}}
+
 #: Hosts of package registries, and folders of whoever works on the project.
 TRACES: Final = re.compile(
     r"\b(?:pypi|pythonhosted|npmjs|yarnpkg|crates)\.(?:org|com|io)\b"
@@ -120,7 +123,7 @@ def test_handlers_import_neither_the_front_door_nor_the_outer_modules(path: Path
 @pytest.mark.parametrize("path", PRODUCT, ids=module_name)
 def test_the_product_imports_nothing_but_the_chosen_dependencies(path: Path) -> None:
     known = sys.stdlib_module_names | DEPENDENCIES | {"handlers", "sseapp", "ssecore"}
-    unknown = imported_packages(path) - known
+    unknown = imported_packages(path) - known - PROGRAMS.get(module_name(path), set())
     assert not unknown
 
 
@@ -187,7 +190,7 @@ def link_distribution(name: str, packages: Path) -> None:
         (packages / top).symlink_to(str(installed.locate_file(top)))
 
 
-@pytest.mark.parametrize("lock", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize("lock", ["requirements.txt", "requirements-dev.txt", "requirements-local-model.txt"])
 def test_a_lock_holds_versions_and_hashes_and_no_address(lock: str) -> None:
     text = (ROOT / lock).read_text()
     assert "://" not in text

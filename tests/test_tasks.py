@@ -544,23 +544,78 @@ async def test_status_words_and_limit_go_together_over_many_pages(tmp_path: Path
         assert [row["title"] for row in csv.DictReader(io.StringIO(exported))] == everything[1::3]
 
 
+async def test_rows_of_a_status_are_found_without_looking_at_all_those_before_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, connect = [0], database._connect
+
+    def count() -> int:
+        steps[0] += 1
+        return 0
+
+    def connect_counted(path: Path) -> sqlite3.Connection:
+        connection = connect(path)
+        connection.set_progress_handler(count, 100)  # each so many instructions of SQLite's
+        return connection
+
+    monkeypatch.setattr(database, "_connect", connect_counted)
+    async with open_tasks(tmp_path) as tasks:
+        await tasks.insert([NewTask("word", "", "done", 1, None)] * 10_000)
+        await tasks.insert([NewTask("word", "", "open", 1, None)] * 3)
+        asked: list[tuple[database.Status, str | None, int]] = [("open", "word", 3), ("doing", "word", 0)]
+        for status, text, rows in [*asked, ("open", None, 3), ("doing", None, 0)]:
+            steps[0] = 0
+            assert sum([len(page) async for page in tasks.pages(status, text)]) == rows
+            assert steps[0] < 20, "a thousandth of what it takes to read them"
+
+
 @pytest.mark.parametrize(
     ("target", "field"),
     [
         ("/tasks/stream?status=closed", "status"),
         ("/tasks/stream?status=", "status"),
         ("/tasks/stream?status=null", "status"),
+        ("/tasks/stream?status=OPEN", "status"),
+        ("/tasks/stream?status=open%00", "status"),
+        ("/tasks/stream?status=" + "x" * 20_000, "status"),
+        ("/tasks/stream?status=x - at `$.limit`", "status"),
+        ("/tasks/stream?status=field `limit`", "status"),
+        ("/tasks/stream?status=open&status=done", "status"),
         ("/tasks/stream?limit=0", "limit"),
         ("/tasks/stream?limit=-1", "limit"),
         ("/tasks/stream?limit=many", "limit"),
         ("/tasks/stream?limit=", "limit"),
+        ("/tasks/stream?limit=1.5", "limit"),
+        ("/tasks/stream?limit=null", "limit"),
+        ("/tasks/stream?limit=" + "9" * 5000, "limit"),
+        ("/tasks/stream?limit=5&limit=6", "limit"),
         ("/tasks/stream?q=" + "x" * 1001, "q"),
+        ("/tasks/stream?q=%ff", None),
+        ("/tasks/stream?" + "&".join(f"q{n}=x" for n in range(101)), None),
         ("/export.csv?status=closed", "status"),
+        ("/export.csv?status=", "status"),
+        ("/export.csv?status=" + "x" * 20_000, "status"),
+        ("/export.csv?status=open&status=open", "status"),
+        ("/export.csv?status=%ff", None),
     ],
 )
-async def test_a_bad_parameter_is_a_400_that_names_it(tmp_path: Path, target: str, field: str) -> None:
+async def test_a_bad_parameter_is_a_400_that_names_it(tmp_path: Path, target: str, field: str | None) -> None:
     async with service(tmp_path) as s:
-        assert problem(await s.client.get(target), 400)["field"] == field
+        answer = problem(await s.client.get(target), 400)
+        assert answer.get("field") == field
+        assert len(answer["detail"]) < 300
+
+
+@pytest.mark.parametrize("target", ["/tasks/stream", "/export.csv"])
+async def test_rows_are_only_read(tmp_path: Path, target: str) -> None:
+    async with service(tmp_path) as s:
+        for method in ("POST", "PUT", "DELETE"):
+            answer = await s.client.request(method, target)
+            problem(answer, 405)
+            assert answer.headers["allow"] == "GET, HEAD"
+        problem(await s.client.get(f"{target}/1"), 404)
+        head = await s.client.head(f"{target}?status=open")
+        assert (head.status_code, head.content) == (200, b"")
 
 
 async def test_an_empty_table_is_an_empty_stream_and_a_header(tmp_path: Path) -> None:
