@@ -151,7 +151,7 @@ def nginx(port: int, directives: str) -> Iterator[int]:
 
 def _answers(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+        return httpx.get(f"http://127.0.0.1:{port}/healthz").status_code < 500  # a private service may refuse it
     except httpx.HTTPError:
         return False
 
