@@ -319,8 +319,7 @@ def test_the_right_secret_and_a_wrong_one_take_the_same_comparison(
 def test_nobody_gets_at_what_is_somebody_elses(guarded: Guarded) -> None:
     client, ann, ben = guarded.server.client, guarded.ann, guarded.ben
     key = {"idempotency-key": "the-same-key"}
-    asked = {"params": {"prompt": "mine"}}
-    mine = client.get("/chat", headers=ann | key, **asked)
+    mine = client.get("/chat?prompt=mine", headers=ann | key)
     run, cursor = mine.headers["run-id"], mine.headers["run-id"] + ".1"
     assert "mine" in mine.text
 
@@ -330,10 +329,10 @@ def test_nobody_gets_at_what_is_somebody_elses(guarded: Guarded) -> None:
         assert client.get(target).status_code == 401
     assert client.delete(f"/runs/{run}", headers=ben).status_code == 404
     assert run not in client.get("/runs", headers=ben).text and run in client.get("/runs", headers=ann).text
-    for target in ("/chat", f"/runs/{run}/events"):
-        answer = client.get(target, headers=ben | {"last-event-id": cursor}, **asked)
+    for target in ("/chat?prompt=mine", f"/runs/{run}/events"):
+        answer = client.get(target, headers=ben | {"last-event-id": cursor})
         assert answer.status_code == 410, "as if it were not there"
-    other = client.get("/chat", headers=ben | key, **asked)
+    other = client.get("/chat?prompt=mine", headers=ben | key)
     assert other.headers["run-id"] != run, "the key is a name of the caller's own"
 
     assert client.get("/users/ann/stream", headers=ben).status_code == 403
