@@ -16,7 +16,7 @@ from handlers import ROUTES
 from ssecore.errors import Unauthorized
 from ssecore.routes import Route
 from ssecore.tokens import Tokens, add_token, revoke_tokens, session_of
-from ssecore.wire import Decoder
+from ssecore.wire import Decoder, Event
 from tests.needs import needs
 from tests.serving import Server, serve, wait_until
 from tests.test_browser import nginx
@@ -49,8 +49,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     tokens = folder / "tokens"
     ann, ben = add_token(tokens, "ann"), add_token(tokens, "ben")
     with serve(folder / "data", env={**FAST, "SSEAPP_TOKENS_FILE": str(tokens)}) as server:
-        headers = [{"authorization": f"Bearer {token}"} for token in (ann, ben)]
-        yield Guarded(server, tokens, *headers, ann)
+        yield Guarded(server, tokens, {"authorization": f"Bearer {ann}"}, {"authorization": f"Bearer {ben}"}, ann)
         log = server.log()
         assert "Traceback" not in log
         assert not any(secret.partition(".")[2] in log for secret in (ann, ben, session_of(ann), session_of(ben)))
@@ -131,7 +130,7 @@ def test_what_is_published_comes_as_it_was_and_as_one_event(data: str, private: 
         decoder = Decoder()
         decoder.feed(body)
         sent = private.client.post("/topics/forge", content=data.encode(), headers={"content-type": "application/json"})
-        events = []
+        events: list[Event] = []
         while not events:
             events = decoder.feed(next(chunks))
         (event,) = events
