@@ -24,7 +24,7 @@ from ssecore.guard import Guard
 from ssecore.settings import Settings
 from ssecore.wire import encode_json
 
-__all__ = ["serve"]
+__all__ = ["BoundedProtocol", "serve"]
 
 logger = logging.getLogger("sseapp")
 
@@ -72,7 +72,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-class _Protocol(HttpToolsProtocol):
+class BoundedProtocol(HttpToolsProtocol):
     """With bounds on what comes before there is a request: neither the parser nor uvicorn has any.
 
     A head (and what stands between the parts of a body: chunk sizes, trailers) may have so many bytes, and a head so
@@ -161,7 +161,7 @@ def serve(app: Drainable, settings: Settings) -> int:
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=type("_Bounded", (_Protocol,), {"max_head_bytes": limit}),
+        http=type("_Bounded", (BoundedProtocol,), {"max_head_bytes": limit}),
         ws="none",
         lifespan="on",
         log_config=None,

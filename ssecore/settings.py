@@ -70,7 +70,9 @@ class Settings:
     max_publish_per_s: Annotated[float, Meta(gt=0)] | None = _setting(
         100.0, "publications of one caller, if it has a name, on average over a second"
     )
-    max_target_bytes: _Bytes | None = _setting(8192, "longest path and query; nginx takes as much")
+    max_target_bytes: Annotated[int, Meta(ge=1, le=65535)] | None = _setting(
+        60 * 1024, "longest path and query: the parser reads no more than 65535; nginx takes 8 KiB unless it is told"
+    )
     max_header_bytes: _Bytes | None = _setting(32 * 1024, "largest headers of a request; nginx takes as much")
     buffer_bytes: _Bytes = _setting(64 * 1024, "how far a source may run ahead of its client")
     max_body_bytes: _Bytes = _setting(1024 * 1024, "largest body of a request")

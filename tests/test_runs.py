@@ -517,7 +517,7 @@ def malformed(run: str) -> dict[str, str]:
         "a star": "*",
         "nothing but blanks": " ",
         "End": "End",
-        "very long": f"{run}.1" + "x" * 7_000,
+        "very long": f"{run}.1" + "x" * 10_000,
     }
 
 
