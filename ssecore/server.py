@@ -79,9 +79,14 @@ class BoundedProtocol(HttpToolsProtocol):
     much time. What is complete and yet too large is answered by the app (`ssecore.guard`).
     """
 
+    # More in its dictionary would make that one of its own, for each connection: a KiB.
+    __slots__ = ("_barren", "_overdue")
     max_head_bytes: int | None = None
-    _barren = 0  # bytes since the last ones that a request could use
-    _overdue: asyncio.TimerHandle | None = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._barren = 0  # bytes since the last ones that a request could use
+        self._overdue: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -1031,9 +1031,10 @@ def test_head_has_the_headers_of_get_and_starts_nothing(entry: Entry, world: Wor
     before = world.made()
     head = world.ask("HEAD", entry.target)
     assert (head.status_code, head.content) == (200, b"")
-    assert {
-        name: value for name, value in head.headers.items() if name in wanted
-    } == wanted or entry.route in ("GET /runs", "GET /metrics")
+    assert {name: value for name, value in head.headers.items() if name in wanted} == wanted or entry.route in (
+        "GET /runs",
+        "GET /metrics",
+    )
     assert world.made() == before
 
 
