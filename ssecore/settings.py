@@ -43,7 +43,7 @@ class Settings:
     data_dir: Path = _setting(Path("var"), "folder of the event log, the tasks database and the files")
     log: Literal["memory", "sqlite"] = _setting("sqlite", "the event log's engine: sqlite or memory")
     auth: Literal["off"] | None = _setting(
-        None, "'off' says aloud that everybody may use the service; without it only loopback addresses are served"
+        None, "'off' says aloud that everybody may; without it and without tokens only this machine may"
     )
     tokens_file: Path | None = _setting(None, "file of the API tokens (sseapp token add); everybody needs one then")
     cors_origins: tuple[_Origin, ...] | None = _setting(
