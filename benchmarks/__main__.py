@@ -8,18 +8,20 @@ import inspect
 import sys
 from collections.abc import Callable
 
-from benchmarks import durable, fanout, history, memory, resume, retention, rows, throughput
+from benchmarks import durable, fanout, frozen, history, memory, resume, retention, rows, soak, throughput
 from benchmarks.process import pin_load, raise_file_limit
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "durable": durable.run,
     "fanout": fanout.run,
+    "frozen": frozen.run,
     "history": history.run,
     "memory": memory.run,
     "resume": resume.run,
     "retention": retention.run,
     "rows": rows.run,
+    "soak": soak.run,
     "throughput": throughput.run,
 }
 
