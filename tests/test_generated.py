@@ -1,10 +1,11 @@
 """Generated requests against every route of the service: none a 500, none hangs, none leaves a task behind.
 
-`SSEAPP_TEST_REQUESTS=100000` asks for more of them than usual.
+`SSEAPP_TEST_REQUESTS=100000 pytest tests/test_generated.py` asks for more of them than usual, in some minutes.
 """
 
 import asyncio
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from ssecore.testing import connect
 from tests.serving import wait_until
 
 REQUESTS: Final = int(os.environ.get("SSEAPP_TEST_REQUESTS", "2000"))
+#: In one test, which has a limit of its own.
+BATCH: Final = 2000
 #: For an answer to begin. A stream waits a second for its first event.
 HANGS_S: Final = 10.0
 
@@ -133,6 +136,7 @@ class Running:
         self.app = app
         self.portal = portal
         self.tasks = portal.call(self._tasks)
+        self.errors: list[str] = []  #: what would be a 500, or one in the middle of a stream
 
     async def _tasks(self) -> int:
         return len(asyncio.all_tasks())
@@ -165,16 +169,22 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with ExitStack() as stack:
         portal = stack.enter_context(start_blocking_portal("asyncio"))
         stack.enter_context(portal.wrap_async_context_manager(app.running()))
-        yield Running(app, portal)
+        running = Running(app, portal)
+        errors = logging.Handler(logging.ERROR)
+        errors.emit = lambda record: running.errors.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("sseapp").addHandler(errors)
+        stack.callback(logging.getLogger("sseapp").removeHandler, errors)
+        yield running
 
 
-@settings(max_examples=REQUESTS, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("batch", range(-(-REQUESTS // BATCH)))
+@settings(max_examples=min(REQUESTS, BATCH), deadline=None, suppress_health_check=list(HealthCheck))
 @given(asked=requests())
-def test_no_request_is_a_500_or_hangs(asked: Asked, running: Running) -> None:
+def test_no_request_is_a_500_or_hangs(asked: Asked, batch: int, running: Running) -> None:
     status = running.ask(asked)
     assert status in range(200, 500) or status in (502, 503), f"{status} for {asked}"
+    assert not running.errors, f"{asked}: {running.errors}"
 
 
 def test_none_of_them_has_left_anything_behind(running: Running) -> None:
-    running.portal.call(running.app.drain, 0)
     wait_until(lambda: running.left_behind() == 0)
