@@ -37,6 +37,7 @@ import pytest
 __all__ = [
     "Server",
     "free_port",
+    "is_clean",
     "run_sseapp",
     "serve",
     "serve_hypercorn",
@@ -143,6 +144,10 @@ def run_sseapp(*arguments: str, env: Mapping[str, str] | None = None) -> "subpro
     return subprocess.run(
         command, cwd=_ROOT, env=_environment(env or {}), capture_output=True, text=True, timeout=_TIMEOUT_S
     )
+
+
+def is_clean(log: str) -> bool:
+    return "Traceback" not in log and "ERROR" not in log
 
 
 def wait_until(condition: Callable[[], T], timeout_s: float = _TIMEOUT_S) -> T:

@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page
 from tests import chromium, upstream
 from tests.needs import find, needs
 from tests.relay import relay
-from tests.serving import free_port, serve, wait_until
+from tests.serving import free_port, is_clean, serve, wait_until
 
 pytestmark = needs("chromium")
 
@@ -112,6 +112,29 @@ def test_a_fleeting_stream_runs_once(page: Page, tmp_path: Path) -> None:
         '{"done":true}',
     ]
     assert seen["events"][-1][2] == "end"
+
+
+def test_a_page_goes_on_by_itself_over_a_drain_and_a_restart(page: Page, tmp_path: Path) -> None:
+    options, environ = ("--port", str(free_port())), {"SSEAPP_RETRY_MS": "50", "SSEAPP_DRAIN_S": "60"}
+    with serve(tmp_path, *options, env=environ) as server:
+        with server.client.stream("GET", "/countdown/3600?interval=3600") as holding_the_drain_open:
+            next(holding_the_drain_open.iter_bytes())
+            page.goto(f"{server.url}/healthz")
+            page.evaluate(LISTEN, "/chat?prompt=hi")
+            page.wait_for_function("window.seen.events.length > 2")
+            server.process.terminate()
+            page.wait_for_function("window.seen.opened > 3")  # refused softly, and again
+        assert server.wait() == 0, "the run has finished, and nobody else is there"
+    assert is_clean(server.log())
+    errors = page.evaluate("window.seen.errors")
+    page.wait_for_function(f"window.seen.errors > {errors + 1}")  # refused by the machine: nobody listens
+    with serve(tmp_path, *options, env=environ) as server:
+        page.wait_for_function("window.seen.closed")
+        (run,) = server.client.get("/runs").json()["runs"]
+    seen = page.evaluate("window.seen")
+    assert (run["state"], len(seen["events"])) == ("completed", run["events"])
+    assert contiguous([id for _, _, id in seen["events"]])
+    assert seen["events"][-1][1] == "[DONE]"
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from ssecore.server import BoundedProtocol
 from tests import serving
 from tests.clients import listening
 from tests.needs import find, needs
-from tests.serving import Server, run_sseapp, serve, serve_uvicorn, wait_until
+from tests.serving import Server, is_clean, run_sseapp, serve, serve_uvicorn, wait_until
 
 server = serving.server
 
@@ -84,10 +84,6 @@ def farewell(body: str) -> int:
     match = re.fullmatch(r"retry: (\d+)\n", tail)
     assert match, f"no farewell: {tail!r}"
     return int(match[1])
-
-
-def is_clean(log: str) -> bool:
-    return "Traceback" not in log and "ERROR" not in log
 
 
 # Events come as they are made
