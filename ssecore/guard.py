@@ -9,8 +9,8 @@ What is configured makes the mode:
 - `private`: none of these. For programs and pages of this machine only.
 
 1.  *Private* means: the peer, the `Host` and the `Origin` are loopback (a name that was rebound to 127.0.0.1 is still
-    another `Host`), no header says that somebody forwarded the request (an nginx here would publish the service), and
-    no page of another origin starts work, by GET either.
+    another `Host`), nothing says that somebody forwarded the request (an nginx here would publish the service): no
+    header, and not HTTP/1.0; and no page of another origin starts work, by GET either.
 2.  Which page a request comes from only browsers say, and no page can make them lie: first by `Sec-Fetch-Site`, else
     by `Origin`, which is then compared with `Host`. (Go's `CrossOriginProtection` has the same order, for the same
     reason: behind a proxy `Host` may be another.) Whoever says nothing is no browser.
@@ -110,9 +110,11 @@ class Guard:
     def _check_private(self, request: Request) -> None:
         """Rule 1."""
         headers, peer, origin = request.headers, request.scope.get("client"), request.headers.get("origin")
-        for name in _FORWARDED:
-            if name in headers:
-                raise Forbidden(f"this request was forwarded ({name}); {_TO_OPEN_IT}", code="private")
+        forwarded = [name for name in _FORWARDED if name in headers]
+        if forwarded or request.scope.get("http_version") == "1.0":  # which nobody speaks but a proxy told nothing
+            raise Forbidden(
+                f"this request was forwarded ({[*forwarded, 'HTTP/1.0'][0]}); {_TO_OPEN_IT}", code="private"
+            )
         if "host" in headers and not _is_loopback(headers["host"]):
             raise Forbidden(f"Host {headers['host']!r:.80} is not this machine; {_TO_OPEN_IT}", code="private")
         if peer is not None and peer[0] and not _is_loopback_address(peer[0]):

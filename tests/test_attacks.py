@@ -2,11 +2,15 @@
 
 import hmac
 import json
+import os
 import re
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 import httpx
@@ -17,9 +21,8 @@ from ssecore.errors import Unauthorized
 from ssecore.routes import Route
 from ssecore.tokens import Tokens, add_token, revoke_tokens, session_of
 from ssecore.wire import Decoder, Event
-from tests.needs import needs
-from tests.serving import Server, serve, wait_until
-from tests.test_browser import nginx
+from tests.needs import find, needs
+from tests.serving import Server, free_port, serve, wait_until
 
 FAST: Final = {"SSEAPP_MOCK_DELAY_S": "0", "SSEAPP_HEARTBEAT_S": "1"}
 #: What would become a field, an event or a header of its own wherever it is written out as it came.
@@ -55,9 +58,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         assert not any(secret.partition(".")[2] in log for secret in (ann, ben, session_of(ann), session_of(ben)))
 
 
-def exchange(server: Server, request: bytes) -> bytes:
+def exchange(port: int, request: bytes) -> bytes:
     """All that comes back for these bytes, until the server closes or has nothing more to say."""
-    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+    with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.settimeout(0.3)
         answer = b""
         try:
@@ -152,38 +155,37 @@ HIDDEN: Final = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
 CHUNKED: Final = b"1\r\n1\r\n0\r\n\r\n"
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        POST + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-        POST + b"transfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\n",
-        POST + b"content-length: 1\r\ncontent-length: 2\r\n\r\n1",
-        POST + b"content-length: 1, 1\r\n\r\n1",
-        POST + b"content-length: +1\r\n\r\n1",
-        POST + b"content-length: -1\r\n\r\n1",
-        POST + b"content-length: 0x1\r\n\r\n1",
-        POST + b"transfer-encoding: xchunked\r\n\r\n" + CHUNKED,
-        POST + b"transfer-encoding: chunked, identity\r\n\r\n" + CHUNKED,
-        POST + b"transfer-encoding : chunked\r\n\r\n" + CHUNKED,
-        POST + b"x: a\r\n content-length: 1\r\n\r\n1",
-        POST + b"x: a\rcontent-length: 1\r\n\r\n1",
-        POST + b"transfer-encoding: chunked\r\n\r\n1;\n\r\n1\r\n0\r\n\r\n",
-        POST + b"transfer-encoding: chunked\r\n\r\n0x1\r\n1\r\n0\r\n\r\n",
-        POST + b"transfer-encoding: chunked\r\n\r\nfffffffffffffffff1\r\n1\r\n0\r\n\r\n",
-        POST + b"transfer-encoding: chunked\r\n\r\n-1\r\n1\r\n0\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx: a\x00b\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx y: a\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nno colon\r\n\r\n",
-        b"GET /healthz\x00 HTTP/1.1\r\nhost: localhost\r\n\r\n",
-        b"GET healthz HTTP/1.1\r\nhost: localhost\r\n\r\n",
-        b"CONNECT localhost:1 HTTP/1.1\r\nhost: localhost\r\n\r\n",
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-    ],
-    ids=lambda shape: repr(shape.removeprefix(POST)[:60]),
-)
+SHAPES: Final = [
+    POST + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    POST + b"transfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\n",
+    POST + b"content-length: 1\r\ncontent-length: 2\r\n\r\n1",
+    POST + b"content-length: 1, 1\r\n\r\n1",
+    POST + b"content-length: +1\r\n\r\n1",
+    POST + b"content-length: -1\r\n\r\n1",
+    POST + b"content-length: 0x1\r\n\r\n1",
+    POST + b"transfer-encoding: xchunked\r\n\r\n" + CHUNKED,
+    POST + b"transfer-encoding: chunked, identity\r\n\r\n" + CHUNKED,
+    POST + b"transfer-encoding : chunked\r\n\r\n" + CHUNKED,
+    POST + b"x: a\r\n content-length: 1\r\n\r\n1",
+    POST + b"x: a\rcontent-length: 1\r\n\r\n1",
+    POST + b"transfer-encoding: chunked\r\n\r\n1;\n\r\n1\r\n0\r\n\r\n",
+    POST + b"transfer-encoding: chunked\r\n\r\n0x1\r\n1\r\n0\r\n\r\n",
+    POST + b"transfer-encoding: chunked\r\n\r\nfffffffffffffffff1\r\n1\r\n0\r\n\r\n",
+    POST + b"transfer-encoding: chunked\r\n\r\n-1\r\n1\r\n0\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx: a\x00b\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx y: a\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nno colon\r\n\r\n",
+    b"GET /healthz\x00 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    b"GET healthz HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    b"CONNECT localhost:1 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: repr(shape.removeprefix(POST)[:60]))
 def test_a_shape_that_hides_a_request_is_refused_and_the_connection_closed(shape: bytes, private: Server) -> None:
-    assert statuses(exchange(private, shape + HIDDEN)) == [400]
+    assert statuses(exchange(private.port, shape + HIDDEN)) == [400]
 
 
 def test_a_head_without_an_end_is_cut(private: Server) -> None:
@@ -243,7 +245,7 @@ def test_what_is_whole_and_too_long_gets_an_answer(private: Server) -> None:
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "get", "GETT"])
 def test_no_spelling_of_a_path_leads_around_the_guard(method: str, target: str, guarded: Guarded) -> None:
     answer = exchange(
-        guarded.server, f"{method} {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
+        guarded.server.port, f"{method} {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
     )
     assert all(400 <= status < 500 for status in statuses(answer)), answer
     assert b'"runs"' not in answer
@@ -271,14 +273,14 @@ def test_no_spelling_of_a_path_leads_around_the_guard(method: str, target: str, 
 )
 def test_no_header_leads_around_the_guard(header: str, guarded: Guarded) -> None:
     request = f"GET /runs HTTP/1.1\r\nhost: localhost\r\n{header}\r\nconnection: close\r\n\r\n"
-    assert statuses(exchange(guarded.server, request.encode("latin-1")))[0] in (400, 401)
+    assert statuses(exchange(guarded.server.port, request.encode("latin-1")))[0] in (400, 401)
 
 
 def test_a_second_authorization_header_is_no_second_try(guarded: Guarded) -> None:
     for pair in ((guarded.token, "wrong"), ("wrong", guarded.token)):
         lines = "".join(f"authorization: Bearer {token}\r\n" for token in pair)
         request = f"GET /runs HTTP/1.1\r\nhost: localhost\r\n{lines}connection: close\r\n\r\n"
-        assert statuses(exchange(guarded.server, request.encode())) == [401]
+        assert statuses(exchange(guarded.server.port, request.encode())) == [401]
 
 
 @pytest.mark.parametrize(
@@ -333,6 +335,21 @@ def test_nobody_gets_at_what_is_somebody_elses(guarded: Guarded) -> None:
         assert answer.status_code == 410, "as if it were not there"
     other = client.get("/chat?prompt=mine", headers=ben | key)
     assert other.headers["run-id"] != run, "the key is a name of the caller's own"
+
+    job = client.post("/jobs", headers=ann, json={"kind": "sleep", "input": {"steps": 1, "interval": 0}})
+    for target in (f"/jobs/{job.headers['run-id']}/progress", job.headers["location"]):
+        assert client.get(target, headers=ann).status_code == 200
+        assert client.get(target, headers=ben).status_code == 404
+        first = {"last-event-id": f"{job.headers['run-id']}.1"}
+        assert client.get(target, headers=ben | first).status_code == 410
+
+    def say(message: str, caller: dict[str, str]) -> str:
+        body = {"message": message, "session_id": "the-same-session"}
+        return client.post("/api/chat", headers=caller, json=body).text
+
+    say("Find the invoice", ann)
+    assert "invoice" in say("How many of them are done?", ann)
+    assert "invoice" not in say("How many of them are done?", ben)
 
     assert client.get("/users/ann/stream", headers=ben).status_code == 403
     assert client.post("/users/ann/messages", headers=ben, json=1).status_code == 202, "anybody may write to ann"
@@ -404,14 +421,50 @@ def test_a_private_service_works_for_no_foreign_page(headers: dict[str, str], pr
     assert private.client.get("/runs").json() == before
 
 
+@contextmanager
+def nginx(port: int, directives: str) -> Iterator[int]:
+    """As one writes it in a minute, in front of a port; gives its own."""
+    with TemporaryDirectory() as name:
+        listens = free_port()
+        paths = "".join(
+            f"{kind}_temp_path {name}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        (Path(name) / "nginx.conf").write_text(
+            f"""daemon off; pid {name}/pid; error_log {name}/error.log; events {{}}
+            http {{ access_log off; {paths} upstream app {{ server 127.0.0.1:{port}; keepalive 1; }}
+              server {{ listen 127.0.0.1:{listens}; location / {{ proxy_pass http://app; {directives} }} }} }}"""
+        )
+        command = [find("nginx"), "-e", "stderr", "-p", name, "-c", "nginx.conf"]
+        if os.geteuid() == 0:  # else its workers would be nobody's, and could not write here
+            os.chown(name, 65534, 65534)
+            command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
+        process = subprocess.Popen(command)
+        try:
+            wait_until(lambda: is_open(listens))
+            yield listens
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as sock:
+        return not sock.connect_ex(("127.0.0.1", port))
+
+
+#: What makes nginx use a connection again, and a service on loopback answer it.
+KEPT: Final = 'proxy_http_version 1.1; proxy_set_header Connection "";'
+
+
 @needs("nginx")
 @pytest.mark.parametrize(
     "directives",
     [
-        "proxy_set_header Host $host;",
-        "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;",
-        "proxy_set_header X-Real-IP $remote_addr;",
-        "proxy_set_header Forwarded for=$remote_addr;",
+        "proxy_set_header Host localhost;",  # HTTP/1.0, its default before 1.29.7
+        f"{KEPT} proxy_set_header Host $host;",
+        f"{KEPT} proxy_set_header Host localhost; proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;",
+        f"{KEPT} proxy_set_header Host localhost; proxy_set_header X-Real-IP $remote_addr;",
+        f"{KEPT} proxy_set_header Host localhost; proxy_set_header Forwarded for=$remote_addr;",
     ],
 )
 def test_an_nginx_on_the_same_machine_does_not_publish_a_private_service(directives: str, private: Server) -> None:
@@ -419,6 +472,16 @@ def test_an_nginx_on_the_same_machine_does_not_publish_a_private_service(directi
         answer = httpx.get(f"http://127.0.0.1:{port}/stream", headers={"host": "app.example"}, trust_env=False)
     assert (answer.status_code, answer.json()["code"]) == (403, "private")
     assert "SSEAPP_TOKENS_FILE" in answer.json()["detail"]
+
+
+@needs("nginx")
+def test_a_shape_that_hides_a_request_is_refused_by_the_server_in_front(private: Server) -> None:
+    with nginx(private.port, f"{KEPT} proxy_set_header Host localhost;") as port:
+        for shape in SHAPES:
+            assert statuses(exchange(port, shape + HIDDEN)) in ([400], [501]), shape
+            # Over the connection that the two of them share: an answer too many would be taken for this one's.
+            ready = httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False)
+            assert ready.json() == {"status": "ready"}, shape
 
 
 # Bodies that are meant to hurt
