@@ -1,6 +1,5 @@
 """Counters and gauges, and the line that a stream's end leaves in the log."""
 
-import dataclasses
 import json
 import logging
 import re
@@ -217,14 +216,3 @@ def test_the_metrics_are_for_their_own_caller(tmp_path: Path) -> None:
             for headers in ({}, *({"authorization": f"Bearer {token}"} for token in named.values()))
         ]
     assert statuses == [401, 403, 200]
-
-
-def test_the_page_for_operators_names_every_metric_and_every_limit() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "limits.md").read_text()
-    families = {family.name for family in text_string_to_metric_families(SSEApp([]).metrics.text().decode())}
-    unnamed = {name for name in families if f"`{name}" not in page and not re.search("^process_|_created$", name)}
-    limits = [
-        field.name for field in dataclasses.fields(Settings) if re.match("max_|retention_|.*_timeout_", field.name)
-    ]
-    unnamed |= {name for name in limits if f"SSEAPP_{name.upper()}`" not in page}
-    assert not unnamed
