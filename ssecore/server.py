@@ -7,6 +7,7 @@ a second signal ends at once.
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
@@ -36,6 +37,14 @@ HEAD_S = 30.0
 #: On top of path, query and headers: the method, the version, colons and line ends.
 HEAD_SYNTAX_BYTES = 16 * 1024
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+#: How long an idle connection is kept. Longer than a proxy in front keeps its own (nginx and AWS 60 s, Google 600): a
+#: request that comes on a connection just as it is closed here is a 502 to its client.
+KEEP_ALIVE_S = 620
+
+#: The garbage collector's first generation, of 700 by default: a connection is some 60 objects that it looks at, and
+#: where thousands of them wait it would look at them again and again. Much higher, and what connections leave behind
+#: in cycles (13 objects of uvicorn's each) stays for long.
+COLLECT_EACH = 5_000
 
 
 class Drainable(Protocol):
@@ -65,6 +74,14 @@ class _Server(uvicorn.Server):
         if sig == signal.SIGINT:
             self._grace_s = 0
         self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # What is there now, code for the most part, stays: a full pass needn't look at it. With 1,000 streams, on a
+        # busy machine, one took 0.14 s; it takes 0.01 s.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(COLLECT_EACH, 10, 10)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._app.drain(self._grace_s)
@@ -174,6 +191,7 @@ def serve(app: Drainable, settings: Settings) -> int:
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=1,
     )
     app.direct = True  # its `send` is uvicorn's

@@ -145,15 +145,17 @@ class Pump(Generic[T]):
         self._frames: list[bytes] = []
         self._wanted: Signal | None = None  # the sender waits for something to take
         self._room: Signal | None = None  # the pump waits for the sender to take
-        # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from
-        # one inside the generator (a timeout of its own). Whoever runs a pump stops it.
-        self._scope = CancelScope(shield=True)
+        #: Who sends for it, where nobody waits in `batch`; see `direct`.
+        self.on_wake: Callable[[], None] | None = None
+        #: Who iterates and closes the generator instead of `_drive`, and who is told of a `stop`; see `direct`.
+        self.drive: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self.on_stop: Callable[[], None] | None = None
+        self._scope: CancelScope | None = None
         self._stopped = False
 
     async def run(self) -> None:
         try:
-            with self._scope:
-                await _drive(self._generator, self._run_ahead(), lambda: self._stopped)
+            await (self.drive or self._drive)()
         except Exception as error:
             self.failure = error
         except get_cancelled_exc_class():
@@ -165,6 +167,21 @@ class Pump(Generic[T]):
             self.ended = True
             self.finished = not self._frames
             self.wake()
+
+    async def _drive(self) -> None:
+        # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from
+        # one inside the generator (a timeout of its own). Whoever runs a pump stops it.
+        self._scope = CancelScope(shield=True)
+        if self._stopped:
+            self._scope.cancel()
+        with self._scope:
+            await _drive(self._generator, self._run_ahead(), lambda: self._stopped)
+
+    async def aclose(self) -> None:
+        """Close the generator."""
+        aclose = getattr(self._generator, "aclose", None)
+        if aclose is not None:
+            await aclose()
 
     async def _run_ahead(self) -> None:
         """Hot path: an event costs one `anext`, one `frame`, one append; a signal only where somebody waits."""
@@ -184,7 +201,8 @@ class Pump(Generic[T]):
                 if frames:
                     # Before the append, so that the last item is still here when the generator ends without a wait.
                     await self._wait_for_room()
-                self.wake()
+                if self._wanted is not None:
+                    self._wanted.set()
                 size = 0
             frames.append(framed)
             size += len(framed)
@@ -209,6 +227,17 @@ class Pump(Generic[T]):
             self._wanted = Signal()
             await self._wanted.wait()
             self._wanted = None
+        return self._take()
+
+    @property
+    def has_some(self) -> bool:
+        return bool(self._frames)
+
+    def ready(self) -> bytes:
+        """As `batch`, without waiting."""
+        return b"".join(self._take())
+
+    def _take(self) -> list[bytes]:
         taken = self._frames.copy()
         self.events_taken += len(taken)
         self._frames.clear()
@@ -221,10 +250,15 @@ class Pump(Generic[T]):
     def wake(self) -> None:
         if self._wanted is not None:
             self._wanted.set()
+        elif self.on_wake is not None:
+            self.on_wake()
 
     def stop(self) -> None:
         self._stopped = True
-        self._scope.cancel()
+        if self.on_stop is not None:
+            self.on_stop()
+        elif self._scope is not None:
+            self._scope.cancel()
 
     def say(self, frame: bytes) -> None:
         self.wake()
@@ -333,6 +367,28 @@ class StreamOptions:
 class Stream:
     """One streaming response: opens it, sends what its source gives, and ends it as it should."""
 
+    __slots__ = (
+        "_before_first",
+        "_deadline",
+        "_headers",
+        "_looked",
+        "_options",
+        "_pulse",
+        "_pulse_at",
+        "_refusal",
+        "_request",
+        "_scope",
+        "_seen",
+        "_send_message",
+        "_since",
+        "_status",
+        "began",
+        "progress",
+        "sent_bytes",
+        "source",
+        "stalled_s",
+    )
+
     def __init__(
         self,
         request: Request,
@@ -347,14 +403,13 @@ class Stream:
         self.sent_bytes = 0  #: of the body
         self.stalled_s = 0.0  #: in which a send waited for the client, as the sweep saw it
         self.began = monotonic()  # the loop's time can't be asked for where `direct` steps
-        self._waits_for_first = True
-        self._opened: bytes | None = None  # what it opened with, where that was no event
+        self._before_first = 1  # writes up to the first event's: one more where the opening holds none
         self._request = request
         self._send_message = send
         self._headers = headers
         self._status = status
         self._options = options
-        self._scope = CancelScope()
+        self._scope: CancelScope | None = None
         self._seen = -1
         self._since = self._looked = 0.0
         # Up to a tenth sooner: what began together (after a restart) doesn't end together.
@@ -449,7 +504,11 @@ class Stream:
         if self._request._end_reason is None:
             self._request._end_reason = reason
         self.source.stop()
-        self._scope.cancel()
+        self._cut()
+
+    def _cut(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
 
     def tick(self, now: float) -> None:
         """The sweep's look at this stream (rule 7): late by one round of the sweep at most."""
@@ -505,20 +564,23 @@ class Stream:
         batch = await source.first()
         if source.finished and not batch and self._failed_by_itself():
             return None  # whoever runs this stream raises it: an HTTP error
+        return await self._opened(batch)
+
+    async def _opened(self, batch: bytes) -> bytes:
+        source = self.source
         headers = [*self._headers, *self._request.answer_headers]
         await self._send({"type": "http.response.start", "status": self._status, "headers": headers})
-        opened = not batch
         if source.events:
+            self._before_first += not batch
             batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)
-        self._opened = batch if opened else None
         return batch
 
     def _count(self, batch: bytes) -> None:
         """Hot path, once for each write."""
         self.sent_bytes += len(batch)
-        if self._waits_for_first and batch is not HEARTBEAT and batch is not self._opened:
-            self._waits_for_first = False
-            if self._options.first_event is not None:
+        if self._before_first and batch is not HEARTBEAT:
+            self._before_first -= 1
+            if not self._before_first and self._options.first_event is not None:
                 self._options.first_event(self.route, monotonic() - self.began)
 
     async def _send_body(self, batch: bytes) -> None:

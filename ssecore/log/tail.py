@@ -13,6 +13,7 @@ the log keeps, it is told by a `gap`. So a slow reader costs its cursor, whateve
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final, NamedTuple
 
 import anyio
@@ -69,6 +70,8 @@ class Tail:
         self._reads: dict[int, tuple[bytes, int, Gap | None]] = {}
         self._reading: dict[int, anyio.Event] = {}
         self.close = log.watch(stream, self._changed)
+        #: For `Reader.on_close`: one for all readers, not one each.
+        self.leave: Callable[[], None] = lambda: None
 
     def settle(self, stat: Stat) -> None:
         """Take the facts that were asked for after the watch began (rule 1)."""
@@ -146,12 +149,27 @@ class Reader:
     `before` goes out first, `opening` if nothing else is there in the first second.
     """
 
+    __slots__ = (
+        "_before",
+        "_data_only",
+        "_stopped",
+        "_translate",
+        "_uncounted",
+        "_wanted",
+        "after",
+        "failure",
+        "finished",
+        "on_close",
+        "on_wake",
+        "opening",
+        "plain",
+        "tail",
+    )
+
     events = True
     run = None
     #: A drain ends it in any case: whoever reads it goes on elsewhere.
     ended = False
-    #: Why it broke off: the log couldn't be read.
-    failure: Exception | None
 
     def __init__(
         self,
@@ -165,14 +183,16 @@ class Reader:
     ) -> None:
         self.tail = tail
         self.after = after
-        self._began = after
-        self._skipped = 0
+        self._uncounted = after
         self.opening = opening
         self.finished = False
-        self.failure = None
+        #: Why it broke off: the log couldn't be read.
+        self.failure: Exception | None = None
         self.on_close: Callable[[], None] | None = None
         #: Who sends for it, where nobody waits in `batch`; see `direct`.
         self.on_wake: Callable[[], None] | None = None
+        #: It gets the tail's frames as they are.
+        self.plain = translate is None
         self._data_only = data_only
         self._translate = translate
         self._before = before
@@ -184,7 +204,7 @@ class Reader:
     @property
     def events_taken(self) -> int:
         """How many events have been read."""
-        return self.after - self._began - self._skipped
+        return self.after - self._uncounted
 
     def ready(self) -> bytes | None:
         """What can be had without waiting; b"" is nothing yet, `None` that the log has to be read."""
@@ -246,7 +266,7 @@ class Reader:
         before, self._before = self._before, b""
         if gap is not None:
             self.tail.gaps[gap.reason] += 1
-            self._skipped += (last if gap.to is None else gap.to) - self.after
+            self._uncounted += (last if gap.to is None else gap.to) - self.after
             before += gap_frame(gap, data_only=self._data_only)
             self.finished = gap.reason == "expired"
         self.after = last
@@ -316,6 +336,7 @@ class Tails:
         tail = self._tails.get(stream)
         if tail is None or tail.ended == "deleted" or tail.last_words:
             tail = self._tails[stream] = Tail(self.log, stream, self.gaps)
+            tail.leave = partial(self.leave, tail)
         tail.guests += 1
         return tail
 
