@@ -107,7 +107,8 @@ def test_a_page_goes_on_by_itself_over_a_drain_and_a_restart(page: Page, tmp_pat
     options, environ = ("--port", str(free_port())), {"SSEAPP_RETRY_MS": "50", "SSEAPP_DRAIN_S": "60"}
     with serve(tmp_path, *options, env=environ) as server:
         with server.client.stream("GET", "/countdown/3600?interval=3600") as holding_the_drain_open:
-            next(holding_the_drain_open.iter_bytes())
+            chunks = holding_the_drain_open.iter_bytes()
+            next(chunks)
             begin(page, server.url, "/chat?prompt=hi")
             page.wait_for_function("window.seen.it.events.length > 2")
             server.process.terminate()

@@ -1,8 +1,8 @@
-"""A log whose appends are measured, and whose runs are counted: any engine, with all that it can do."""
+"""Appends to a log, measured, and runs that end with one, counted: for any engine."""
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 from ssecore.errors import LogError, LogUnavailable
 from ssecore.log import Log
@@ -12,20 +12,10 @@ __all__ = ["measured"]
 
 
 def measured(log: Log, metrics: Metrics) -> Log:
-    """The same log; what is appended through it is in the metrics."""
-    return cast(Log, _Measured(log, metrics))
+    """The log itself; from now on what is appended to it is in the metrics."""
+    append = log.append
 
-
-class _Measured:
-    def __init__(self, log: Log, metrics: Metrics) -> None:
-        self._log = log
-        self._metrics = metrics
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._log, name)
-
-    async def append(
-        self,
+    async def counting(
         stream: str,
         frames: Sequence[bytes],
         *,
@@ -35,12 +25,15 @@ class _Measured:
     ) -> int:
         began = perf_counter()
         try:
-            last = await self._log.append(stream, frames, epoch=epoch, close=close, meta=meta)
+            last = await append(stream, frames, epoch=epoch, close=close, meta=meta)
         except (LogUnavailable, LogError):
-            self._metrics.log_failures.inc()
+            metrics.log_failures.inc()
             raise
-        self._metrics.appends.observe(perf_counter() - began)
-        self._metrics.appended.inc(len(frames))
+        metrics.appends.observe(perf_counter() - began)
+        metrics.appended.inc(len(frames))
         if close and meta is not None:
-            self._metrics.runs_ended.labels(meta["state"]).inc()
+            metrics.runs_ended.labels(meta["state"]).inc()
         return last
+
+    log.append = counting  # type: ignore[method-assign]
+    return log
