@@ -349,6 +349,7 @@ class SSEApp:
     def _stream(
         self, request: Request, send: Send, source: Source, headers: list[tuple[bytes, bytes]], status: int = 200
     ) -> Stream:
+        request.forget()
         if not self.direct or self._tasks is None:
             return Stream(request, send, source, headers, self._options, status)
         kind = DirectStream if isinstance(source, Reader) else PumpStream
