@@ -349,6 +349,7 @@ class SSEApp:
     def _stream(
         self, request: Request, send: Send, source: Source, headers: list[tuple[bytes, bytes]], status: int = 200
     ) -> Stream:
+        request.forget()
         if not self.direct or self._tasks is None:
             return Stream(request, send, source, headers, self._options, status)
         kind = DirectStream if isinstance(source, Reader) else PumpStream
@@ -435,11 +436,11 @@ class SSEApp:
     def _refusal(self, request: Request, error: Exception) -> Response:
         if not isinstance(error, SSEAppError):
             error = SSEAppError(public_text(error))
+        self.metrics.refused.labels(error.status).inc()
         # What will pass must not kill a browser's `EventSource`.
         if isinstance(error, Unavailable) and request.method == "GET" and request.is_event_source:
             body = b"retry: %d\n" % spread(self._options.retry_ms)
             return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
-        self.metrics.refused.labels(error.status).inc()
         return problem(error)
 
 

@@ -85,6 +85,8 @@ class Guard:
         self._caller = caller
         origins = frozenset(settings.cors_origins or ())
         self._any_origin, self._origins = "*" in origins, origins - {"*"}
+        # With or without an Origin: a cache keeps either.
+        self._vary = [(b"vary", b"Origin")] if self._origins else []
         self._full_at: dict[str, float] = {}
 
     @property
@@ -207,18 +209,17 @@ class Guard:
 
     def cors_headers(self, request: Request) -> list[tuple[bytes, bytes]]:
         """What every answer says to a page of another origin."""
-        headers: list[tuple[bytes, bytes]] = []
-        if self._origins:
-            headers.append((b"vary", b"Origin"))  # with or without an Origin: a cache keeps either
         origin = request.headers.get("origin")
         if origin is not None and origin in self._origins:
-            headers.append((b"access-control-allow-origin", origin.encode("latin-1")))
-            headers.append((b"access-control-allow-credentials", b"true"))
+            allowed = [
+                (b"access-control-allow-origin", origin.encode("latin-1")),
+                (b"access-control-allow-credentials", b"true"),
+            ]
         elif origin is not None and self._any_origin:
-            headers.append((b"access-control-allow-origin", b"*"))
-        if len(headers) > bool(self._origins):
-            headers.append((b"access-control-expose-headers", EXPOSED.encode()))
-        return headers
+            allowed = [(b"access-control-allow-origin", b"*")]
+        else:
+            return self._vary
+        return [*self._vary, *allowed, (b"access-control-expose-headers", EXPOSED.encode())]
 
     def preflight(self, request: Request) -> Response | None:
         """The answer to a browser that asks whether a page may ask; `None`: this is not one."""

@@ -85,7 +85,7 @@ class Metrics:
         )
         self.runs_ended = Counter("sseapp_runs_ended", "Runs that ended, by state", ["state"], registry=registry)
         self.refused = Counter(
-            "sseapp_refused", "Requests answered by a problem, by status", ["status"], registry=registry
+            "sseapp_refused", "Requests refused, softly too, by status", ["status"], registry=registry
         )
         self._ended = Counter(
             "sseapp_streams_ended", "Streams that ended, by route and why", ["route", "reason"], registry=registry

@@ -381,11 +381,9 @@ class Stream:
         "_before_first",
         "_deadline",
         "_headers",
-        "_looked",
         "_options",
         "_pulse",
         "_pulse_at",
-        "_refusal",
         "_request",
         "_scope",
         "_seen",
@@ -421,13 +419,12 @@ class Stream:
         self._options = options
         self._scope: CancelScope | None = None
         self._seen = -1
-        self._since = self._looked = 0.0
+        self._since = 0.0
         # Up to a tenth sooner: what began together (after a restart) doesn't end together.
         life_s = options.max_stream_s and options.max_stream_s * random.uniform(0.9, 1.0)
         self._deadline = current_time() + life_s if life_s else None
         self._pulse: tuple[Callable[[], Event], float] | None = None
         self._pulse_at = 0.0
-        self._refusal: SSEAppError | None = None  # the caller's token has ended
 
     async def run(self, timekeeper: "Timekeeper | None") -> None:
         """Raises the source's own exception if it fails before anything was sent; else nothing of its."""
@@ -520,24 +517,20 @@ class Stream:
         if self._scope is not None:
             self._scope.cancel()
 
-    def tick(self, now: float) -> None:
+    def tick(self, now: float, round_s: float) -> None:
         """The sweep's look at this stream (rule 7): late by one round of the sweep at most."""
         if self.progress != self._seen:
             self._seen, self._since = self.progress, now
         elif self.progress % 2:
-            self.stalled_s += now - self._looked
+            self.stalled_s += round_s
             limit = self._options.send_timeout_s
             if limit is not None and now - self._since >= limit:
                 self.abort("slow")
         elif self.progress and self.source.events and self._options.heartbeat_s is not None:
             if now - self._since >= self._options.heartbeat_s:
                 self._beat()
-        self._looked = now
-        credential = self._request.credential
-        if credential is not None and self._refusal is None:
-            self._refusal = credential.refusal()
-            if self._refusal is not None:
-                self.stop("unauthorized")
+        if self._request._end_reason is None and self._refusal() is not None:
+            self.stop("unauthorized")
         if self._pulse is not None and now >= self._pulse_at:
             event, every_s = self._pulse
             self._pulse_at += every_s
@@ -545,6 +538,11 @@ class Stream:
         if self._deadline is not None and now >= self._deadline:
             self._deadline = None
             self.stop("timeout")
+
+    def _refusal(self) -> SSEAppError | None:
+        """Why the caller's token holds no longer."""
+        credential = self._request.credential
+        return credential.refusal() if credential is not None else None
 
     def _beat(self) -> None:
         """Nothing was sent for `heartbeat_s`: send a heartbeat."""
@@ -604,8 +602,9 @@ class Stream:
             self._count(batch)
         if reason is None:  # now: after the last send a server's `receive` says that the client has left
             self._request._end_reason = "failed" if source.failure else "finished"
-        if source.events and reason == "unauthorized" and self._refusal is not None:
-            batch += b"".join(error_frames(self._refusal, data_only=self._request.data_only))
+        refusal = self._refusal() if reason == "unauthorized" else None
+        if source.events and refusal is not None:
+            batch += b"".join(error_frames(refusal, data_only=self._request.data_only))
         elif source.events:
             batch += source.farewell(reason)
             if reason == "drain" or isinstance(source.failure, Unavailable):
@@ -639,12 +638,13 @@ class Timekeeper:
         self._tick_s = min([1.0, *(limit / 8 for limit in limits if limit is not None)])
 
     async def run(self) -> None:
+        now = current_time()
         while True:
             await anyio.sleep(self._tick_s)
-            now = current_time()
+            last, now = now, current_time()
             for stream in list(self.streams):
                 try:
-                    stream.tick(now)
+                    stream.tick(now, now - last)
                 except Exception:  # its pulse, say: its own trouble, not the next stream's
                     logger.exception("a stream's time could not be kept")
                     stream.abort("failed")

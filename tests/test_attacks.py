@@ -1,5 +1,6 @@
 """What somebody tries who means harm: against real servers, over sockets where the shape of a request matters."""
 
+import csv
 import hmac
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
@@ -139,6 +141,20 @@ def test_what_is_published_comes_as_it_was_and_as_one_event(data: str, private: 
         (event,) = events
         assert (event.event or "message", event.id) == ("message", sent.json()["id"])
         assert json.loads(event.data) == json.loads(data)
+
+
+def test_what_is_imported_forges_nothing_when_it_is_read(private: Server) -> None:
+    file = StringIO()
+    forged = FORGED.replace("\x00", "")
+    csv.writer(file).writerows([["title", "description"], ["a", forged], [forged, "b"]])
+    headers = {"content-type": "text/csv"}
+    told = private.client.post("/tasks/import", content=file.getvalue().encode(), headers=headers)
+    read = private.client.get("/tasks/stream")
+    assert told.status_code == read.status_code == 200
+    for event in [*Decoder().feed(told.content), *Decoder().feed(read.content)]:
+        assert event.event != "forged" and event.id != "forged" and event.retry != 1
+    assert "event: forged" in read.text, "it is there, as data"
+    assert not re.search("^event: forged", read.text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("cursor", ["x\nid: 1", "end\n", "A" * 22 + ".1\r\n", "A" * 22 + ".1e3", "../../1", "A" * 22])

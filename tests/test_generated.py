@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 
 from handlers import ROUTES
 from sseapp import Settings, SSEApp, create_app
-from ssecore.routes import Route, Upload
+from ssecore.request import Request
+from ssecore.routes import DELETE, POST, Route, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.testing import connect
+from ssecore.tokens import add_token, session_of
 from tests.serving import wait_until
 
 REQUESTS: Final = int(os.environ.get("SSEAPP_TEST_REQUESTS", "2000"))
@@ -74,14 +76,23 @@ HEADERS: Final[dict[bytes, st.SearchStrategy[str]]] = {
     b"sec-fetch-site": st.sampled_from(["same-origin", "cross-site", "none", "x"]),
     b"access-control-request-method": st.sampled_from(["GET", "POST", "x y", ""]),
     b"access-control-request-headers": TEXTS,
-    b"authorization": TEXTS | st.just("Bearer x.y"),
-    b"cookie": TEXTS | st.just("sseapp_session=x"),
+    b"authorization": TEXTS | st.sampled_from(["Bearer x.y", "Bearer TOKEN"]),
+    b"cookie": TEXTS | st.sampled_from(["sseapp_session=x", "sseapp_session=SESSION"]),
     b"host": st.sampled_from(["localhost", "127.0.0.1:8000", "evil.example", "[::1]", ""]),
     b"x-forwarded-for": st.just("192.0.2.1"),
 }
 
 
+async def unused(request: Request) -> None:
+    """A route here is only a line to make requests of."""
+
+
+#: A guarded service's own.
+SESSION: Final = [POST("/session", unused), DELETE("/session", unused)]
+
+
 class Asked(NamedTuple):
+    guarded: bool  #: of the service that asks for tokens
     method: str
     path: str
     query: bytes
@@ -96,7 +107,7 @@ def quoted(text: str) -> str:
 @st.composite
 def requests(draw: st.DrawFn) -> Asked:
     """Mostly what a route asks for, with something in it that it doesn't."""
-    route: Route = draw(st.sampled_from([*ROUTES, *RUN_ROUTES]))
+    route: Route = draw(st.sampled_from([*ROUTES, *RUN_ROUTES, *SESSION]))
     path = re.sub(r"{\w+:int}", lambda _: draw(st.sampled_from(["0", "1", "2", "9" * 18, "x"])), route.path)
     path = re.sub(r"{\w+(:path)?}", lambda _: draw(TEXTS), path)
     method = draw(st.sampled_from([route.method] * 30 + ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "x"]))
@@ -116,8 +127,11 @@ def requests(draw: st.DrawFn) -> Asked:
     }
     if route.method == "POST" and draw(st.integers(0, 9)):
         given[b"content-type"] = "text/csv" if isinstance(route.body, Upload) else "application/json"
+    guarded = draw(st.booleans())
+    if guarded and draw(st.integers(0, 4)):
+        given[b"authorization"] = "Bearer TOKEN"  # the right one takes these words' place
     headers = [(name, value.encode("utf-8", "surrogatepass")) for name, value in given.items()]
-    return Asked(method, path, query, headers, draw(bodies(route)))
+    return Asked(guarded, method, path, query, headers, draw(bodies(route)))
 
 
 def bodies(route: Route) -> st.SearchStrategy[list[bytes]]:
@@ -130,11 +144,12 @@ def bodies(route: Route) -> st.SearchStrategy[list[bytes]]:
 
 
 class Running:
-    """The service in a loop of its own, in another thread."""
+    """A private service and a guarded one, in a loop of their own, in another thread."""
 
-    def __init__(self, app: SSEApp, portal: BlockingPortal) -> None:
-        self.app = app
+    def __init__(self, private: SSEApp, guarded: SSEApp, token: str, portal: BlockingPortal) -> None:
+        self.apps = (private, guarded)
         self.portal = portal
+        self.words = ((b"TOKEN", token.encode()), (b"SESSION", session_of(token).encode()))
         self.tasks = portal.call(self._tasks)
         self.errors: list[str] = []  #: what would be a 500, or one in the middle of a stream
 
@@ -143,8 +158,11 @@ class Running:
 
     async def _ask(self, asked: Asked) -> int:
         async def shaped(scope: Any, receive: Any, send: Any) -> None:
+            headers = asked.headers
+            for word, secret in self.words:
+                headers = [(name, value.replace(word, secret)) for name, value in headers]
             scope |= {"path": asked.path, "raw_path": quoted(asked.path).encode(), "query_string": asked.query}
-            await self.app({**scope, "headers": asked.headers}, receive, send)
+            await self.apps[asked.guarded]({**scope, "headers": headers}, receive, send)
 
         async with connect(shaped, asked.method, "/", body=asked.body, leave_s=HANGS_S) as exchange:
             with anyio.fail_after(HANGS_S):
@@ -157,19 +175,21 @@ class Running:
     def left_behind(self) -> int:
         """Tasks, streams and places of streams."""
         tasks = self.portal.call(self._tasks) - self.tasks
-        return tasks + len(self.app._streams) + self.app._taken + len(self.app._places)
+        return tasks + sum(len(app._streams) + app._taken + len(app._places) for app in self.apps)
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("data")
-    app = create_app(
-        Settings(data_dir=folder, mock_delay_s=0, linger_s=0.1, cors_origins=("https://listed.example",), max_runs=None)
-    )
+    token = add_token(folder / "tokens", "ann")
+    common: dict[str, Any] = {"mock_delay_s": 0, "linger_s": 0.1, "cors_origins": ("https://listed.example",)}
+    private = create_app(Settings(data_dir=folder / "private", max_runs=None, **common))
+    guarded = create_app(Settings(data_dir=folder / "guarded", tokens_file=folder / "tokens", **common))
     with ExitStack() as stack:
         portal = stack.enter_context(start_blocking_portal("asyncio"))
-        stack.enter_context(portal.wrap_async_context_manager(app.running()))
-        running = Running(app, portal)
+        for app in (private, guarded):
+            stack.enter_context(portal.wrap_async_context_manager(app.running()))
+        running = Running(private, guarded, token, portal)
         errors = logging.Handler(logging.ERROR)
         errors.emit = lambda record: running.errors.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("sseapp").addHandler(errors)

@@ -211,6 +211,7 @@ async def test_a_stream_ends_when_its_token_is_revoked(target: str, direct: bool
             async with listening(app, target, headers=bearer(other)) as ends:
                 await ends.event()
                 revoke_tokens(path, "ben")
+                await caller_of(app, bearer(mine))  # any request looks at the file; `watch` does where none comes
                 with anyio.fail_after(10):
                     *_, last = events = await ends.rest()
             if target == "/data":

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sseapp import GET, POST, ByteStream, Event, NotFound, Request, Response, Run, Settings, SSEApp, Subscription
 from ssecore.testing import connect
 from ssecore.tokens import add_token
-from tests.clients import ask, listening
+from tests.clients import BROWSER, ask, listening
 from tests.serving import serve, wait_until
 
 
@@ -149,7 +149,10 @@ async def test_a_gap_is_counted_by_its_reason(app: SSEApp) -> None:
 async def test_refusals_are_counted_by_their_status(app: SSEApp) -> None:
     for target in ("/nothing", "/two?a=1&a=2", "/nothing"):
         await ask(app, target)
+    await app.drain(0)
+    assert (await ask(app, "/two", headers=BROWSER)).status == 200, "softly"
     assert value(app, "sseapp_refused_total", status="404") == 2
+    assert value(app, "sseapp_refused_total", status="503") == 1
 
 
 async def test_time_with_a_client_that_does_not_read_is_seen() -> None:

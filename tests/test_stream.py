@@ -1666,6 +1666,21 @@ async def test_a_stream_that_lives_too_long_is_told_so(data_only: bool, method: 
     assert answer.body.count(b"data: tick\n\n") == 4
 
 
+async def test_streams_that_began_together_do_not_end_together() -> None:
+    app = app_of(endless, max_stream_s=1000.0, heartbeat_s=1000.0)
+    ends: list[float] = []
+
+    async def read() -> None:
+        async with connect(app) as exchange:
+            ends.append((await rest(exchange)).times[-1])
+
+    async with app.running(), anyio.create_task_group() as tasks:
+        for _ in range(30):
+            tasks.start_soon(read)
+    assert 900 <= min(ends) <= max(ends) <= 1001 + 1e-6
+    assert len(set(ends)) > 10
+
+
 async def test_a_longest_life_within_the_first_second_is_a_whole_answer() -> None:
     async def handler(request: Request) -> AsyncIterator[Event]:
         await anyio.sleep_forever()
