@@ -383,6 +383,8 @@ def create_app(settings: Settings | None = None) -> SSEApp:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `sseapp`. Returns the exit code."""
+    from ssecore import listen as listening
+
     parser = argparse.ArgumentParser(prog="sseapp", description="Streams over Server-Sent Events.")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser(
@@ -398,7 +400,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("log", "engine of the event log: sqlite or memory"),
     ):
         serve.add_argument(f"--{option}", help=meaning)
-    options = vars(parser.parse_args(arguments))
+    listening.configure(commands.add_parser("listen", help="read a stream, from here or anywhere"))
+    arguments_given = parser.parse_args(arguments)
+    if arguments_given.command == "listen":
+        return listening.listen(arguments_given)
+    options = vars(arguments_given)
     options.pop("command")
     try:
         from ssecore.server import serve as run

@@ -156,6 +156,7 @@ class Decoder:
     """
 
     __slots__ = (
+        "_bare_retry",
         "_data",
         "_data_bytes",
         "_event",
@@ -190,6 +191,7 @@ class Decoder:
         self._started = False
         self._skip_lf = False
         self._too_large = False
+        self._bare_retry = False  # since the last event a block held a `retry:` and no data
         self._tail: list[bytes] = []  # pieces of the line that is not complete yet
         self._tail_bytes = 0
         self._clear()
@@ -199,6 +201,16 @@ class Decoder:
         self._event = b""
         self._retry: int | None = None
         self._data_bytes = 0
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a line, or an event with data, has begun that isn't complete: at a stream's end it is lost."""
+        return bool(self._tail or self._data)
+
+    @property
+    def farewell(self) -> bool:
+        """Whether a `retry:` came after the last event: at the end of an answer it says "come back"."""
+        return (self._bare_retry or self._retry is not None) and not self.unfinished
 
     def feed(self, chunk: bytes) -> list[Event]:
         if self._too_large:
@@ -258,6 +270,9 @@ class Decoder:
                     data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
                     name = self._event.decode("utf-8", "replace") if self._event else None
                     events.append(Event(data.decode("utf-8", "replace"), name, self._id or None, self._retry))
+                    self._bare_retry = False
+                elif self._retry is not None:
+                    self._bare_retry = True
                 self._clear()
                 continue
             if self._over(len(line)):
