@@ -35,7 +35,7 @@ import ssl
 import stat
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -355,9 +355,8 @@ class Source:
     async def _receive(self, response: httpx.Response, resumed_from: str) -> str | None:
         """Hand over the events of an answer. `None` at its proper end, else what broke it."""
         self._decoder.reset()
-        chunks = response.aiter_raw()
         try:
-            async with aclosing(chunks):  # type: ignore[type-var]
+            async with _chunks(response) as chunks:
                 while True:
                     with anyio.fail_after(self._idle_timeout_s):
                         chunk = await anext(chunks, None)
@@ -686,11 +685,28 @@ def _append(file: int, content: bytes) -> None:
 # What a server says
 
 
+@asynccontextmanager
+async def _chunks(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The body's bytes.
+
+    httpx nests generators, and `aclose` of the outermost leaves the others to the collector (which trio complains of).
+    A cancellation ends them from the innermost on: what is in a buffer comes, and the first wait for more ends all.
+    """
+    chunks = response.aiter_raw()
+    try:
+        yield chunks
+    finally:
+        with anyio.CancelScope() as scope, suppress(httpx.TransportError):
+            scope.cancel()
+            while await anext(chunks, None) is not None:
+                pass
+
+
 async def _problem(response: httpx.Response) -> Mapping[str, Any]:
     """What a refusal says of itself; without a problem, a plain text's first line as `detail`."""
     body = b""
     with suppress(httpx.TransportError), anyio.move_on_after(PROBLEM_TIMEOUT_S):
-        async with aclosing(response.aiter_raw()) as chunks:  # type: ignore[type-var]
+        async with _chunks(response) as chunks:
             async for chunk in chunks:
                 body += chunk[: MAX_PROBLEM_BYTES - len(body)]
                 if len(body) == MAX_PROBLEM_BYTES:
