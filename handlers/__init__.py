@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from handlers import agent, basics, chat, files, jobs, notifications, ops, tasks
+from handlers import agent, basics, chat, files, jobs, notifications, ops, page, tasks
 from handlers.chat import Model, open_model
 from handlers.files import open_folder
 from handlers.tasks import Tasks, open_tasks
@@ -23,6 +23,7 @@ ROUTES: list[Route] = [
     *notifications.ROUTES,
     *files.ROUTES,
     *ops.ROUTES,
+    *page.ROUTES,
 ]
 
 

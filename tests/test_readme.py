@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from playwright.sync_api import sync_playwright
 
-from tests.needs import find, needs
+from tests.chromium import launched
+from tests.needs import needs
 from tests.serving import Server, serve
 
 README: Final = (Path(__file__).parent.parent / "README.md").read_text()
@@ -63,9 +63,7 @@ def test_a_line_with_curl_does_what_it_says(line: str, server: Server, folder: P
 @needs("chromium")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_does_what_it_says_and_ends(script: str, server: Server) -> None:
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-        browser = playwright.chromium.launch(executable_path=find("chromium"), headless=True, args=arguments)
+    with launched() as browser:
         page = browser.new_page()
         failures: list[str] = []
         page.on("pageerror", lambda error: failures.append(str(error)))
@@ -75,7 +73,6 @@ def test_a_script_does_what_it_says_and_ends(script: str, server: Server) -> Non
         page.wait_for_function("window.source.readyState === EventSource.CLOSED")
         assert page.evaluate("window.output.textContent") == "This is a mock response to: hi"
         assert not failures
-        browser.close()
 
 
 def test_there_is_something_to_type() -> None:
