@@ -264,7 +264,7 @@ class Decoder:
         return events
 
     def _plain(self, blocks: bytes) -> list[Event]:
-        """Hot path: whole blocks, a fifth of what `_interpret` takes. Nothing, where one of them is out of the ordinary.
+        """Hot path: whole blocks, in a fifth of the time of `_interpret`. Nothing where one is out of the ordinary.
 
         The lists are cut out of one: between two blocks, id, event, data, and so on.
         """

@@ -4,9 +4,9 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from sse_starlette import EventSourceResponse  # type: ignore[import-not-found]
-from starlette.applications import Starlette  # type: ignore[import-not-found]
-from starlette.routing import Route  # type: ignore[import-not-found]
+from sse_starlette import EventSourceResponse
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 
 async def counter(count: int) -> AsyncIterator[dict[str, str]]:
