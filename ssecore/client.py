@@ -427,6 +427,8 @@ class Source:
                 return await self._client.send(request, stream=True, follow_redirects=False)
         except httpx.UnsupportedProtocol as error:
             raise SourceError("the address must begin with http:// or https://") from error
+        except httpx.LocalProtocolError as error:
+            raise SourceError("the request can't be sent: a header holds what none may hold") from error  # say no token
         except (TimeoutError, httpx.TransportError) as error:
             causes = list(_causes(error))
             if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):

@@ -20,6 +20,8 @@ missing() { # the Debian packages whose program or file (the same as in tests/ne
     present nginx || echo nginx-light
     present /usr/lib/nginx/modules/ngx_nchan_module.so || echo libnginx-mod-nchan
     present chromium chromium-browser || echo chromium
+    present node || echo nodejs
+    present npm || echo npm
     present mount || echo mount
 }
 
