@@ -1,0 +1,31 @@
+"""pytest's way to the kit of `ssecore.testing`: `pytest_plugins = ["ssecore.fixtures"]` in a conftest.py.
+
+Asynchronous fixtures and tests run under the plugin that anyio brings along: mark the tests with `@pytest.mark.anyio`,
+or set `anyio_mode = "auto"`.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from ssecore.testing import App, Exchange, connect
+
+__all__ = ["OpenStream", "open_stream"]
+
+OpenStream = Callable[..., Awaitable[Exchange]]
+
+
+@pytest.fixture
+async def open_stream(anyio_backend: Any) -> AsyncIterator[OpenStream]:
+    """Opens requests as `ssecore.testing.connect` does, with its arguments; all are left at the test's end.
+
+    stream = await open_stream(app, "GET", "/countdown/3")
+    """
+    async with AsyncExitStack() as stack:
+
+        async def open_one(app: App, method: str = "GET", target: str = "/", **options: Any) -> Exchange:
+            return await stack.enter_async_context(connect(app, method, target, **options))
+
+        yield open_one
