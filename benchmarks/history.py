@@ -1,7 +1,7 @@
 """The history checker: does every reader hear every event once, in order, whatever happens to its connection?
 
-`play` runs a scenario: a real server with runs and topics on an SQLite log, publishers, and many readers that behave as
-a browser's `EventSource` does. Each is cut at random bytes and comes back with its last id; the server itself may be
+`play` runs a scenario: a real server with runs and topics on an SQLite or Redis log, publishers, and many readers that
+behave as a browser's `EventSource` does. Each is cut at random bytes and comes back with its last id; the server may be
 stopped now and then, by SIGKILL or SIGTERM, and started again on the same file. `violations` then looks at what was
 heard, and at nothing else: it knows what a run has to say, and what publishers were told.
 
@@ -69,6 +69,8 @@ SCENARIOS: Final[dict[str, signal.Signals | None]] = {"cut": None, "killed": sig
 RETENTION_EVENTS: Final = 120
 #: How much faster than a browser a reader comes back.
 HASTE: Final = 20
+#: How long a killed server's runs stay open, where the log is shared.
+LEASE_S: Final = 1.0
 #: From the end of the cuts to the end of the last reader.
 LIMIT_S: Final = 60.0
 #: The last thing that is published to each topic.
@@ -361,9 +363,11 @@ async def _publish(request: Request, name: str) -> Response:
     return JSON({"id": str(cursor)}, status=202)
 
 
-def _serve(folder: str, port: str) -> int:
+def _serve(folder: str, port: str, log: str) -> int:
     settings = Settings(
         port=int(port),
+        log=log,
+        lease_s=LEASE_S,
         data_dir=Path(folder),
         heartbeat_s=0.3,
         drain_s=1.0,
@@ -379,13 +383,13 @@ def _serve(folder: str, port: str) -> int:
 class _Server:
     """The server as a process that is stopped and started again on the same port and file."""
 
-    def __init__(self, folder: str, history: History) -> None:
+    def __init__(self, folder: str, history: History, log: str) -> None:
         self.port = _free_port()
-        self._folder, self._history = folder, history
+        self._folder, self._history, self._log = folder, history, log
         self._output = Path(folder, "output")
 
     async def start(self) -> None:
-        command = [sys.executable, "-m", "benchmarks.history", self._folder, str(self.port)]
+        command = [sys.executable, "-m", "benchmarks.history", self._folder, str(self.port), self._log]
         with self._output.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
                 *command, cwd=ROOT, stdout=output, stderr=output, preexec_fn=pin_server
@@ -662,19 +666,19 @@ class _Scenario:
             publication.id = json.loads(answer.body).get("id")
 
 
-def play(seed: int, seconds: float, stopped_by: signal.Signals | None = None) -> History:
-    """A scenario of so many seconds, and until all readers have come to the end."""
+def play(seed: int, seconds: float, stopped_by: signal.Signals | None = None, log: str = "sqlite") -> History:
+    """A scenario of so many seconds, and until all readers have come to the end. `log` is as the setting."""
     history = History(stopped_by=stopped_by)
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(_Scenario(seed, seconds, history, _Server(folder, history)).play())
+        asyncio.run(_Scenario(seed, seconds, history, _Server(folder, history, log)).play())
     return history
 
 
-def run(seconds: int = 60, seed: int = 1) -> Report:
+def run(seconds: int = 60, seed: int = 1, log: str = "sqlite") -> Report:
     """histories of many readers that are cut, of a server that is killed, and of one that is drained"""
-    report = Report("history", {"seconds": seconds, "seed": seed})
+    report = Report("history", {"seconds": seconds, "seed": seed, "log": log.partition(":")[0]})
     for name, stopped_by in SCENARIOS.items():
-        history = play(seed, seconds, stopped_by)
+        history = play(seed, seconds, stopped_by, log)
         found = violations(history)
         for violation in found[:20]:
             print(f"seed {seed}, {name}: {violation}", file=sys.stderr)

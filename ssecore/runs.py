@@ -11,14 +11,18 @@ known reads the run that was started with it.
 3.  A worker stands in `Runs._workers` before its stream is created: of two requests with one key, the second finds it.
 4.  The handler's request is a copy, without a connection: what ends a reader says nothing about the run.
 5.  What a crash left behind is closed at the next start: with `interrupted`, or, if its last event is a terminal one,
-    as completed.
+    as completed. Where processes share the log, by whichever of them sees it first.
 6.  Somebody else's run looks like one that isn't there.
+7.  Where processes share the log, each of them answers for every run. One process works on a run; what the others are
+    asked for they hand on to it (`cancel`), and who reads it with them is a mark in the log that they renew.
 """
 
 import copy
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
@@ -243,8 +247,7 @@ class Worker:
 
     async def _linger(self) -> None:
         """Cancel it when nobody has read it for its linger time; that begins with the first reader's end."""
-        linger_s = self._route.run.linger_s if self._route.run else None
-        limit = self._runs.settings.linger_s if linger_s == "setting" else linger_s
+        limit = self._runs.linger_s(self._route)
         if limit is None:
             return
         while True:
@@ -255,8 +258,10 @@ class Worker:
                 with anyio.move_on_after(limit):
                     await self._read.wait()
                     continue
-                self.cancel("linger")
-                return
+                with suppress(LogUnavailable):  # nobody is cancelled because it can't be asked who reads
+                    if not await self._runs.log.touched(self.id):
+                        self.cancel("linger")
+                        return
 
 
 async def _no_connection() -> Any:
@@ -282,19 +287,41 @@ class Runs:
         self._workers: dict[str, Worker] = {}
         self._metas: dict[str, dict[str, Any]] = {}
         self._idle = anyio.Event()
+        #: Readers here of lingering runs that another process works on.
+        self._elsewhere: Counter[str] = Counter()
+        log.on_call = self._called
+
+    def linger_s(self, route: Route) -> float | None:
+        """How long a run of the route goes on unread; `None`: to its end."""
+        linger_s = route.run.linger_s if route.run else None
+        return self.settings.linger_s if linger_s == "setting" else linger_s
+
+    async def keep_watch(self) -> None:
+        """Where processes share the log: end what others leave behind, and tell them that their runs are read here."""
+        while True:
+            await anyio.sleep(self.settings.lease_s / 3)
+            with suppress(LogUnavailable):
+                await self.recover()
+                for run in list(self._elsewhere):
+                    await self.log.touch(run, max(self.settings.linger_s, self.settings.lease_s))
 
     async def recover(self) -> None:
         """Close what a crash left behind (rule 5)."""
         for stat in await self.log.unfinished():
-            data_only = bool(stat.meta["data_only"])
-            state: State = "completed"
-            frames: list[bytes] = []
-            if not await self._has_ended(stat, data_only):
-                state, frames = "interrupted", error_frames(Interrupted("the service was stopped"), data_only=data_only)
-            epoch = new_epoch()
-            await self.log.open(stat.stream, epoch)
-            await self.log.append(stat.stream, frames, epoch=epoch, close=True, meta=stat.meta | {"state": state})
-            logger.warning("run %s was left behind and is now %s", stat.stream, state)
+            # Another process may be as quick; a run may be deleted.
+            with suppress(WriterFenced, NotFound):
+                await self._close_left_behind(stat)
+
+    async def _close_left_behind(self, stat: Stat) -> None:
+        data_only = bool(stat.meta["data_only"])
+        state: State = "completed"
+        frames: list[bytes] = []
+        if not await self._has_ended(stat, data_only):
+            state, frames = "interrupted", error_frames(Interrupted("the service was stopped"), data_only=data_only)
+        epoch = new_epoch()
+        await self.log.open(stat.stream, epoch)
+        await self.log.append(stat.stream, frames, epoch=epoch, close=True, meta=stat.meta | {"state": state})
+        logger.warning("run %s was left behind and is now %s", stat.stream, state)
 
     async def _has_ended(self, stat: Stat, data_only: bool) -> bool:
         rows = await self.log.read(stat.stream, stat.last - 1, 1) if stat.last else []
@@ -302,6 +329,16 @@ class Runs:
         if not events:
             return False
         return events[-1].data == "[DONE]" if data_only else events[-1].event in _TERMINAL
+
+    def _called(self, run: str, word: str) -> None:
+        """Another process hands on what it was asked for."""
+        if (worker := self._workers.get(run)) is None:
+            return
+        if word == "cancel":
+            worker.cancel("asked")
+        elif word == "read":  # its linger time begins; whoever reads it there renews it by `touch`
+            worker.attach()
+            worker.detach()
 
     async def drain(self, grace_s: float) -> None:
         """Give runs `grace_s` to finish, then close them as interrupted."""
@@ -375,6 +412,7 @@ class Runs:
             "state": "running",
             "route": f"{route.method} {route.path}",
             "data_only": route.data_only,
+            "linger_s": self.linger_s(route),
             "target": printed.target,
             "request": printed.whole,
         }
@@ -470,16 +508,34 @@ class Runs:
         finally:
             self.tails.leave(tail)
         worker = self._workers.get(run)
+        elsewhere = worker is None and self.log.shared and not stat.closed and stat.meta["linger_s"] is not None
         if worker is not None:
             worker.attach()
+        elif elsewhere:
+            self._elsewhere[run] += 1
 
         def closed() -> None:
             self.tails.leave(tail)
             if worker is not None:
                 worker.detach()
+            elif elsewhere:
+                self._elsewhere -= Counter([run])  # without those that are at zero
 
         reader.on_close = closed
+        if elsewhere:
+            try:
+                await self._interested(stat)
+                await self.log.call(run, "read")
+            except BaseException:
+                reader.close()
+                raise
         return Attached(reader, {"run-id": run})
+
+    async def _interested(self, stat: Stat) -> None:
+        """Tell the process that works on the run, if another one does."""
+        linger_s = stat.meta["linger_s"]
+        if self.log.shared and not stat.closed and linger_s is not None:
+            await self.log.touch(stat.stream, max(linger_s, self.settings.lease_s))
 
     async def view(
         self, request: Request, run: str, *, only: str | None = None, translate: Translate | None = None
@@ -516,6 +572,8 @@ class Runs:
         stat = await self._owned(request, run)
         if (worker := self._workers.get(run)) is not None:
             worker.touch()
+        else:
+            await self._interested(stat)
         return _state(stat)
 
     async def mine(self, request: Request) -> list[Mapping[str, Any]]:
@@ -530,6 +588,9 @@ class Runs:
         worker = self._workers.get(run)
         if worker is not None and not stat.closed:
             worker.cancel("asked")
+            return 202
+        if self.log.shared and not stat.closed:
+            await self.log.call(run, "cancel")
             return 202
         await self.log.delete(run)
         return 204

@@ -39,7 +39,12 @@ class Settings:
     host: str = _setting("127.0.0.1", "address to listen on")
     port: Annotated[int, Meta(ge=0, le=65535)] = _setting(8000, "port to listen on; 0 takes a free one")
     data_dir: Path = _setting(Path("var"), "folder of the event log, the tasks database and the files")
-    log: Literal["memory", "sqlite"] = _setting("sqlite", "the event log's engine: sqlite or memory")
+    log: Annotated[str, Meta(pattern="^(memory|sqlite|(redis|rediss|unix)://.+)$")] = _setting(
+        "sqlite", "the event log: sqlite, memory, or a Redis URL (redis://, rediss://, unix://)", secret=True
+    )
+    lease_s: Annotated[float, Meta(ge=1, le=3600)] = _setting(
+        10.0, "how long a replica may be silent before its runs are closed (Redis)"
+    )
     auth: Literal["off"] | None = _setting(
         None, "'off' says aloud that everybody may use the service; without it only loopback addresses are served"
     )
@@ -118,6 +123,8 @@ def _parse(name: str, text: str, hint: Any) -> Any:
     try:
         return msgspec.convert(text, hint, strict=False)
     except msgspec.ValidationError as error:
+        if name in ("--log", f"{_PREFIX}LOG"):  # not as it is: there may be a password in it
+            raise SettingsError(f"{name}: expected sqlite, memory, or a Redis URL", field=name) from None
         choices = [choice for literal in (hint, *get_args(hint)) for choice in _choices(literal)]
         said = f"expected {' or '.join(choices)}" if choices else str(error).replace("`", "").replace(" | null", "")
         raise SettingsError(f"{name}={text!r}: {said}{', or none' if optional else ''}", field=name) from None

@@ -1,7 +1,8 @@
 """Topics: streams in the log that anybody may write to and many read, for as long as they like.
 
 Publishing appends; every event that an append brings is framed once for all readers of this process (`log.tail`). Each
-process opens an epoch of its own on a topic before it first writes there or lets somebody read.
+process opens an epoch of its own on a topic before it first writes there or lets somebody read; where processes share
+the log, they share the epoch too.
 
 A fresh subscription begins with `init`, whose id is the top that it reads from: a cut before the first event loses
 nothing. A resumed one has no `init`; what it can't be given is announced by a `gap` first. Where its cursor means
@@ -86,7 +87,7 @@ class Topics:
             reader = Reader(tail, after, data_only=request.data_only, before=before)
         finally:
             self._tails.leave(tail)
-        reader.on_close = lambda: self._tails.leave(tail)
+        reader.on_close = tail.leave
         return Attached(reader, {})
 
     def _check_room(self, topic: str) -> None:
@@ -116,8 +117,10 @@ class Topics:
             done = self._opening[stream] = anyio.Event()
             try:
                 epoch = new_epoch()
-                _, created = await self._log.create(stream, epoch=epoch, kind="topic", retention=self._retention)
-                if not created:
+                stat, created = await self._log.create(stream, epoch=epoch, kind="topic", retention=self._retention)
+                if not created and self._log.shared:
+                    epoch = stat.epochs[-1][0]
+                elif not created:
                     await self._log.open(stream, epoch, retention=self._retention)
                 self._epochs[stream] = epoch
             finally:

@@ -242,7 +242,7 @@ class House:
 
 @asynccontextmanager
 async def house(way: Way, folder: Path, **values: Any) -> AsyncIterator[House]:
-    app = SSEApp(ROUTES, Settings(log=way.engine, data_dir=folder, **values))  # type: ignore[arg-type]
+    app = SSEApp(ROUTES, Settings(log=way.engine, data_dir=folder, **values))
     app.direct = way.direct
     if way.direct:  # as under a server: where no task runs, nothing says which library does
         sniffio.current_async_library_cvar.set(None)
@@ -850,7 +850,7 @@ async def test_an_idle_reader_has_no_task_but_its_connections_own(way: Way, tmp_
         await service.publish_each(3)
         await clients[-1].reached(6)
         await settle()
-        carried = {"DirectStream._carry": 5} if way.direct else {}
+        carried = {"_Stepped._carry": 5} if way.direct else {}
         assert tasks_at_work() - before == a_reader | carried
 
         for client in clients[:5]:

