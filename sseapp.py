@@ -20,7 +20,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ssecore.direct import DirectStream, PumpStream
-from ssecore.errors import ClientGone, NotFound, SettingsError, SSEAppError, Unavailable
+from ssecore.errors import ClientGone, NotFound, NotRunning, SettingsError, SSEAppError, Unavailable
 from ssecore.log import Log
 from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
@@ -156,6 +156,14 @@ class SSEApp:
                 yield
         finally:
             self._running = False
+
+    @property
+    def topics(self) -> Topics:
+        """For a host's own routes: `await app.topics.publish("news", Event(…))`. Raises `NotRunning`."""
+        if self._services is None:
+            raise NotRunning()
+        topics: Topics = self._services.topics
+        return topics
 
     @asynccontextmanager
     async def _opened(self) -> AsyncIterator[None]:

@@ -21,6 +21,7 @@ __all__ = [
     "LogUnavailable",
     "MethodNotAllowed",
     "NotFound",
+    "NotRunning",
     "SSEAppError",
     "SettingsError",
     "TooLarge",
@@ -61,6 +62,18 @@ class SSEAppError(Exception):
     @property
     def detail(self) -> str:
         return str(self.args[0])
+
+
+class NotRunning(SSEAppError):
+    """A run or a topic before the app has started; raised by `Request.runs`, and wherever else they are asked for."""
+
+    code = "not_running"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the app isn't running, so it has no runs and no topics: serve it with its lifespan, or, where it is "
+            "mounted in another program, enter `async with app.running():` in that program's own"
+        )
 
 
 class BadRequest(SSEAppError):
