@@ -2,10 +2,11 @@
 
 `GET /durable` is /stream as a run. `GET /padded` is /stream with bigger events, `GET /ticks` an event with its time
 each `interval` seconds. `POST /written/{name}` publishes to the topic /topics/{name} without a request an
-event. `--by-task` has a task for each reader, as under any other server.
+event. `GET /alive` tells how many tasks there are. `--by-task` has a task for each reader, as under any other server.
 """
 
 import argparse
+import asyncio
 import sys
 from collections.abc import AsyncIterator
 
@@ -63,6 +64,10 @@ async def write(request: Request, name: str) -> Response:
     return JSON({"id": str(cursor)})
 
 
+async def alive(request: Request) -> Response:
+    return JSON({"tasks": len(asyncio.all_tasks())})
+
+
 class ByTask(SSEApp):
     """Whose runner can't tell it that direct delivery is possible."""
 
@@ -84,6 +89,7 @@ def main() -> int:
     settings = Settings.from_env(port="0", data_dir=options.data_dir, log=options.log)
     routes = [
         *ROUTES,
+        GET("/alive", alive),
         GET("/durable", counter, query=Counted, run=Run()),
         GET("/padded", padded, query=Padded),
         GET("/ticks", ticks, query=Ticking),

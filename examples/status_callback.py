@@ -35,7 +35,7 @@ class Question(msgspec.Struct):
 
 async def ask(request: Request) -> AsyncIterator[Event]:
     to_us, events = anyio.create_memory_object_stream[Event](LIMIT)
-    left_out = 0
+    left_out, none = 0, tuple[Event, ...]()  # the agent says all by the callback
 
     def on_status(text: str) -> None:
         nonlocal left_out
@@ -48,7 +48,7 @@ async def ask(request: Request) -> AsyncIterator[Event]:
         with to_us:
             answer = await Agent().answer(request.query.question, on_status)
             await to_us.send(Event({"answer": answer, "left_out": left_out}, "result"))
-        for event in ():  # a source like the other, which says all by the callback
+        for event in none:
             yield event
 
     async with merge(work(), events) as items:

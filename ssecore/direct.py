@@ -95,6 +95,7 @@ class _Audience:
     def _deliver(self, streams: list["DirectStream"]) -> None:
         """Hot path: for a reader that is up to date and whose client reads, some comparisons and one write."""
         idle, chunk, after, last = self.idle, *self._next(streams)
+        size = len(self._batch)
         for stream in streams:
             if stream not in idle:
                 continue
@@ -109,6 +110,7 @@ class _Audience:
                     connection.transport.write(chunk)
                     source.after = last
                     stream.progress += 2
+                    stream.sent_bytes += size
                 else:
                     stream.step()
             except Exception as error:  # rule 3
@@ -295,7 +297,7 @@ class DirectStream(_Stepped):
 
     def _be_idle(self) -> None:
         self._audience.idle[self] = None
-        if self.connection is None and self.source.plain:
+        if self.connection is None and self.source.plain and not self._before_first:  # what is first is told
             self.connection = connection_of(self._send_message)
 
     def _be_busy(self) -> None:

@@ -158,7 +158,7 @@ async def test_a_post_starts_one_run_and_goes_on_at_its_events(prefix: str, anyi
             return response
 
     async with app.running(), httpx.AsyncClient(transport=Cutting(app, root_path=prefix)) as http:
-        events = await collect(f"http://test{prefix}/work", json={}, client=http)
+        events = await collect(f"http://localhost{prefix}/work", json={}, client=http)
     assert [event.data for event in events] == [*map(str, range(20)), ""]
     assert started == 1
     run = str(events[0].id).partition(".")[0]
@@ -266,12 +266,12 @@ async def test_a_gap_is_raised_or_handed_over_as_the_caller_chooses(anyio_backen
         await topics.publish("t", *(Event(str(number)) for number in (2, 3, 4, 5)))
         for path in ("/t", "/d"):
             begin: dict[str, Any] = {"client": http, "last_event_id": str(first)}
-            async with connect(f"http://test{path}", **begin) as source:
+            async with connect(f"http://localhost{path}", **begin) as source:
                 with pytest.raises(GapError, match="trimmed") as raised:
                     await anext(source)
                 assert json.loads(raised.value.event.data)["to"] == 3
                 assert [(await anext(source)).data, (await anext(source)).data] == ["4", "5"]
-            async with connect(f"http://test{path}", gaps="yield", **begin) as source:
+            async with connect(f"http://localhost{path}", gaps="yield", **begin) as source:
                 assert is_gap(await anext(source))
                 assert (await anext(source)).data == "4"
 
@@ -425,7 +425,7 @@ class Scripted:
     async def read(self, **options: Any) -> list[Event]:
         async with (
             httpx.AsyncClient(transport=Transport(self)) as http,
-            connect("http://test", client=http, **options) as s,
+            connect("http://localhost", client=http, **options) as s,
         ):
             return [event async for event in s]
 

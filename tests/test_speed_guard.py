@@ -27,7 +27,7 @@ from tests.protocol import Wire, connected
 
 EVENTS: Final = 1000
 READERS: Final = 100
-REQUEST: Final = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+REQUEST: Final = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 #: What uvicorn, asyncio and this test's own waiting take around a stream, whatever its length.
 AROUND: Final = 40
 

@@ -134,7 +134,7 @@ async def test_a_client_whose_window_is_shut_holds_the_app_back(
 
 @VIRTUAL
 async def test_httpx_streams_and_a_cut_is_a_cut(host: Host, anyio_backend: Any) -> None:
-    async with httpx.AsyncClient(transport=Transport(host.app, cuts=[20]), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=Transport(host.app, cuts=[20]), base_url="http://localhost") as client:
         async with client.stream("GET", "/count") as response:
             with pytest.raises(httpx.ReadError, match="cut"):
                 await assert_stream(response, ("count", {"n": 1}))
@@ -145,13 +145,13 @@ async def test_httpx_streams_and_a_cut_is_a_cut(host: Host, anyio_backend: Any) 
 @VIRTUAL
 async def test_a_client_that_resumes_is_tried_with_scripted_cuts(anyio_backend: Any) -> None:
     transport = Transport(Host("starlette").app, cuts=[100, 150, 120])
-    async with httpx.AsyncClient(transport=transport) as client, follow("http://test/count", client=client) as source:
+    async with httpx.AsyncClient(transport=transport) as client, follow("http://localhost/count", client=client) as source:
         assert [(await anext(source)).id for _ in range(9)] == [str(number) for number in range(1, 10)]
 
 
 async def test_a_lifespan_runs_around_the_requests_and_gives_them_its_state(host: Host) -> None:
     async with lifespan(host.app) as state:
-        async with httpx.AsyncClient(transport=Transport(host.app, state=state), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=Transport(host.app, state=state), base_url="http://localhost") as client:
             assert (await client.get("/state")).json() == {"greeting": "hello"}
         assert host.closed == 0
     assert host.closed == 100
