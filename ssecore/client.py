@@ -165,6 +165,8 @@ class Source:
 
     Nothing is asked for before the first event is. A wait for an event may be cancelled and done again: nothing is
     lost. Raises `SourceError`; after a `GapError` the iteration can go on.
+
+    A handler may yield inside of its block, although a task group is: no failure of the reader's ever cancels it.
     """
 
     def __init__(

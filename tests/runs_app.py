@@ -33,7 +33,7 @@ async def talk(request: Request) -> AsyncIterator[Event]:
     for number in range(1, 31):
         yield Event(f"{number}: é 😀\u2028\x85 {{}}\nsecond line\n", "item" if number % 2 else None)
         if number == 20:
-            await anyio.sleep(0.3)
+            await anyio.sleep(0.6)
     yield Event("", "complete")
 
 

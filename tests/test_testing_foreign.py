@@ -145,7 +145,10 @@ async def test_httpx_streams_and_a_cut_is_a_cut(host: Host, anyio_backend: Any) 
 @VIRTUAL
 async def test_a_client_that_resumes_is_tried_with_scripted_cuts(anyio_backend: Any) -> None:
     transport = Transport(Host("starlette").app, cuts=[100, 150, 120])
-    async with httpx.AsyncClient(transport=transport) as client, follow("http://localhost/count", client=client) as source:
+    async with (
+        httpx.AsyncClient(transport=transport) as client,
+        follow("http://localhost/count", client=client) as source,
+    ):
         assert [(await anext(source)).id for _ in range(9)] == [str(number) for number in range(1, 10)]
 
 
