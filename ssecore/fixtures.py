@@ -4,28 +4,23 @@ Asynchronous fixtures and tests run under the plugin that anyio brings along: ma
 or set `anyio_mode = "auto"`.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
-from ssecore.testing import App, Exchange, connect
+from ssecore.testing import Exchange, opening
 
 __all__ = ["OpenStream", "open_stream"]
 
-OpenStream = Callable[..., Awaitable[Exchange]]
+OpenStream = Callable[..., Exchange]
 
 
 @pytest.fixture
 async def open_stream(anyio_backend: Any) -> AsyncIterator[OpenStream]:
     """Opens requests as `ssecore.testing.connect` does, with its arguments; all are left at the test's end.
 
-    stream = await open_stream(app, "GET", "/countdown/3")
+    stream = open_stream(app, "GET", "/countdown/3")
     """
-    async with AsyncExitStack() as stack:
-
-        async def open_one(app: App, method: str = "GET", target: str = "/", **options: Any) -> Exchange:
-            return await stack.enter_async_context(connect(app, method, target, **options))
-
+    async with opening() as open_one:
         yield open_one

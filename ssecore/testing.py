@@ -42,7 +42,7 @@ from anyio.abc import TaskGroup
 
 from ssecore.wire import CONTENT_TYPE, Decoder, Event
 
-__all__ = ["Exchange", "Transport", "VirtualClockLoop", "assert_stream", "connect", "lifespan"]
+__all__ = ["Exchange", "Transport", "VirtualClockLoop", "assert_stream", "connect", "lifespan", "opening"]
 
 App = Callable[
     [MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]
@@ -186,6 +186,45 @@ def _scope(
 
 
 @asynccontextmanager
+async def opening(*, leave_s: float = 10) -> AsyncIterator[Callable[..., Exchange]]:
+    """Gives a function that opens requests, with the arguments of `connect`; all are left with the block."""
+    exchanges: list[Exchange] = []
+    failure: BaseException | None = None  # raised outside of the group, which would wrap it
+    async with anyio.create_task_group() as tasks:
+
+        def open_one(
+            app: App,
+            method: str = "GET",
+            target: str = "/",
+            *,
+            headers: Mapping[str, str] | None = None,
+            body: bytes | Sequence[bytes] = b"",
+            root_path: str = "",
+            state: Mapping[str, Any] | None = None,
+            window: float = math.inf,
+        ) -> Exchange:
+            parts = [body] if isinstance(body, bytes) else body
+            exchange = Exchange(_scope(method, target, headers or {}, root_path, state), parts, window)
+            exchanges.append(exchange)
+            tasks.start_soon(exchange.run, app)
+            return exchange
+
+        try:
+            yield open_one
+            for exchange in exchanges:
+                await _leave(exchange, leave_s)
+        except Exception as error:
+            failure = error
+        finally:
+            for exchange in exchanges:
+                exchange.disconnect()
+            tasks.cancel_scope.cancel()
+    failures = [failure, *[exchange.failure for exchange in exchanges]]
+    if (failure := next((one for one in failures if one is not None), None)) is not None:
+        raise failure
+
+
+@asynccontextmanager
 async def connect(
     app: App,
     method: str = "GET",
@@ -203,22 +242,8 @@ async def connect(
     `body`: in one part or in many. `state`: what `lifespan` gave. `window`: how many chunks the app may send before
     somebody reads one.
     """
-    parts = [body] if isinstance(body, bytes) else body
-    exchange = Exchange(_scope(method, target, headers or {}, root_path, state), parts, window)
-    failure: BaseException | None = None  # raised outside of the group, which would wrap it
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(exchange.run, app)
-        try:
-            yield exchange
-            await _leave(exchange, leave_s)
-        except Exception as error:
-            failure = error
-        finally:
-            exchange.disconnect()
-            tasks.cancel_scope.cancel()
-    failure = failure or exchange.failure
-    if failure is not None:
-        raise failure
+    async with opening(leave_s=leave_s) as open_one:
+        yield open_one(app, method, target, headers=headers, body=body, root_path=root_path, state=state, window=window)
 
 
 async def _leave(exchange: Exchange, leave_s: float) -> None:

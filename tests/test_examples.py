@@ -82,7 +82,7 @@ def test_whoever_leaves_the_merged_stream_leaves_its_sources(backend: str, monke
 
 
 async def test_a_callback_is_bounded_and_what_is_left_out_is_counted(open_stream: OpenStream) -> None:
-    stream = await open_stream(status_callback.make(), "GET", "/ask?question=why")
+    stream = open_stream(status_callback.make(), "GET", "/ask?question=why")
     steps = [("status", {"status": step}) for step in ("reading", "thinking", "writing")]
     events = await assert_stream(stream, *steps, ..., ("result", {"answer": "yhw", "left_out": ANY}), ...)
     statuses = [event for event in events if event.event == "status"]

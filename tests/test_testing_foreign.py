@@ -84,7 +84,7 @@ def host(request: pytest.FixtureRequest) -> Host:
 
 @VIRTUAL
 async def test_an_endless_stream_is_read_and_left(host: Host, open_stream: OpenStream, anyio_backend: Any) -> None:
-    stream = await open_stream(host.app, "GET", "/count")
+    stream = open_stream(host.app, "GET", "/count")
     await assert_stream(stream, ("count", {"n": 1}), ("count", {"n": 2}), Event(ANY, "count", "3"), ends=False)
     assert anyio.current_time() == 40
     stream.disconnect()
@@ -96,7 +96,7 @@ async def test_an_endless_stream_is_read_and_left(host: Host, open_stream: OpenS
 async def test_heartbeats_are_seen_without_waiting_for_them(
     host: Host, open_stream: OpenStream, anyio_backend: Any
 ) -> None:
-    stream = await open_stream(host.app, "GET", "/count")
+    stream = open_stream(host.app, "GET", "/count")
     chunks = [await stream.chunk() for _ in range(3)]
     assert anyio.current_time() == 20
     assert [bool(chunk and chunk.startswith(b":")) for chunk in chunks] == [False, True, False]
@@ -123,7 +123,7 @@ async def test_a_client_whose_window_is_shut_holds_the_app_back(
 
     app = kind()
     app.router.routes.append(Route("/", endless))
-    stream = await open_stream(app)
+    stream = open_stream(app)
     await assert_stream(stream, Event("1"), ends=False)
     stream.block()
     await anyio.sleep(1000)
@@ -210,15 +210,15 @@ async def test_what_a_stream_should_say_is_compared(
 ) -> None:
     app = answering("data: 1\n\nevent: two\n", "data: 2\n\n")
     if words is None:
-        assert len(await assert_stream(await open_stream(app), *expected)) == 2
+        assert len(await assert_stream(open_stream(app), *expected)) == 2
         return
     with pytest.raises(AssertionError, match=words) as raised:
-        await assert_stream(await open_stream(app), *expected)
+        await assert_stream(open_stream(app), *expected)
     assert "data='1'" in str(raised.value), "it tells what came"
 
 
 async def test_what_is_no_stream_is_said(open_stream: OpenStream) -> None:
     with pytest.raises(AssertionError, match="the answer is 200, text/html"):
-        await assert_stream(await open_stream(answering("x", media_type="text/html")), ...)
+        await assert_stream(open_stream(answering("x", media_type="text/html")), ...)
     with pytest.raises(AssertionError, match="the answer is 500"):
-        await assert_stream(await open_stream(answering("x", status=500)), ...)
+        await assert_stream(open_stream(answering("x", status=500)), ...)
