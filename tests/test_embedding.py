@@ -1,8 +1,11 @@
 """Our app inside of FastAPI and Starlette programs, at any path and behind their middleware."""
 
 import json
+import signal
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Final
 
 import anyio
@@ -23,7 +26,8 @@ from tests.test_client import quick
 
 __all__ = ["quick"]
 
-EVERYWHERE: Final = pytest.mark.parametrize("host", [f"/{k}/{m}" for k in ("fastapi", "starlette") for m in MIDDLEWARE])
+HOSTS: Final = [f"/{kind}/{name}" for kind in ("fastapi", "starlette") for name in MIDDLEWARE]
+EVERYWHERE: Final = pytest.mark.parametrize("host", HOSTS)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,21 @@ async def test_a_host_publishes_from_routes_of_its_own(server: Server, host: str
                 told = (await http.post(f"{host}/publish", json={"a": 1})).json()
                 event = await anext(source)
     assert (event.event, json.loads(event.data), event.id) == ("news", {"a": 1}, told["id"])
+
+
+def test_when_the_host_is_stopped_every_stream_gets_its_farewell(tmp_path: Path) -> None:
+    with serve_uvicorn(tmp_path, app="tests.hosts:make") as server, ExitStack() as stack:
+        answers = []
+        for host in HOSTS:
+            answer = stack.enter_context(server.client.stream("GET", f"{host}/deep/sse/news"))
+            chunks = answer.iter_raw()
+            assert b"event: init" in next(chunks)
+            answers.append(chunks)
+        server.process.send_signal(signal.SIGTERM)
+        for chunks in answers:
+            assert b"".join(chunks).startswith(b"retry: "), "and its proper end, else httpx raises"
+        server.wait()
+        assert "Traceback" not in server.log()
 
 
 @pytest.mark.parametrize(("name", "middleware"), MIDDLEWARE.items(), ids=MIDDLEWARE)
