@@ -38,7 +38,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -124,8 +123,8 @@ class Refused(SourceError):
         #: The members of its problem (RFC 9457), if it was one.
         self.problem = dict(problem)
         text = self.problem.get("detail") or self.problem.get("title")
-        phrase = _phrase(upstream_status)
-        super().__init__(f"{upstream_status} {phrase}" + (f": {str(text)[:MAX_TEXT]}" if text else ""))
+        phrase = httpx.codes.get_reason_phrase(upstream_status)
+        super().__init__(f"{upstream_status} {phrase}".rstrip() + (f": {str(text)[:MAX_TEXT]}" if text else ""))
 
 
 class Broken(SourceError):
@@ -161,25 +160,38 @@ class _Lost(Exception):
 
 
 class Source:
-    """A stream under way: an async iterator of its events, for one task at a time. Made by `connect`.
+    """A stream under way: an async iterator of its events, for one task at a time. To be entered by `async with`.
 
     Nothing is asked for before the first event is. A wait for an event may be cancelled and done again: nothing is
     lost. Raises `SourceError`; after a `GapError` the iteration can go on.
+
+    `method` is GET, or POST where there is a body (`json` or `content`). `client` is used instead of one of its own,
+    for proxies, certificates or an app in-process; it stays open.
+
+    `last_event_id`: begin after this event. `gaps`: an announced loss raises `GapError`, or is an event like others.
+    `once`: the proper end of an answer is the end of the stream; for servers that give ids and can't resume.
+    `idle_timeout_s`: a connection is given up after so long without a byte (heartbeats are bytes); default 60.
+    `give_up_s`: how long to try without success before `GaveUp`; default 300. `max_event_bytes`: default 16 MiB.
+    `None` turns these limits off.
 
     A handler may yield inside of its block, although a task group is: no failure of the reader's ever cancels it.
     """
 
     def __init__(
         self,
-        client: httpx.AsyncClient | None,
-        request: dict[str, Any],
+        url: str | httpx.URL,
         *,
-        last_event_id: str,
-        gaps: Literal["raise", "yield"],
-        once: bool,
-        idle_timeout_s: float | None,
-        give_up_s: float | None,
-        max_event_bytes: int | None,
+        method: str | None = None,
+        json: Any = None,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        client: httpx.AsyncClient | None = None,
+        last_event_id: str = "",
+        gaps: Literal["raise", "yield"] = "raise",
+        once: bool = False,
+        idle_timeout_s: float | None = IDLE_TIMEOUT_S,
+        give_up_s: float | None = GIVE_UP_S,
+        max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES,
     ) -> None:
         #: The id of the last event that was handed over: what to go on from another time. "" is none.
         self.last_event_id = last_event_id
@@ -190,7 +202,9 @@ class Source:
         self._idle_timeout_s = idle_timeout_s
         self._give_up_s = give_up_s
         self._given_client = client
-        self._request = request
+        body = {"json": json} if json is not None else {"content": content} if content is not None else {}
+        method = (method or ("POST" if body else "GET")).upper()
+        self._request: dict[str, Any] = {"method": method, "url": url, "headers": httpx.Headers(headers), **body}
         self._decoder = Decoder(max_event_bytes=max_event_bytes)
         self._last_two: deque[Event] = deque(maxlen=2)
         self._first_id: str | None = None  # of the whole stream, to see that a server begins anew
@@ -506,44 +520,8 @@ class Source:
         return self._lost(str(refused), done=status not in _NOT_DONE, after_s=after_s or 0)
 
 
-def connect(
-    url: str | httpx.URL,
-    *,
-    method: str | None = None,
-    json: Any = None,
-    content: bytes | None = None,
-    headers: Mapping[str, str] | None = None,
-    client: httpx.AsyncClient | None = None,
-    last_event_id: str = "",
-    gaps: Literal["raise", "yield"] = "raise",
-    once: bool = False,
-    idle_timeout_s: float | None = IDLE_TIMEOUT_S,
-    give_up_s: float | None = GIVE_UP_S,
-    max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES,
-) -> Source:
-    """A source, to be entered by `async with`. asyncio and trio.
-
-    `method` is GET, or POST where there is a body (`json` or `content`). `client` is used instead of one of its own,
-    for proxies, certificates or an app in-process; it stays open.
-
-    `last_event_id`: begin after this event. `gaps`: an announced loss raises `GapError`, or is an event like others.
-    `once`: the proper end of an answer is the end of the stream; for servers that give ids and can't resume.
-    `idle_timeout_s`: a connection is given up after so long without a byte (heartbeats are bytes); default 60.
-    `give_up_s`: how long to try without success before `GaveUp`; default 300. `max_event_bytes`: default 16 MiB.
-    `None` turns these limits off.
-    """
-    body = {"json": json} if json is not None else {"content": content} if content is not None else {}
-    return Source(
-        client,
-        {"method": (method or ("POST" if body else "GET")).upper(), "url": url, "headers": httpx.Headers(headers)}
-        | body,
-        last_event_id=last_event_id,
-        gaps=gaps,
-        once=once,
-        idle_timeout_s=idle_timeout_s,
-        give_up_s=give_up_s,
-        max_event_bytes=max_event_bytes,
-    )
+#: `async with connect(url) as source`: it reads better so.
+connect = Source
 
 
 def is_gap(event: Event) -> bool:
@@ -740,13 +718,6 @@ def _retry_after_s(response: httpx.Response) -> float | None:
     return min(max((date - datetime.now(UTC)).total_seconds(), 0), MAX_ASKED_S)
 
 
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "no known status"
-
-
 def _sendable(id: str) -> bool:
     return len(id.encode()) <= MAX_ID_BYTES and _UNSENDABLE.search(id) is None
 
@@ -758,9 +729,4 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _same_origin(one: httpx.URL, other: httpx.URL) -> bool:
-    ports = {"http": 80, "https": 443}
-    return (one.scheme, one.host, one.port or ports.get(one.scheme)) == (
-        other.scheme,
-        other.host,
-        other.port or ports.get(other.scheme),
-    )
+    return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)
