@@ -28,17 +28,17 @@ async def counting(request: Request) -> AsyncIterator[Event]:
         await checkpoint()
 
 
-async def talk(request: Request) -> AsyncIterator[Event]:
-    """What a careless reader stumbles over, and a pause that is filled with heartbeats."""
-    for number in range(1, 31):
-        yield Event(f"{number}: é 😀\u2028\x85 {{}}\nsecond line\n", "item" if number % 2 else None)
-        if number == 20:
-            await anyio.sleep(0.6)
-    yield Event("", "complete")
-
-
 class Until(msgspec.Struct):
     path: str  #: of a file
+
+
+async def talk(request: Request) -> AsyncIterator[Event]:
+    """What a careless reader stumbles over, and a pause, filled with heartbeats, until that file is there."""
+    for number in range(1, 31):
+        yield Event(f"{number}: é 😀\u2028\x85 {{}}\nsecond line\n", "item" if number % 2 else None)
+        while number == 20 and not await anyio.Path(request.query.path).exists():  # noqa: ASYNC110 - a file wakes nobody
+            await anyio.sleep(0.02)
+    yield Event("", "complete")
 
 
 async def until(request: Request) -> AsyncIterator[Event]:
@@ -56,7 +56,7 @@ def make() -> SSEApp:
     routes = [
         GET("/named/{kind}", work, run=Run()),
         GET("/data/{kind}", work, run=Run(), data_only=True),
-        GET("/talk", talk, run=Run()),
+        GET("/talk", talk, query=Until, run=Run()),
         GET("/counting", counting, run=Run()),
         GET("/until", until, query=Until, run=Run()),
     ]

@@ -19,12 +19,17 @@ from ssecore import client
 from ssecore.client import Broken, GapError, GaveUp, Refused, SourceError, batches, connect, is_gap
 from ssecore.testing import Transport, VirtualClockLoop
 from ssecore.wire import Decoder
-from tests import serving, upstream
+from tests import upstream
 from tests.relay import relay
 from tests.serving import Server, free_port, serve
 from tests.upstream import Call, Script, Upstream
 
-server = serving.server
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(tmp_path_factory.mktemp("data"), env={"SSEAPP_MOCK_DELAY_S": "0.001"}) as server:
+        yield server
+
 
 EITHER: Final = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 VIRTUAL: Final = pytest.mark.parametrize("anyio_backend", [("asyncio", {"loop_factory": VirtualClockLoop})])

@@ -86,10 +86,10 @@ def size(path: Path) -> int:
 
 def moment(path: Path, dice: random.Random) -> None:
     """Wait for a random one: soon after the start, or when so much more has been written."""
-    if dice.random() < 0.3:
-        time.sleep(dice.uniform(0, 0.03))
+    if dice.random() < 0.5:
+        time.sleep(dice.uniform(0, 0.05))
         return
-    deadline, enough = time.monotonic() + 0.2, size(path) + dice.randrange(1, 800)
+    deadline, enough = time.monotonic() + 0.2, size(path) + dice.randrange(1, 400)
     while size(path) < enough and time.monotonic() < deadline:
         time.sleep(0.0005)
 
