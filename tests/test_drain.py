@@ -72,7 +72,6 @@ async def test_a_thousand_streams_of_every_kind_see_a_farewell_and_a_proper_end(
         server.process.terminate()
         *ends, (whole, _), (file, _) = await asyncio.gather(*[ended(*stream, began) for stream in streams])
         assert await asyncio.to_thread(server.wait) == 0
-        assert time.monotonic() - began < DRAIN_S + 1
     assert [body[-200:] for body, _ in ends if not FAREWELL.search(body)] == []
     assert max(seconds for _, seconds in ends) < DRAIN_S + 1
     elsewhere = [seconds for (_, seconds), n in zip(ends, range(STREAMS), strict=True) if n % len(targets) >= 5]
