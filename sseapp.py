@@ -22,7 +22,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ssecore.direct import DirectStream, PumpStream
-from ssecore.errors import ClientGone, NotFound, SettingsError, SSEAppError, TooManyRequests, Unavailable
+from ssecore.errors import ClientGone, NotFound, NotRunning, SettingsError, SSEAppError, TooManyRequests, Unavailable
 from ssecore.guard import Caller, Guard
 from ssecore.log import Log
 from ssecore.log.measured import measured
@@ -178,6 +178,14 @@ class SSEApp:
                 yield
         finally:
             self._running = False
+
+    @property
+    def topics(self) -> Topics:
+        """For a host's own routes: `await app.topics.publish("news", Event(…))`. Raises `NotRunning`."""
+        if self._services is None:
+            raise NotRunning()
+        topics: Topics = self._services.topics
+        return topics
 
     @asynccontextmanager
     async def _opened(self) -> AsyncIterator[None]:
@@ -480,6 +488,8 @@ def create_app(settings: Settings | None = None) -> SSEApp:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `sseapp`. Returns the exit code."""
+    from ssecore import listen as listening
+
     parser = argparse.ArgumentParser(prog="sseapp", description="Streams over Server-Sent Events.")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser(
@@ -504,7 +514,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     actions.add_parser("list", help="all tokens: id, name, created, expires")
     revoke = actions.add_parser("revoke", help="a token no longer holds, and its streams end")
     revoke.add_argument("which", help="a name, for all of its tokens, or a token's id")
-    options = vars(parser.parse_args(arguments))
+    listening.configure(commands.add_parser("listen", help="read a stream, from here or anywhere"))
+    arguments_given = parser.parse_args(arguments)
+    if arguments_given.command == "listen":
+        return listening.listen(arguments_given)
+    options = vars(arguments_given)
     try:
         if options.pop("command") == "token":
             return _token(**options)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from benchmarks import (
     charts,
     churn,
+    decode,
     durable,
     fanout,
     first_byte,
@@ -30,6 +31,7 @@ from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "churn": churn.run,
+    "decode": decode.run,
     "durable": durable.run,
     "fanout": fanout.run,
     "first_byte": first_byte.run,

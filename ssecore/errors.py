@@ -9,6 +9,7 @@ A failure before the first byte of a response becomes a problem (RFC 9457); afte
 """
 
 from http import HTTPStatus
+from typing import Any, Final
 
 __all__ = [
     "BadRequest",
@@ -21,6 +22,7 @@ __all__ = [
     "LogUnavailable",
     "MethodNotAllowed",
     "NotFound",
+    "NotRunning",
     "SSEAppError",
     "SettingsError",
     "TooLarge",
@@ -32,6 +34,12 @@ __all__ = [
     "UpstreamError",
     "WriterFenced",
 ]
+
+
+_NOT_RUNNING: Final = (
+    "the app isn't running, so it has no runs and no topics: serve it with its lifespan, or, where it is "
+    "mounted in another program, enter `async with app.running():` in that program's own"
+)
 
 
 class SSEAppError(Exception):
@@ -61,6 +69,15 @@ class SSEAppError(Exception):
     @property
     def detail(self) -> str:
         return str(self.args[0])
+
+
+class NotRunning(SSEAppError):
+    """A run or a topic before the app has started; raised by `Request.runs`, and wherever else they are asked for."""
+
+    code = "not_running"
+
+    def __init__(self, detail: str = _NOT_RUNNING, **options: Any) -> None:
+        super().__init__(detail, **options)
 
 
 class BadRequest(SSEAppError):

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl
 import anyio
 import msgspec
 
-from ssecore.errors import BadRequest, ClientGone, SSEAppError, TooLarge, UnsupportedMediaType
+from ssecore.errors import BadRequest, ClientGone, NotRunning, SSEAppError, TooLarge, UnsupportedMediaType
 from ssecore.routes import Route, Upload
 from ssecore.tokens import Credential
 
@@ -117,10 +117,7 @@ class Request:
 
     def _running(self) -> "Services":
         if self._services is None:
-            raise RuntimeError(
-                "the app isn't running, so it has no runs and no topics: serve it with its lifespan, or, where it is "
-                "mounted in another program, enter `async with app.running():` in that program's own"
-            )
+            raise NotRunning()
         return self._services
 
     @cached_property

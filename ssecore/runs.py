@@ -366,7 +366,7 @@ class Runs:
         if request.last_event_id == "end":
             return Response(status=204)
         if request.last_event_id:
-            return await self._go_on(request, route=route)
+            return _located(request, await self._go_on(request, route=route))
         stat, worker = await self._start(request, route, params)
         preferred = "respond-async" in request.headers.get("prefer", "").lower()
         accepted = route.run.accepted if route.run is not None else None
@@ -381,7 +381,7 @@ class Runs:
             worker.attach()  # a client that leaves now was a reader, too
         try:
             await _settled(worker)
-            return await self._attach(stat.stream, None, data_only=route.data_only)
+            return _located(request, await self._attach(stat.stream, None, data_only=route.data_only))
         finally:
             if worker is not None:
                 worker.detach()
@@ -619,8 +619,20 @@ async def _settled(worker: Worker | None) -> None:
         worker.opened = True
 
 
+def _events_path(request: Request, run: str) -> str:
+    return f"{request.root_path}/runs/{run}/events"
+
+
+def _located(request: Request, answer: Response | Attached) -> Response | Attached:
+    """Say where else the run can be read: a client of a POST goes on there, under whatever path we are mounted."""
+    if isinstance(answer, Response):
+        return answer
+    path = _events_path(request, answer.headers["run-id"])
+    return answer._replace(headers={**answer.headers, "content-location": path})
+
+
 def _accepted(request: Request, run: str) -> Response:
-    location = f"{request.root_path}/runs/{run}/events"
+    location = _events_path(request, run)
     return JSON({"run": run, "events": location}, status=202, headers={"location": location})
 
 

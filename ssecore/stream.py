@@ -36,7 +36,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
-from typing import Any, Final, Generic, Protocol, Self, TypeVar
+from typing import Any, Final, Generic, Protocol, Self, TypeVar, overload
 
 import anyio
 from anyio import CancelScope, current_time, get_cancelled_exc_class
@@ -72,6 +72,7 @@ CLOSE_S: Final = 5.0
 _DONE: Final = b"data: [DONE]\n\n"
 _END_ID: Final = b"id: end\n\n"
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -693,7 +694,13 @@ class merge(Generic[T]):
     A handler may yield inside this block, although a task group is: no failure of a source ever cancels it.
     """
 
-    def __init__(self, *sources: AsyncIterator[T], buffer: int = 16, failures: bool = False) -> None:
+    @overload
+    def __init__(self, *sources: AsyncIterator[T], buffer: int = 16) -> None: ...
+    @overload
+    def __init__(
+        self: "merge[S | Exception]", *sources: AsyncIterator[S], buffer: int = 16, failures: bool
+    ) -> None: ...
+    def __init__(self, *sources: AsyncIterator[Any], buffer: int = 16, failures: bool = False) -> None:
         self._sources = sources
         self._failures = failures
         self._buffer = buffer
@@ -749,7 +756,7 @@ class merge(Generic[T]):
             raise RuntimeError("use `async with merge(...) as items`, so that the sources are closed")
         return self
 
-    async def __anext__(self) -> T | Exception:
+    async def __anext__(self) -> T:
         try:
             item, error = await self._items.receive()
         except anyio.EndOfStream:
@@ -757,5 +764,5 @@ class merge(Generic[T]):
         if error is None:
             return item  # type: ignore[return-value]
         if self._failures:
-            return error
+            return error  # type: ignore[return-value]  # the overload says so
         raise error

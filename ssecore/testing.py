@@ -10,26 +10,39 @@
 (httpx's own ASGITransport collects the whole answer first, so an endless one never comes.) In both, leaving means what
 it means on a socket: the app's `receive` gives `http.disconnect`; the app then has `leave_s` to end.
 
+`Transport(app, cuts=[300, 700])` breaks the first streams off behind so many bytes, as a bad network does. Whether a
+stream said what it should is asked by `assert_stream`. An app's lifespan runs in `async with lifespan(app)`.
+
 `VirtualClockLoop` makes an asyncio loop in which time passes at once: heartbeats and deadlines are tested without
 waiting for them. (trio has its own: `trio.testing.MockClock(autojump_threshold=0)`.)
 """
 
 import asyncio
+import json
 import math
 import selectors
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
-from contextlib import asynccontextmanager
-from types import TracebackType
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from contextlib import aclosing, asynccontextmanager
+from types import EllipsisType, TracebackType
 from typing import Any, Self
 
 import anyio
 import httpx
 from anyio.abc import TaskGroup
 
-from ssecore.wire import Decoder, Event
+from ssecore.wire import CONTENT_TYPE, Decoder, Event
 
-__all__ = ["Exchange", "Transport", "VirtualClockLoop", "connect"]
+__all__ = ["Exchange", "Transport", "VirtualClockLoop", "assert_stream", "connect", "lifespan", "opening"]
 
 App = Callable[
     [MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]
@@ -134,7 +147,7 @@ class Exchange:
             chunks.append(chunk)
         return b"".join(chunks)
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event, None]:
         """The answer's events, to its end. What was read before is kept in mind: it may be called again."""
         while True:
             while self._events:
@@ -146,7 +159,11 @@ class Exchange:
 
 
 def _scope(
-    method: str, target: str, headers: Mapping[str, str] | Sequence[tuple[bytes, bytes]], root_path: str
+    method: str,
+    target: str,
+    headers: Mapping[str, str] | Sequence[tuple[bytes, bytes]],
+    root_path: str,
+    state: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     url = httpx.URL("http://testserver" + target)
     if isinstance(headers, Mapping):
@@ -164,7 +181,47 @@ def _scope(
         "headers": list(headers),
         "client": ("127.0.0.1", 50000),
         "server": ("testserver", 80),
+        **({} if state is None else {"state": dict(state)}),
     }
+
+
+@asynccontextmanager
+async def opening(*, leave_s: float = 10) -> AsyncIterator[Callable[..., Exchange]]:
+    """Gives a function that opens requests, with the arguments of `connect`; all are left with the block."""
+    exchanges: list[Exchange] = []
+    failure: BaseException | None = None  # raised outside of the group, which would wrap it
+    async with anyio.create_task_group() as tasks:
+
+        def open_one(
+            app: App,
+            method: str = "GET",
+            target: str = "/",
+            *,
+            headers: Mapping[str, str] | None = None,
+            body: bytes | Sequence[bytes] = b"",
+            root_path: str = "",
+            state: Mapping[str, Any] | None = None,
+            window: float = math.inf,
+        ) -> Exchange:
+            parts = [body] if isinstance(body, bytes) else body
+            exchange = Exchange(_scope(method, target, headers or {}, root_path, state), parts, window)
+            exchanges.append(exchange)
+            tasks.start_soon(exchange.run, app)
+            return exchange
+
+        try:
+            yield open_one
+            for exchange in exchanges:
+                await _leave(exchange, leave_s)
+        except Exception as error:
+            failure = error
+        finally:
+            for exchange in exchanges:
+                exchange.disconnect()
+            tasks.cancel_scope.cancel()
+    failures = [failure, *[exchange.failure for exchange in exchanges]]
+    if (failure := next((one for one in failures if one is not None), None)) is not None:
+        raise failure
 
 
 @asynccontextmanager
@@ -176,29 +233,17 @@ async def connect(
     headers: Mapping[str, str] | None = None,
     body: bytes | Sequence[bytes] = b"",
     root_path: str = "",
+    state: Mapping[str, Any] | None = None,
     window: float = math.inf,
     leave_s: float = 10,
 ) -> AsyncIterator[Exchange]:
     """Open a request. Leaving the block leaves the connection, and waits for the app to end (else `TimeoutError`).
 
-    `body`: in one part or in many. `window`: how many chunks the app may send before somebody reads one.
+    `body`: in one part or in many. `state`: what `lifespan` gave. `window`: how many chunks the app may send before
+    somebody reads one.
     """
-    parts = [body] if isinstance(body, bytes) else body
-    exchange = Exchange(_scope(method, target, headers or {}, root_path), parts, window)
-    failure: BaseException | None = None  # raised outside of the group, which would wrap it
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(exchange.run, app)
-        try:
-            yield exchange
-            await _leave(exchange, leave_s)
-        except Exception as error:
-            failure = error
-        finally:
-            exchange.disconnect()
-            tasks.cancel_scope.cancel()
-    failure = failure or exchange.failure
-    if failure is not None:
-        raise failure
+    async with opening(leave_s=leave_s) as open_one:
+        yield open_one(app, method, target, headers=headers, body=body, root_path=root_path, state=state, window=window)
 
 
 async def _leave(exchange: Exchange, leave_s: float) -> None:
@@ -208,12 +253,17 @@ async def _leave(exchange: Exchange, leave_s: float) -> None:
 
 
 class _Body(httpx.AsyncByteStream):
-    def __init__(self, exchange: Exchange, leave_s: float) -> None:
+    def __init__(self, exchange: Exchange, leave_s: float, cut: float) -> None:
         self._exchange = exchange
         self._leave_s = leave_s
+        self._left = cut  # bytes until it breaks off
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while (chunk := await self._exchange.chunk()) is not None:
+            if len(chunk) >= self._left:
+                yield chunk[: int(self._left)]
+                raise httpx.ReadError("the connection was cut, as the test has it")
+            self._left -= len(chunk)
             yield chunk
         if not self._exchange.complete:
             raise httpx.RemoteProtocolError("the app ended its answer without the last part")
@@ -225,11 +275,25 @@ class _Body(httpx.AsyncByteStream):
 
 
 class Transport(httpx.AsyncBaseTransport):
-    """httpx's way into an app. Use the client in an `async with`: the app's tasks live in that block."""
+    """httpx's way into an app. Use the client in an `async with`: the app's tasks live in that block.
 
-    def __init__(self, app: App, *, root_path: str = "", window: float = 16, leave_s: float = 10) -> None:
+    `cuts`: the n-th event stream breaks off once `cuts[n]` bytes of it have been read; those beyond the list are whole.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        root_path: str = "",
+        state: Mapping[str, Any] | None = None,
+        window: float = 16,
+        leave_s: float = 10,
+        cuts: Iterable[int] = (),
+    ) -> None:
         self._app = app
         self._root_path = root_path
+        self._state = state
+        self._cuts = deque[float](cuts)
         self._window = window
         self._leave_s = leave_s
         self._tasks: TaskGroup | None = None
@@ -254,7 +318,7 @@ class Transport(httpx.AsyncBaseTransport):
         headers = [(name.lower(), value) for name, value in request.headers.raw]
         target = request.url.raw_path.decode("ascii")
         body = [part async for part in request.stream]  # type: ignore[union-attr]
-        exchange = Exchange(_scope(request.method, target, headers, self._root_path), body, self._window)
+        exchange = Exchange(_scope(request.method, target, headers, self._root_path, self._state), body, self._window)
         self._tasks.start_soon(exchange.run, self._app)
         try:
             await exchange.started.wait()
@@ -263,7 +327,128 @@ class Transport(httpx.AsyncBaseTransport):
                 exchange.disconnect()
         if not exchange.status:
             raise exchange.failure or httpx.RemoteProtocolError("the app returned without an answer")
-        return httpx.Response(exchange.status, headers=exchange.raw_headers, stream=_Body(exchange, self._leave_s))
+        streams = exchange.headers.get("content-type", "").startswith(CONTENT_TYPE)
+        cut = self._cuts.popleft() if streams and self._cuts else math.inf
+        answer = _Body(exchange, self._leave_s, cut)
+        return httpx.Response(exchange.status, headers=exchange.raw_headers, stream=answer)
+
+
+@asynccontextmanager
+async def lifespan(app: App) -> AsyncIterator[dict[str, Any]]:
+    """Start an app as a server does, and stop it with the block. Gives the state for its requests.
+
+    Raises what the app raises, or `RuntimeError` with what it says to have failed.
+    """
+    state: dict[str, Any] = {}
+    failure: BaseException | None = None
+    started, leaving = anyio.Event(), anyio.Event()
+    messages = iter(["lifespan.startup", "lifespan.shutdown"])
+
+    async def receive() -> dict[str, Any]:
+        if started.is_set():
+            await leaving.wait()
+        return {"type": next(messages)}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        nonlocal failure
+        if message["type"].endswith(".failed"):
+            failure = RuntimeError(f"{message['type']}: {message.get('message', '')}")
+        started.set()
+
+    async def run() -> None:
+        nonlocal failure
+        scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": state}
+        try:
+            await app(scope, receive, send)
+        except Exception as error:
+            failure = failure or error
+        started.set()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        await started.wait()
+        try:
+            if failure is None:
+                yield state
+        except Exception as error:
+            failure = error
+        leaving.set()
+    if failure is not None:
+        raise failure
+
+
+async def assert_stream(
+    stream: Exchange | httpx.Response, *expected: Event | tuple[str | None, Any] | EllipsisType, ends: bool = True
+) -> list[Event]:
+    """Read a stream, and compare it with what is expected; the events that were read.
+
+        await assert_stream(response, ("countdown", {"remaining": 1}), ..., Event("", "complete"))
+
+    A pair is name and data, an `Event` has besides what is set in it. Data that is no string is compared as JSON;
+    whatever equals (`unittest.mock.ANY`) will do. `...` stands for any events, none too. `ends=False`: the answer isn't
+    read further than to the last that is expected; else it must come to its proper end there. Raises `AssertionError`,
+    which tells all that came; and what `httpx` or the app raises.
+    """
+    if isinstance(stream, httpx.Response):
+        status, media_type = stream.status_code, stream.headers.get("content-type", "")
+    else:
+        await stream.started.wait()
+        status, media_type = stream.status, stream.headers.get("content-type", "")
+    if status != 200 or not media_type.startswith(CONTENT_TYPE):
+        raise AssertionError(f"no event stream: the answer is {status}, {media_type or 'without a type'}")
+    steps, skips = deque[tuple[bool, Event | tuple[str | None, Any]]](), False
+    for one in expected:
+        if one is ...:
+            skips = True
+        else:
+            steps.append((skips, one))
+            skips = False
+    came: list[Event] = []
+    async with aclosing(_events_of(stream)) as events:
+        while (steps or ends) and (event := await anext(events, None)) is not None:
+            came.append(event)
+            may_skip, wanted = steps[0] if steps else (skips, None)
+            if wanted is not None and _is(event, wanted):
+                steps.popleft()
+            elif not may_skip:
+                raise AssertionError(_told(came, "the end" if wanted is None else repr(wanted)))
+    if steps:
+        raise AssertionError(_told(came, f"{steps[0][1]!r}, not the end"))
+    if ends and isinstance(stream, Exchange) and not stream.complete:
+        raise AssertionError(_told(came, "the answer's proper end; it broke off"))
+    return came
+
+
+def _is(event: Event, expected: Event | tuple[str | None, Any]) -> bool:
+    if isinstance(expected, tuple):
+        expected = Event(expected[1], expected[0])
+    if expected.event != event.event or expected.id not in (None, event.id):
+        return False
+    if expected.retry not in (None, event.retry):
+        return False
+    if expected.data == event.data:
+        return True
+    try:
+        return not isinstance(expected.data, str) and bool(expected.data == json.loads(event.data))
+    except ValueError:
+        return False
+
+
+def _told(came: list[Event], wanted: str) -> str:
+    lines = "".join(f"\n  {event!r}" for event in came)
+    return f"expected {wanted}; what came, the last of which is wrong or all there was:{lines or ' nothing'}"
+
+
+async def _events_of(stream: Exchange | httpx.Response) -> AsyncGenerator[Event, None]:
+    if isinstance(stream, Exchange):
+        async with aclosing(stream.events()) as events:
+            async for event in events:
+                yield event
+        return
+    decoder = Decoder()
+    async for chunk in stream.aiter_bytes():
+        for event in decoder.feed(chunk):
+            yield event
 
 
 class VirtualClockLoop(asyncio.SelectorEventLoop):

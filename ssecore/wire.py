@@ -39,6 +39,9 @@ _TEXT: Final = (str, bytes, bytearray, memoryview)
 _PREFIXES: Final[dict[str | None, bytes]] = {None: b"data: "}
 
 _LINE_BREAK: Final = re.compile(rb"\r\n|\r|\n")
+#: A block as most servers write it. What is none ends the search at once: at each later place it would be looked for
+#: again, a line of `data: data: data: …` quadratically.
+_BLOCK: Final = re.compile(r"(?:id: (.*+)\n)?(?:event: (.*+)\n)?data: (.*+)\n\n|(?s:.+)")
 _JSON_OPTIONS: Final = orjson.OPT_UTC_Z
 
 
@@ -156,6 +159,7 @@ class Decoder:
     """
 
     __slots__ = (
+        "_bare_retry",
         "_data",
         "_data_bytes",
         "_event",
@@ -190,6 +194,7 @@ class Decoder:
         self._started = False
         self._skip_lf = False
         self._too_large = False
+        self._bare_retry = False  # since the last event a block held a `retry:` and no data
         self._tail: list[bytes] = []  # pieces of the line that is not complete yet
         self._tail_bytes = 0
         self._clear()
@@ -199,6 +204,16 @@ class Decoder:
         self._event = b""
         self._retry: int | None = None
         self._data_bytes = 0
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a line, or an event with data, has begun that isn't complete: at a stream's end it is lost."""
+        return bool(self._tail or self._data)
+
+    @property
+    def farewell(self) -> bool:
+        """Whether a `retry:` came after the last event: at the end of an answer it says "come back"."""
+        return (self._bare_retry or self._retry is not None) and not self.unfinished
 
     def feed(self, chunk: bytes) -> list[Event]:
         if self._too_large:
@@ -229,9 +244,16 @@ class Decoder:
         if self._tail:
             chunk = b"".join((*self._tail, chunk))
             self._tail = []
+        events: list[Event] = []
+        first, end = chunk.find(b"\n\n") + 2, chunk.rfind(b"\n\n") + 2
+        if 1 < first < end:  # what may have been begun by an earlier chunk; the whole blocks behind it; and the rest
+            events = self._interpret(chunk[: first - 1].split(b"\n"))
+            plain = [] if self._too_large else self._plain(chunk[first:end])
+            events += plain
+            chunk = b"" if self._too_large else chunk[end if plain else first :]
         lines = chunk.split(b"\n")
         last = lines.pop()
-        events = self._interpret(lines)
+        events += self._interpret(lines)
         if last:
             self._tail.append(last)
         self._tail_bytes = len(last)
@@ -240,6 +262,25 @@ class Decoder:
         if self._too_large and not events:
             self._fail()
         return events
+
+    def _plain(self, blocks: bytes) -> list[Event]:
+        """Hot path: whole blocks, in a fifth of the time of `_interpret`. Nothing where one is out of the ordinary.
+
+        The lists are cut out of one: between two blocks, id, event, data, and so on.
+        """
+        if self._over(len(blocks)) or b"\0" in blocks:
+            return []
+        parts: list[Any] = _BLOCK.split(blocks.decode("utf-8", "replace"))
+        ids, names, data = parts[1::4], parts[2::4], parts[3::4]
+        if None in data or "" in ids or "" in names:
+            return []
+        if None in ids:
+            last = self._id or None
+            for number, id in enumerate(ids):
+                ids[number] = last = id or last
+        self.last_event_id = self._id = ids[-1] or ""
+        self._bare_retry = False
+        return list(map(Event, data, names, ids))
 
     def _over(self, line_bytes: int) -> bool:
         return self.max_event_bytes is not None and self._data_bytes + line_bytes > self.max_event_bytes
@@ -258,6 +299,9 @@ class Decoder:
                     data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
                     name = self._event.decode("utf-8", "replace") if self._event else None
                     events.append(Event(data.decode("utf-8", "replace"), name, self._id or None, self._retry))
+                    self._bare_retry = False
+                elif self._retry is not None:
+                    self._bare_retry = True
                 self._clear()
                 continue
             if self._over(len(line)):

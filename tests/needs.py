@@ -15,7 +15,7 @@ import pytest
 __all__ = ["find", "needs"]
 
 #: Each name with the programs or files of which one has to be there. What is added here goes into
-#: tests/system-packages.sh too, but for the local model, which comes from a lock (see the Makefile).
+#: tests/system-packages.sh too, but for what comes from a lock (see the Makefile): the local model, clients for Node.
 _PLACES: Final = {
     "buildah": ("buildah",),
     "chromium": ("chromium", "chromium-browser"),
@@ -24,6 +24,7 @@ _PLACES: Final = {
     "mmdebstrap": ("mmdebstrap",),
     "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),
     "nginx": ("nginx",),
+    "node-clients": (str(Path(__file__).parent / "node" / "node_modules" / "eventsource" / "package.json"),),
     "openssl": ("openssl",),
     "podman": ("podman",),
     "redis": ("redis-server",),

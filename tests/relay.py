@@ -81,7 +81,7 @@ class Relay:
         budget = None
         with suppress(OSError):
             while data := source.recv(65536):
-                if answer is not None and b"content-type: text/event-stream" in data:
+                if answer is not None and b"content-type: text/event-stream" in data.lower():
                     with self._changed:
                         budget = self._budgets.pop(0) if self._budgets else None
                         self._streams += 1

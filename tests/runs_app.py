@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from itertools import count
 
 import anyio
+import msgspec
 from anyio.lowlevel import checkpoint
 
 from sseapp import GET, Event, Request, Run, Settings, SSEApp
@@ -27,10 +28,36 @@ async def counting(request: Request) -> AsyncIterator[Event]:
         await checkpoint()
 
 
+class Until(msgspec.Struct):
+    path: str  #: of a file
+
+
+async def talk(request: Request) -> AsyncIterator[Event]:
+    """What a careless reader stumbles over, and a pause, filled with heartbeats, until that file is there."""
+    for number in range(1, 31):
+        yield Event(f"{number}: é 😀\u2028\x85 {{}}\nsecond line\n", "item" if number % 2 else None)
+        while number == 20 and not await anyio.Path(request.query.path).exists():  # noqa: ASYNC110 - a file wakes nobody
+            await anyio.sleep(0.02)
+    yield Event("", "complete")
+
+
+async def until(request: Request) -> AsyncIterator[Event]:
+    """A few events in each hundredth of a second, until that file is there."""
+    for number in count(1):
+        if await anyio.Path(request.query.path).exists():
+            break
+        yield Event(f"{number} {'é' * (number % 50)}")
+        if number % 3 == 0:
+            await anyio.sleep(0.01)
+    yield Event("", "complete")
+
+
 def make() -> SSEApp:
     routes = [
         GET("/named/{kind}", work, run=Run()),
         GET("/data/{kind}", work, run=Run(), data_only=True),
+        GET("/talk", talk, query=Until, run=Run()),
         GET("/counting", counting, run=Run()),
+        GET("/until", until, query=Until, run=Run()),
     ]
     return SSEApp(routes, Settings.from_env())

@@ -333,7 +333,7 @@ async def test_a_scope_is_as_a_server_makes_it() -> None:
 async def test_events_are_decoded_and_can_be_read_in_instalments() -> None:
     app = ours()
     async with app.running(), connect(app, "GET", "/countdown/3") as exchange:
-        async with aclosing(exchange.events()) as events:  # type: ignore[type-var]
+        async with aclosing(exchange.events()) as events:
             seen = [await anext(events), await anext(events)]
         seen += [event async for event in exchange.events()]
     assert [(event.event, event.data) for event in seen] == [
@@ -354,7 +354,7 @@ async def test_events_that_came_in_one_chunk_are_not_lost_between_instalments() 
     async with connect(app) as exchange:
         seen = []
         for _ in range(3):
-            async with aclosing(exchange.events()) as events:  # type: ignore[type-var]
+            async with aclosing(exchange.events()) as events:
                 seen.append((await anext(events)).data)
     assert seen == ["one", "two", "three"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import cycle
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import msgspec
@@ -896,6 +896,26 @@ def capped(outcome: Outcome) -> Outcome:
     return [msgspec.structs.replace(event, retry=cap(event.retry)) for event in events], last_event_id, cap(retry_ms)
 
 
+#: As servers write them, and nearly so.
+BLOCKS: Final = [
+    b"data: 1\n\n",
+    b"event: e\ndata: 2\n\n",
+    b"id: i\ndata: \n\n",
+    "id: é\nevent: ü\ndata: €\u2028\x85 \n\n".encode(),
+    b"id: a\0b\ndata: nul\n\n",
+    b"id: \ndata: no id\n\n",
+    b"id: only\n\n",
+    b"event: \ndata: no name\n\n",
+    b"data: two\ndata: lines\n\n",
+    b"data:tight\n\n",
+    b"retry: 5\ndata: r\n\n",
+    b"data: \xff\xc3\n\n",
+    b":\n",
+    b"\n",
+    b"event: begun\n",
+]
+
+
 class TestProperties:
     @PROPERTY
     @given(
@@ -991,3 +1011,12 @@ class TestProperties:
         fresh.reset()
         fresh.retry_ms = retry_ms
         assert read(cut(stream, pieces), decoder) == read([stream], fresh)
+
+    @PROPERTY
+    @given(st.lists(st.sampled_from(BLOCKS) | streams, max_size=8), sizes)
+    @example([b"data: 1\n\n", b"data: " + b"data: " * 200_000 + b"\n", b"data: 2\n\n"], [1 << 20])
+    def test_blocks_of_every_kind_are_read_as_the_standard_says(self, blocks: list[bytes], pieces: list[int]) -> None:
+        """Plain ones are cut out together; how many of them a chunk has must not matter, nor what stands between."""
+        stream = b"".join(blocks)
+        wanted = capped(by_the_standard(stream))
+        assert capped(read([stream])) == capped(read(cut(stream, pieces))) == wanted

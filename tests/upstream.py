@@ -63,7 +63,7 @@ class Call:
         self.connection = number  #: which connection of the upstream it came on, from 1
         self.request_line = request_line
         self.headers = headers
-        self.json: Any = json.loads(body)
+        self.json: Any = json.loads(body) if body else None
         self.kept = False  #: whether the connection can take another request
         self._socket = connection
 
@@ -225,7 +225,7 @@ def _read_call(connection: socket.socket, file: BinaryIO, number: int) -> Call |
     while line := file.readline().decode().rstrip():
         name, _, value = line.partition(":")
         headers[name.lower()] = value.strip()
-    body = file.read(int(headers["content-length"]))
+    body = file.read(int(headers.get("content-length", 0)))
     return Call(connection, number, request_line, headers, body)
 
 

@@ -6,7 +6,7 @@ import socket
 from typing import Any
 
 import uvloop
-from aiohttp import web  # type: ignore[import-not-found]
+from aiohttp import web
 from aiohttp_sse import sse_response  # type: ignore[import-not-found]
 
 from benchmarks.peers.work import update

@@ -8,10 +8,10 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from sse_starlette import EventSourceResponse  # type: ignore[import-not-found]
-from starlette.applications import Starlette  # type: ignore[import-not-found]
-from starlette.responses import Response  # type: ignore[import-not-found]
-from starlette.routing import Route  # type: ignore[import-not-found]
+from sse_starlette import EventSourceResponse
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
 
 from benchmarks.peers.work import pauses, tick, update
 

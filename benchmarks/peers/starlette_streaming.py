@@ -4,9 +4,9 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.applications import Starlette  # type: ignore[import-not-found]
-from starlette.responses import StreamingResponse  # type: ignore[import-not-found]
-from starlette.routing import Route  # type: ignore[import-not-found]
+from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 from benchmarks.peers.work import update
 

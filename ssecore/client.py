@@ -1,0 +1,732 @@
+"""The client: a stream that survives its connection, seen from the other end.
+
+    async with connect("https://example.org/chat?prompt=hi") as source:
+        async for event in source:
+            ...
+
+1.  **When it goes on.** A connection that was lost is opened again with the last id (`Last-Event-ID`), after the
+    server's `retry:` or `Retry-After`, and a random share of a time that doubles with each failure. A stream's proper
+    end is no reason to stop, as with `EventSource`: the answer to the reconnect says whether there is more.
+2.  **When it ends.** 204; or the last event's id is `end`; or the answer came to its proper end and there is no id to
+    go on from (asking again would only run the work again). With `once` any proper end.
+3.  **When it fails.** A refusal (`Refused`), what is no event stream (`SourceError`), too long without a stream
+    (`GaveUp`), and a stream that broke off and can't be resumed (`Broken`): its events have no ids, or the request
+    may not be sent twice. An end is never mistaken for success: a loss is never silent.
+4.  **What may be sent twice.** GET; anything that goes on from an id; anything with an `Idempotency-Key`. Another
+    request is sent again only where it surely wasn't carried out: no connection, 425, 429, 503. After a POST that
+    started a run the client goes on by GET at the run's own events.
+5.  **The reader is a task of its own**, in the source's task group. So whoever waits for an event can be cancelled, by
+    a time limit for instance, and neither an event nor the connection is lost. It reads on when all that it has read
+    was taken: what is held is one chunk and one unfinished event.
+
+Boundary of trust: the server. What it sends is bounded: an event, the headers (100 KiB, h11's own limit), redirects,
+the text of a refusal, the time that it makes us wait. Headers of the caller's, credentials above all, go to no other
+origin.
+"""
+
+import fcntl
+import json as standard_json
+import logging
+import mmap
+import os
+import random
+import re
+import ssl
+import stat
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import anyio
+import anyio.to_thread
+import httpx
+import msgspec
+import orjson
+from anyio import current_time
+from anyio.abc import TaskGroup
+
+from ssecore.errors import TooLarge, UpstreamError
+from ssecore.wire import CONTENT_TYPE, DEFAULT_MAX_EVENT_BYTES, Decoder, Event
+
+__all__ = [
+    "Broken",
+    "GapError",
+    "GaveUp",
+    "Refused",
+    "Source",
+    "SourceError",
+    "batches",
+    "connect",
+    "is_gap",
+    "json_line",
+    "json_object",
+    "to_file",
+]
+
+logger = logging.getLogger("sseapp")
+
+#: Four of our server's heartbeats (15 s): one that is late or lost isn't taken for the end of the line.
+IDLE_TIMEOUT_S: Final = 60.0
+#: Longer than a restart of a service behind a proxy takes; a program that waits for ever tells nobody.
+GIVE_UP_S: Final = 300.0
+CONNECT_TIMEOUT_S: Final = 10.0
+#: A server that doesn't answer TLS's goodbye keeps nobody.
+CLOSE_TIMEOUT_S: Final = 2.0
+#: The random share of the first pause, and of the longest.
+BACKOFF_S: Final = 1.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.05, 30.0
+#: A `retry:` or `Retry-After` beyond it counts as this: a server must not put a client to sleep for years.
+MAX_ASKED_S: Final = 3600.0
+#: A connection that stood for so long was a good one, though no event came: the next failure is a first one again.
+STEADY_S: Final = 10.0
+#: Browsers follow 20.
+MAX_REDIRECTS: Final = 10
+#: Of a refusal's body: a problem has some hundred bytes. And the time it may take to come.
+MAX_PROBLEM_BYTES, PROBLEM_TIMEOUT_S = 64 * 1024, 5.0
+MAX_TEXT: Final = 1000
+#: Servers refuse header blocks of more than 8 to 16 KiB.
+MAX_ID_BYTES: Final = 4096
+#: `batches` gathers no more than this for `to_file`: one write.
+MAX_LINES: Final = 1000
+
+_REPEATABLE: Final = frozenset(["GET", "HEAD", "OPTIONS", "PUT", "DELETE"])
+#: What may pass, or be meant for somebody else than us; of these the request wasn't carried out:
+_NOT_DONE: Final = frozenset([425, 429, 503])
+_PASSING: Final = _NOT_DONE | {408}
+_FROM_PROXIES: Final = frozenset([502, 504])
+#: What h11 refuses in a header's value, and what it and servers strip.
+_UNSENDABLE: Final = re.compile(r"[\x00-\x1f\x7f]|^\s|\s$")
+_FAILURES: Final = ("error", "cancelled")
+_RUN_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_OF_THE_BODY: Final = ("content-type", "content-length", "transfer-encoding", "idempotency-key")
+
+
+class SourceError(UpstreamError):
+    """The stream can't be read; raised by `Source`. The root of what stands below. Texts never hold the URL."""
+
+    code = "source_error"
+
+
+class Refused(SourceError):
+    """The server said no, for good: a 4xx or 5xx that won't pass. The text has the problem's `detail`."""
+
+    code = "refused"
+
+    def __init__(self, upstream_status: int, problem: Mapping[str, Any]) -> None:
+        #: The answer's status; `status` is what it means for a service of ours that asked.
+        self.upstream_status = upstream_status
+        #: The members of its problem (RFC 9457), if it was one.
+        self.problem = dict(problem)
+        text = self.problem.get("detail") or self.problem.get("title")
+        phrase = httpx.codes.get_reason_phrase(upstream_status)
+        super().__init__(f"{upstream_status} {phrase}".rstrip() + (f": {str(text)[:MAX_TEXT]}" if text else ""))
+
+
+class Broken(SourceError):
+    """It broke off and can't be resumed. What came before was handed over; more may have been lost."""
+
+    code = "broken"
+
+
+class GaveUp(SourceError):
+    """For `give_up_s` no stream could be had. Try later, with `last_event_id`."""
+
+    code = "gave_up"
+
+
+class GapError(SourceError):
+    """The server announced a loss. Iterate on, and the stream goes on behind the gap."""
+
+    code = "gap"
+
+    def __init__(self, event: Event) -> None:
+        #: The announcement; its data is `{"reason", "from", "to"}`.
+        self.event = event
+        super().__init__(f"events were lost: {event.data}")
+
+
+class _Lost(Exception):
+    """This connection is over, and another may follow."""
+
+    def __init__(self, text: str, *, after_s: float = 0, at_once: bool = False) -> None:
+        super().__init__(text)
+        self.after_s = after_s
+        self.at_once = at_once
+
+
+class Source:
+    """A stream under way: an async iterator of its events, for one task at a time. To be entered by `async with`.
+
+    Nothing is asked for before the first event is. A wait for an event may be cancelled and done again: nothing is
+    lost. Raises `SourceError`; after a `GapError` the iteration can go on.
+
+    `method` is GET, or POST where there is a body (`json` or `content`). `client` is used instead of one of its own,
+    for proxies, certificates or an app in-process; it stays open.
+
+    `last_event_id`: begin after this event. `gaps`: an announced loss raises `GapError`, or is an event like others.
+    `once`: the proper end of an answer is the end of the stream; for servers that give ids and can't resume.
+    `idle_timeout_s`: a connection is given up after so long without a byte (heartbeats are bytes); default 60.
+    `give_up_s`: how long to try without success before `GaveUp`; default 300. `max_event_bytes`: default 16 MiB.
+    `None` turns these limits off.
+
+    A handler may yield inside of its block, although a task group is: no failure of the reader's ever cancels it.
+    """
+
+    def __init__(
+        self,
+        url: str | httpx.URL,
+        *,
+        method: str | None = None,
+        json: Any = None,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        client: httpx.AsyncClient | None = None,
+        last_event_id: str = "",
+        gaps: Literal["raise", "yield"] = "raise",
+        once: bool = False,
+        idle_timeout_s: float | None = IDLE_TIMEOUT_S,
+        give_up_s: float | None = GIVE_UP_S,
+        max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES,
+    ) -> None:
+        #: The id of the last event that was handed over: what to go on from another time. "" is none.
+        self.last_event_id = last_event_id
+        #: Of a run on our server, once its first answer is there.
+        self.run_id: str | None = None
+        self._gaps = gaps
+        self._once = once
+        self._idle_timeout_s = idle_timeout_s
+        self._give_up_s = give_up_s
+        self._given_client = client
+        body = {"json": json} if json is not None else {"content": content} if content is not None else {}
+        method = (method or ("POST" if body else "GET")).upper()
+        self._request: dict[str, Any] = {"method": method, "url": url, "headers": httpx.Headers(headers), **body}
+        self._decoder = Decoder(max_event_bytes=max_event_bytes)
+        self._last_two: deque[Event] = deque(maxlen=2)
+        self._first_id: str | None = None  # of the whole stream, to see that a server begins anew
+        self._heard = False  # an event came by this connection
+        self._heard_ever = False
+        # Between the reader's task and whoever iterates: rule 5.
+        self._ready: deque[Event] = deque()
+        self._arrived = anyio.Event()
+        self._wanted = anyio.Event()
+        self._waiting = False
+        self._over = False
+        self._failure: Exception | None = None
+        self._started = False
+
+    async def __aenter__(self) -> Self:
+        self._client = self._given_client or httpx.AsyncClient()
+        self._tasks: TaskGroup = await anyio.create_task_group().__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        self._tasks.cancel_scope.cancel()
+        try:
+            await self._tasks.__aexit__(None, None, None)  # without the error, which the group would wrap
+        finally:
+            if self._given_client is None:
+                with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):  # its sockets are freed, whatever ends us
+                    await self._client.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        """Hot path: where an event is there already, one look at it and no wait."""
+        if not self._ready:
+            await self._wait()
+        event = self._ready.popleft()
+        if event.id is not None:
+            self.last_event_id = event.id
+        if self._gaps == "raise" and is_gap(event):
+            raise GapError(event)
+        return event
+
+    async def _wait(self) -> None:
+        if self._waiting:
+            raise RuntimeError("a source is read by one task at a time")
+        if not self._started:
+            self._started = True
+            self._decoder.last_event_id = self.last_event_id
+            self._tasks.start_soon(self._read)
+        self._waiting = True
+        try:
+            while not self._ready:
+                if self._failure is not None:
+                    raise self._failure
+                if self._over:
+                    raise StopAsyncIteration
+                self._arrived = anyio.Event()
+                self._wanted.set()
+                await self._arrived.wait()
+        finally:
+            self._waiting = False
+
+    def resume_from(self, last_event_id: str, first_event_id: str | None = None) -> None:
+        """Go on after this event. `first_event_id`: the stream's first, to see that a server begins it anew.
+
+        Before the first event was asked for; else raises `RuntimeError`.
+        """
+        if self._started:
+            raise RuntimeError("the source is being read already: give it away before its first event")
+        self.last_event_id, self._first_id = last_event_id, first_event_id
+
+    @property
+    def failed(self) -> bool:
+        """At its end: whether the stream's last word (but for `[DONE]`) was our server's `error` or `cancelled`."""
+        words = [event for event in self._last_two if event.data != "[DONE]"]
+        if not words:
+            return False
+        if words[-1].event is not None:
+            return words[-1].event in _FAILURES
+        data = json_object(words[-1].data)
+        return data.get("type") in _FAILURES
+
+    # The reader's task
+
+    async def _read(self) -> None:
+        try:
+            await self._follow()
+        except Exception as error:
+            self._failure = error
+        finally:
+            self._over = True
+            self._arrived.set()
+
+    async def _follow(self) -> None:
+        """One connection after the other, until the stream has ended."""
+        attempt, lost_at = 0, current_time()
+        while True:
+            began, self._heard = current_time(), False
+            try:
+                await self._connection()
+                return
+            except _Lost as error:
+                lost = error
+            if self._heard or current_time() - began > STEADY_S:
+                attempt, lost_at = 0, current_time()
+            pause_s = self._pause_s(lost, attempt)
+            if self._give_up_s is not None and current_time() + pause_s - lost_at > self._give_up_s:
+                raise GaveUp(f"no stream for {self._give_up_s:g} s: {lost}") from lost
+            attempt += 1
+            logger.log(logging.DEBUG if lost.at_once else logging.INFO, "%s; again in %.1f s", lost, pause_s)
+            await anyio.sleep(pause_s)
+
+    def _pause_s(self, lost: _Lost, attempt: int) -> float:
+        """What the server asked for, and on top a random share of a time that doubles: full jitter."""
+        if lost.at_once and not attempt:
+            return 0
+        retry_ms = self._decoder.retry_ms
+        retry_s = min((retry_ms or 0) / 1000, MAX_ASKED_S)
+        first_s = BACKOFF_S if retry_ms is None else min(max(retry_s, MIN_BACKOFF_S), BACKOFF_S)
+        most_s = min(first_s * 2 ** min(attempt, 10), MAX_BACKOFF_S)
+        return max(retry_s, lost.after_s) + random.uniform(0, most_s)
+
+    async def _connection(self) -> None:
+        """Returns when the stream has ended for good."""
+        resumed_from = self._decoder.last_event_id
+        response = await self._open()
+        if response is None:
+            return
+        try:
+            lost = await self._receive(response, resumed_from)
+        finally:
+            await response.aclose()
+        if self._decoder.last_event_id == "end":
+            return
+        clean, farewell = lost is None, self._decoder.farewell
+        text = lost or ("the server asks to come back" if farewell else "the answer has ended")
+        if clean and self._once and not farewell:
+            return
+        if self._resumable():
+            raise _Lost(text, at_once=clean and not farewell and self.run_id is not None)
+        if clean and not farewell:
+            return
+        if not self._heard_ever and self._may_repeat():
+            raise _Lost(text)
+        raise Broken(f"{text}, and the stream can't be resumed: {self._why_not()}. Start it again.")
+
+    def _resumable(self) -> bool:
+        return bool(self._decoder.last_event_id) and _sendable(self._decoder.last_event_id) and self._may_repeat()
+
+    def _may_repeat(self) -> bool:
+        """Rule 4."""
+        return self._request["method"] in _REPEATABLE or "idempotency-key" in self._request["headers"]
+
+    def _why_not(self) -> str:
+        if not self._may_repeat():
+            return f"a {self._request['method']} without an Idempotency-Key may not be sent twice"
+        return "its id can't be sent back" if self._decoder.last_event_id else "its events have no ids"
+
+    async def _receive(self, response: httpx.Response, resumed_from: str) -> str | None:
+        """Hand over the events of an answer. `None` at its proper end, else what broke it."""
+        self._decoder.reset()
+        try:
+            async with _chunks(response) as chunks:
+                while True:
+                    with anyio.fail_after(self._idle_timeout_s):
+                        chunk = await anext(chunks, None)
+                    if events := self._decoder.feed(chunk or b""):  # with nothing it only says what is too large
+                        await self._hand_over(events, resumed_from)
+                    if chunk is None:
+                        break
+        except TooLarge as error:
+            raise SourceError(f"{error}: raise max_event_bytes if that is right") from error
+        except TimeoutError:
+            return f"no byte for {self._idle_timeout_s:g} s"
+        except httpx.TransportError as error:
+            return f"the connection broke: {error or type(error).__name__}"
+        return "the answer ended within an event" if self._decoder.unfinished else None
+
+    async def _hand_over(self, events: list[Event], resumed_from: str) -> None:
+        first = events[0].id
+        if self._first_id is None:
+            if self._decoder.last_event_id:
+                self._first_id = next((event.id for event in events if event.id), None)
+        elif not self._heard and first == self._first_id != resumed_from:
+            raise SourceError("the server began the stream anew instead of going on: it doesn't heed Last-Event-ID")
+        self._heard = self._heard_ever = True
+        self._last_two.extend(events[-2:])
+        self._ready.extend(events)
+        self._arrived.set()
+        while self._ready:
+            self._wanted = anyio.Event()
+            await self._wanted.wait()
+
+    # A request and the head of its answer
+
+    async def _open(self) -> httpx.Response | None:
+        """The answer that is an event stream; `None` where the stream is over."""
+        request = self._next_request()
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await self._send(request)
+            try:
+                following = await self._judge(response)
+            except BaseException:
+                with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+                    await response.aclose()
+                raise
+            if following is response:
+                return response
+            await response.aclose()
+            if following is None:
+                return None
+            assert isinstance(following, httpx.Request)
+            request = following
+        raise SourceError(f"more than {MAX_REDIRECTS} redirects")
+
+    def _next_request(self) -> httpx.Request:
+        headers = httpx.Headers(self._request["headers"])
+        # No `cache-control: no-cache`: with it our server takes us for a browser, and refuses softly.
+        headers.setdefault("accept", CONTENT_TYPE)
+        headers["accept-encoding"] = "identity"
+        last = self._decoder.last_event_id
+        if last and _sendable(last):
+            headers = httpx.Headers([*headers.raw, (b"last-event-id", last.encode())])
+        # No time limit but for connecting: those of ours count bytes, and hold with any transport.
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        return self._client.build_request(**{**self._request, "headers": headers, "timeout": timeout})
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        try:
+            with anyio.fail_after(self._idle_timeout_s):
+                return await self._client.send(request, stream=True, follow_redirects=False)
+        except httpx.UnsupportedProtocol as error:
+            raise SourceError("the address must begin with http:// or https://") from error
+        except httpx.LocalProtocolError as error:
+            raise SourceError("the request can't be sent: a header holds what none may hold") from error  # say no token
+        except (TimeoutError, httpx.TransportError) as error:
+            causes = list(_causes(error))
+            if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+                raise SourceError(f"the server's certificate isn't good: {error}") from error
+            if isinstance(error, httpx.RemoteProtocolError) and len(causes) > 2:  # h11 refused it: not just an end
+                raise SourceError(f"the server's answer can't be read: {error}") from error
+            text = f"no answer: {error or type(error).__name__}"
+            if isinstance(error, TimeoutError):
+                text = f"no answer within {self._idle_timeout_s:g} s"
+            # A time limit of our own may have come before there was a connection; nobody can tell.
+            unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+            raise self._lost(text, done=not unsent) from error
+
+    def _lost(self, text: str, *, done: bool, after_s: float = 0) -> Exception:
+        """`done`: the request may have been carried out."""
+        if done and not self._may_repeat() and not self._decoder.last_event_id:
+            return Broken(f"{text}; whether it was carried out isn't known, and {self._why_not()}")
+        return _Lost(text, after_s=after_s)
+
+    async def _judge(self, response: httpx.Response) -> httpx.Response | httpx.Request | None:
+        """The response itself where it is the stream, the request that takes its place, or `None`: it is over."""
+        status = response.status_code
+        if status == 204:
+            return None
+        if response.next_request is not None:
+            return self._redirected(response, response.next_request)
+        if status == 202 and "location" in response.headers:
+            self._go_on_at(response, response.headers["location"])
+            return self._next_request()
+        if status != 200:
+            raise await self._refusal(response)
+        media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != CONTENT_TYPE:
+            raise SourceError(f"the answer is {media_type or 'without a type'}, not {CONTENT_TYPE}")
+        if response.headers.get("content-encoding", "identity").lower() != "identity":
+            raise SourceError("the answer is compressed, though it was asked not to be")
+        run = response.headers.get("run-id", "")
+        if _RUN_ID.fullmatch(run):
+            self.run_id = run
+            if self._request["method"] != "GET":
+                self._go_on_at(response, response.headers.get("content-location", f"/runs/{run}/events"))
+        return response
+
+    def _redirected(self, response: httpx.Response, request: httpx.Request) -> httpx.Request:
+        if not _same_origin(response.url, request.url):
+            # httpx removes `Authorization`; an API key may stand in any other.
+            for name in self._request["headers"]:
+                if name not in ("accept", "content-type"):
+                    request.headers.pop(name, None)
+        return request
+
+    def _go_on_at(self, response: httpx.Response, location: str) -> None:
+        """From the next request on: GET, there."""
+        url = response.url.join(location)
+        if not _same_origin(response.url, url):
+            raise SourceError("the server names another server for the run's events: connect there yourself")
+        headers = self._request["headers"].copy()
+        for name in _OF_THE_BODY:
+            headers.pop(name, None)
+        self._request = {"method": "GET", "url": url, "headers": headers}
+
+    async def _refusal(self, response: httpx.Response) -> Exception:
+        status, after_s = response.status_code, _retry_after_s(response)
+        problem = await _problem(response)
+        passing = (
+            status in _PASSING
+            or (status in _FROM_PROXIES and "problem+json" not in response.headers.get("content-type", ""))
+            or (status >= 500 and after_s is not None)
+        )
+        refused = Refused(status, problem)
+        if not passing:
+            return refused
+        return self._lost(str(refused), done=status not in _NOT_DONE, after_s=after_s or 0)
+
+
+#: `async with connect(url) as source`: it reads better so.
+connect = Source
+
+
+def is_gap(event: Event) -> bool:
+    """Whether it is our server's announcement that events were lost, named or (on a data-only stream) by its `type`."""
+    if event.event != "gap" and not (event.event is None and event.data.startswith('{"type":"gap"')):
+        return False
+    return json_object(event.data).get("reason") in ("trimmed", "diverged", "expired")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object; for anything else an empty one."""
+    try:
+        data = orjson.loads(text)
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+async def batches(source: Source, size: int, within_s: float) -> AsyncIterator[list[Event]]:
+    """Lists of up to `size` events, each handed over when it is full or `within_s` after its first event.
+
+    What has come is handed over before an error is raised. Closing the iterator loses at most an unfinished batch:
+    `source.last_event_id` is the last one's that was put into a batch.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}: a batch has at least one event")
+    ended: Exception | None = None
+    while ended is None:
+        batch: list[Event] = []
+        try:
+            batch.append(await anext(source))
+            with anyio.move_on_after(within_s):
+                while len(batch) < size:
+                    batch.append(await anext(source))
+        except Exception as error:
+            ended = error
+        if batch:
+            yield batch
+    if not isinstance(ended, StopAsyncIteration):
+        raise ended
+
+
+# A file
+
+
+class _Line(msgspec.Struct):
+    """One event in the file. `data` is always a string, whatever it holds: a reader needn't guess."""
+
+    id: str | None
+    event: str | None
+    data: str
+
+
+#: What each file of ours begins with.
+_BEGINNING: Final = b'{"id":'
+
+
+async def to_file(source: Source, path: str | os.PathLike[str]) -> int:
+    """Write a stream's events into a file, one JSON object `{"id", "event", "data"}` a line; the number written.
+
+    Each is in the file (not in a buffer of ours) before the next is waited for. Started again, with a new source of the
+    same stream, it goes on after the last complete line: nothing is missing and nothing there twice. A half line is cut
+    off first, and so is the announcement of a gap that nothing followed: it will be made again.
+
+    Raises `SourceError` where the file is somebody else's, is being written, or ends with an event without an id; and
+    what `Source` raises. `OSError` where it can't be written.
+    """
+    file = await anyio.to_thread.run_sync(_take, Path(path))
+    try:
+        first, last = await anyio.to_thread.run_sync(_mend, file)
+        if last:
+            source.resume_from(last, first)
+        written = 0
+        async with aclosing(batches(source, MAX_LINES, 0)) as groups:  # type: ignore[type-var]
+            async for group in groups:
+                lines = b"".join([json_line(event) for event in group])
+                await anyio.to_thread.run_sync(_append, file, lines)
+                written += len(group)
+        return written
+    finally:
+        os.close(file)
+
+
+def json_line(event: Event) -> bytes:
+    """An event as a line of JSON Lines."""
+    return orjson.dumps({"id": event.id, "event": event.event, "data": event.data}) + b"\n"
+
+
+def _take(path: Path) -> int:
+    """Open the file, for this process alone."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise SourceError(f"{path} is not a regular file")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SourceError(f"{path} is being written by another process") from None
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _mend(file: int) -> tuple[str | None, str]:
+    """Cut off what is not complete. The first event's id and the last one's, "" where there is none.
+
+    Nothing is cut off from a file that isn't ours.
+    """
+    size = os.fstat(file).st_size
+    if not size:
+        return None, ""
+    with mmap.mmap(file, size, access=mmap.ACCESS_READ) as content:
+        if content[: len(_BEGINNING)] != _BEGINNING[:size]:
+            raise SourceError("the file holds something else than events: name another")
+        end = content.rfind(b"\n") + 1
+        last: _Line | None = None
+        while end:
+            begin = content.rfind(b"\n", 0, end - 1) + 1
+            last = _parse(content[begin:end])
+            if last.id == "end" or not is_gap(Event(last.data, last.event)):
+                break
+            end, last = begin, None
+        first = _parse(content[: content.find(b"\n") + 1]) if end else None
+    if last is not None and not last.id:
+        raise SourceError("the file's last event has no id, so nothing can go on from there: name another")
+    os.ftruncate(file, end)
+    return (first.id if first else None), (last.id or "" if last else "")
+
+
+def _parse(content: bytes) -> _Line:
+    try:
+        return msgspec.json.decode(content, type=_Line)
+    except msgspec.DecodeError as error:
+        raise SourceError(f"the file has a line that is no event of ours ({error}): name another") from error
+
+
+def _append(file: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(file, content) :]
+
+
+# What a server says
+
+
+@asynccontextmanager
+async def _chunks(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The body's bytes.
+
+    httpx nests generators, and `aclose` of the outermost leaves the others to the collector (which trio complains of).
+    A cancellation ends them from the innermost on: what is in a buffer comes, and the first wait for more ends all.
+    """
+    chunks = response.aiter_raw()
+    try:
+        yield chunks
+    finally:
+        with anyio.CancelScope() as scope, suppress(httpx.TransportError):
+            scope.cancel()
+            while await anext(chunks, None) is not None:
+                pass
+
+
+async def _problem(response: httpx.Response) -> Mapping[str, Any]:
+    """What a refusal says of itself; without a problem, a plain text's first line as `detail`."""
+    body = b""
+    with suppress(httpx.TransportError), anyio.move_on_after(PROBLEM_TIMEOUT_S):
+        async with _chunks(response) as chunks:
+            async for chunk in chunks:
+                body += chunk[: MAX_PROBLEM_BYTES - len(body)]
+                if len(body) == MAX_PROBLEM_BYTES:
+                    break
+    media_type = response.headers.get("content-type", "")
+    if "json" in media_type:
+        with suppress(ValueError, RecursionError):
+            found = standard_json.loads(body)
+            if isinstance(found, dict):
+                return found
+    if media_type.startswith("text/plain"):
+        return {"detail": body.decode(errors="replace").partition("\n")[0][:200]}
+    return {}
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    """RFC 9110, 10.2.3: "The Retry-After field value can be either an HTTP-date or a number of seconds"."""
+    text = response.headers.get("retry-after", "").strip()
+    if re.fullmatch(r"[0-9]+", text):
+        return min(float(text[:9]), MAX_ASKED_S)
+    try:
+        date = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=UTC)
+    return min(max((date - datetime.now(UTC)).total_seconds(), 0), MAX_ASKED_S)
+
+
+def _sendable(id: str) -> bool:
+    return len(id.encode()) <= MAX_ID_BYTES and _UNSENDABLE.search(id) is None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _same_origin(one: httpx.URL, other: httpx.URL) -> bool:
+    return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)

@@ -1,0 +1,151 @@
+"""Each program of examples/ does what it says."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+from unittest.mock import ANY
+
+import anyio
+import httpx
+import pytest
+from playwright.sync_api import Browser
+from streamlit.testing.v1 import AppTest
+
+from examples import fastapi_host, merge_sources, status_callback
+from ssecore.fixtures import OpenStream, open_stream
+from ssecore.testing import Transport, assert_stream, connect, lifespan
+from tests import chromium, serving, upstream
+from tests.needs import needs
+from tests.relay import relay
+from tests.serving import Server, serve_uvicorn
+from tests.test_client import cut, numbered, over, quick, stream
+from tests.upstream import Call
+
+__all__ = ["open_stream", "quick"]
+
+browser, server = chromium.browser, serving.server
+
+EXAMPLES: Final = Path(__file__).parent.parent / "examples"
+
+
+def test_all_of_them_are_here() -> None:
+    tested = {"fastapi_host.py", "merge_sources.py", "status_callback.py", "streamlit_chat.py", "vanilla.html"}
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tested
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_merged_sources_go_on_over_cuts_and_one_that_fails_is_said(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def read() -> list[tuple[str | None, Any]]:
+        app = merge_sources.make()
+        async with app.running(), httpx.AsyncClient(transport=Transport(app), base_url="http://localhost") as http:
+            with anyio.fail_after(20):
+                async with http.stream("GET", "/merged") as response:
+                    events = await assert_stream(response, ...)
+        return [(event.event, event.data and json.loads(event.data)) for event in events]
+
+    with upstream.serve() as one, upstream.serve() as other:
+        one.plan(cut(numbered(1)), stream(numbered(2)), over)
+        other.plan(upstream.refuse(403, b'{"detail": "not you"}'))
+        monkeypatch.setenv("SOURCES", f"{one.url} {other.url}")
+        told = anyio.run(read, backend=backend)
+        one.settle()
+        other.settle()
+    assert [data for kind, data in told if kind is None] == [{"source": 0, "data": "1"}, {"source": 0, "data": "2"}]
+    [failure] = [data["error"] for kind, data in told if kind == "source_failed"]
+    assert "not you" in failure
+    assert told[-1] == ("complete", "")
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_whoever_leaves_the_merged_stream_leaves_its_sources(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler yields inside of a source's block and of `merge`'s: leaving ends both."""
+
+    def forever(call: Call) -> None:
+        call.head()
+        call.send(numbered(1))
+        call.wait_gone()
+
+    async def leave() -> None:
+        app = merge_sources.make()
+        with anyio.fail_after(20):
+            async with app.running(), connect(app, "GET", "/merged") as exchange:
+                await assert_stream(exchange, (None, {"source": 0, "data": "1"}), ends=False)
+
+    with upstream.serve() as source:
+        source.plan(forever)
+        monkeypatch.setenv("SOURCES", source.url)
+        anyio.run(leave, backend=backend)
+        source.settle()
+
+
+async def test_a_callback_is_bounded_and_what_is_left_out_is_counted(open_stream: OpenStream) -> None:
+    stream = open_stream(status_callback.make(), "GET", "/ask?question=why")
+    steps = [("status", {"status": step}) for step in ("reading", "thinking", "writing")]
+    events = await assert_stream(stream, *steps, ..., ("result", {"answer": "yhw", "left_out": ANY}), ...)
+    statuses = [event for event in events if event.event == "status"]
+    [result] = [json.loads(event.data) for event in events if event.event == "result"]
+    assert 0 < result["left_out"] == 1003 - len(statuses)
+
+
+async def test_the_hosts_users_are_the_callers() -> None:
+    app = fastapi_host.make()
+    async with lifespan(app), httpx.AsyncClient(transport=Transport(app), base_url="http://localhost") as http:
+        refused = await http.get("/sse/news")
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+        await http.get("/")
+        async with http.stream("GET", "/sse/news") as response:
+            await assert_stream(response, ("init", {"hello": "guest 1"}), ends=False)
+        run = (await http.get("/sse/answer?question=why", headers={"prefer": "respond-async"})).headers["location"]
+        assert run.startswith("/sse/runs/")
+        async with http.stream("GET", run) as response:
+            await assert_stream(response, ("token", "You"), ..., ("token", "why"), ("done", ""))
+        del http.cookies["session"]
+        await http.get("/")
+        assert (await http.get(run)).status_code == 404, "another guest's"
+
+
+@needs("chromium")
+def test_the_page_without_a_library_goes_on_over_a_cut(browser: Browser, tmp_path: Path) -> None:
+    with serve_uvicorn(tmp_path, app="examples.fastapi_host:make") as host, relay(host.port, [10_000, 700]) as line:
+        page = browser.new_page()
+        failures: list[str] = []
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.goto(line.url)
+        page.wait_for_function("state.textContent === 'hello, guest 1'")
+        host.client.post("/news?headline=It+works")
+        page.wait_for_selector("#news li")
+        assert page.text_content("#news li") == "It works"
+        page.click("button")
+        page.wait_for_function("state.textContent === 'done'")
+        assert page.text_content("#answer") == "You asked: does this survive a cut? "
+        assert len([a for a in line.answers() if b"event: token" in a]) == 2 and not failures
+        page.close()
+
+
+@pytest.fixture
+def chat(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppTest]:
+    monkeypatch.setenv("SSEAPP_URL", server.url)
+    yield AppTest.from_file(str(EXAMPLES / "streamlit_chat.py"), default_timeout=20)
+
+
+def test_a_chat_in_streamlit_shows_status_answer_and_sources(chat: AppTest, server: Server) -> None:
+    server.client.post("/tasks/import", content="title\nWrite the docs\n", headers={"content-type": "text/csv"}).read()
+    page = chat.run()
+    assert not page.exception
+    page = page.chat_input[0].set_value("which tasks are about docs?").run()
+    assert not page.exception and not page.error
+    assert [message.name for message in page.chat_message] == ["user", "assistant"]
+    answer = page.chat_message[1]
+    assert answer.status[0].label == "done" and "Write the docs" in answer.markdown[0].value
+    assert answer.caption, "the sources"
+    page = page.chat_input[0].set_value("and what is 2 + 2?").run()
+    assert len(page.chat_message) == 4 and "4" in page.chat_message[3].markdown[0].value
+
+
+def test_a_chat_in_streamlit_says_what_is_wrong(chat: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSEAPP_URL", "http://127.0.0.1:1")
+    page = chat.run().chat_input[0].set_value("hi").run()
+    assert not page.exception and "can't be reached" in page.error[0].value

@@ -1,0 +1,228 @@
+"""Clients of others against our server: the same events as ours, heartbeats unseen, and on after a cut.
+
+All read the same kind of run, over a line that breaks. Browsers' `EventSource` and npm's `eventsource` come back by
+themselves; with the others it is whoever uses them who sends the last id again.
+"""
+
+import asyncio
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+import anyio
+import httpx
+import pytest
+import sseclient
+from httpx_sse import connect_sse
+from playwright.sync_api import Browser
+
+from ssecore.client import connect
+from ssecore.wire import Decoder
+from tests import chromium
+from tests.needs import find, needs
+from tests.relay import relay
+from tests.serving import Server, serve_uvicorn, wait_until
+
+browser = chromium.browser
+
+#: Id, type, data, as a browser names them.
+Told = list[tuple[str, str, str]]
+
+NODE: Final = Path(__file__).parent / "node"
+#: Bytes with the head, some 330; the pause of the stream comes behind them all.
+CUTS: Final = [500, 600, 717]
+COUNT: Final = 31
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    environ = {"SSEAPP_HEARTBEAT_S": "0.05", "SSEAPP_RETRY_MS": "1", "SSEAPP_LOG": "memory"}
+    with serve_uvicorn(tmp_path_factory.mktemp("data"), app="tests.runs_app:make", env=environ) as server:
+        yield server
+
+
+def check(server: Server, read: Callable[[str], Told], cuts: list[int], folder: Path) -> None:
+    """The stream pauses until its last connection has had a heartbeat."""
+    go_on = folder / "go-on"
+
+    def wait_for_heartbeat() -> None:
+        try:
+            line.wait_streams(len(cuts) + 1)
+            wait_until(lambda: any(re.search(rb"\n:\n", answer) for answer in line.answers()[-1:]))
+        finally:
+            go_on.touch()
+
+    with relay(server.port, cuts) as line, ThreadPoolExecutor() as pool:
+        heartbeat = pool.submit(wait_for_heartbeat)
+        told = read(f"{line.url}/talk?path={go_on}")
+        heartbeat.result()
+        answers = line.answers()
+    run = told[0][0].partition(".")[0]
+    whole = Decoder().feed(server.client.get(f"/runs/{run}/events").content)
+    assert len(whole) == COUNT
+    assert told == [(event.id, event.event or "message", event.data) for event in whole]
+    assert len([answer for answer in answers if b"text/event-stream" in answer.lower()]) == len(cuts) + 1
+
+
+def resuming(read: Callable[[str, dict[str, str], Told], bool]) -> Callable[[str], Told]:
+    """A client that is told what to go on from. `read` says whether there may be more."""
+
+    def read_all(url: str) -> Told:
+        told: Told = []
+        while read(url, {"last-event-id": told[-1][0]} if told else {}, told):
+            pass
+        return told
+
+    return read_all
+
+
+def by_node(script: str) -> Callable[[str], Told]:
+    def read(url: str) -> Told:
+        done = subprocess.run(["node", script, url], cwd=NODE, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0, done.stderr
+        return [(id, kind, data) for id, kind, data in map(json.loads, done.stdout.split("\n")[:-1])]
+
+    return read
+
+
+def by_httpx_sse(url: str, headers: dict[str, str], told: Told) -> bool:
+    with httpx.Client(verify=False) as http, connect_sse(http, "GET", url, headers=headers) as source:
+        if source.response.status_code == 204:
+            return False
+        try:
+            for event in source.iter_sse():
+                told.append((event.id, event.event, event.data))
+        except httpx.RemoteProtocolError:
+            pass
+    return True
+
+
+def by_sseclient(url: str, headers: dict[str, str], told: Told) -> bool:
+    with httpx.Client(verify=False) as http, http.stream("GET", url, headers=headers) as response:
+        if response.status_code == 204:
+            return False
+        told += [
+            (str(event.id), event.event, event.data) for event in sseclient.SSEClient(response.iter_raw()).events()
+        ]
+    return True
+
+
+def by_aiohttp(url: str, headers: dict[str, str], told: Told) -> bool:
+    async def read() -> bool:
+        decoder = Decoder()
+        decoder.last_event_id = headers.get("last-event-id", "")
+        decoder.reset()
+        async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as response:
+            try:
+                async for chunk in response.content.iter_any():
+                    told.extend((str(e.id), e.event or "message", e.data) for e in decoder.feed(chunk))
+            except aiohttp.ClientPayloadError:
+                pass
+            return response.status != 204
+
+    return asyncio.run(read())
+
+
+def by_curl(url: str, headers: dict[str, str], told: Told) -> bool:
+    options = [option for name, value in headers.items() for option in ("-H", f"{name}: {value}")]
+    command = ["curl", "-sSN", "--noproxy", "*", "-w", "%{http_code}", *options, url]
+    output = subprocess.run(command, capture_output=True, timeout=20).stdout
+    decoder = Decoder()
+    told += [(str(event.id), event.event or "message", event.data) for event in decoder.feed(output)]
+    return not output.endswith(b"204")
+
+
+def by_ours(url: str) -> Told:
+    async def read() -> Told:
+        async with httpx.AsyncClient(verify=False) as http, connect(url, client=http) as source:
+            return [(str(event.id), event.event or "message", event.data) async for event in source]
+
+    return anyio.run(read)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(by_ours, id="ours"),
+        pytest.param(by_node("eventsource.js"), id="eventsource", marks=needs("node-clients")),
+        pytest.param(by_node("parser.js"), id="eventsource-parser", marks=needs("node-clients")),
+        pytest.param(resuming(by_httpx_sse), id="httpx-sse"),
+        pytest.param(resuming(by_aiohttp), id="aiohttp"),
+        pytest.param(resuming(by_curl), id="curl", marks=needs("curl")),
+    ],
+)
+def test_a_client_of_others_hears_every_event_once_over_cuts(
+    server: Server, read: Callable[[str], Told], tmp_path: Path
+) -> None:
+    check(server, read, CUTS, tmp_path)
+
+
+def test_sseclient_hears_every_event_once(server: Server, tmp_path: Path) -> None:
+    """Without cuts: it takes half an event at a stream's end for a whole one."""
+    check(server, resuming(by_sseclient), [], tmp_path)
+
+
+#: Both leave what they heard in `window.told`, and say when they are through.
+EVENT_SOURCE: Final = """
+(url) => {
+  window.told = []
+  const source = new EventSource(url)
+  const note = (event) => window.told.push([event.lastEventId, event.type, event.data])
+  for (const type of ["message", "item", "complete"]) source.addEventListener(type, note)
+  source.addEventListener("error", () => { window.through = source.readyState === EventSource.CLOSED })
+}
+"""
+FETCH: Final = """
+async (url) => {
+  window.told = []
+  let last = ""
+  for (;;) {
+    const response = await fetch(url, {headers: last ? {"last-event-id": last} : {}, cache: "no-store"})
+    if (response.status === 204) break
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
+    let text = ""
+    for (;;) {
+      const {done, value} = await reader.read().catch(() => ({done: true}))
+      if (done) break
+      const blocks = (text + value).split("\\n\\n")
+      text = blocks.pop()
+      for (const block of blocks) {
+        const lines = block.split("\\n").map((line) => line.match(/^(\\w+): ?([^]*)$/)).filter((line) => line)
+        const all = (name) => lines.filter((line) => line[1] === name).map((line) => line[2])
+        last = all("id").at(-1) ?? last
+        window.told.push([last, all("event").at(-1) ?? "message", all("data").join("\\n")])
+      }
+    }
+  }
+  window.through = true
+}
+"""
+
+
+@needs("chromium")
+@pytest.mark.parametrize("script", [EVENT_SOURCE, FETCH], ids=["EventSource", "fetch"])
+def test_chromium_hears_every_event_once_over_cuts(
+    server: Server, browser: Browser, script: str, tmp_path: Path
+) -> None:
+    def read(url: str) -> Told:
+        page = browser.new_page()
+        page.goto(url.partition("/talk")[0] + "/nothing")  # for its origin
+        page.evaluate(f"({script})({json.dumps(url)}); 0")
+        page.wait_for_function("window.through", timeout=20_000)
+        told: Told = [(id, kind, data) for id, kind, data in page.evaluate("window.told")]
+        page.close()
+        return told
+
+    check(server, read, CUTS, tmp_path)
+
+
+def test_the_lock_for_node_names_no_address() -> None:
+    lock = json.loads((NODE / "package-lock.json").read_text())
+    assert all(re.match("sha512-", package["integrity"]) for name, package in lock["packages"].items() if name)
+    assert "resolved" not in json.dumps(lock)
+    assert find("node-clients") if (NODE / "node_modules").exists() else True
