@@ -8,11 +8,12 @@ import inspect
 import sys
 from collections.abc import Callable
 
-from benchmarks import durable, fanout, history, memory, resume, retention, rows, throughput
+from benchmarks import chaos, durable, fanout, history, memory, resume, retention, rows, throughput
 from benchmarks.process import pin_load, raise_file_limit
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
+    "chaos": chaos.run,
     "durable": durable.run,
     "fanout": fanout.run,
     "history": history.run,
