@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from benchmarks.history import Answer, Connection, Cut, History, Replica, Scenario, exchange, free_port, listening
 from benchmarks.history import violations as violations_of
@@ -150,9 +150,9 @@ class Chaos(Scenario):
         """Each part has its own. At the end all of them are well, and have been for a moment."""
         async with asyncio.TaskGroup() as tasks:
             for number in range(REPLICAS):
-                tasks.create_task(self._again(f"replica {number}", 5.0, self._hurt_a_replica))
-            tasks.create_task(self._again("redis", 4.0, self._hurt_redis))
-            tasks.create_task(self._again("nginx", 4.0, self._hurt_nginx))
+                tasks.create_task(self._again(f"replica {number}", 4.0, self._hurt_a_replica))
+            tasks.create_task(self._again("redis", 2.5, self._hurt_redis))
+            tasks.create_task(self._again("nginx", 3.0, self._hurt_nginx))
         await self.installation.listening()
         for replica in self.installation.replicas:
             await self._answers(replica.port)

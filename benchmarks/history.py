@@ -1,9 +1,9 @@
 """The history checker: does every reader hear every event once, in order, whatever happens to its connection?
 
 `play` runs a scenario: a real server with runs and topics on an SQLite or Redis log, publishers, and many readers that
-behave as a browser's `EventSource` does. Each is cut at random bytes and comes back with its last id; the server itself may be
-stopped now and then, by SIGKILL or SIGTERM, and started again on the same file. `violations` then looks at what was
-heard, and at nothing else: it knows what a run has to say, and what publishers were told.
+behave as a browser's `EventSource` does. Each is cut at random bytes and comes back with its last id; the server itself
+may be stopped now and then, by SIGKILL or SIGTERM, and started again on the same log. `violations` then looks at what
+was heard, and at nothing else: it knows what a run has to say, and what publishers were told. `chaos` goes further.
 
 1.  Sequences are contiguous from where a reader began. A hole is announced by a `gap` that explains it: in topics only,
     and only for what retention may have taken.

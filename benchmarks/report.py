@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class Check:
 @dataclass
 class Report:
     name: str
-    sizes: dict[str, int]
+    sizes: Mapping[str, int | str]
     rows: dict[str, dict[str, Spread]] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -84,7 +84,9 @@ class Report:
         table += [[name, *(str(row.get(column, "")) for column in columns)] for name, row in self.rows.items()]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-        sizes = ", ".join(f"{name} {size:,}" for name, size in self.sizes.items())
+        sizes = ", ".join(
+            f"{name} {size if isinstance(size, str) else f'{size:,}'}" for name, size in self.sizes.items()
+        )
         lines.append(f"{sizes}; median (lowest-highest)")
         checks = [f"{'met   ' if c.met else 'MISSED'} {c.what}: {c.value}, asked {c.asked}" for c in self.checks]
         return "\n".join([*lines, *checks, *(f"skipped {reason}" for reason in self.skipped)])

@@ -126,7 +126,7 @@ def test_a_reader_elsewhere_keeps_a_run_and_its_leaving_lets_it_go(replicas: Rep
 
 def state_quietly(redis: RedisServer, run: str) -> str:
     """Asking a replica would count as interest."""
-    facts = redis.call("HGET", f"sseapp:{{{run}}}:facts", "meta")
+    facts = redis.call("HGET", f"{{sseapp}}:facts:{run}", "meta")
     meta: str = json.loads(facts.partition("\r\n")[2])["state"]
     return meta
 
@@ -160,7 +160,9 @@ def test_runs_that_finish_while_their_replica_drains_are_read_to_the_end_elsewhe
 
 
 def test_a_password_in_the_url_is_not_printed(tmp_path: Path) -> None:
-    answer = run_sseapp("serve", "--data-dir", str(tmp_path), "--log", "redis://:secret@127.0.0.1:1/0")
+    answer = run_sseapp(
+        "serve", "--data-dir", str(tmp_path), "--log", "redis://:secret@127.0.0.1:1/0", env={"SSEAPP_LEASE_S": "1"}
+    )
     assert answer.returncode == 3
     assert "Redis can't be used" in answer.stderr
     assert "secret" not in answer.stderr + answer.stdout

@@ -36,6 +36,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from itertools import chain, repeat
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -46,13 +47,27 @@ from anyio import Event as Signal
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 import ssecore.log
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, WriterFenced
-from ssecore.log import Ended, Kind, Retention, Row, Stat, Watcher, Watchers, joined, new_epoch, plain
+from ssecore.log import (
+    Cursor,
+    Ended,
+    Gap,
+    Kind,
+    Retention,
+    Row,
+    Stat,
+    Watcher,
+    Watchers,
+    joined,
+    locate,
+    new_epoch,
+    plain,
+)
 from ssecore.wire import encode_json
 
 __all__ = ["RedisLog"]
@@ -70,163 +85,203 @@ _MAX_PIPELINE_BYTES: Final = 4 * 1024 * 1024
 _SOCKET_TIMEOUT_S: Final = 5.0
 #: Connections besides the one that listens.
 _MAX_CONNECTIONS: Final = 16
-#: Facts that no index names yet are forgotten after this: whoever made them was cut off.
-_UNCLAIMED_S: Final = 60
-#: How long a stream remembers the last append of a process that writes no more.
+#: How long a stream remembers the last append of a process that writes no more, where it has so many of them.
 _REMEMBER_S: Final = 3600
+_MANY_PROCESSES: Final = 64
+#: How often the connection that listens is asked for a sign of life.
+_PING_S: Final = 2.0
 #: Streams that the upkeep looks at in one turn.
 _STEP_STREAMS: Final = 64
 #: Entries of one XRANGE.
 _READ_ROWS: Final = 64
 _RETRY_AFTER_S: Final = 5
+#: What passes.
+_AWAY: Final = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OSError)
 
-#: Trims rows and gives first, size: what `ssecore.log.outlived` says, for as long as it says so.
-_TRIM: Final = """
+#: What each script begins with, besides `instance` and `prefix`. `trim` does what `ssecore.log.outlived` says, for as
+#: long as it says so, and gives first and size.
+_COMMON: Final = """
+local facts, rows, processes = unpack(KEYS)
 local function num(n) return string.format('%.0f', n) end
+local function get(...) return redis.call('HMGET', facts, ...) end
+local function set(...) redis.call('HSET', facts, ...) end
 local function trim(first, last, size, max_bytes, age_s, now)
   local cut = nil
   while true do
-    local oldest = redis.call('LINDEX', KEYS[3], 0)
+    local oldest = redis.call('XRANGE', rows, cut and num(cut + 1) or '-', '+', 'COUNT', 1)[1]
     if not oldest then break end
-    local row, bytes, at = string.match(oldest, '^(%d+) (%d+) (.+)$')
-    row, bytes = tonumber(row), tonumber(bytes)
-    if not (row < first or (max_bytes and size > max_bytes and row < last)
-        or (age_s and tonumber(at) + age_s <= now)) then break end
-    redis.call('LPOP', KEYS[3])
+    local row, at, bytes = tonumber(string.match(oldest[1], '^%d+')), tonumber(oldest[2][6]), #oldest[2][8]
+    if not (row < first or (max_bytes and size > max_bytes and row < last) or (age_s and at + age_s <= now)) then
+      break
+    end
     size, cut, first = size - bytes, row, math.max(first, row + 1)
   end
-  if cut then redis.call('XTRIM', KEYS[2], 'MINID', num(cut + 1) .. '-0') end
+  if cut then redis.call('XTRIM', rows, 'MINID', num(cut + 1)) end
   return first, size
 end
 """
+#: KEYS are those of one stream. The index has the same hash tag and is named by `prefix`.
 _SCRIPTS: Final = {
-    # facts; seconds until it is forgotten, then fields and values
+    # stream, epoch, kind, owner, key (both '' or '=…'), when it is due or '', then fields and values
     "create": """
-if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], 'instance', instance, unpack(ARGV, 2))
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-return 1
+local stream, epoch, kind, owner, key, due = unpack(ARGV)
+local named = key ~= '' and redis.call('HGET', prefix .. 'keys', key)
+if named and redis.call('EXISTS', prefix .. 'facts:' .. named) == 1 then return {'there', named} end
+if redis.call('EXISTS', facts) == 1 then return {'there', stream} end
+if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return {'conflict'} end
+set('instance', instance, unpack(ARGV, 7))
+if key ~= '' then redis.call('HSET', prefix .. 'keys', key, stream) end
+if kind == 'run' then
+  local order = redis.call('INCR', prefix .. 'count')
+  redis.call('ZADD', prefix .. 'open', order, stream)
+  redis.call('ZADD', prefix .. 'runs:' .. owner, order, stream)
+elseif due ~= '' then
+  redis.call('ZADD', prefix .. 'due', due, stream)
+end
+return {'ok'}
 """,
-    # facts, rows, sizes; epoch, now, holder ('' where the instance has changed, and only then), most epochs,
-    # retention (JSON), its events, bytes, age
-    "open": _TRIM
-    + """
-local f = redis.call('HMGET', KEYS[1], 'closed', 'first', 'last', 'epochs', 'size', 'kind', 'instance')
-if not f[1] then return {'none'} end
-if f[1] == '1' then return {'closed'} end
-if ARGV[3] == '' and f[7] == instance then return {'ok'} end
-local first, last, size, now = tonumber(f[2]), tonumber(f[3]), tonumber(f[5]), tonumber(ARGV[2])
-local epochs, forgotten, starts, names = f[4] .. ' ' .. ARGV[1] .. ':' .. num(last + 1), {'ok'}, {}, {}
-for name, start in string.gmatch(epochs, '([^ :]+):(%d+)') do
+    # stream, epoch, now, why (a 'writer', who asks 'again'; the 'instance', if it has changed), most epochs,
+    # retention (JSON, or ''), its events, bytes, age
+    "open": """
+local stream, epoch, now = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local f = get('closed', 'first', 'last', 'epochs', 'size', 'kind', 'instance', 'epoch')
+if not f[1] then return 'none' end
+if f[1] == '1' then return 'closed' end
+-- An earlier try, whose answer was lost; or another process saw the instance first.
+if (ARGV[4] == 'again' and f[8] == epoch) or (ARGV[4] == 'instance' and f[7] == instance) then return 'ok' end
+if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
+local first, last, size = tonumber(f[2]), tonumber(f[3]), tonumber(f[5])
+local names, starts = {}, {}
+for name, start in string.gmatch(f[4] .. ' ' .. epoch .. ':' .. num(last + 1), '([^ :]+):(%d+)') do
   table.insert(names, name)
   table.insert(starts, tonumber(start))
 end
 local at = 1
-while #names - at + 1 > tonumber(ARGV[4]) and starts[at + 1] <= first do
-  table.insert(forgotten, names[at])
+while #names - at + 1 > tonumber(ARGV[5]) and starts[at + 1] <= first do
+  redis.call('HDEL', prefix .. 'epochs', names[at])
   at = at + 1
 end
 local kept = {}
 for n = at, #names do table.insert(kept, names[n] .. ':' .. num(starts[n])) end
-redis.call('HSET', KEYS[1], 'epochs', table.concat(kept, ' '), 'epoch', ARGV[1], 'updated', ARGV[2],
-  'instance', instance)
-if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'holder', ARGV[3]) end
+set('epochs', table.concat(kept, ' '), 'epoch', epoch, 'updated', ARGV[3], 'instance', instance)
 -- A run goes on with its writer. A topic's writers have to hear of the epoch: they tell its ids.
-if ARGV[3] ~= '' or f[6] == 'topic' then redis.call('HSET', KEYS[1], 'writer', ARGV[1]) end
-if ARGV[5] ~= '' then
-  redis.call('HSET', KEYS[1], 'retention', ARGV[5], 'max_events', ARGV[6], 'max_bytes', ARGV[7], 'age_s', ARGV[8])
-end
+if ARGV[4] ~= 'instance' or f[6] == 'topic' then set('writer', epoch) end
+if ARGV[6] ~= '' then set('retention', ARGV[6], 'max_events', ARGV[7], 'max_bytes', ARGV[8], 'age_s', ARGV[9]) end
 if f[6] == 'topic' then
-  local r = redis.call('HMGET', KEYS[1], 'max_events', 'max_bytes', 'age_s')
-  local max_events = tonumber(r[1])
-  if max_events then first = math.max(first, last - max_events + 1) end
+  local r = get('max_events', 'max_bytes', 'age_s')
+  if tonumber(r[1]) then first = math.max(first, last - tonumber(r[1]) + 1) end
   first, size = trim(first, last, size, tonumber(r[2]), tonumber(r[3]), now)
-  redis.call('HSET', KEYS[1], 'first', num(first), 'size', num(size))
+  set('first', num(first), 'size', num(size))
+  if tonumber(r[3]) then redis.call('ZADD', prefix .. 'due', ARGV[3], stream) end
 end
-return forgotten
+return 'ok'
 """,
-    # facts, rows, sizes, processes; epoch, now, close, meta, events, ends, body, process, its number of the batch,
-    # the least that `last` must be, what is published at most, channel, how long a process is remembered
-    "append": _TRIM
-    + """
-local f = redis.call('HMGET', KEYS[1], 'last', 'closed', 'writer', 'instance', 'first', 'size', 'kind',
-  'max_events', 'max_bytes', 'age_s', 'epoch')
+    # stream, epoch, now, close, meta, events, ends, body, process, its number of the batch, the least that `last` must
+    # be, what is published at most, how long a process is remembered, how many are
+    "append": """
+local stream, epoch, now, closes, meta, body, process = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[8], ARGV[9]
+local events, number = tonumber(ARGV[6]), tonumber(ARGV[10])
+local f = get('last', 'closed', 'writer', 'instance', 'first', 'size', 'kind', 'max_events', 'max_bytes', 'age_s',
+  'epoch')
 if not f[1] then return {'none'} end
-local number, known = string.match(redis.call('HGET', KEYS[4], ARGV[8]) or '', '^(%d+) (%d+)$')
-if number == ARGV[9] then return {'ok', known, f[11]} end
+local known, top, under = string.match(redis.call('HGET', processes, process) or '', '^(%d+) (%d+) (%S+)')
+if known and tonumber(known) == number then return {'ok', top, under} end
+if known and tonumber(known) > number then return {'late'} end
 if f[2] == '1' then return {'closed'} end
-if f[3] ~= ARGV[1] then return {'fenced'} end
+if f[3] ~= epoch then return {'fenced'} end
 if f[4] ~= instance then return {'instance'} end
-local last, now, events = tonumber(f[1]), tonumber(ARGV[2]), tonumber(ARGV[5])
-if last < tonumber(ARGV[10]) then return {'lost', f[1]} end
-if events == 0 and ARGV[3] == '0' and ARGV[4] == '' then return {'ok', f[1], f[11]} end
-local first, size = tonumber(f[5]), tonumber(f[6])
-local from = last + 1
+local last = tonumber(f[1])
+if last < tonumber(ARGV[11]) then return {'lost'} end
+if events == 0 and closes == '0' and meta == '' then return {'ok', f[1], f[11]} end
+local from, first, size, age_s = last + 1, tonumber(f[5]), tonumber(f[6]), tonumber(f[10])
 if events > 0 then
   last = last + events
-  size = size + #ARGV[7]
-  redis.call('XADD', KEYS[2], num(last) .. '-0', 'e', f[11], 'n', ARGV[6], 'b', ARGV[7])
-  redis.call('RPUSH', KEYS[3], num(last) .. ' ' .. num(#ARGV[7]) .. ' ' .. ARGV[2])
+  size = size + #body
+  redis.call('XADD', rows, num(last) .. '-0', 'e', f[11], 'n', ARGV[7], 't', now, 'b', body)
 end
 if f[7] == 'topic' then
-  local max_events = tonumber(f[8])
-  if max_events then first = math.max(first, last - max_events + 1) end
-  if ARGV[3] == '0' then first, size = trim(first, last, size, tonumber(f[9]), tonumber(f[10]), now) end
+  if tonumber(f[8]) then first = math.max(first, last - tonumber(f[8]) + 1) end
+  if closes == '0' then first, size = trim(first, last, size, tonumber(f[9]), age_s, tonumber(now)) end
 end
-redis.call('HSET', KEYS[1], 'first', num(first), 'last', num(last), 'size', num(size), 'closed', ARGV[3],
-  'updated', ARGV[2])
-if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'meta', ARGV[4]) end
-redis.call('HSET', KEYS[4], ARGV[8], ARGV[9] .. ' ' .. num(last))
-redis.call('EXPIRE', KEYS[4], ARGV[13])
-local body = ''
-if #ARGV[7] <= tonumber(ARGV[11]) then body = ARGV[6] .. ARGV[7] end
-if events > 0 or ARGV[3] == '1' then
-  redis.call('PUBLISH', ARGV[12], table.concat({num(from), num(last), ARGV[3], f[11], body}, ' '))
+set('first', num(first), 'last', num(last), 'size', num(size), 'closed', closes, 'updated', now)
+if meta ~= '' then set('meta', meta) end
+if closes == '1' then
+  redis.call('ZREM', prefix .. 'open', stream)
+  if age_s then redis.call('ZADD', prefix .. 'due', string.format('%.6f', tonumber(now) + age_s), stream) end
+end
+redis.call('HSET', processes, process, table.concat({ARGV[10], num(last), f[11], now}, ' '))
+redis.call('EXPIRE', processes, ARGV[13])
+if redis.call('HLEN', processes) > tonumber(ARGV[14]) then
+  local all = redis.call('HGETALL', processes)
+  for n = 1, #all, 2 do
+    local at = tonumber(string.match(all[n + 1], '(%S+)$'))
+    if at + tonumber(ARGV[13]) < tonumber(now) then redis.call('HDEL', processes, all[n]) end
+  end
+end
+if events > 0 or closes == '1' then
+  local told = #body <= tonumber(ARGV[12]) and ARGV[7] .. body or ''
+  redis.call('PUBLISH', prefix .. 'appended:' .. stream,
+    table.concat({num(from), num(last), closes, f[11], told}, ' '))
 end
 return {'ok', num(last), f[11]}
 """,
-    # facts, rows, sizes; now
-    "trim": _TRIM
-    + """
-local f = redis.call('HMGET', KEYS[1], 'first', 'last', 'size', 'closed', 'kind', 'max_bytes', 'age_s', 'updated')
-if not f[1] then return 'none' end
-local age_s, now = tonumber(f[7]), tonumber(ARGV[1])
-if f[4] == '1' then
-  if not age_s then return 'never' end
-  if tonumber(f[8]) + age_s <= now then return 'over' end
-  return string.format('%.6f', tonumber(f[8]) + age_s)
+    # stream, now; whether it is to be deleted
+    "trim": """
+local stream, now = ARGV[1], tonumber(ARGV[2])
+local f = get('first', 'last', 'size', 'closed', 'kind', 'max_bytes', 'age_s', 'updated')
+local age_s, due = tonumber(f[7]), nil
+if age_s and f[4] == '1' then
+  due = tonumber(f[8]) + age_s
+  if due <= now then return 1 end
+elseif age_s and f[5] == 'topic' then
+  local first, size = trim(tonumber(f[1]), tonumber(f[2]), tonumber(f[3]), tonumber(f[6]), age_s, now)
+  set('first', num(first), 'size', num(size))
+  local oldest = redis.call('XRANGE', rows, '-', '+', 'COUNT', 1)[1]
+  due = (oldest and tonumber(oldest[2][6]) or now) + age_s
 end
-if f[5] ~= 'topic' or not age_s then return 'never' end
-local first, size = trim(tonumber(f[1]), tonumber(f[2]), tonumber(f[3]), tonumber(f[6]), age_s, now)
-redis.call('HSET', KEYS[1], 'first', num(first), 'size', num(size))
-local at = string.match(redis.call('LINDEX', KEYS[3], 0) or '', '(%S+)$')
-return string.format('%.6f', (tonumber(at) or now) + age_s)
-""",
-    # all; channel
-    "delete": """
-local f = redis.call('HMGET', KEYS[1], 'owner', 'key', 'epochs')
-if redis.call('DEL', unpack(KEYS)) == 0 then return {} end
-redis.call('PUBLISH', ARGV[1], '0 0 2 - ')
-return {f[1] or false, f[2] or false, f[3]}
-""",
-    # facts, rows; after, how many
-    "read": """
-local first = tonumber(redis.call('HGET', KEYS[1], 'first'))
-if not first then return {} end
-local from = math.max(tonumber(ARGV[1]) + 1, first)
-return redis.call('XRANGE', KEYS[2], string.format('%.0f-0', from), '+', 'COUNT', ARGV[2])
-""",
-    # index: keys; key, stream, the stream that has it and is no more
-    "claim": """
-local there = redis.call('HGET', KEYS[1], ARGV[1])
-if there and there ~= ARGV[3] then return there end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-return false
-""",
-    # a hash, a field, the value that it must have
-    "forget": """
-if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
+if due then
+  redis.call('ZADD', prefix .. 'due', string.format('%.6f', due), stream)
+else
+  redis.call('ZREM', prefix .. 'due', stream)
+end
 return 0
+""",
+    # stream
+    "delete": """
+local stream = ARGV[1]
+local f = get('owner', 'key', 'epochs')
+if redis.call('DEL', unpack(KEYS)) == 0 then return end
+redis.call('ZREM', prefix .. 'open', stream)
+redis.call('ZREM', prefix .. 'due', stream)
+redis.call('ZREM', prefix .. 'runs:' .. (f[1] and '=' .. f[1] or ''), stream)
+if f[2] then redis.call('HDEL', prefix .. 'keys', '=' .. f[2]) end
+for name in string.gmatch(f[3] or '', '([^ :]+):') do redis.call('HDEL', prefix .. 'epochs', name) end
+redis.call('PUBLISH', prefix .. 'appended:' .. stream, '0 0 2 - ')
+""",
+    # after, how many
+    "read": """
+local first = tonumber(get('first')[1])
+if not first then return {} end
+return redis.call('XRANGE', rows, num(math.max(tonumber(ARGV[1]) + 1, first)), '+', 'COUNT', ARGV[2])
+""",
+    # process; the open runs that it holds, and those of processes without a lease
+    "left": """
+local left, alive = {}, {[ARGV[1]] = 0}
+for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'open', 0, -1)) do
+  local holder = redis.call('HGET', prefix .. 'facts:' .. stream, 'holder') or ''
+  alive[holder] = alive[holder] or redis.call('EXISTS', prefix .. 'lease:' .. holder)
+  if alive[holder] == 0 then table.insert(left, stream) end
+end
+return left
+""",
+    # stream, word, for how long
+    "call": """
+local holder = get('holder')[1]
+if not holder then return 0 end
+redis.call('RPUSH', prefix .. 'calls:' .. holder, ARGV[2] .. ' ' .. ARGV[1])
+redis.call('EXPIRE', prefix .. 'calls:' .. holder, ARGV[3])
+redis.call('PUBLISH', prefix .. 'called:' .. holder, '')
+return 1
 """,
 }
 
@@ -324,20 +379,27 @@ class RedisLog:
         self._upkeep_s = upkeep_s
         self._look_s = look_s
         self._process = new_epoch()
+        self._instance = ""
+        self._loading = anyio.Lock()
         self._watchers = Watchers()
-        #: Of each watched stream: up to where watchers were told; else where somebody looked first; else None.
-        self._told: dict[str, int | None] = {}
+        #: Of each watched stream: what watchers were told last; else what somebody saw first; else None.
+        self._told: dict[str, Cursor | None] = {}
         self._subscribed: dict[str, Signal] = {}
+        #: What the connection of the moment was asked for, of `_subscribed`.
+        self._asked: dict[str, Signal] = {}
+        self._ear: Any = None
+        self._asking = anyio.Lock()
         self._queue: deque[_Append] = deque()
         self._queued_bytes = 0
         self._numbers = 0
-        #: The top of runs that are written here (rule 4).
+        #: The top of the runs at work here (rules 4 and 6), and those that are being created.
         self._tops: dict[str, int] = {}
+        self._creating: set[str] = set()
         self._dirty: dict[str, None] = {}
         self._shas: dict[str, str] = {}
         self._running = False
         self.away = False
-        self._back_at = 0.0
+        self._back_at = self._held_at = 0.0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -350,15 +412,13 @@ class RedisLog:
         try:
             # Whoever finds all connections taken waits for one.
             pool = BlockingConnectionPool.from_url(self._url, max_connections=_MAX_CONNECTIONS, timeout=None, **options)
-            self._redis: Any = Redis.from_pool(pool)
-            self._listener: Any = Redis.from_url(self._url, **(options | {"socket_timeout": None}))
         except ValueError as error:
             raise LogError(f"the event log's Redis URL can't be used: {error}") from None
+        self._redis: Any = Redis.from_pool(pool)
         self._wake, self._look, self._channels, self._called = Signal(), Signal(), Signal(), Signal()
-        self._pubsub: Any = self._listener.pubsub()
         try:
             await self._start()
-            self._back_at = current_time()
+            self._back_at = self._held_at = current_time()
             async with anyio.create_task_group() as group:
                 for task in (self._listen, self._subscribe, self._refill, self._hold, self._keep_up):
                     group.start_soon(task)
@@ -377,29 +437,37 @@ class RedisLog:
                     group.cancel_scope.cancel()
         finally:
             with CancelScope(shield=True), suppress(RedisError, OSError):
-                await self._redis.delete(self._lease(self._process))
-                await self._pubsub.aclose()  # type: ignore[no-untyped-call]
-                await self._listener.aclose()
+                await self._redis.delete(self._name(f"lease:{self._process}"), self._name(f"calls:{self._process}"))
+            with CancelScope(shield=True):
                 await self._redis.aclose()
         if failure:
             raise failure
 
     async def _start(self) -> None:
         try:
-            info = await self._load()
-        except (RedisError, OSError) as error:
-            raise LogError(f"the event log's Redis can't be used: {error}") from error
-        version = info.get("redis_version", "0")
+            info = await self._patiently(self._load)
+        except LogUnavailable as error:
+            raise LogError(f"the event log's Redis can't be used: {error.__cause__}") from error
+        version, mode, policy = (info.get(name, "") for name in ("redis_version", "redis_mode", "maxmemory_policy"))
         if tuple(map(int, version.split(".")[:2])) < (7, 0):
             raise LogError(f"the event log needs Redis 7.0 or later; this is {version}")
-        await self._pubsub.subscribe(self._call_channel(self._process))
+        if mode == "cluster":
+            raise LogError("the event log needs one Redis with its replicas; this is a node of a Redis Cluster")
+        if policy not in ("noeviction", ""):
+            logger.warning("the event log's Redis drops data when it is full (maxmemory-policy %s): noeviction", policy)
 
     async def _load(self) -> dict[str, Any]:
-        """The scripts, for the instance that answers now (rule 3)."""
-        async with self._redis.client() as connection:  # one connection: one instance
-            info: dict[str, Any] = await connection.info("server")
-            head = f"local instance = '{info['run_id']}'\n"
-            self._shas = {name: await connection.script_load(head + text) for name, text in _SCRIPTS.items()}
+        """The scripts, for the instance that answers now; watchers of what it hasn't got are told (rule 3)."""
+        async with self._loading, self._redis.client() as connection:  # one connection: one instance
+            info: dict[str, Any] = await connection.info()
+            head = f"local instance, prefix = '{info['run_id']}', [==[{self._name('')}]==]\n{_COMMON}"
+            shas = {name: await connection.script_load(head + text) for name, text in _SCRIPTS.items()}
+            if self._instance not in ("", info["run_id"]):
+                for stream in list(self._told):
+                    facts = await connection.hgetall(self._keys(stream)[0])
+                    self._check(stream, _stat(stream, facts) if facts else None)
+            # Only now: until then who reads gets NOSCRIPT, and waits for the lock.
+            self._instance, self._shas = info["run_id"], shas
         return info
 
     # What callers ask for
@@ -417,86 +485,44 @@ class RedisLog:
     ) -> tuple[Stat, bool]:
         now, facts, keep = self._clock(), plain(meta) or {}, retention or Retention()
         stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
-        return await self._patiently(lambda: self._create(stat))
+        self._creating.add(stream)
+        try:
+            there, created = await self._patiently(lambda: self._create(stat))
+            if created and kind == "run":
+                self._tops[stream] = 0
+            return there, created
+        finally:
+            self._creating.discard(stream)
 
     async def _create(self, stat: Stat) -> tuple[Stat, bool]:
-        """The facts first, and then the index: what the index names is there (rule 7)."""
-        stream, ((epoch, _),) = stat.stream, stat.epochs
-        if stat.key is not None and (there := await self.find_key(stat.key)) is not None:
-            return there, False
-        if not await self._run("create", [stream], str(_UNCLAIMED_S), *_fields(stat, self._process)):
-            there = await self._stat(stream)
-            if there is None:
-                return await self._create(stat)
-            # Ours, where an earlier try was cut off before its end.
-            if there.epochs[0][0] != epoch:
-                return there, False
-        if await self._redis.hsetnx(self._name("epochs"), epoch, stream) == 0:
-            if await self._redis.hget(self._name("epochs"), epoch) != stream.encode():
-                await self._run("delete", [stream], self._channel(stream))
-                raise Conflict("this epoch has been opened before")
-        if stat.key is not None and (there := await self._claim(stat.key, stream)) is not None:
-            await self._run("delete", [stream], self._channel(stream))
-            await self._run_index("forget", "epochs", epoch, stream)
-            return there, False
-        async with self._redis.pipeline(transaction=False) as pipe:
-            if stat.kind == "run":
-                order = await self._redis.incr(self._name("count"))
-                pipe.zadd(self._name("open"), {stream: order})
-                pipe.zadd(self._name(f"runs:{_owner(stat.owner)}"), {stream: order})
-            elif stat.retention.age_s is not None:
-                pipe.zadd(self._name("due"), {stream: stat.created + stat.retention.age_s})
-            pipe.persist(self._keys(stream)[0])
-            await pipe.execute()
-        if stat.kind == "run":
-            self._tops[stream] = 0
-        return stat, True
-
-    async def _claim(self, key: str, stream: str) -> Stat | None:
-        """Give the key to the stream, or say who has it."""
-        gone = ""
-        while (named := await self._run_index("claim", "keys", key, stream, gone)) is not None:
-            gone = named.decode()
-            if (there := await self._stat(gone)) is not None:
-                return None if gone == stream else there
-        return None
+        ((epoch, _),), age_s = stat.epochs, stat.retention.age_s
+        due = "" if age_s is None else repr(stat.created + age_s)
+        values = (epoch, stat.kind, _maybe(stat.owner), _maybe(stat.key), due, *_fields(stat, self._process))
+        said, *named = await self._run("create", stat.stream, stat.stream, *values)
+        if said == b"conflict":
+            raise Conflict("this epoch has been opened before")
+        if said == b"ok":
+            return stat, True
+        there = await self._stat(named[0].decode())
+        if there is None:  # deleted just now
+            return await self._create(stat)
+        return there, there.epochs[0][0] == epoch  # ours: an earlier try, whose answer was lost
 
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
-        tried = False
+        who = chain(["writer"], repeat("again"))
+        return await self._patiently(lambda: self._open(stream, epoch, retention, next(who)))
 
-        async def once() -> Stat:
-            nonlocal tried
-            again, tried = tried, True
-            return await self._open(stream, epoch, retention, again=again)
-
-        return await self._patiently(once)
-
-    async def _open(
-        self, stream: str, epoch: str, retention: Retention | None, *, writes: bool = True, again: bool = False
-    ) -> Stat:
-        stat = await self._stat(stream)
-        if stat is None:
-            raise NotFound("no such stream")
-        if stat.closed:
+    async def _open(self, stream: str, epoch: str, retention: Retention | None, who: str) -> Stat:
+        keep = [encode_json(retention), *_limits(retention)] if retention is not None else ["", "", "", ""]
+        now, most = repr(self._clock()), ssecore.log.MAX_EPOCHS
+        said = await self._run("open", stream, stream, epoch, now, who, most, *keep)
+        if said == b"closed":
             raise WriterFenced("the stream is closed")
-        if not await self._redis.hsetnx(self._name("epochs"), epoch, stream) and not again:
+        if said == b"conflict":
             raise Conflict("this epoch has been opened before")
-        if stat.epochs[-1][0] != epoch:  # else an earlier try, whose answer was lost
-            keep = [encode_json(retention), *_limits(retention)] if retention is not None else ["", "", "", ""]
-            most, holder = ssecore.log.MAX_EPOCHS, self._process if writes else ""
-            said, *forgotten = await self._run("open", [stream], epoch, repr(self._clock()), holder, most, *keep)
-            if said != b"ok":
-                await self._run_index("forget", "epochs", epoch, stream)
-                raise NotFound("no such stream") if said == b"none" else WriterFenced("the stream is closed")
-            if forgotten:
-                await self._redis.hdel(self._name("epochs"), *forgotten)
-            if retention is not None and retention.age_s is not None and stat.kind == "topic":
-                await self._redis.zadd(self._name("due"), {stream: 0})
-        stat = await self._stat(stream)
+        stat = await self._stat(stream) if said == b"ok" else None
         if stat is None:
             raise NotFound("no such stream")
-        if writes and stat.kind == "run":
-            self._tops[stream] = stat.last
         return stat
 
     async def append(
@@ -531,8 +557,8 @@ class RedisLog:
         rows: list[Row] = []
         size = 0
         while True:
-            entries = await self._run("read", [stream], rows[-1].last if rows else after, _READ_ROWS)
-            for id, (_, epoch, _, packed, _, body) in entries:
+            entries = await self._run("read", stream, rows[-1].last if rows else after, _READ_ROWS)
+            for id, (_, epoch, _, packed, _, _, _, body) in entries:
                 last, ends = int(id.partition(b"-")[0]), _unpacked(packed)
                 rows.append(Row(epoch.decode(), last - len(ends) + 1, body, ends))
                 size += len(body)
@@ -545,7 +571,7 @@ class RedisLog:
         await self._watching(stream)
         stat = await self._patiently(lambda: self._stat(stream))
         if stat is not None and stream in self._told and self._told[stream] is None:
-            self._told[stream] = stat.last
+            self._told[stream] = Cursor(stat.epochs[-1][0], stat.last)
         return stat
 
     async def find(self, epoch: str) -> Stat | None:
@@ -558,7 +584,7 @@ class RedisLog:
 
     async def find_key(self, key: str) -> Stat | None:
         async def find() -> Stat | None:
-            named = await self._redis.hget(self._name("keys"), key)
+            named = await self._redis.hget(self._name("keys"), _maybe(key))
             stat = await self._stat(named.decode()) if named is not None else None
             return stat if stat is not None and stat.key == key else None
 
@@ -566,49 +592,45 @@ class RedisLog:
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
         async def runs() -> list[Stat]:
-            names = await self._redis.zrevrange(self._name(f"runs:{_owner(owner)}"), 0, limit - 1)
+            names = await self._redis.zrevrange(self._name(f"runs:{_maybe(owner)}"), 0, limit - 1)
             return await self._stats(names)
 
         return await self._patiently(runs)
 
     async def unfinished(self) -> list[Stat]:
-        """Those whose holder's lease has run out (rule 6)."""
-        if current_time() - self._back_at < self._lease_s:
+        """Those whose holder's lease has run out, and those that are held here and nobody works on (rule 6)."""
+        if self._cut_off():
             return []
-        return await self._patiently(self._unfinished)
+        names: list[bytes] = await self._patiently(lambda: self._run("left", None, self._process))
+        left = [name for name in names if (stream := name.decode()) not in self._tops and stream not in self._creating]
+        stats = await self._patiently(lambda: self._stats(left))
+        return [] if self._cut_off() else [stat for stat in stats if not stat.closed]
 
-    async def _unfinished(self) -> list[Stat]:
-        names = await self._redis.zrange(self._name("open"), 0, -1)
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.hmget(self._keys(name.decode())[0], "holder", "closed")
-            facts = dict(zip(names, await pipe.execute() if names else [], strict=True))
-            holders = list({holder for holder, _ in facts.values() if holder is not None})
-            for holder in holders:
-                pipe.exists(self._lease(holder.decode()))
-            alive = {
-                holder for holder, there in zip(holders, await pipe.execute() if holders else [], strict=True) if there
-            }
-        for name, (_, closed) in facts.items():
-            if closed != b"0":  # whoever closed or deleted it was cut off
-                await self._closed(name.decode())
-        left = [name for name, (holder, closed) in facts.items() if closed == b"0" and holder not in alive]
-        return await self._stats(left)
+    def _cut_off(self) -> bool:
+        """Whether others may have been cut off from Redis for so long that they lost their leases."""
+        now = current_time()
+        return now - self._back_at < self._lease_s or now - self._held_at > self._lease_s / 2
+
+    async def _hold(self) -> None:
+        """Keeps the lease, and answers calls that were missed."""
+        while True:
+            try:
+                await self._redis.set(self._name(f"lease:{self._process}"), "", px=int(self._lease_s * 1000))
+                await self._answer_calls()
+                self._is_back()
+                now = current_time()
+                if now - self._held_at > self._lease_s / 2:
+                    self._back_at = now
+                self._held_at = now
+            except (RedisError, OSError) as error:
+                self._is_away(error)
+            with anyio.move_on_after(self._lease_s / 3):
+                await self._called.wait()
+            self._called = Signal()
 
     async def call(self, stream: str, word: str) -> None:
-        holder = await self._patiently(lambda: self._redis.hget(self._keys(stream)[0], "holder"))
-        if holder is None:
+        if not await self._patiently(lambda: self._run("call", stream, stream, word, _REMEMBER_S)):
             raise NotFound("no such stream")
-        calls = self._name(f"calls:{holder.decode()}")
-
-        async def send() -> None:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.rpush(calls, f"{word} {stream}")
-                pipe.expire(calls, _REMEMBER_S)
-                pipe.publish(self._call_channel(holder.decode()), "")
-                await pipe.execute()
-
-        await self._patiently(send)
 
     async def _answer_calls(self) -> None:
         while calls := await self._redis.lpop(self._name(f"calls:{self._process}"), 100):
@@ -618,41 +640,15 @@ class RedisLog:
                     self.on_call(stream, word)
 
     async def touch(self, stream: str, for_s: float) -> None:
-        await self._patiently(lambda: self._redis.set(self._keys(stream)[4], "", px=max(1, int(for_s * 1000))))
+        await self._patiently(lambda: self._redis.set(self._keys(stream)[3], "", px=max(1, int(for_s * 1000))))
 
     async def touched(self, stream: str) -> bool:
-        return bool(await self._patiently(lambda: self._redis.exists(self._keys(stream)[4])))
-
-    async def _hold(self) -> None:
-        """Keeps the lease, and answers calls that were missed."""
-        while True:
-            try:
-                await self._redis.set(self._lease(self._process), "", px=int(self._lease_s * 1000))
-                await self._answer_calls()
-                self._is_back()
-            except (RedisError, OSError) as error:
-                self._is_away(error)
-            with anyio.move_on_after(self._lease_s / 3):
-                await self._called.wait()
-            self._called = Signal()
+        return bool(await self._patiently(lambda: self._redis.exists(self._keys(stream)[3])))
 
     async def delete(self, stream: str) -> None:
-        await self._patiently(lambda: self._delete(stream))
-
-    async def _delete(self, stream: str) -> None:
-        facts = await self._run("delete", [stream], self._channel(stream))
-        if not facts:
-            return
-        owner, key, epochs = facts
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for name in ("open", "due", f"runs:{_owner(None if owner is None else owner.decode())}"):
-                pipe.zrem(self._name(name), stream)
-            pipe.hdel(self._name("epochs"), *[pair.partition(b":")[0] for pair in epochs.split()])
-            await pipe.execute()
-        if key is not None:
-            await self._run_index("forget", "keys", key, stream)
+        await self._patiently(lambda: self._run("delete", stream, stream))
         self._tops.pop(stream, None)
-        self._announce(stream, None, "deleted")
+        self._tell(stream, None, "deleted")
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         unwatch = self._watchers.add(stream, watcher)
@@ -673,17 +669,11 @@ class RedisLog:
 
     async def _upkeep(self) -> None:
         while True:
-            now = self._clock()
+            now = repr(self._clock())
             names = await self._redis.zrangebyscore(self._name("due"), "-inf", now, start=0, num=_STEP_STREAMS)
-            for name in names:
-                stream = name.decode()
-                said = (await self._run("trim", [stream], repr(now))).decode()
-                if said == "over":
-                    await self._delete(stream)
-                elif said in ("none", "never"):
-                    await self._redis.zrem(self._name("due"), stream)
-                else:
-                    await self._redis.zadd(self._name("due"), {stream: float(said)})
+            for stream in [name.decode() for name in names]:
+                if await self._run("trim", stream, stream, now):
+                    await self.delete(stream)
             if len(names) < _STEP_STREAMS:
                 return
 
@@ -736,8 +726,8 @@ class RedisLog:
                 batches = await self._try(batches)
                 self._is_back()
                 pause = 0.01
-            except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-                self._is_away(error)
+            except _AWAY as error:
+                await self._lost(error)
                 if current_time() + pause > until or not self._running:
                     break
                 await anyio.sleep(pause * random.uniform(0.5, 1))
@@ -758,37 +748,35 @@ class RedisLog:
                 body, ends = batch.row()
                 head, last = batch.head, batch.appends[-1]
                 meta = encode_json(last.meta) if last.meta is not None else b""
-                values = (head.epoch, now, int(batch.closes), meta, len(ends), _packed(ends), body)
-                least = self._tops.get(head.stream, 0)
+                values = (head.stream, head.epoch, now, int(batch.closes), meta, len(ends), _packed(ends), body)
+                limits = (self._tops.get(head.stream, 0), _MAX_ROW_BYTES, _REMEMBER_S, _MANY_PROCESSES)
                 keys = self._keys(head.stream)
-                more = (self._process, batch.number, least, _MAX_ROW_BYTES, self._channel(head.stream), _REMEMBER_S)
-                pipe.evalsha(self._shas["append"], len(keys), *keys, *values, *more)
+                pipe.evalsha(self._shas["append"], len(keys), *keys, *values, self._process, batch.number, *limits)
             answers = await pipe.execute(raise_on_error=False)
         again = []
         for batch, answer in zip(batches, answers, strict=True):
             if isinstance(answer, NoScriptError):
                 again.append(batch)
             elif isinstance(answer, Exception):
-                if not isinstance(answer, ResponseError):
+                if isinstance(answer, _AWAY) or not isinstance(answer, ResponseError):
                     raise answer
                 self._settle(batch, _away(str(answer)))
             elif answer[0] == b"instance":
                 with suppress(NotFound, WriterFenced):
-                    await self._open(batch.head.stream, new_epoch(), None, writes=False)
+                    await self._open(batch.head.stream, new_epoch(), None, "instance")
                 again.append(batch)
             else:
-                await self._answered(batch, answer)
+                self._answered(batch, answer)
         if any(isinstance(answer, NoScriptError) for answer in answers):
             await self._load()
         return again
 
-    async def _answered(self, batch: _Batch, answer: list[bytes]) -> None:
+    def _answered(self, batch: _Batch, answer: list[bytes]) -> None:
         said, stream = answer[0], batch.head.stream
         if said == b"ok":
             last, (body, ends) = int(answer[1]), batch.row()
             if batch.closes:
                 self._tops.pop(stream, None)
-                await self._closed(stream)
             elif stream in self._tops:
                 self._tops[stream] = last
             row = Row(answer[2].decode(), last - len(ends) + 1, body, ends) if ends else None
@@ -802,6 +790,7 @@ class RedisLog:
             b"closed": WriterFenced("the stream is closed"),
             b"fenced": WriterFenced("another writer has taken over the stream"),
             b"lost": LogError("the event log lost some of this run's events"),
+            b"late": _away("it was asked for too late"),
         }
         self._settle(batch, refusals[said])
 
@@ -812,43 +801,48 @@ class RedisLog:
         else:
             batch.fail(error)
 
-    async def _closed(self, stream: str) -> None:
-        """Into the index: it is open no more, and due at its age."""
-        stat = await self._stat(stream)
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.zrem(self._name("open"), stream)
-            if stat is not None and stat.retention.age_s is not None:
-                pipe.zadd(self._name("due"), {stream: stat.updated + stat.retention.age_s})
-            await pipe.execute()
-
     # What is heard of other processes
 
     def _announce(self, stream: str, row: Row | None, ended: Ended | None) -> None:
-        """Tell the watchers, in sequence and once; what leaves a hole is read from the log instead (rule 5)."""
-        if stream not in self._told:
-            return
-        told = self._told[stream]
+        """Tell the watchers what has been appended; read it from the log instead where it isn't the next (rule 5)."""
+        told = self._told.get(stream)
         if row is not None and told is not None:
-            if row.first > told + 1:
+            if row.epoch != told.epoch or row.first > told.seq + 1:
                 self._suspect(stream)
                 return
-            if row.last <= told:
+            if row.last <= told.seq:
                 row = None
+        self._tell(stream, row, ended)
+
+    def _tell(self, stream: str, row: Row | None, ended: Ended | None) -> None:
+        if stream not in self._told:
+            return
         if row is not None:
-            self._told[stream] = row.last
+            self._told[stream] = Cursor(row.epoch, row.last)
         if row is not None or ended is not None:
             self._watchers.notify(stream, row, ended)
         if ended is not None and not self._watchers.watched(stream):
             self._forget(stream)
+
+    def _check(self, stream: str, stat: Stat | None) -> bool:
+        """Whether all that watchers were told is in the log. If not, the stream that they know is gone: they are told
+        so, and come back with their cursors."""
+        told = self._told.get(stream)
+        if told is not None:
+            gap = Gap("expired") if stat is None else locate(stat, told)[1]
+            if gap is not None and gap.reason != "trimmed":
+                self._tell(stream, None, "deleted")
+                return False
+        return True
 
     def _suspect(self, stream: str) -> None:
         self._dirty[stream] = None
         self._look.set()
 
     def _forget(self, stream: str) -> None:
-        if self._told.pop(stream, 0) != 0 or stream in self._subscribed:
-            self._subscribed.pop(stream, Signal()).set()
-            self._channels.set()
+        self._told.pop(stream, None)
+        self._subscribed.pop(stream, Signal()).set()
+        self._channels.set()
 
     async def _watching(self, stream: str) -> None:
         """Whoever watches first and then looks misses nothing: the look waits for the subscription."""
@@ -858,50 +852,64 @@ class RedisLog:
                 return
             raise _away("Redis can't be reached")
 
-    async def _subscribe(self) -> None:
-        """Keeps the channels that are subscribed to those that are watched.
-
-        One that is watched anew is subscribed anew, even if it still was: somebody waits for the answer.
-        """
-        there: dict[str, Signal] = {}
-        while True:
-            await self._channels.wait()
-            self._channels = Signal()
-            wanted = dict(self._subscribed)
-            try:
-                if new := [stream for stream, asked in wanted.items() if there.get(stream) is not asked]:
-                    await self._pubsub.subscribe(*map(self._channel, new))
-                if old := there.keys() - wanted.keys():
-                    await self._pubsub.unsubscribe(*map(self._channel, old))
-                there = wanted
-            except (RedisError, OSError) as error:
-                self._is_away(error)
-                await anyio.sleep(0.1)
-                self._channels.set()
-
     async def _listen(self) -> None:
-        prefix = self._channel("").encode()
+        """One connection after another: each is asked for all that is watched, and none is made by the library."""
         while True:
+            ear = self._redis.connection_pool.make_connection()
             try:
-                message = await self._pubsub.get_message(timeout=None)
+                await ear.connect()
+                await ear.send_command("SUBSCRIBE", self._name(f"called:{self._process}"))
+                self._ear, self._asked = ear, {}
+                self._channels.set()
+                while True:
+                    message = await ear.read_response(
+                        timeout=_SOCKET_TIMEOUT_S, disconnect_on_error=False, push_request=True
+                    )
+                    self._hear(message)
             except (RedisError, OSError) as error:
                 self._is_away(error)
-                await anyio.sleep(0.1)
+            finally:
+                self._ear = None
+                with CancelScope(shield=True):
+                    async with self._asking:
+                        await ear.disconnect(nowait=True)
+            await anyio.sleep(0.1)
+
+    async def _subscribe(self) -> None:
+        """Asks the connection of the moment for what it hasn't been asked for, and now and then whether it is there."""
+        while True:
+            with anyio.move_on_after(_PING_S):
+                await self._channels.wait()
+            self._channels = Signal()
+            if (ear := self._ear) is None:
                 continue
-            if message is None:
-                continue
-            if not message["channel"].startswith(prefix):
-                self._called.set()
-                continue
-            stream = message["channel"][len(prefix) :].decode()
-            if message["type"] == "subscribe":
-                subscribed = self._subscribed.get(stream)
-                if subscribed is not None and subscribed.is_set():
-                    self._suspect(stream)  # connected anew: what was published meanwhile is lost
-                elif subscribed is not None:
-                    subscribed.set()
-            elif message["type"] == "message":
-                self._heard(stream, message["data"])
+            wanted = dict(self._subscribed)
+            new = [stream for stream, signal in wanted.items() if self._asked.get(stream) is not signal]
+            old = self._asked.keys() - wanted.keys()
+            self._asked = wanted
+            try:
+                for word, streams in (("SUBSCRIBE", new), ("UNSUBSCRIBE", old), ("PING", [])):
+                    async with self._asking:  # the library fails where somebody disconnects meanwhile
+                        if self._ear is not ear or not ear.is_connected:  # it would connect again, by itself
+                            break
+                        if streams or word == "PING":
+                            await ear.send_command(word, *map(self._channel, streams))
+            except (RedisError, OSError):
+                pass  # who listens on it hears of that too
+
+    def _hear(self, message: Any) -> None:
+        if not isinstance(message, list) or message[0] not in (b"subscribe", b"message"):
+            return
+        kind, channel, data = message
+        stream = channel.decode().removeprefix(self._channel(""))
+        if channel.startswith(self._name("called:").encode()):
+            self._called.set()
+        elif kind == b"message":
+            self._heard(stream, data)
+        elif (subscribed := self._subscribed.get(stream)) is not None:
+            if subscribed.is_set():
+                self._suspect(stream)  # connected anew: what was published meanwhile is lost
+            subscribed.set()
 
     def _heard(self, stream: str, data: bytes) -> None:
         first, last, flag, epoch, rest = data.split(b" ", 4)
@@ -920,10 +928,9 @@ class RedisLog:
                 await self._look.wait()
             self._look = Signal()
             try:
-                streams = list(self._dirty) or await self._behind()
-                for stream in streams:
-                    await self._read_on(stream)
+                for stream in list(self._dirty) or await self._behind():
                     self._dirty.pop(stream, None)
+                    await self._read_on(stream)
             except (RedisError, OSError, SSEAppError) as error:
                 self._is_away(error)
                 await anyio.sleep(0.1)
@@ -941,26 +948,24 @@ class RedisLog:
                     pipe.hmget(self._keys(stream)[0], "last", "closed")
                 facts = await pipe.execute()
             for stream, (last, closed) in zip(some, facts, strict=True):
-                if last is None or closed == b"1" or int(last) != self._told.get(stream):
+                told = self._told.get(stream)
+                if told is not None and (last is None or closed == b"1" or int(last) != told.seq):
                     behind.append(stream)
         return behind
 
     async def _read_on(self, stream: str) -> None:
         while (told := self._told.get(stream)) is not None:
             stat = await self._patiently(lambda: self._stat(stream))
-            if stat is None:
-                self._announce(stream, None, "deleted")
+            if not self._check(stream, stat):
                 return
-            rows = await self._patiently(lambda after=told: self._read(stream, after, _MAX_ROW_BYTES))  # type: ignore[misc]
+            rows = await self._patiently(lambda after=told.seq: self._read(stream, after, _MAX_ROW_BYTES))  # type: ignore[misc]
             for row in rows:
-                if self._told.get(stream) == told or row.first == (self._told.get(stream) or 0) + 1:
-                    self._told[stream] = row.first - 1  # what was trimmed meanwhile nobody can be told
-                self._announce(stream, row, None)
+                told = self._told.get(stream)
+                if told is not None and row.last > told.seq:
+                    self._tell(stream, row, None)
             if not rows:
-                if stat.closed:
-                    self._announce(stream, None, "closed")
-                elif stat.last < told:  # another instance, which has less: its next numbers are new ones
-                    self._told[stream] = stat.last
+                if stat is not None and stat.closed:
+                    self._tell(stream, None, "closed")
                 return
 
     # Calls
@@ -978,21 +983,19 @@ class RedisLog:
             except NoScriptError:
                 with suppress(RedisError, OSError):
                     await self._load()
-            except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-                self._is_away(error)
-                if until is not None and current_time() + pause > until:
-                    raise _away("Redis can't be reached") from None
+            except _AWAY as error:
+                await self._lost(error)
+                wrong_password = isinstance(error, AuthenticationError)
+                if wrong_password or (until is not None and current_time() + pause > until):
+                    raise _away("Redis can't be reached") from error
                 await anyio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, 1.0)
             except RedisError as error:
                 raise _away(str(error)) from error
 
-    async def _run(self, script: str, streams: list[str], *values: object) -> Any:
-        keys = [key for stream in streams for key in self._keys(stream)]
+    async def _run(self, script: str, stream: str | None, *values: object) -> Any:
+        keys = [] if stream is None else self._keys(stream)
         return await self._redis.evalsha(self._shas[script], len(keys), *keys, *values)
-
-    async def _run_index(self, script: str, name: str, *values: object) -> Any:
-        return await self._redis.evalsha(self._shas[script], 1, self._name(name), *values)
 
     async def _stat(self, stream: str) -> Stat | None:
         facts = await self._redis.hgetall(self._keys(stream)[0])
@@ -1006,20 +1009,20 @@ class RedisLog:
         return [_stat(name.decode(), one) for name, one in zip(names, facts, strict=True) if one]
 
     def _keys(self, stream: str) -> list[str]:
-        tag = f"{self._prefix}:{{{stream}}}"
-        return [f"{tag}:facts", f"{tag}:rows", f"{tag}:sizes", f"{tag}:processes", f"{tag}:touched"]
+        return [self._name(f"{part}:{stream}") for part in ("facts", "rows", "processes", "touched")]
 
     def _name(self, name: str) -> str:
-        return f"{self._prefix}:{{index}}:{name}"
-
-    def _lease(self, process: str) -> str:
-        return self._name(f"lease:{process}")
-
-    def _call_channel(self, process: str) -> str:
-        return f"{self._prefix}:called:{process}"
+        """Of a key or a channel. All have one hash tag."""
+        return f"{{{self._prefix}}}:{name}"
 
     def _channel(self, stream: str) -> str:
-        return f"{self._prefix}:appended:{stream}"
+        return self._name(f"appended:{stream}")
+
+    async def _lost(self, error: Exception) -> None:
+        """Redis is away. One that has become a replica still answers, but what took over is found by connecting."""
+        self._is_away(error)
+        if isinstance(error, ReadOnlyError):
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
 
     def _is_away(self, error: Exception) -> None:
         if not self.away:
@@ -1080,8 +1083,8 @@ def _stat(stream: str, facts: dict[bytes, bytes]) -> Stat:
     )
 
 
-def _owner(owner: str | None) -> str:
-    return "" if owner is None else f"={owner}"
+def _maybe(text: str | None) -> str:
+    return "" if text is None else f"={text}"
 
 
 def _packed(ends: tuple[int, ...]) -> bytes:
