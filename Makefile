@@ -12,7 +12,7 @@ LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-u
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help install run test system lint bench lock clean
+.PHONY: help install run test system lint bench pictures lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ $(PEERS): benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --require-hashes -r $<
 	@touch $@
+
+pictures: install system ## pictures of the page at work, by its test, in var/pictures; README's is one of them
+	SSEAPP_SCREENSHOTS=var/pictures $(BIN)/python -m pytest tests/test_page.py -k at_work
+	mkdir -p docs && cp var/pictures/page-light.png docs/page.png
 
 lock: ## the locks again, with uv (ARGS=--upgrade for newer versions)
 	$(LOCK) --output-file requirements.txt pyproject.toml

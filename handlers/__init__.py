@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from handlers import basics, chat, files, notifications, ops, tasks
+from handlers import agent, basics, chat, files, jobs, notifications, ops, page, tasks
 from handlers.chat import Model, open_model
 from handlers.files import open_folder
 from handlers.tasks import Tasks, open_tasks
@@ -14,7 +14,17 @@ from ssecore.settings import Settings
 
 __all__ = ["ROUTES", "Resources", "resources"]
 
-ROUTES: list[Route] = [*basics.ROUTES, *tasks.ROUTES, *chat.ROUTES, *notifications.ROUTES, *files.ROUTES, *ops.ROUTES]
+ROUTES: list[Route] = [
+    *basics.ROUTES,
+    *tasks.ROUTES,
+    *agent.ROUTES,
+    *chat.ROUTES,
+    *jobs.ROUTES,
+    *notifications.ROUTES,
+    *files.ROUTES,
+    *ops.ROUTES,
+    *page.ROUTES,
+]
 
 
 @dataclass(frozen=True, slots=True)

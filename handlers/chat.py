@@ -10,7 +10,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Final, Literal, Protocol
+from typing import Annotated, Any, Final, Literal, Protocol, overload
 
 import anyio
 import httpx
@@ -24,7 +24,18 @@ from ssecore.routes import GET, POST, Run
 from ssecore.settings import Settings
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode_json
 
-__all__ = ["ROUTES", "AnswerReader", "ChatMessage", "Model", "open_model"]
+__all__ = [
+    "LINGERING",
+    "ROUTES",
+    "AnswerReader",
+    "ChatMessage",
+    "MockModel",
+    "Model",
+    "ModelError",
+    "OpenAIModel",
+    "ToolCall",
+    "open_model",
+]
 
 logger = logging.getLogger("sseapp")
 
@@ -37,6 +48,8 @@ MAX_CONNECTIONS, POOL_TIMEOUT_S = 1000, 5.0
 MAX_RETRIES, BACKOFF_S, MAX_PAUSE_S = 2, 0.2, 5
 #: Of an answer's text, and of one event. The longest answers of today's models have half of it.
 MAX_ANSWER_BYTES = 1024 * 1024
+#: In one answer. Nobody needs as many.
+MAX_TOOL_CALLS: Final = 32
 #: For the end of the body behind `[DONE]`: it is nearly always there, and without it the connection can't be kept.
 END_TIMEOUT_S: Final = 0.1
 #: What is read of a refusal, for the log, and how long that may take.
@@ -66,6 +79,15 @@ class ChatMessage(msgspec.Struct, frozen=True):
     content: Annotated[str, Meta(max_length=100_000)]
 
 
+@dataclass
+class ToolCall:
+    """What a model wants to be done. `arguments` ought to be a JSON object; it is as the model wrote it."""
+
+    id: str
+    name: str = ""
+    arguments: str = ""
+
+
 class Prompt(msgspec.Struct):
     prompt: Annotated[str, Meta(min_length=1, max_length=8000)]
 
@@ -89,25 +111,42 @@ class ModelError(UpstreamError):
         if re.fullmatch("[ -~]{1,40}", retry_after):
             self.headers["retry-after"] = retry_after
         self.pause_s = (seconds if retry_after else 0) if again else None
+        self.refused = why if isinstance(why, int) else None  #: the HTTP status of a request that was not taken
         self.said = said or f"{type(why).__name__}: {why}"
 
 
 @dataclass(frozen=True)
 class MockModel:
-    """Repeats the last user message, word by word; each word keeps the space behind it."""
+    """Repeats the last user message."""
 
     delay_s: float
 
-    async def stream(self, messages: Sequence[ChatMessage]) -> AsyncGenerator[str, None]:
+    def stream(self, messages: Sequence[ChatMessage]) -> AsyncGenerator[str, None]:
         prompt = next((message.content for message in reversed(messages) if message.role == "user"), "")
-        for number, word in enumerate(re.findall(r"\S+\s*", f"This is a mock response to: {prompt}")):
+        return self.say(f"This is a mock response to: {prompt}")
+
+    async def say(self, text: str) -> AsyncGenerator[str, None]:
+        """Any text, word by word; each word keeps the space behind it."""
+        for number, word in enumerate(re.findall(r"\S+\s*", text)):
             if number and self.delay_s:
                 await anyio.sleep(self.delay_s)
             yield word
 
 
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolDelta(msgspec.Struct):
+    index: int | None = None
+    id: str | None = None
+    function: _Function | None = None
+
+
 class _Delta(msgspec.Struct):
     content: str | None = None
+    tool_calls: list[_ToolDelta] | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -126,8 +165,10 @@ class AnswerReader:
     def __init__(self) -> None:
         self.complete = False  #: the model has finished: a `finish_reason` or `[DONE]` was there
         self.done = False  #: `[DONE]` was there; nothing behind it counts
+        self.tool_calls: list[ToolCall] = []  #: whole once it is complete
         self._decoder = Decoder(max_event_bytes=MAX_ANSWER_BYTES)
         self._bytes_left = MAX_ANSWER_BYTES
+        self._calls: dict[int | None, ToolCall] = {}  # by the index that the next pieces name
 
     def feed(self, data: bytes) -> Iterator[str]:
         """Raises what is in the table of faults, behind the texts that stand before it."""
@@ -140,11 +181,33 @@ class AnswerReader:
                 raise ModelError(None, event.data)
             for choice in chunk.choices or ():
                 if choice.delta and choice.delta.content:
-                    self._bytes_left -= len(choice.delta.content.encode())
-                    if self._bytes_left < 0:
-                        raise TooLarge("too long an answer")
+                    self._count(choice.delta.content)
                     yield choice.delta.content
+                for piece in (choice.delta and choice.delta.tool_calls) or ():
+                    self._add_tool_call(piece)
                 self.complete = self.complete or bool(choice.finish_reason)
+
+    def _count(self, text: str) -> None:
+        self._bytes_left -= len(text.encode())
+        if self._bytes_left < 0:
+            raise TooLarge("too long an answer")
+
+    def _add_tool_call(self, piece: _ToolDelta) -> None:
+        """A new `id` begins a call, whatever its index (some servers count wrong); what has none goes on with one."""
+        call = self._calls.get(piece.index)
+        if call is None or (piece.id and piece.id != call.id):
+            if len(self.tool_calls) == MAX_TOOL_CALLS:
+                raise TooLarge("too many tool calls")
+            call = self._calls[piece.index] = ToolCall(piece.id or f"call_{len(self.tool_calls)}")
+            self.tool_calls.append(call)
+        name, arguments = (
+            (piece.function and piece.function.name) or "",
+            (piece.function and piece.function.arguments) or "",
+        )
+        self._count(name + arguments)
+        if name != call.name:  # repeated with every piece by some servers, in pieces itself by others
+            call.name += name
+        call.arguments += arguments
 
 
 @dataclass(frozen=True)
@@ -155,9 +218,27 @@ class OpenAIModel:
     url: httpx.URL
     model: str
     key: str = field(repr=False)
+    calls_tools: bool = True  #: the local model is too small for it
 
-    async def stream(self, messages: Sequence[ChatMessage]) -> AsyncGenerator[str, None]:
-        content = encode_json({"model": self.model, "messages": messages, "stream": True})
+    @overload
+    def stream(self, messages: Sequence[ChatMessage]) -> AsyncGenerator[str, None]: ...
+
+    @overload
+    def stream(
+        self, messages: Sequence[Any], tools: Sequence[Any], *, call: bool = True
+    ) -> AsyncGenerator[str | ToolCall, None]: ...
+
+    async def stream(
+        self, messages: Sequence[Any], tools: Sequence[Any] = (), *, call: bool = True
+    ) -> AsyncGenerator[str | ToolCall, None]:
+        """With `tools`, as OpenAI describes them, the calls that the model makes come behind its text.
+
+        Without `call` it shall make none; the tools are told all the same, since earlier messages speak of them.
+        """
+        body: dict[str, Any] = {"model": self.model, "messages": messages, "stream": True}
+        if tools:
+            body |= {"tools": tools} if call else {"tools": tools, "tool_choice": "none"}
+        content = encode_json(body)
         reader = AnswerReader()
         try:
             async with _body(await self._open(content)) as chunks:
@@ -171,12 +252,14 @@ class OpenAIModel:
             if not reader.complete:
                 raise httpx.ReadError("the end came too early")
         except (ModelError, httpx.HTTPError, TooLarge, msgspec.DecodeError, RecursionError) as error:
-            if reader.complete and isinstance(error, httpx.HTTPError):
-                return
-            failure = error if isinstance(error, ModelError) else ModelError(error)
-            said = failure.said.replace(self.key, "***") if self.key else failure.said
-            logger.warning("%s: %.500r", failure.code, said)
-            raise failure from None
+            if not reader.complete or not isinstance(error, httpx.HTTPError):
+                failure = error if isinstance(error, ModelError) else ModelError(error)
+                said = failure.said.replace(self.key, "***") if self.key else failure.said
+                logger.warning("%s: %.500r", failure.code, said)
+                raise failure from None
+        if tools:
+            for tool_call in reader.tool_calls:
+                yield tool_call
 
     async def _open(self, content: bytes) -> httpx.Response:
         request = self.client.build_request("POST", self.url, content=content)
@@ -234,7 +317,7 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
     if base == LOCAL:
         async with local_model() as (base, key):
             async with open_model(replace(settings, openai_base_url=base, openai_api_key=key)) as model:
-                yield model
+                yield replace(model, calls_tools=False) if isinstance(model, OpenAIModel) else model
         return
     try:
         url = httpx.URL(base or "https://api.openai.com/v1")

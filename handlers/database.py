@@ -1,4 +1,5 @@
-"""The tasks: one table in SQLite, with full-text search; and the sessions. Several processes may share the file.
+"""The tasks: one table in SQLite, with full-text search; the sessions; which runs worked on a task. Several processes
+may share the file.
 
 Rules:
 
@@ -14,9 +15,10 @@ Rules:
 import sqlite3
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
@@ -26,15 +28,33 @@ from anyio import CancelScope, CapacityLimiter, to_thread
 
 from ssecore.errors import SSEAppError, Unavailable
 
-__all__ = ["COLUMNS", "Exchange", "NewTask", "Status", "Task", "Tasks", "open_tasks"]
+__all__ = [
+    "COLUMNS",
+    "Due",
+    "Exchange",
+    "Filter",
+    "Grouping",
+    "NewTask",
+    "Status",
+    "Task",
+    "Tasks",
+    "open_tasks",
+]
 
 Status = Literal["open", "doing", "done"]
+#: How near a task's date is; `done` and `none` (no date) are no matter of dates. `week`: the seven days after today.
+Due = Literal["overdue", "today", "week", "later", "none", "done"]
+Grouping = Literal["status", "priority", "due"]
 COLUMNS: Final = ("id", "title", "description", "status", "priority", "due", "created")
 
 #: Rows read at once: the longest ones that an import takes make some 12 MB, usual ones 40 KB.
 PAGE_ROWS: Final = 200
 #: Connections for reading. A page takes less than a millisecond, so a few serve many streams.
 READERS: Final = 3
+#: Of a search: more words cost more time, up to a second each where a million rows have it.
+MAX_WORDS: Final = 10
+#: What a found row holds of its description.
+FOUND_CHARS: Final = 300
 #: How long to wait for another process's write.
 BUSY_TIMEOUT_S: Final = 30.0
 
@@ -44,6 +64,8 @@ MAX_EXCHANGES: Final = 20
 MAX_SESSION_CHARS: Final = 8000
 #: Of one caller; the longest unused ones go first. At most some 160 MB of text.
 MAX_SESSIONS: Final = 5000
+#: Executions of one task that are remembered for each caller: whoever watches one of them finds it again.
+MAX_EXECUTIONS: Final = 20
 #: A session that was not used for so long is forgotten.
 MAX_SESSION_AGE_S: Final = 7 * 86400.0
 
@@ -85,6 +107,16 @@ _VERSIONS: Final = (
         "CREATE INDEX sessions_by_owner ON sessions (owner, used)",
         "CREATE INDEX sessions_by_use ON sessions (used)",
     ),
+    (
+        # `number` is their order: runs may begin within one tick of the clock.
+        """CREATE TABLE executions (
+            number INTEGER PRIMARY KEY,
+            run TEXT NOT NULL,
+            task_id INTEGER NOT NULL,
+            owner TEXT NOT NULL
+        )""",
+        "CREATE INDEX executions_by_task ON executions (task_id, owner, number)",
+    ),
 )
 
 _INSERT: Final = f"""INSERT INTO tasks ({", ".join(COLUMNS[1:])})
@@ -94,6 +126,16 @@ _INSERT: Final = f"""INSERT INTO tasks ({", ".join(COLUMNS[1:])})
 _PAGE: Final = f"""SELECT max(id), CAST(group_concat(json, char(10)) AS BLOB) FROM (
     SELECT tasks.id AS id, json_object({", ".join(f"'{name}', tasks.{name}" for name in COLUMNS)}) AS json
     FROM {{source}} WHERE {{where}} ORDER BY {{key}} LIMIT :rows)"""
+
+_DUE: Final = """CASE
+    WHEN tasks.status = 'done' THEN 'done'
+    WHEN tasks.due IS NULL THEN 'none'
+    WHEN tasks.due < :today THEN 'overdue'
+    WHEN tasks.due = :today THEN 'today'
+    WHEN tasks.due <= date(:today, '+7 days') THEN 'week'
+    ELSE 'later' END"""
+_GROUPS: Final[dict[Grouping, str]] = {"status": "tasks.status", "priority": "tasks.priority", "due": _DUE}
+_EXECUTIONS: Final = "FROM executions WHERE task_id = ? AND owner = ? ORDER BY number DESC"
 
 #: Of words and a status the words are looked for first, but only from the first row on that has the status, to the last
 #: one: not in all of what was done long ago. FTS5 takes one lower bound, and a NULL for none: where no row has the
@@ -127,6 +169,17 @@ class Task(NamedTuple):
     created: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Which rows; `None` doesn't ask. `due="week"` takes today's, too."""
+
+    words: str | None = None
+    any_word: bool = False  #: else all of the words must occur
+    status: Status | None = None
+    priority: int | None = None
+    due: Due | None = None
+
+
 class Exchange(msgspec.Struct, array_like=True, frozen=True):
     """What was asked in a session, and the whole answer."""
 
@@ -137,8 +190,9 @@ class Exchange(msgspec.Struct, array_like=True, frozen=True):
 class Tasks:
     """The tables. Every method raises `Unavailable` where the file can't be used at the moment (locked, disk full)."""
 
-    def __init__(self, connections: list[sqlite3.Connection]) -> None:
+    def __init__(self, connections: list[sqlite3.Connection], path: Path) -> None:
         self._free = connections
+        self._path = path
         self._reading = CapacityLimiter(len(connections) - 1)
         self._writing = CapacityLimiter(1)
 
@@ -177,6 +231,39 @@ class Tasks:
             yield rows
             limit = limit - wanted if len(rows) == wanted else 0
 
+    async def search(self, wanted: Filter, limit: int, today: date) -> tuple[int, list[Task]]:
+        """How many rows there are, and the first of them: by their words' weight, or by date. Descriptions are cut."""
+        work = partial(_search, wanted, limit, today)
+        return await to_thread.run_sync(self._work, work, limiter=self._reading)
+
+    async def count(self, wanted: Filter, by: Grouping | None, today: date) -> dict[str, int]:
+        """How many rows there are in each group; without `by` in the one called `all`. Empty groups are not there."""
+        return await to_thread.run_sync(self._work, partial(_count, wanted, by, today), limiter=self._reading)
+
+    def scan(self) -> Generator[tuple[int, int, list[bytes]], None, None]:
+        """All rows as `pages` has them, each page with its last id and the table's: for a worker thread.
+
+        On a connection of its own, however long that takes: it takes none away from those who are streamed to.
+        """
+        with _trouble_told(), closing(_connect(self._path)) as connection:
+            ((highest,),) = connection.execute("SELECT max(id) FROM tasks").fetchall()
+            sql = _PAGE.format(source="tasks", key="tasks.id", where="tasks.id > :after")
+            after = 0
+            while True:
+                after, page = _read(sql, {"after": after, "rows": PAGE_ROWS}, connection)
+                if page is None:
+                    return
+                yield after, max(highest, after), page.split(b"\n")
+
+    async def begin_execution(self, run: str, task_id: int, owner: str | None) -> None:
+        """Remember that this run works on the task; of the owner's the newest ones are kept."""
+        work = partial(_begin_execution, run, task_id, owner or "")
+        await to_thread.run_sync(self._work, work, limiter=self._writing)
+
+    async def executions(self, task_id: int, owner: str | None) -> list[str]:
+        """The owner's runs that worked on the task, newest first. The log may have forgotten some of them."""
+        return await to_thread.run_sync(self._work, partial(_executions, task_id, owner or ""), limiter=self._reading)
+
     async def session(self, owner: str | None, id: str) -> list[Exchange]:
         """A session's exchanges, oldest first; none, if there is no such session of this owner's."""
         return await to_thread.run_sync(self._work, partial(_session, owner or "", id), limiter=self._reading)
@@ -189,11 +276,8 @@ class Tasks:
         """In a worker thread. The limiters see to it that a connection is free."""
         connection = self._free.pop()
         try:
-            return work(connection)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a mistake of ours
-                raise
-            raise Unavailable(f"the tasks database can't be used now: {error}", headers={"retry-after": "5"}) from error
+            with _trouble_told():
+                return work(connection)
         finally:
             self._free.append(connection)
 
@@ -213,7 +297,8 @@ async def open_tasks(data_dir: Path) -> AsyncIterator[Tasks]:
 
     Raises `SSEAppError` for a file that is not one of ours, or not usable; it is left as it is.
     """
-    tasks = Tasks(await to_thread.run_sync(_open, data_dir / "tasks.db"))
+    path = data_dir / "tasks.db"
+    tasks = Tasks(await to_thread.run_sync(_open, path), path)
     try:
         yield tasks
     finally:
@@ -270,6 +355,17 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
             connection.execute("ROLLBACK")
 
 
+@contextmanager
+def _trouble_told() -> Iterator[None]:
+    """Locked, no room, no file: raised as `Unavailable`."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a mistake of ours
+            raise
+        raise Unavailable(f"the tasks database can't be used now: {error}", headers={"retry-after": "5"}) from error
+
+
 def _insert(tasks: Sequence[NewTask], connection: sqlite3.Connection) -> None:
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     connection.execute(_INSERT, (created, msgspec.json.encode(tasks).decode()))
@@ -288,6 +384,18 @@ def _read(sql: str, values: dict[str, Any], connection: sqlite3.Connection) -> t
     (row,) = connection.execute(sql, values).fetchall()  # to its end: the read transaction is over
     last, page = row
     return last, page
+
+
+def _begin_execution(run: str, task_id: int, owner: str, connection: sqlite3.Connection) -> None:
+    with _transaction(connection):
+        connection.execute("INSERT INTO executions (run, task_id, owner) VALUES (?, ?, ?)", (run, task_id, owner))
+        older = f"SELECT number {_EXECUTIONS} LIMIT -1 OFFSET ?"
+        connection.execute(f"DELETE FROM executions WHERE number IN ({older})", (task_id, owner, MAX_EXECUTIONS))
+
+
+def _executions(task_id: int, owner: str, connection: sqlite3.Connection) -> list[str]:
+    rows = connection.execute(f"SELECT run {_EXECUTIONS}", (task_id, owner)).fetchall()
+    return [run for (run,) in rows]
 
 
 def _session(owner: str, id: str, connection: sqlite3.Connection) -> list[Exchange]:
@@ -324,11 +432,51 @@ def _cut(text: str, max_chars: int) -> str:
     return text if len(text) <= max_chars else text[: max_chars - 1] + "\u2026"
 
 
-def _quoted(text: str) -> str:
-    """A query for FTS5 in which nothing is an operator: every word a string, and all of them must occur.
+def _search(wanted: Filter, limit: int, today: date, connection: sqlite3.Connection) -> tuple[int, list[Task]]:
+    source, values = _matching(wanted, today)
+    order = "tasks.due IS NULL, tasks.due, tasks.id" if wanted.words is None else "words.rank, tasks.id"
+    columns = ", ".join(COLUMNS).replace("description", "substr(description, 1, :chars)")
+    # The sorter carries numbers only; the few rows are read behind it.
+    found = f"SELECT tasks.id AS found, count(*) OVER () AS total, row_number() OVER (ORDER BY {order}) AS place"
+    sql = f"""SELECT total, {columns} FROM ({found} FROM {source} ORDER BY place LIMIT :rows)
+        CROSS JOIN tasks ON tasks.id = found ORDER BY place"""
+    rows = connection.execute(sql, {**values, "rows": limit, "chars": FOUND_CHARS}).fetchall()
+    return (rows[0][0] if rows else 0), [Task(*row[1:]) for row in rows]
+
+
+def _count(wanted: Filter, by: Grouping | None, today: date, connection: sqlite3.Connection) -> dict[str, int]:
+    source, values = _matching(wanted, today)
+    if by is None:
+        return {"all": connection.execute(f"SELECT count(*) FROM {source}", values).fetchall()[0][0]}
+    sql = f"SELECT {_GROUPS[by]}, count(*) FROM {source} GROUP BY 1 ORDER BY 1"
+    return {str(name): number for name, number in connection.execute(sql, values).fetchall()}
+
+
+def _matching(wanted: Filter, today: date) -> tuple[str, dict[str, Any]]:
+    """The rows as what stands behind FROM, and its values."""
+    source, where = "tasks", ["TRUE"]
+    words = _quoted(wanted.words or "", " OR " if wanted.any_word else " ", MAX_WORDS)
+    if wanted.words is not None:
+        source = "words CROSS JOIN tasks ON tasks.id = words.rowid"
+        where.append("words MATCH :words")
+    if wanted.status is not None:
+        where.append("tasks.status = :status")
+    if wanted.priority is not None:
+        where.append("tasks.priority = :priority")
+    if wanted.due == "week":
+        where.append(f"{_DUE} IN ('today', 'week')")
+    elif wanted.due is not None:
+        where.append(f"{_DUE} = :due")
+    values = {"words": words, "status": wanted.status, "priority": wanted.priority, "due": wanted.due}
+    return f"{source} WHERE {' AND '.join(where)}", {**values, "today": today.isoformat()}
+
+
+def _quoted(text: str, between: str = " ", most: int | None = None) -> str:
+    """A query for FTS5 in which nothing is an operator: every word a string. All of them must occur.
 
     "Within an FTS expression a string may be specified [...] by enclosing it in double quotes. Within a string, any
     embedded double quote characters may be escaped SQL-style" (https://www.sqlite.org/fts5.html, 3.1). One that holds
     nothing but punctuation is ignored there.
     """
-    return " ".join('"' + word.replace('"', '""') + '"' for word in text.replace("\0", " ").split())
+    words = text.replace("\0", " ").split()[:most]
+    return between.join('"' + word.replace('"', '""') + '"' for word in words or [""])

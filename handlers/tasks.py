@@ -8,9 +8,10 @@ import csv
 import io
 import re
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from datetime import UTC, date, datetime
+from functools import partial
 from typing import IO, Annotated, Any, Final, Literal, get_args
 
 import msgspec
@@ -19,7 +20,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from handlers.chat import ChatMessage
 from handlers.database import COLUMNS, NewTask, Status, Task, Tasks, open_tasks
-from ssecore.errors import BadRequest, NotFound, SSEAppError
+from ssecore.errors import BadRequest, Forbidden, NotFound, SSEAppError
 from ssecore.request import Request
 from ssecore.responses import ByteStream
 from ssecore.routes import GET, POST, Run, Upload
@@ -107,11 +108,15 @@ async def execute_task(request: Request, task_id: int | None = None) -> AsyncIte
     task = await request.state.tasks.get(id)
     if task is None:
         raise NotFound(f"there is no task {id}")
+    if request.run_id is not None:
+        await request.state.tasks.begin_execution(request.run_id, id, request.caller)
     yield Event({"task_id": id, "status": "validating", "timestamp": _now()}, "status")
     steps = OPERATIONS[operation]
     try:
         for number, (step, work) in enumerate(steps.items()):
-            yield Event({"task_id": id, "step": step, "progress": 100 * number // len(steps)}, "status")
+            # With its time, which nobody could tell any more who reads it later (`task_progress`).
+            begun = {"task_id": id, "step": step, "progress": 100 * number // len(steps), "timestamp": _now()}
+            yield Event(begun, "status")
             result = await work(request, task)
             yield Event({"step": step, "result": result, "progress": 100 * (number + 1) // len(steps)}, "result")
     except Exception as error:
@@ -121,6 +126,49 @@ async def execute_task(request: Request, task_id: int | None = None) -> AsyncIte
     seconds = round(current_time() - began, 3)
     end = {"task_id": id, "status": "completed", "duration_seconds": seconds, "timestamp": _now()}
     yield Event(end, "complete")
+
+
+async def task_progress(request: Request, task_id: int) -> Any:
+    """The caller's newest execution of the task, in fewer words. A cursor goes on with the execution that it is of.
+
+    So a new execution that begins meanwhile doesn't break the `EventSource` of somebody who watches an older one.
+    """
+    if request.runs.settings.auth == "off":  # an id of the stream is the key to its run
+        raise Forbidden("without credentials nobody's executions can be told from everybody's")
+    cursor = request.last_event_id
+    executions = await request.state.tasks.executions(task_id, request.caller)
+    run = await request.runs.run_of(cursor) if cursor not in ("", "end") else None
+    if run not in executions:
+        run = await _newest(request, executions)
+    if run is None and not cursor:
+        raise NotFound(f"there is no task {task_id}, or no execution of it that is kept")
+    return await request.runs.view(request, run or "", translate=partial(_progress, task_id))
+
+
+async def _newest(request: Request, executions: Sequence[str]) -> str | None:
+    """The first that the log still has."""
+    for run in executions:
+        with suppress(NotFound):
+            await request.runs.state(request, run)
+            return run
+    return None
+
+
+def _progress(task_id: int, event: Event) -> Event | None:
+    """What an event of an execution means for the progress; its last one always means something."""
+    data = msgspec.json.decode(event.data)
+    match event.event:
+        case "status" if "step" in data:
+            return Event({name: data[name] for name in ("task_id", "step", "progress", "timestamp")}, "progress")
+        case "complete":
+            final = "completed"
+        case "cancelled":
+            final = "cancelled"
+        case "error":
+            final = "interrupted" if data.get("code") == "interrupted" else "failed"
+        case _:
+            return None
+    return Event({"task_id": task_id, "final_status": final}, "complete")
 
 
 async def _count(request: Request, task: Task) -> Mapping[str, int]:
@@ -315,6 +363,7 @@ ROUTES = [
     POST("/tasks/import", import_tasks, body=Upload("text/csv"), run=Run()),
     POST("/tasks/execute/stream", execute_task, body=_Execution, run=Run()),
     POST("/tasks/{task_id:int}/execute/stream", execute_task, query=_Operation, run=Run()),
+    GET("/tasks/{task_id:int}/progress/stream", task_progress),
     GET("/tasks/stream", stream_tasks, query=_Search),
     GET("/export.csv", export_tasks, query=_Rows),
 ]

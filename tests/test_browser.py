@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
-from tests import upstream
+from tests import chromium, upstream
 from tests.needs import find, needs
 from tests.relay import relay
 from tests.serving import free_port, serve, wait_until
@@ -39,14 +39,7 @@ LISTEN: Final = """
 """
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    arguments += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find("chromium"), headless=True, args=arguments)
-        yield browser
-        browser.close()
+browser = chromium.browser
 
 
 @pytest.fixture

@@ -3,14 +3,18 @@
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
+from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import anyio
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from handlers import database
-from handlers.database import Exchange, NewTask, Tasks, open_tasks
+from handlers.database import Exchange, Filter, NewTask, Tasks, open_tasks
 
 LIMIT_S: Final = 20
 
@@ -162,3 +166,85 @@ async def test_a_session_that_is_not_used_is_forgotten(tmp_path: Path, monkeypat
         await tasks.add_exchange("ben", "new", Exchange("q", "a"))
         with closing(sqlite3.connect(tmp_path / "tasks.db")) as other:
             assert other.execute("SELECT id FROM sessions ORDER BY id").fetchall() == [("new",), ("used",)]
+
+
+# Searching and counting
+
+TODAY: Final = date(2026, 11, 21)
+ROWS: Final = [
+    NewTask("Send the invoice", "to Berlin", "open", 1, "2026-11-20"),
+    NewTask("Invoice of May", "Paid late, see the invoice", "done", 2, "2026-05-31"),
+    NewTask("Call Berlin", "", "doing", 2, "2026-11-21"),
+    NewTask("Write the report", "of the quarter", "open", 3, "2026-11-28"),
+    NewTask("Water the flowers", "x" * 1000, "open", 3, "2026-11-29"),
+    NewTask("Sleep", "", "open", 5, None),
+]
+
+
+@pytest.fixture
+async def filled(tmp_path: Path) -> AsyncIterator[Tasks]:
+    async with database_of(tmp_path, *ROWS) as tasks:
+        yield tasks
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ids"),
+    [
+        (Filter(), [2, 1, 3, 4, 5, 6]),
+        (Filter(words="invoice"), [2, 1]),
+        (Filter(words="INVOICE berlin"), [1]),
+        (Filter(words="invoice berlin", any_word=True), [1, 3, 2]),
+        (Filter(words="invoice berlin", any_word=True, status="doing"), [3]),
+        (Filter(words="nothing"), []),
+        (Filter(words='OR " NOT * NEAR(' + "\0"), []),
+        (Filter(words="- invoice"), [2, 1]),
+        (Filter(words="- invoice !", any_word=True), [2, 1]),
+        (Filter(words="-", any_word=True), []),
+        (Filter(words=""), []),
+        (Filter(words="invoice " + "no " * database.MAX_WORDS, any_word=True), [2, 1]),
+        (Filter(words="no " * database.MAX_WORDS + "invoice", any_word=True), []),
+        (Filter(status="open"), [1, 4, 5, 6]),
+        (Filter(priority=3, status="open"), [4, 5]),
+        (Filter(due="overdue"), [1]),
+        (Filter(due="today"), [3]),
+        (Filter(due="week"), [3, 4]),
+        (Filter(due="later"), [5]),
+        (Filter(due="none"), [6]),
+        (Filter(due="done"), [2]),
+    ],
+)
+async def test_a_search_finds_what_is_wanted(filled: Tasks, wanted: Filter, ids: list[int]) -> None:
+    total, found = await filled.search(wanted, 10, TODAY)
+    assert (total, [task.id for task in found]) == (len(ids), ids)
+    assert await filled.count(wanted, None, TODAY) == {"all": len(ids)}
+
+
+async def test_a_search_gives_its_first_rows_with_short_descriptions_and_how_many_there_are(filled: Tasks) -> None:
+    total, found = await filled.search(Filter(status="open"), 3, TODAY)
+    assert (total, [task.id for task in found]) == (4, [1, 4, 5])
+    assert found[0][:6] == (1, "Send the invoice", "to Berlin", "open", 1, "2026-11-20")
+    assert found[2].description == "x" * database.FOUND_CHARS
+
+
+async def test_rows_are_counted_in_groups(filled: Tasks) -> None:
+    assert await filled.count(Filter(), "status", TODAY) == {"doing": 1, "done": 1, "open": 4}
+    assert await filled.count(Filter(), "priority", TODAY) == {"1": 1, "2": 2, "3": 2, "5": 1}
+    days = {"done": 1, "later": 1, "none": 1, "overdue": 1, "today": 1, "week": 1}
+    assert await filled.count(Filter(), "due", TODAY) == days
+    assert await filled.count(Filter(words="invoice"), "status", TODAY) == {"done": 1, "open": 1}
+    assert await filled.count(Filter(words="nothing"), "status", TODAY) == {}
+
+
+@settings(max_examples=20)
+@given(st.lists(st.text(max_size=20), min_size=5, max_size=20), st.booleans())
+def test_no_text_is_a_query_that_can_t_be_read(texts: list[str], any_word: bool) -> None:
+    async def search() -> None:
+        with TemporaryDirectory() as folder:
+            async with database_of(Path(folder), *ROWS) as tasks:
+                for text in texts:
+                    wanted = Filter(words=f"invoice {text}", any_word=any_word)
+                    total, _ = await tasks.search(wanted, 1, TODAY)
+                    assert total == (await tasks.count(wanted, None, TODAY))["all"]
+                    assert total >= 2 or not any_word
+
+    anyio.run(search)

@@ -67,6 +67,18 @@ def test_the_model_answers_a_prompt_token_by_token(service: Server) -> None:
 
 
 @needs("local-model")
+def test_the_agent_has_the_model_write_from_what_its_planner_found(service: Server) -> None:
+    csv = {"content-type": "text/csv"}
+    assert service.client.post("/tasks/import", content="title\nSend the invoice\n", headers=csv).is_success
+    events = Decoder().feed(service.client.post("/api/chat", json={"message": "invoice"}).content)
+    *told, result = [json.loads(event.data) for event in events[:-1]]
+    stages = [data["status"] for data in told if data["type"] == "status"]
+    assert stages == ["analyzing", "planning", "retrieving", "synthesizing"]
+    assert result["content"] == "".join(data["content"] for data in told if data["type"] == "chunk") != ""
+    assert (result["type"], result["sources"]) == ("result", [{"id": 1, "title": "Send the invoice"}])
+
+
+@needs("local-model")
 def test_the_model_answers_a_conversation_token_by_token(service: Server) -> None:
     messages = [("user", "hi"), ("assistant", "Hello!"), ("user", "bye")]
     body = [{"role": role, "content": content} for role, content in messages]

@@ -771,7 +771,7 @@ def make_newer(path: Path) -> None:
     ("make", "told"),
     [
         (make_foreign, "it is the database of another program"),
-        (make_newer, "it has version 99 and this program knows version 2: update it"),
+        (make_newer, "it has version 99 and this program knows version 3: update it"),
         (lambda path: path.write_bytes(b"no database at all, but long enough " * 100), "file is not a database"),
         (lambda path: path.write_bytes(b"SQLite format 3\0" + b"\xff" * 8000), "file is not a database"),
         (lambda path: path.mkdir(), "unable to open database file"),

@@ -1,0 +1,81 @@
+"""The page at `/`: every kind of stream of the service, to start and to watch.
+
+Plain HTML, CSS and JavaScript modules, as they lie in this folder. They are read once, when the service starts; a
+request's path is looked up among their names and never reaches the file system.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from ssecore.errors import NotFound
+from ssecore.request import Request
+from ssecore.responses import Response
+from ssecore.routes import GET
+
+__all__ = ["ROUTES"]
+
+#: What streams say is only ever text on the page. Should that fail: no inline script, nothing from elsewhere, nothing
+#: sent elsewhere, and (Trusted Types) no string that is parsed as HTML.
+POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
+#: A suffix that isn't here isn't served.
+MEDIA_TYPES: Final = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+
+class _File(NamedTuple):
+    body: bytes
+    media_type: str
+    etag: str
+
+
+def _read(path: Path) -> _File:
+    body = path.read_bytes()
+    return _File(body, MEDIA_TYPES[path.suffix], f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+
+
+_FOLDER: Final = Path(__file__).parent
+_PAGE: Final = _read(_FOLDER / "index.html")
+_STATIC: Final[Mapping[str, _File]] = {
+    path.name: _read(path) for path in (_FOLDER / "static").iterdir() if path.suffix in MEDIA_TYPES
+}
+
+
+async def index(request: Request) -> Response:
+    return _answer(request, _PAGE)
+
+
+async def static(request: Request, name: str) -> Response:
+    file = _STATIC.get(name)
+    if file is None:
+        raise NotFound("there is no such file")
+    return _answer(request, file)
+
+
+def _answer(request: Request, file: _File) -> Response:
+    headers = {
+        "etag": file.etag,
+        # Asked for again each time: the modules of a page must be of one version. A 304 is cheap.
+        "cache-control": "no-cache",
+        "content-security-policy": POLICY,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-opener-policy": "same-origin",
+        "cross-origin-resource-policy": "same-origin",
+    }
+    # Weak comparison (RFC 9110, 13.1.2): a proxy that compresses makes our tags weak.
+    known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+    if file.etag in known or "*" in known:
+        return Response(status=304, headers=headers)
+    return Response(file.body, media_type=file.media_type, headers=headers)
+
+
+ROUTES = [GET("/", index), GET("/static/{name}", static)]

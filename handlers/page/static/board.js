@@ -1,0 +1,195 @@
+/**
+ * The open streams: which are live, which wait for a slot, and which are opened again after a reload.
+ *
+ * What is open is remembered in the tab's own storage, as plain data. After a reload a run is read again from its
+ * start, so that its view is whole, and a topic from where it was subscribed to. A fleeting stream ends with its page.
+ */
+
+import { element } from "./dom.js"
+import { Slots } from "./slots.js"
+import { View } from "./view.js"
+
+const STORAGE = "sseapp.open"
+/** More are closed, the longest ended first. */
+const MOST_VIEWS = 24
+/** Below a view, in pixels. */
+const GAP = 20
+
+export class Board {
+  /** @type {View[]} newest first */
+  #views = []
+  /** @type {Map<View, () => Promise<void>>} */
+  #slots = new Map()
+  #pool = new Slots(() => this.#next())
+  #connecting = new Set()
+  /** Each view spans as many of the grid's rows (a pixel each) as it is high: columns without holes. */
+  #heights = new ResizeObserver((entries) => {
+    for (const { target } of entries) target.style.gridRowEnd = `span ${Math.ceil(target.offsetHeight) + GAP}`
+  })
+
+  /**
+   * @param {HTMLElement} place
+   * @param {object} hooks
+   * @param {() => void} hooks.onEvent
+   * @param {(live: number, most: number, waiting: number) => void} hooks.onCount
+   * @param {(text: string) => void} hooks.announce
+   * @param {() => void} hooks.onRuns the list of runs may have changed
+   * @param {(target: object) => void} hooks.onRun a run is known by its id
+   * @param {(view: View) => void} hooks.onClose
+   */
+  constructor(place, hooks) {
+    this.place = place
+    this.hooks = hooks
+    this.empty = element(
+      "p",
+      { class: "empty" },
+      "Nothing is open. Start a stream, or open one of your runs: it is read again from its beginning.",
+    )
+    this.waitingText = `Waiting for a free connection: at most ${this.#pool.count} streams are open at once, in all tabs together, since a browser opens 6 connections to a site. Pause or close another one.`
+    this.#changed()
+  }
+
+  onEvent = () => this.hooks.onEvent()
+
+  /** A view has learnt the id that its stream is found by. */
+  onKnown(view) {
+    this.#save()
+    if (view.target.life === "run") {
+      this.hooks.onRun(view.target)
+      this.hooks.onRuns()
+    }
+  }
+
+  onState(view) {
+    const { state, outcome } = view.connection
+    if (["ended", "paused"].includes(state)) this.#release(view)
+    if (view.said !== state && this.#views.includes(view)) {
+      view.said = state
+      if (["ended", "reconnecting", "paused"].includes(state)) this.hooks.announce(`${view.target.title}: ${outcome || state}`)
+      if (state === "ended") this.hooks.onRuns()
+    }
+    this.#changed()
+  }
+
+  /**
+   * Open a stream, or show the view that has it.
+   * @param {import("./view.js").Target} target
+   * @param {boolean} [restored] it was open before: it waits for its turn, and takes nobody's slot
+   * @returns {Promise<View>} rejected with a `Problem` where it is refused at once; then nothing is left of it
+   */
+  async open(target, restored = false) {
+    const known = target.run ? this.#views.find((view) => view.target.run === target.run) : null
+    if (known) {
+      known.element.focus()
+      return known
+    }
+    const view = new View(target, this)
+    this.#views.unshift(view)
+    this.#forgetOldest()
+    this.place.prepend(view.element)
+    this.#heights.observe(view.element)
+    this.#changed()
+    this.#save()
+    if (target.run) this.hooks.onRun(target)
+    this.#connect(view, !restored)
+    try {
+      await view.started
+    } catch (problem) {
+      if (!restored) {
+        this.close(view)
+        throw problem
+      }
+    }
+    return view
+  }
+
+  resume(view) {
+    if (!view.ended) this.#connect(view, true)
+  }
+
+  pause(view) {
+    view.connection.pause("paused")
+  }
+
+  close(view) {
+    const at = this.#views.indexOf(view)
+    if (at < 0) return
+    this.#views.splice(at, 1)
+    view.connection.end("closed")
+    this.#release(view)
+    const focused = view.element.contains(document.activeElement)
+    this.#heights.unobserve(view.element)
+    view.element.remove()
+    if (focused) (this.#views[Math.min(at, this.#views.length - 1)]?.element ?? this.place).focus()
+    this.#save()
+    this.#changed()
+    this.hooks.onClose(view)
+  }
+
+  /** What was open before the reload, oldest first so that the order is the same. */
+  restore() {
+    let targets = []
+    try {
+      targets = JSON.parse(sessionStorage.getItem(STORAGE) ?? "[]")
+    } catch {
+      // written by another version
+    }
+    for (const target of targets.reverse()) this.open(target, true)
+  }
+
+  #save() {
+    const targets = this.#views.filter((view) => view.resumable).map((view) => view.target)
+    try {
+      sessionStorage.setItem(STORAGE, JSON.stringify(targets))
+    } catch {
+      // full, or forbidden: then a reload begins with an empty board
+    }
+  }
+
+  /** Give the view a slot; a new one takes the slot of the oldest that can go on later. */
+  async #connect(view, insists) {
+    if (this.#slots.has(view) || this.#connecting.has(view)) return
+    this.#connecting.add(view)
+    let slot = await this.#pool.take()
+    if (!slot && insists) {
+      const oldest = this.#views.findLast((other) => other.resumable && other !== view && this.#slots.has(other))
+      if (oldest) {
+        slot = this.#slots.get(oldest) // handed over: once it is free, anybody may take it
+        this.#slots.delete(oldest)
+        oldest.connection.pause("waiting")
+      }
+    }
+    this.#connecting.delete(view)
+    if (slot && (view.ended || !this.#views.includes(view))) await slot() // closed meanwhile
+    else if (slot) {
+      this.#slots.set(view, slot)
+      view.connection.open()
+    } else view.connection.pause("waiting")
+    this.#changed()
+  }
+
+  async #release(view) {
+    const slot = this.#slots.get(view)
+    this.#slots.delete(view)
+    await slot?.()
+  }
+
+  /** A slot may be free: the one that has waited longest gets it. */
+  #next() {
+    const view = this.#views.findLast((other) => other.connection.state === "waiting" && !this.#connecting.has(other))
+    if (view) this.#connect(view, false)
+  }
+
+  #forgetOldest() {
+    while (this.#views.length > MOST_VIEWS) {
+      this.close(this.#views.findLast((view) => view.ended) ?? this.#views.at(-1))
+    }
+  }
+
+  #changed() {
+    if (this.#views.length) this.empty.remove()
+    else this.place.append(this.empty)
+    const waiting = this.#views.filter((view) => view.connection.state === "waiting").length
+    this.hooks.onCount(this.#views.filter((view) => view.connection.live).length, this.#pool.count, waiting)
+  }
+}

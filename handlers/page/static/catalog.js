@@ -1,0 +1,221 @@
+/**
+ * What can be started: the streams of the service by subject, each with the fields of its form.
+ *
+ * Fields go where the route wants them: into the path where it has their name in braces, into the body where the
+ * stream has a `body`, else into the query. An empty field is left out. The service judges them, not the page.
+ */
+
+/**
+ * @typedef {object} Field
+ * @property {string} name
+ * @property {string} label
+ * @property {"text" | "number" | "select" | "area" | "file"} [kind]
+ * @property {string} [value] what stands there at first
+ * @property {string} [hint]
+ * @property {string[]} [options]
+ * @property {string} [step]
+ *
+ * @typedef {object} Stream
+ * @property {string} id
+ * @property {string} name
+ * @property {string} route as of GET /runs
+ * @property {"run" | "fleeting" | "view" | "topic" | "link"} life run: it survives its connection. fleeting: it ends
+ *   with it. view: of a run that is there. topic: others write to it. link: a file.
+ * @property {string} says
+ * @property {Field[]} fields
+ * @property {(values: Record<string, any>) => any} [body] what is sent as JSON; a Blob is sent as it is
+ * @property {string} [mediaType] of a Blob
+ */
+
+import { newKey } from "./service.js"
+
+const number = (name, label, value, more = {}) => ({ name, label, value, kind: "number", step: "any", ...more })
+const PACE = number("interval", "Seconds between events", "0.4")
+const STATUS = { name: "status", label: "Status", kind: "select", options: ["", "open", "doing", "done"] }
+const QUERY = { name: "query", label: "Question", kind: "area", value: "What is the date, and which open tasks have priority 5?" }
+
+const SAMPLE = `title,description,status,priority,due
+Renew the certificate,The one of the mail server,open,5,2026-12-01
+Write the release notes,What changed since spring,doing,3,2026-12-10
+Call the printer,The proofs are too dark,open,4,
+Order new chairs,For the small room,open,2,2027-01-15
+Archive last year's invoices,,done,1,
+Test the backup,Restore one machine from it,open,5,2026-11-30
+`
+
+/** @type {{name: string, streams: Stream[]}[]} */
+export const GROUPS = [
+  {
+    name: "Agent",
+    streams: [
+      {
+        id: "agent", name: "Steps and answer", route: "GET /agent/stream", life: "run", fields: [QUERY],
+        says: "Plans, calls tools, and writes an answer from what they gave.",
+      },
+      {
+        id: "think", name: "Thinking aloud", route: "GET /agent/think/stream", life: "run", fields: [QUERY],
+        says: "The same agent, with its plan step by step.",
+      },
+      {
+        id: "tools", name: "Tool calls", route: "POST /agent/process/stream", life: "run", fields: [QUERY],
+        says: "The same agent, with each tool that it calls and what came back.",
+      },
+      {
+        id: "session", name: "Conversation", route: "POST /api/chat", life: "run",
+        says: "Names its sources. With a session it remembers what was said before.",
+        fields: [
+          { name: "message", label: "Message", kind: "area", value: "How many tasks are there by status?" },
+          { name: "session_id", label: "Session", value: newKey(), hint: "The same one goes on with the same conversation." },
+        ],
+        body: (values) => values,
+      },
+    ],
+  },
+  {
+    name: "Chat",
+    streams: [
+      {
+        id: "chat", name: "One prompt", route: "GET /chat", life: "run",
+        says: "A language model, token by token; a mock where none is configured.",
+        fields: [{ name: "prompt", label: "Prompt", kind: "area", value: "Tell me about server-sent events" }],
+      },
+      {
+        id: "messages", name: "Messages", route: "POST /chat/stream", life: "run",
+        says: "The same model, with an instruction ahead.",
+        fields: [
+          { name: "system", label: "Instruction", value: "Answer in one sentence." },
+          { name: "content", label: "Message", kind: "area", value: "What is backpressure?" },
+        ],
+        body: ({ system, content = "" }) => [
+          ...(system ? [{ role: "system", content: system }] : []),
+          { role: "user", content },
+        ],
+      },
+    ],
+  },
+  {
+    name: "Tasks",
+    streams: [
+      {
+        id: "import", name: "Import a CSV", route: "POST /tasks/import", life: "run",
+        says: "Rows into the tasks database, a hundred at a time; bad rows are named.",
+        fields: [
+          { name: "file", label: "File", kind: "file", hint: "Or the rows below." },
+          { name: "csv", label: "Rows", kind: "area", value: SAMPLE },
+        ],
+        body: ({ file, csv = "" }) => file ?? new Blob([csv]),
+        mediaType: "text/csv",
+      },
+      {
+        id: "tasks", name: "List", route: "GET /tasks/stream", life: "fleeting",
+        says: "Rows as the database gives them.",
+        fields: [STATUS, { name: "q", label: "Search" }, number("limit", "At most", "100")],
+      },
+      {
+        id: "execute", name: "Work on a task", route: "POST /tasks/execute/stream", life: "run",
+        says: "Figures about its text, a summary by the model, or its end.",
+        fields: [
+          number("task_id", "Task", "1"),
+          { name: "operation", label: "Operation", kind: "select", options: ["analyze", "summarize", "finish"] },
+        ],
+        body: (values) => values,
+      },
+      {
+        id: "execution", name: "Follow a task", route: "GET /tasks/{task_id}/progress/stream", life: "view",
+        says: "The newest work on a task, live or as it was.",
+        fields: [number("task_id", "Task", "1")],
+      },
+      {
+        id: "export", name: "Export as CSV", route: "GET /export.csv", life: "link",
+        says: "The whole table, as a file.",
+        fields: [STATUS],
+      },
+    ],
+  },
+  {
+    name: "Jobs",
+    streams: [
+      {
+        id: "report", name: "Report, with its log", route: "GET /api/process/stream", life: "run", fields: [],
+        says: "Figures about the tasks, made in a worker thread, with steps and log lines.",
+      },
+      {
+        id: "job", name: "Job", route: "POST /jobs", life: "run",
+        says: "Goes on whoever listens. digest: the files' SHA-256; report: figures into a file; sleep: steps to watch.",
+        fields: [
+          { name: "kind", label: "Kind", kind: "select", options: ["sleep", "report", "digest"] },
+          number("steps", "Steps (sleep)", "20"),
+          number("interval", "Seconds a step (sleep)", "0.5"),
+        ],
+        body: ({ kind, steps, interval }) => (kind === "sleep" ? { kind, input: { steps, interval } } : { kind }),
+      },
+      {
+        id: "items", name: "Items", route: "POST /process", life: "run",
+        says: "Each line's SHA-256 and length.",
+        fields: [{ name: "items", label: "Items", kind: "area", value: "one\ntwo\nthree", hint: "A line each, or a JSON list." }],
+        body: ({ items = "" }) => (items.trim().startsWith("[") ? raw(items) : items.split("\n").filter(Boolean)),
+      },
+    ],
+  },
+  {
+    name: "Topics",
+    streams: [
+      {
+        id: "topic", name: "Topic", route: "GET /topics/{name}", life: "topic",
+        says: "Whatever is published under a name. Publish right below it, or from another tab.",
+        fields: [
+          { name: "name", label: "Name", value: "news" },
+          { name: "listen", label: "More event names", hint: "By comma. Browsers hear only the names they ask for.", local: true },
+        ],
+      },
+      {
+        id: "user", name: "Notifications", route: "GET /users/{user_id}/stream", life: "topic",
+        says: "What is for one user, and a sign of life each five seconds.",
+        fields: [{ name: "user_id", label: "User", value: "ann" }],
+      },
+    ],
+  },
+  {
+    name: "Files",
+    streams: [
+      {
+        id: "download", name: "Download", route: "GET /download/{filename}", life: "link",
+        says: "A file of the files folder. Reports of jobs are there.",
+        fields: [{ name: "filename", label: "File name" }],
+      },
+    ],
+  },
+  {
+    name: "Basics",
+    streams: [
+      basic("stream", "Counter", "GET /stream", "Named events, then complete.", number("count", "Events", "10", { step: "1" })),
+      basic("data", "Counter, data only", "GET /stream/data", "The same without names, then [DONE].", number("count", "Events", "10", { step: "1" })),
+      basic("hello", "Hello", "GET /stream/hello", "Four words."),
+      basic("progress", "Progress", "GET /stream/progress", "From 0 to 100 by tens."),
+      basic("format", "Format", "GET /stream/format", "The four shapes that an event can have."),
+      basic("merge", "Merge", "GET /stream/merge", "Two sources at their own pace."),
+      {
+        ...basic("errors", "Errors", "GET /stream/errors", "Items that can't be encoded, and a source that fails."),
+        fields: [number("total", "Items", "40"), number("at", "Fails at", "25"), number("interval", "Seconds between events", "0.05")],
+      },
+      {
+        ...basic("timeout", "Time limit", "GET /stream/timeout", "Counts until its time is over."),
+        fields: [number("limit", "Seconds", "5"), number("interval", "Seconds between events", "1")],
+      },
+      {
+        ...basic("countdown", "Countdown", "GET /countdown/{seconds}", "To zero."),
+        fields: [number("seconds", "From", "10"), number("interval", "Seconds between events", "1")],
+      },
+      basic("steps", "Three steps", "GET /process/stream", "Analyzing, Processing, Finalizing."),
+    ],
+  },
+]
+
+function basic(id, name, route, says, ...fields) {
+  return { id, name, route, life: "fleeting", says, fields: [...fields, PACE] }
+}
+
+/** JSON as it was typed, so that the service is the one who judges it. */
+function raw(text) {
+  return new Blob([text])
+}

@@ -1,0 +1,46 @@
+/** Elements, and nothing that parses HTML: what a stream says stays text. */
+
+const SVG = "http://www.w3.org/2000/svg"
+
+/**
+ * An element. `on…` attributes are listeners; false and null leave an attribute out; children are nodes or texts.
+ * @param {string} tag
+ * @param {Record<string, unknown>} [attributes]
+ * @param {...(Node | string | null)} children
+ * @returns {HTMLElement}
+ */
+export function element(tag, attributes = {}, ...children) {
+  return filled(document.createElement(tag), attributes, children)
+}
+
+/** The same for SVG. */
+export function drawing(tag, attributes = {}, ...children) {
+  return filled(document.createElementNS(SVG, tag), attributes, children)
+}
+
+function filled(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value)
+    else if (value === true) node.setAttribute(name, "")
+    else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, String(value))
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined))
+  return node
+}
+
+/** Set a text only where it is another one: a node that doesn't change costs no layout. */
+export function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text
+}
+
+/** @param {Date | string | number} [time] */
+export function clock(time = new Date()) {
+  const date = new Date(time)
+  return Number.isNaN(date.getTime()) ? "" : date.toLocaleTimeString("en-GB")
+}
+
+/** A value as a person would like to read it in one line. */
+export function plain(value) {
+  if (value === null || value === undefined) return ""
+  return typeof value === "string" ? value : JSON.stringify(value)
+}

@@ -1,0 +1,146 @@
+/** The form that starts a stream: a subject, one of its streams, its fields. What the service refuses is said there. */
+
+import { GROUPS } from "./catalog.js"
+import { element, setText } from "./dom.js"
+import { Problem } from "./service.js"
+import { save, start } from "./start.js"
+
+const LIVES = {
+  run: "Survives its connection",
+  fleeting: "Ends with its connection",
+  view: "Shows a run that is there",
+  topic: "Goes on until you close it",
+  link: "A file",
+}
+
+export class StartForm {
+  #inputs = new Map()
+  #stream = null
+
+  /** @param {(target: import("./view.js").Target, values: object) => Promise<void>} onStart rejected with a `Problem` */
+  constructor(place, onStart) {
+    this.onStart = onStart
+    this.subjects = choices("subject", "Subject", GROUPS, (group) => this.#choose(group))
+    this.streams = element("div", { class: "streams" })
+    this.says = element("p", { class: "says" })
+    this.route = element("code")
+    this.life = element("span")
+    this.fields = element("div", { class: "fields" })
+    this.error = element("p", { class: "error", role: "alert" })
+    this.button = element("button", { type: "submit", class: "primary" }, "Start")
+    const head = element("div", { class: "chosen" }, this.says, element("p", { class: "route" }, this.route, this.life))
+    this.form = element("form", { novalidate: true, autocomplete: "off" })
+    this.form.append(this.subjects, this.streams, head, this.fields, this.error, this.button)
+    this.form.addEventListener("submit", (event) => {
+      event.preventDefault()
+      this.#submit()
+    })
+    place.append(this.form)
+    this.#choose(GROUPS[0])
+  }
+
+  #choose(group) {
+    this.streams.replaceChildren(choices("stream", `Streams of ${group.name}`, group.streams, (stream) => this.#show(stream)))
+    this.#show(group.streams[0])
+  }
+
+  #show(stream) {
+    this.#stream = stream
+    setText(this.says, stream.says)
+    setText(this.route, stream.route)
+    setText(this.life, LIVES[stream.life])
+    setText(this.error, "")
+    setText(this.button, stream.life === "link" ? "Download" : "Start")
+    this.#inputs.clear()
+    this.fields.replaceChildren(...stream.fields.map((field) => this.#field(field)))
+  }
+
+  #field(field) {
+    const { name, label, kind = "text", value = "", hint, options, step } = field
+    const id = `field-${name}`
+    const about = `${id}-about`
+    const common = { id, name, "aria-describedby": about }
+    let input
+    if (kind === "select") {
+      const items = options.map((option) => element("option", { value: option }, option || "any"))
+      input = element("select", common, ...items)
+    } else if (kind === "area") {
+      input = element("textarea", { ...common, rows: value.includes("\n") ? "6" : "2" })
+      input.value = value
+    } else {
+      input = element("input", { ...common, type: kind, step: kind === "number" ? step : null })
+      if (kind === "file") input.accept = ".csv,text/csv"
+      else input.value = value
+    }
+    input.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.requestSubmit()
+    })
+    const said = element("p", { id: about, class: "hint" }, hint ?? "")
+    this.#inputs.set(name, { input, said, hint: hint ?? "" })
+    const box = element("div", { class: "field", "data-kind": kind }, element("label", { for: id }, label), input, said)
+    return box
+  }
+
+  #values() {
+    const values = {}
+    for (const [name, { input }] of this.#inputs) {
+      if (input.type === "file") {
+        if (input.files.length) values[name] = input.files[0]
+      } else if (input.type === "number") {
+        if (input.value !== "") values[name] = Number(input.value)
+      } else if (input.value !== "") values[name] = input.value
+    }
+    return values
+  }
+
+  async #submit() {
+    if (this.button.ariaBusy === "true") return
+    this.button.ariaBusy = "true" // not `disabled`, which would take the focus away
+    this.#clear()
+    try {
+      const values = this.#values()
+      if (this.#stream.life === "link") await save(this.#stream, values)
+      else await this.onStart(await start(this.#stream, values), values)
+    } catch (problem) {
+      if (!(problem instanceof Problem)) throw problem
+      this.#blame(problem)
+    } finally {
+      this.button.ariaBusy = "false"
+    }
+  }
+
+  #clear() {
+    setText(this.error, "")
+    for (const { input, said, hint } of this.#inputs.values()) {
+      input.removeAttribute("aria-invalid")
+      said.className = "hint"
+      setText(said, hint)
+    }
+  }
+
+  /** The problem stands at the field that it names, `[0].content` at `content`; at the form's end where it names none. */
+  #blame({ message, field }) {
+    const names = (field ?? "").match(/[A-Za-z_]\w*/g) ?? []
+    const found = this.#inputs.get(names.findLast((name) => this.#inputs.has(name)))
+    if (!found) {
+      setText(this.error, message)
+      return
+    }
+    found.input.setAttribute("aria-invalid", "true")
+    found.said.className = "hint error"
+    setText(found.said, message)
+    found.input.focus()
+  }
+}
+
+/** One out of several, as radio buttons: arrow keys move through them. */
+function choices(name, legend, items, onChoose) {
+  const set = element("fieldset", { class: name }, element("legend", { class: "unseen" }, legend))
+  items.forEach((item, at) => {
+    const input = element("input", { type: "radio", name, value: item.id ?? item.name })
+    input.checked = at === 0
+    input.addEventListener("change", () => onChoose(item))
+    set.append(element("label", {}, input, element("span", {}, item.name)))
+  })
+  return set
+}

@@ -1,0 +1,167 @@
+/**
+ * My runs: to open again, to cancel, to delete.
+ *
+ * Where nobody's runs can be told from everybody's the service doesn't list them (403). Then the page lists those that
+ * it remembers itself, in this browser.
+ */
+
+import { clock, element, setText } from "./dom.js"
+import { Problem, call } from "./service.js"
+
+const STORAGE = "sseapp.runs"
+const MOST_KEPT = 50
+const MOST_SHOWN = 8
+/** While something is at work, and somebody looks. */
+const LOOK_AGAIN_MS = 3000
+
+export class RunList {
+  #runs = []
+  #all = false
+  #ownList = false
+  #timer = 0
+  #asking = false
+  #again = false
+
+  /** @param {(run: {run: string, route: string}) => void} onOpen */
+  constructor(place, onOpen) {
+    this.onOpen = onOpen
+    this.list = element("ol", { class: "runs" })
+    this.note = element("p", { class: "hint" })
+    this.complaint = element("p", { class: "error", role: "alert" })
+    this.more = element("button", { class: "quiet", type: "button", hidden: true }, "Show all")
+    this.more.addEventListener("click", () => {
+      this.#all = !this.#all
+      this.#draw()
+    })
+    place.append(this.complaint, this.list, this.note, this.more)
+    document.addEventListener("visibilitychange", () => this.refresh())
+  }
+
+  /** A run of this page's: for the day when the service doesn't list it. */
+  remember({ run, route, title }) {
+    const others = kept().filter((other) => other.run !== run)
+    keep([{ run, route, title }, ...others])
+  }
+
+  /** What can't be opened, and why. */
+  say(text) {
+    setText(this.complaint, text)
+  }
+
+  async refresh() {
+    if (this.#asking || document.hidden) {
+      this.#again = this.#asking
+      return
+    }
+    this.#asking = true
+    clearTimeout(this.#timer)
+    try {
+      this.#runs = await this.#ask()
+      this.#draw()
+    } catch (problem) {
+      if (!(problem instanceof Problem)) throw problem
+      setText(this.note, problem.message)
+    }
+    this.#asking = false
+    const working = this.#runs.some((run) => run.state === "running")
+    if (this.#again) {
+      this.#again = false
+      this.refresh()
+    } else if (working) this.#timer = setTimeout(() => this.refresh(), LOOK_AGAIN_MS)
+  }
+
+  async #ask() {
+    if (!this.#ownList) {
+      try {
+        return (await (await call("runs")).json()).runs
+      } catch (problem) {
+        if (problem.status !== 403) throw problem
+        this.#ownList = true
+      }
+    }
+    const asked = await Promise.all(kept().map(({ run, route }) => this.#state(run, route)))
+    return asked.filter((run) => run !== null)
+  }
+
+  async #state(run, route) {
+    const known = this.#runs.find((other) => other.run === run)
+    if (known && known.state !== "running") return known
+    try {
+      return await (await call(`runs/${run}`)).json()
+    } catch (problem) {
+      if (problem.status === 404) keep(kept().filter((other) => other.run !== run))
+      return problem.status === 404 ? null : { run, route, state: "unknown", events: 0 }
+    }
+  }
+
+  #draw() {
+    const shown = this.#all ? this.#runs : this.#runs.slice(0, MOST_SHOWN)
+    const focused = document.activeElement?.dataset?.focus
+    this.list.replaceChildren(...shown.map((run) => this.#item(run)))
+    if (focused) this.list.querySelector(`[data-focus="${focused}"]`)?.focus()
+    const over = this.#runs.length - MOST_SHOWN
+    this.more.hidden = over <= 0
+    setText(this.more, this.#all ? "Show fewer" : `Show ${over} more`)
+    const whose = this.#ownList ? "The service doesn't list runs where nobody has a name: these are this browser's." : ""
+    setText(this.note, this.#runs.length ? whose : `None yet. ${whose}`)
+  }
+
+  #item(run) {
+    const { run: id, route, state, events, created } = run
+    const running = state === "running"
+    const [method, path] = route.split(" ")
+    const open = element(
+      "a",
+      { href: `#run=${id}`, "data-focus": `open-${id}` },
+      element("code", {}, `${method} ${path.replaceAll(/:\w+}/g, "}")}`),
+    )
+    open.addEventListener("click", (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return // the browser's: another tab
+      event.preventDefault()
+      this.onOpen(run)
+    })
+    const remove = element(
+      "button",
+      { class: "quiet", type: "button", "data-focus": `remove-${id}`, onclick: () => this.#remove(run) },
+      running ? "Cancel" : "Delete",
+    )
+    remove.setAttribute("aria-label", `${running ? "Cancel" : "Delete"} the run ${route}, ${clock(created)}`)
+    return element(
+      "li",
+      { "data-run": id, "data-state": state },
+      open,
+      element("p", {}, element("span", { class: "badge", "data-state": state }, state), `${events} events · ${clock(created)}`),
+      remove,
+    )
+  }
+
+  async #remove({ run, state }) {
+    try {
+      await call(`runs/${run}`, { method: "DELETE" })
+      if (state !== "running") {
+        keep(kept().filter((other) => other.run !== run))
+        this.#runs = this.#runs.filter((other) => other.run !== run)
+      }
+      this.say("")
+    } catch (problem) {
+      this.say(problem.message)
+    }
+    this.refresh()
+  }
+}
+
+function kept() {
+  try {
+    return JSON.parse(localStorage.getItem(STORAGE) ?? "[]")
+  } catch {
+    return []
+  }
+}
+
+function keep(runs) {
+  try {
+    localStorage.setItem(STORAGE, JSON.stringify(runs.slice(0, MOST_KEPT)))
+  } catch {
+    // full, or forbidden: then they are found by their links only
+  }
+}

@@ -1,0 +1,62 @@
+/**
+ * From a filled form to a stream that can be watched.
+ *
+ * A GET is started by the `EventSource` itself, with a key that makes its reconnections one run. A POST is started with
+ * `Prefer: respond-async`, and its run is then read like any other.
+ */
+
+import { call, newKey } from "./service.js"
+
+/**
+ * @param {import("./catalog.js").Stream} stream
+ * @param {Record<string, any>} values the fields that hold something
+ * @returns {Promise<import("./view.js").Target>} rejected with a `Problem`
+ */
+export async function start(stream, values) {
+  const { route, life, name: title } = stream
+  const [method] = route.split(" ")
+  const address = addressOf(stream, values)
+  const about = aboutOf(stream, values)
+  if (method === "GET") {
+    const url = life === "run" ? `${address}${address.includes("?") ? "&" : "?"}key=${newKey()}` : address
+    return { title, about, route, life, url }
+  }
+  const body = stream.body?.(values)
+  const headers = { Prefer: "respond-async", "Idempotency-Key": newKey() }
+  if (body !== undefined) headers["Content-Type"] = stream.mediaType ?? "application/json"
+  const response = await call(address, { method, headers, body: body instanceof Blob ? body : JSON.stringify(body) })
+  const said = await response.json()
+  return { title, about, route, life, url: response.headers.get("Location"), run: said.run ?? said.job_id }
+}
+
+/** Save a file. Asked for by HEAD first: a link would lead away from the page to the problem. */
+export async function save(stream, values) {
+  const address = addressOf(stream, values)
+  try {
+    await call(address, { method: "HEAD" })
+  } catch {
+    await call(address) // for what HEAD can't say: why not
+  }
+  const link = document.createElement("a")
+  link.href = address
+  link.download = ""
+  link.click()
+}
+
+function addressOf({ route, fields, body }, values) {
+  const query = new URLSearchParams()
+  let path = route.split(" ")[1].slice(1)
+  for (const { name, local } of fields) {
+    const value = values[name] ?? ""
+    if (path.includes(`{${name}}`)) path = path.replace(`{${name}}`, () => encodeURIComponent(value))
+    else if (!body && !local && value !== "") query.set(name, value)
+  }
+  return query.size ? `${path}?${query}` : path
+}
+
+function aboutOf({ fields }, values) {
+  const telling = fields.find(({ kind, name }) => !["number"].includes(kind) && name !== "csv" && values[name])
+  const value = telling ? values[telling.name] : values.task_id ?? values.seconds ?? ""
+  const text = value instanceof File ? value.name : String(value)
+  return text.length > 80 ? `${text.slice(0, 79)}…` : text
+}
