@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
+from redis.asyncio.connection import Connection, UnixDomainSocketConnection
 
 from ssecore.errors import LogError, LogUnavailable, NotFound, WriterFenced
 from ssecore.log import Cursor, Gap, Retention, Row, framed, locate, new_epoch
@@ -309,28 +310,22 @@ async def test_a_writer_waits_no_longer_than_it_was_told(server: RedisServer) ->
                 await log.stat(id)
 
 
-async def test_an_append_whose_answer_was_lost_goes_in_once(server: RedisServer) -> None:
+async def test_an_append_whose_answer_was_lost_goes_in_once(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, cuts = Connection.read_response, 0
+
+    async def lost(connection: Any, *args: Any, **options: Any) -> Any:
+        nonlocal cuts
+        answer: Any = await real(connection, *args, **options)
+        if isinstance(answer, list) and answer and isinstance(answer[0], list) and answer[0][0] == b"ok" and cuts < 3:
+            cuts += 1
+            raise ConnectionResetError("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(UnixDomainSocketConnection, "read_response", lost)
     async with logs(server, 1) as (log,):
         id = await run(log)
-        redis, cuts = log._redis, 0
-        real = redis.pipeline
-
-        def cut(*args: Any, **options: Any) -> Any:
-            pipe = real(*args, **options)
-            execute = pipe.execute
-
-            async def lost(*args: Any, **options: Any) -> Any:
-                nonlocal cuts
-                answer = await execute(*args, **options)
-                if cuts < 3:
-                    cuts += 1
-                    raise ConnectionResetError("the answer was lost")
-                return answer
-
-            pipe.execute = lost
-            return pipe
-
-        redis.pipeline = cut
         assert await log.append(id, frames("a", "b"), epoch=id) == 2
         assert await log.append(id, frames("c"), epoch=id) == 3
         assert cuts == 3
@@ -404,14 +399,15 @@ async def test_appends_that_meet_are_one_call(server: RedisServer) -> None:
 
 
 async def test_an_older_redis_is_refused_by_name(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = RedisLog(server.url)
+    real = Connection.read_response
 
-    async def old() -> dict[str, Any]:
-        return {"redis_version": "6.2.14"}
+    async def older(connection: Any, *args: Any, **options: Any) -> Any:
+        answer: Any = await real(connection, *args, **options)
+        return answer.replace(b"redis_version:7", b"redis_version:6") if isinstance(answer, bytes) else answer
 
-    monkeypatch.setattr(log, "_load", old)
-    with pytest.raises(LogError, match=r"7\.0 or later; this is 6\.2\.14"):
-        async with log.running():
+    monkeypatch.setattr(UnixDomainSocketConnection, "read_response", older)
+    with pytest.raises(LogError, match=r"7\.0 or later; this is 6"):
+        async with RedisLog(server.url).running():
             pass
 
 
