@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …]`: run them, print a table each, write results/NAME.json.
+"""`python -m benchmarks [NAME …]`: run them, print a table each, write results/NAME.json, draw results/*.svg.
 
 Every keyword of a benchmark's `run` is an option here.
 """
@@ -8,15 +8,34 @@ import inspect
 import sys
 from collections.abc import Callable
 
-from benchmarks import chaos, durable, fanout, history, memory, resume, retention, rows, throughput
+from benchmarks import (
+    chaos,
+    charts,
+    churn,
+    durable,
+    fanout,
+    first_byte,
+    history,
+    idle,
+    latency,
+    memory,
+    resume,
+    retention,
+    rows,
+    throughput,
+)
 from benchmarks.process import pin_load, raise_file_limit
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
     "chaos": chaos.run,
+    "churn": churn.run,
     "durable": durable.run,
     "fanout": fanout.run,
+    "first_byte": first_byte.run,
     "history": history.run,
+    "idle": idle.run,
+    "latency": latency.run,
     "memory": memory.run,
     "resume": resume.run,
     "retention": retention.run,
@@ -55,6 +74,7 @@ def main() -> int:
         given = {key: value for key, value in options.items() if value is not None and name in defaults[key]}
         report = BENCHMARKS[name](**given)
         print(report, f"written to {report.write()}", sep="\n", end="\n\n", flush=True)
+    print("drawn:", *charts.draw())
     return 0
 
 

@@ -1,14 +1,18 @@
 """The service with what only benchmarks ask for, under our runner.
 
-`GET /durable` is /stream as a run. `POST /written/{name}` publishes to the topic /topics/{name} without a request an
+`GET /durable` is /stream as a run. `GET /padded` is /stream with bigger events, `GET /ticks` an event with its time
+each `interval` seconds. `POST /written/{name}` publishes to the topic /topics/{name} without a request an
 event. `--by-task` has a task for each reader, as under any other server.
 """
 
 import argparse
 import sys
+from collections.abc import AsyncIterator
 
+import anyio
 import msgspec
 
+from benchmarks.peers.work import pauses, tick, update
 from handlers import ROUTES, resources
 from handlers.basics import Counted, counter
 from sseapp import SSEApp
@@ -18,6 +22,29 @@ from ssecore.routes import GET, POST, Run
 from ssecore.server import serve
 from ssecore.settings import Settings
 from ssecore.wire import Event
+
+
+class Padded(msgspec.Struct):
+    count: int
+    pad: int
+
+
+class Ticking(msgspec.Struct):
+    interval: float
+
+
+async def padded(request: Request) -> AsyncIterator[Event]:
+    query: Padded = request.query
+    for n in range(query.count):
+        yield Event(update(n, query.pad), "message")
+    yield Event({"done": True}, "complete")
+
+
+async def ticks(request: Request) -> AsyncIterator[Event]:
+    query: Ticking = request.query
+    for pause in pauses(query.interval):
+        yield Event(tick())
+        await anyio.sleep(pause)
 
 
 class Written(msgspec.Struct):
@@ -58,6 +85,8 @@ def main() -> int:
     routes = [
         *ROUTES,
         GET("/durable", counter, query=Counted, run=Run()),
+        GET("/padded", padded, query=Padded),
+        GET("/ticks", ticks, query=Ticking),
         POST("/written/{name}", write, query=Written),
     ]
     kind = ByTask if options.by_task else SSEApp

@@ -5,8 +5,10 @@ on asyncio costs as much as the servers that it measures.
 """
 
 import os
+import re
 import select
 import socket
+import time
 from collections.abc import Mapping
 from typing import Self
 
@@ -15,6 +17,8 @@ __all__ = ["Crowd"]
 TIMEOUT_S = 120.0
 #: Connected and answered before the next ones: no server's backlog overflows.
 _STEP = 200
+#: Whole ones: an event that is cut in two counts for nothing.
+_SENT = re.compile(rb'"sent": ?(\d+)\}')
 _HEAD_END = b"\r\n\r\n"
 _LF = 10
 
@@ -26,12 +30,15 @@ class Crowd:
     `TIMEOUT_S`.
     """
 
-    def __init__(self, port: int, target: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, port: int, target: str, headers: Mapping[str, str] | None = None, *, source: str = "127.0.0.1"
+    ) -> None:
         lines = [f"GET {target} HTTP/1.1", f"host: 127.0.0.1:{port}", "accept: text/event-stream"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         self._request = "\r\n".join([*lines, "", ""]).encode()
         self._target = target
         self._port = port
+        self._source = source
         self._sockets: dict[int, socket.socket] = {}
         self._poll = select.epoll()
         self._rests: dict[int, bytes] = {}
@@ -49,13 +56,13 @@ class Crowd:
         for begin in range(0, readers, _STEP):
             joining = self.connect(min(_STEP, readers - begin))
             self.ask(joining)
-            self._until(_HEAD_END, len(joining), status=True)
+            self._answered({sock.fileno() for sock in joining})
 
     def connect(self, readers: int) -> list[socket.socket]:
         """Without a request yet."""
         connected = []
         for _ in range(readers):
-            sock = socket.create_connection(("127.0.0.1", self._port), TIMEOUT_S)
+            sock = socket.create_connection(("127.0.0.1", self._port), TIMEOUT_S, (self._source, 0))
             sock.setblocking(False)
             self._sockets[sock.fileno()] = sock
             self._poll.register(sock, select.EPOLLIN)
@@ -67,12 +74,11 @@ class Crowd:
             sock.send(self._request)
 
     def until(self, mark: bytes) -> None:
-        """Until each has got `mark`, which none of them had before."""
-        self._until(mark, len(self._sockets))
+        """Until each has got `mark`, which none of them had before.
 
-    def _until(self, mark: bytes, missing: int, *, status: bool = False) -> None:
-        """Hot path: once for each delivery."""
-        rests, read, keep = self._rests, os.read, 1 - len(mark)
+        Hot path: once for each delivery.
+        """
+        rests, read, keep, missing = self._rests, os.read, 1 - len(mark), len(self._sockets)
         while missing:
             for fd, _ in self._ready():
                 data = read(fd, 16384)
@@ -82,10 +88,38 @@ class Crowd:
                     data = rests.pop(fd) + data
                 if mark in data:
                     missing -= 1
-                    if status and not data.startswith(b"HTTP/1.1 200"):
-                        raise RuntimeError(data.decode(errors="replace"))
                 else:
-                    rests[fd] = data if status else data[keep:]
+                    rests[fd] = data[keep:]
+
+    def _answered(self, joining: set[int]) -> None:
+        """Until each of them has got the head of its answer."""
+        heads = dict.fromkeys(joining, b"")
+        while heads:
+            for fd, _ in self._ready():
+                data = self._read(fd)
+                if fd in heads:  # else more than its head, which nobody waits for
+                    heads[fd] += data
+                    if _HEAD_END in heads[fd]:
+                        head = heads.pop(fd)
+                        if not head.startswith(b"HTTP/1.1 200"):
+                            raise RuntimeError(head.decode(errors="replace"))
+
+    def _read(self, fd: int) -> bytes:
+        data = os.read(fd, 16384)
+        if not data:
+            raise RuntimeError(f"{self._target}: the answer ended")
+        return data
+
+    def late_ns(self, seconds: float) -> list[int]:
+        """What comes in so many seconds: how old each event is, by the time that stands in it."""
+        late: list[int] = []
+        until, now, find = time.monotonic() + seconds, time.monotonic_ns, _SENT.findall
+        while (left := until - time.monotonic()) > 0:
+            for fd, _ in self._poll.poll(left, 1024):
+                data = self._read(fd)
+                came = now()
+                late += [came - int(sent) for sent in find(data)]
+        return late
 
     def count(self, events: int) -> None:
         """Until each has got so many events, by the blank lines that end them. Their answers begin in here."""

@@ -390,6 +390,7 @@ def _serve(folder: str, port: str, log: str, lease_s: str) -> int:
         log=log,
         lease_s=float(lease_s),
         data_dir=Path(folder),
+        auth="off",  # they come by nginx
         heartbeat_s=0.3,
         drain_s=1.0,
         retry_ms=400,

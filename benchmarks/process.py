@@ -61,7 +61,9 @@ class Server:
         python: Path = Path(sys.executable),
         *,
         environ: Mapping[str, str] | None = None,
+        ours: bool = False,
     ) -> None:
+        self.ours = ours
         self._log = tempfile.TemporaryFile()
         command = [str(python.absolute()), *arguments]
         self._process = subprocess.Popen(
@@ -81,7 +83,7 @@ class Server:
 
     @classmethod
     def service(cls, data_dir: str, log: str = "sqlite") -> Self:
-        return cls(["-m", "sseapp", "serve", "--port", "0", "--data-dir", data_dir, "--log", log])
+        return cls(["-m", "sseapp", "serve", "--port", "0", "--data-dir", data_dir, "--log", log], ours=True)
 
     @classmethod
     def app(
@@ -90,7 +92,7 @@ class Server:
         """`benchmarks.app`, with `settings` by their names."""
         environ = {f"SSEAPP_{name.upper()}": str(value) for name, value in (settings or {}).items()}
         way = ["--by-task"] if by_task else []
-        return cls(["-m", "benchmarks.app", "--data-dir", data_dir, "--log", log, *way], environ=environ)
+        return cls(["-m", "benchmarks.app", "--data-dir", data_dir, "--log", log, *way], environ=environ, ours=True)
 
     @classmethod
     def uvicorn(cls, peer: str, python: Path = Path(sys.executable)) -> Self:
@@ -98,6 +100,11 @@ class Server:
         options = "--port 0 --loop uvloop --http httptools --ws none --backlog 4096"
         options += " --no-access-log --no-server-header --no-proxy-headers"
         return cls(["-m", "uvicorn", f"benchmarks.peers.{peer}", *options.split()], python)
+
+    @classmethod
+    def peer(cls, peer: str, python: Path = Path(sys.executable)) -> Self:
+        """A program of `peers/` that brings a server of its own."""
+        return cls(["-m", f"benchmarks.peers.{peer}"], python)
 
     def _wait_for_port(self) -> int:
         deadline, output = time.monotonic() + START_S, b""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Check", "Report", "Spread"]
+__all__ = ["RESULTS", "Check", "Report", "Spread"]
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -6,14 +6,18 @@ from http.client import HTTPConnection
 from tempfile import TemporaryDirectory
 
 from benchmarks.crowd import Crowd
+from benchmarks.load import fetch
 from benchmarks.process import Server, memory_bytes, rss_samples
-from benchmarks.report import Report
+from benchmarks.report import Check, Report, Spread
 
 __all__ = ["run"]
 
 MIB = 1024 * 1024
 #: One reader resumes so often in a row: once is too short to be measured.
 ALONE = 20
+LIVE = "one stream, live"
+#: Of as many events as all resume: enough for one live stream to be measured.
+LIVE_PART = 20
 
 
 def run(*, rounds: int = 3, readers: int = 1000, missed: int = 10_000) -> Report:
@@ -21,7 +25,7 @@ def run(*, rounds: int = 3, readers: int = 1000, missed: int = 10_000) -> Report
     report = Report("resume", {"rounds": rounds, "readers": readers, "missed": missed})
     found: list[dict[str, dict[str, float]]] = []
     for _ in range(rounds):
-        one: dict[str, dict[str, float]] = {}
+        one: dict[str, dict[str, float]] = {LIVE: _one_stream(readers * missed // LIVE_PART)}
         for kind in ("run", "topic"):
             alone = one[f"{kind}, one reader"] = _measure(kind, 1, missed, ALONE)
             together = one[f"{kind}, {readers:,} readers"] = _measure(kind, readers, missed, 1)
@@ -29,7 +33,17 @@ def run(*, rounds: int = 3, readers: int = 1000, missed: int = 10_000) -> Report
             together["rate / alone"] = together["events/s"] / alone["events/s"]
         found.append(one)
     report.add_rounds(found)
+    for kind in ("run", "topic"):
+        ratio = Spread.of(one[f"{kind}, {readers:,} readers"]["events/s"] / one[LIVE]["events/s"] for one in found)
+        report.checks.append(Check(f"{kind}: events/s of all together against one live stream", ratio, at_least=0.5))
     return report
+
+
+def _one_stream(count: int) -> dict[str, float]:
+    with TemporaryDirectory() as folder, Server.app(folder) as server:
+        fetch(server.port, "/stream?count=1000&interval=0")  # warm
+        reading = fetch(server.port, f"/stream?count={count}&interval=0")
+    return {"events/s": reading.events / reading.seconds}
 
 
 def _measure(kind: str, readers: int, missed: int, times: int) -> dict[str, float]:

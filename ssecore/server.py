@@ -6,6 +6,7 @@ a second signal ends at once.
 """
 
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
@@ -26,6 +27,14 @@ logger = logging.getLogger("sseapp")
 #: The kernel's buffer for one client. Linux would let it grow to 4 MiB: so much would a frozen client hold.
 SEND_BUFFER_BYTES = 256 * 1024
 BACKLOG = 4096
+#: How long an idle connection is kept. Longer than a proxy in front keeps its own (nginx and AWS 60 s, Google 600): a
+#: request that comes on a connection just as it is closed here is a 502 to its client.
+KEEP_ALIVE_S = 620
+
+#: The garbage collector's first generation, of 700 by default: a connection is some 60 objects that it looks at, and
+#: where thousands of them wait it would look at them again and again. Much higher, and what connections leave behind
+#: in cycles (13 objects of uvicorn's each) stays for long.
+COLLECT_EACH = 5_000
 
 
 class Drainable(Protocol):
@@ -54,6 +63,14 @@ class _Server(uvicorn.Server):
         if sig == signal.SIGINT:
             self._grace_s = 0
         self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # What is there now, code for the most part, stays: a full pass needn't look at it. With 1,000 streams, on a
+        # busy machine, one took 0.14 s; it takes 0.01 s.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(COLLECT_EACH, 10, 10)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._app.drain(self._grace_s)
@@ -87,6 +104,7 @@ def serve(app: Drainable, settings: Settings) -> int:
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=1,
     )
     app.direct = True  # its `send` is uvicorn's

@@ -139,15 +139,17 @@ class Pump(Generic[T]):
         self._frames: list[bytes] = []
         self._wanted: Signal | None = None  # the sender waits for something to take
         self._room: Signal | None = None  # the pump waits for the sender to take
-        # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from
-        # one inside the generator (a timeout of its own). Whoever runs a pump stops it.
-        self._scope = CancelScope(shield=True)
+        #: Who sends for it, where nobody waits in `batch`; see `direct`.
+        self.on_wake: Callable[[], None] | None = None
+        #: Who iterates and closes the generator instead of `_drive`, and who is told of a `stop`; see `direct`.
+        self.drive: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self.on_stop: Callable[[], None] | None = None
+        self._scope: CancelScope | None = None
         self._stopped = False
 
     async def run(self) -> None:
         try:
-            with self._scope:
-                await _drive(self._generator, self._run_ahead(), lambda: self._stopped)
+            await (self.drive or self._drive)()
         except Exception as error:
             self.failure = error
         except get_cancelled_exc_class():
@@ -159,6 +161,21 @@ class Pump(Generic[T]):
             self.ended = True
             self.finished = not self._frames
             self.wake()
+
+    async def _drive(self) -> None:
+        # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from
+        # one inside the generator (a timeout of its own). Whoever runs a pump stops it.
+        self._scope = CancelScope(shield=True)
+        if self._stopped:
+            self._scope.cancel()
+        with self._scope:
+            await _drive(self._generator, self._run_ahead(), lambda: self._stopped)
+
+    async def aclose(self) -> None:
+        """Close the generator."""
+        aclose = getattr(self._generator, "aclose", None)
+        if aclose is not None:
+            await aclose()
 
     async def _run_ahead(self) -> None:
         """Hot path: an event costs one `anext`, one `frame`, one append; a signal only where somebody waits."""
@@ -178,7 +195,8 @@ class Pump(Generic[T]):
                 if frames:
                     # Before the append, so that the last item is still here when the generator ends without a wait.
                     await self._wait_for_room()
-                self.wake()
+                if self._wanted is not None:
+                    self._wanted.set()
                 size = 0
             frames.append(framed)
             size += len(framed)
@@ -203,6 +221,17 @@ class Pump(Generic[T]):
             self._wanted = Signal()
             await self._wanted.wait()
             self._wanted = None
+        return self._take()
+
+    @property
+    def has_some(self) -> bool:
+        return bool(self._frames)
+
+    def ready(self) -> bytes:
+        """As `batch`, without waiting."""
+        return b"".join(self._take())
+
+    def _take(self) -> list[bytes]:
         taken = self._frames.copy()
         self._frames.clear()
         self.finished = self.ended
@@ -214,10 +243,15 @@ class Pump(Generic[T]):
     def wake(self) -> None:
         if self._wanted is not None:
             self._wanted.set()
+        elif self.on_wake is not None:
+            self.on_wake()
 
     def stop(self) -> None:
         self._stopped = True
-        self._scope.cancel()
+        if self.on_stop is not None:
+            self.on_stop()
+        elif self._scope is not None:
+            self._scope.cancel()
 
     def say(self, frame: bytes) -> None:
         self.wake()
@@ -324,6 +358,22 @@ class StreamOptions:
 class Stream:
     """One streaming response: opens it, sends what its source gives, and ends it as it should."""
 
+    __slots__ = (
+        "_deadline",
+        "_headers",
+        "_options",
+        "_pulse",
+        "_pulse_at",
+        "_request",
+        "_scope",
+        "_seen",
+        "_send_message",
+        "_since",
+        "_status",
+        "progress",
+        "source",
+    )
+
     def __init__(
         self,
         request: Request,
@@ -340,7 +390,7 @@ class Stream:
         self._headers = headers
         self._status = status
         self._options = options
-        self._scope = CancelScope()
+        self._scope: CancelScope | None = None
         self._seen = -1
         self._since = 0.0
         self._deadline = current_time() + options.max_stream_s if options.max_stream_s else None
@@ -414,7 +464,11 @@ class Stream:
         if self._request._end_reason is None:
             self._request._end_reason = reason
         self.source.stop()
-        self._scope.cancel()
+        self._cut()
+
+    def _cut(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
 
     def tick(self, now: float) -> None:
         """The sweep's look at this stream (rule 7): late by one round of the sweep at most."""
@@ -463,6 +517,10 @@ class Stream:
         batch = await source.first()
         if source.finished and not batch and self._failed_by_itself():
             return None  # whoever runs this stream raises it: an HTTP error
+        return await self._opened(batch)
+
+    async def _opened(self, batch: bytes) -> bytes:
+        source = self.source
         await self._send({"type": "http.response.start", "status": self._status, "headers": [*self._headers]})
         if source.events:
             batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)

@@ -87,7 +87,7 @@ class Topics:
             reader = Reader(tail, after, data_only=request.data_only, before=before)
         finally:
             self._tails.leave(tail)
-        reader.on_close = lambda: self._tails.leave(tail)
+        reader.on_close = tail.leave
         return Attached(reader, {})
 
     def _check_room(self, topic: str) -> None:

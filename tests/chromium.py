@@ -1,25 +1,70 @@
-"""A real browser for tests that need one.
+"""A real browser: Chromium, with a page whose `EventSource`s write down what they see.
 
 from tests import chromium
-browser = chromium.browser     # the fixture, one browser for a module; a test takes it as the argument `browser`
+browser, page = chromium.browser, chromium.page     # the fixtures
+
+def test_something(page: Page) -> None:
+    page.goto(f"{origin}/healthz")
+    page.evaluate(chromium.LISTEN, ["news", "/topics/news"])
+    chromium.seen(page, "news").closed
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.needs import find
 
-__all__ = ["browser", "launched"]
+__all__ = ["LISTEN", "Seen", "browser", "launched", "page", "seen"]
 
 #: What it needs to run as root and without a screen, and nothing that it sends by itself.
 ARGUMENTS: Final = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync"
 ).split()
+
+#: Collects what an `EventSource` sees, and says when it has given up for good: after a 204 it doesn't come back.
+LISTEN: Final = """
+([name, url]) => {
+  const seen = {events: [], opened: 0, errors: 0, closed: false}
+  ;(window.seen ??= {})[name] = seen
+  const source = new EventSource(url)
+  const note = (event) => seen.events.push([event.type, event.data, event.lastEventId])
+  for (const type of ["init", "message", "complete", "done", "gap"]) source.addEventListener(type, note)
+  source.addEventListener("open", () => seen.opened++)
+  source.addEventListener("error", (event) => {
+    if (event.data !== undefined) { note(event); return }
+    seen.errors++
+    if (source.readyState === EventSource.CLOSED) seen.closed = true
+  })
+}
+"""
+
+
+@dataclass
+class Seen:
+    """What one `EventSource` has seen so far."""
+
+    events: list[tuple[str, str, str]]  #: type, data, id
+    opened: int
+    errors: int
+    closed: bool  #: it has given up for good
+
+    @property
+    def ids(self) -> list[str]:
+        return [id for _, _, id in self.events]
+
+    @property
+    def data(self) -> list[str]:
+        return [data for _, data, _ in self.events]
+
+
+def seen(page: Page, name: str) -> Seen:
+    return Seen(**page.evaluate(f"window.seen[{name!r}]"))
 
 
 @contextmanager
@@ -34,3 +79,10 @@ def launched() -> Iterator[Browser]:
 def browser() -> Iterator[Browser]:
     with launched() as browser:
         yield browser
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    page = browser.new_page(ignore_https_errors=True)
+    yield page
+    page.close()

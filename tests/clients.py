@@ -11,7 +11,7 @@ import pytest
 
 from sseapp import SSEApp
 from ssecore.request import Request
-from ssecore.responses import Response, Send
+from ssecore.responses import Send
 from ssecore.testing import Exchange, connect
 from ssecore.wire import Decoder, Event
 
@@ -26,7 +26,7 @@ PATIENCE: Final = 20
 class AppWithCallers(SSEApp):
     """An app where the header `x-caller` says who asks."""
 
-    async def _answer(self, request: Request, send: Send, *, head: bool) -> Response | None:
+    async def _answer(self, request: Request, send: Send, *, head: bool) -> Any:
         request.caller = request.headers.get("x-caller")
         return await super()._answer(request, send, head=head)
 

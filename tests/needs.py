@@ -17,12 +17,17 @@ __all__ = ["find", "needs"]
 #: Each name with the programs or files of which one has to be there. What is added here goes into
 #: tests/system-packages.sh too, but for the local model, which comes from a lock (see the Makefile).
 _PLACES: Final = {
+    "buildah": ("buildah",),
     "chromium": ("chromium", "chromium-browser"),
     "curl": ("curl",),
     "local-model": (),
+    "mmdebstrap": ("mmdebstrap",),
     "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),
     "nginx": ("nginx",),
+    "openssl": ("openssl",),
+    "podman": ("podman",),
     "redis": ("redis-server",),
+    "runc": ("runc",),
     "tmpfs": ("mount",),
 }
 
@@ -39,8 +44,8 @@ def needs(name: str) -> pytest.MarkDecorator:
 
 def find(name: str) -> str:
     """The path of the program or file. Raises `LookupError` where there is none: mark the test with `needs`."""
-    if name == "tmpfs" and not _may_mount():
-        raise LookupError("needs tmpfs: only root may mount one, and not in every container")
+    if name in ("buildah", "tmpfs") and not _may_mount():
+        raise LookupError(f"needs {name}: only root may mount, and not in every container")
     if name == "local-model" and (package := importlib.util.find_spec("xllamacpp")) and package.origin:
         return package.origin
     for place in _PLACES[name]:

@@ -19,7 +19,12 @@ missing() { # the Debian packages whose program or file (the same as in tests/ne
     present curl || echo curl
     present nginx || echo nginx-light
     present /usr/lib/nginx/modules/ngx_nchan_module.so || echo libnginx-mod-nchan
+    present openssl || echo openssl
     present redis-server || echo redis-server
+    present buildah || echo buildah
+    present podman || echo podman
+    present runc || echo runc
+    present mmdebstrap || echo mmdebstrap
     present chromium chromium-browser || echo chromium
     present mount || echo mount
 }

@@ -1,61 +1,40 @@
 """A real browser's own `EventSource`: Chromium, over a line that breaks, and through nginx."""
 
 import json
-import os
-import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
 import httpx
-import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Page
 
 from tests import chromium, upstream
-from tests.needs import find, needs
+from tests.chromium import LISTEN, Seen, seen
+from tests.needs import needs
+from tests.nginx import nginx
 from tests.relay import relay
-from tests.serving import free_port, serve, wait_until
+from tests.serving import serve
 
 pytestmark = needs("chromium")
 
-#: Collects what an `EventSource` sees, and says when it has given up for good: after a 204 it doesn't come back.
-LISTEN: Final = """
-(url) => {
-  const seen = window.seen = {events: [], opened: 0, errors: 0, closed: false}
-  const source = new EventSource(url)
-  const note = (event) => seen.events.push([event.type, event.data, event.lastEventId])
-  for (const type of ["message", "complete", "done", "error_event", "gap"]) source.addEventListener(type, note)
-  source.addEventListener("open", () => seen.opened++)
-  source.addEventListener("error", (event) => {
-    if (event.data !== undefined) { note(event); return }
-    seen.errors++
-    if (source.readyState === EventSource.CLOSED) seen.closed = true
-  })
-}
-"""
+browser, page = chromium.browser, chromium.page
 
 
-browser = chromium.browser
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    page = browser.new_page()
-    yield page
-    page.close()
-
-
-def listen(page: Page, origin: str, path: str, *, limit_s: float = 30) -> dict[str, Any]:
+def listen(page: Page, origin: str, path: str, *, limit_s: float = 30) -> Seen:
     """What an `EventSource` on this path has seen when it has given up for good."""
+    begin(page, origin, path)
+    return ended(page, limit_s=limit_s)
+
+
+def begin(page: Page, origin: str, path: str) -> None:
     page.goto(f"{origin}/healthz")
-    page.evaluate(LISTEN, path)
-    page.wait_for_function("window.seen.closed", timeout=limit_s * 1000)
-    seen: dict[str, Any] = page.evaluate("window.seen")
-    return seen
+    page.evaluate(LISTEN, ["it", path])
+
+
+def ended(page: Page, *, limit_s: float = 30) -> Seen:
+    page.wait_for_function("window.seen.it.closed", timeout=limit_s * 1000)
+    return seen(page, "it")
 
 
 def contiguous(ids: list[str]) -> bool:
@@ -66,10 +45,17 @@ def contiguous(ids: list[str]) -> bool:
 def test_a_chat_goes_on_over_cuts_and_the_model_is_called_once(page: Page, tmp_path: Path) -> None:
     words = [f"word{n} " for n in range(400)]
     cuts = [900, 2500, 700, 1900, 333]
+    has_an_id = threading.Event()
 
     def in_pieces(call: upstream.Call) -> None:
-        """Each cut comes in the middle: the model goes on when the browser has come back."""
+        """Each cut comes in the middle: the model goes on when the browser has come back.
+
+        A busy browser may throw away what came just before a cut. If that were all, it would begin anew: for that case
+        there is `?key=`.
+        """
         call.head()
+        call.send(upstream.token("first "))
+        assert has_an_id.wait(20)
         for number in range(10):
             call.send(*map(upstream.token, words[number * 40 : number * 40 + 40]))
             line.wait_streams(min(number + 1, len(cuts)) + 1)
@@ -80,15 +66,18 @@ def test_a_chat_goes_on_over_cuts_and_the_model_is_called_once(page: Page, tmp_p
         model.plan(in_pieces)
         environ = {"OPENAI_BASE_URL": model.url, "OPENAI_API_KEY": "k", "SSEAPP_RETRY_MS": "50"}
         with serve(tmp_path, env=environ) as server, relay(server.port, cuts) as line:
-            seen = listen(page, line.url, "/chat?prompt=hi")
+            begin(page, line.url, "/chat?prompt=hi")
+            page.wait_for_function("window.seen.it.events.length")
+            has_an_id.set()
+            heard = ended(page)
             runs = httpx.get(f"{server.url}/runs").json()["runs"]
             model.settle()
         assert len(model.calls) == 1
-    texts = [data for _, data, _ in seen["events"]]
+    texts = heard.data
     assert texts.pop() == "[DONE]"
-    assert "".join(json.loads(text)["content"] for text in texts) == "".join(words)
-    assert contiguous([id for _, _, id in seen["events"]])
-    assert seen["opened"] == len(cuts) + 1
+    assert "".join(json.loads(text)["content"] for text in texts) == "".join(["first ", *words])
+    assert contiguous(heard.ids)
+    assert heard.opened == len(cuts) + 1
     assert [run["state"] for run in runs] == ["completed"]
     assert sum(answer.count(b"HTTP/1.1 204") for answer in line.answers()) == 1
 
@@ -96,57 +85,22 @@ def test_a_chat_goes_on_over_cuts_and_the_model_is_called_once(page: Page, tmp_p
 def test_with_a_key_a_cut_before_the_first_event_starts_nothing_twice(page: Page, tmp_path: Path) -> None:
     environ = {"SSEAPP_RETRY_MS": "50", "SSEAPP_MOCK_DELAY_S": "0"}
     with serve(tmp_path, env=environ) as server, relay(server.port, [100]) as line:
-        seen = listen(page, line.url, "/chat?prompt=hi&key=0123456789abcdef0123456789")
+        heard = listen(page, line.url, "/chat?prompt=hi&key=0123456789abcdef0123456789")
         runs = httpx.get(f"{server.url}/runs").json()["runs"]
     assert len(runs) == 1
-    assert contiguous([id for _, _, id in seen["events"]])
-    assert seen["events"][-1][1] == "[DONE]"
+    assert contiguous(heard.ids)
+    assert heard.events[-1][1] == "[DONE]"
 
 
 def test_a_fleeting_stream_runs_once(page: Page, tmp_path: Path) -> None:
     with serve(tmp_path, env={"SSEAPP_RETRY_MS": "50"}) as server, relay(server.port) as line:
-        seen = listen(page, line.url, "/stream/hello?interval=0.05")
+        heard = listen(page, line.url, "/stream/hello?interval=0.05")
         assert sum(answer.count(b"HTTP/1.1 204") for answer in line.answers()) == 1
-    assert [data for _, data, _ in seen["events"]] == [
+    assert heard.data == [
         *(f'{{"text":"{word}"}}' for word in ("Hello", "from", "Server-Sent", "Events!")),
         '{"done":true}',
     ]
-    assert seen["events"][-1][2] == "end"
-
-
-@contextmanager
-def nginx(port: int, directives: str) -> Iterator[int]:
-    """An unprivileged nginx in front of a port, in a folder of its own; gives its port."""
-    with TemporaryDirectory() as name:
-        folder, listen_port = Path(name), free_port()
-        paths = "".join(
-            f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        (folder / "nginx.conf").write_text(
-            f"""daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}
-            http {{ access_log off; {paths}
-              server {{ listen 127.0.0.1:{listen_port}; location / {{
-                proxy_pass http://127.0.0.1:{port}; proxy_http_version 1.1; proxy_set_header Connection "";
-                proxy_next_upstream off; {directives} }} }} }}"""
-        )
-        command = [find("nginx"), "-e", "stderr", "-p", str(folder), "-c", "nginx.conf"]
-        if os.geteuid() == 0:  # pytest's own folders are closed to others
-            os.chown(folder, 65534, 65534)
-            command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
-        process = subprocess.Popen(command)
-        try:
-            wait_until(lambda: _answers(listen_port))
-            yield listen_port
-        finally:
-            process.terminate()
-            process.wait(10)
-
-
-def _answers(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
-    except httpx.HTTPError:
-        return False
+    assert heard.events[-1][2] == "end"
 
 
 @needs("nginx")
@@ -162,17 +116,17 @@ def test_a_slow_first_event_behind_an_impatient_proxy_is_one_run(page: Page, tmp
 
     with upstream.serve() as model:
         model.plan(late)
-        environ = {"OPENAI_BASE_URL": model.url, "OPENAI_API_KEY": "k", "SSEAPP_RETRY_MS": "100"}
+        environ = {"OPENAI_BASE_URL": model.url, "OPENAI_API_KEY": "k", "SSEAPP_RETRY_MS": "100", "SSEAPP_AUTH": "off"}
         with (
             serve(tmp_path, env=environ) as server,
-            nginx(server.port, "proxy_read_timeout 2s;") as port,
+            nginx(server.port, changes={"proxy_read_timeout 60s;": "proxy_read_timeout 2s;"}) as proxy,
         ):
-            seen = listen(page, f"http://127.0.0.1:{port}", "/chat?prompt=hi")
-            runs = httpx.get(f"{server.url}/runs").json()["runs"]
+            heard = listen(page, proxy.url, "/chat?prompt=hi")
+            run = httpx.get(f"{server.url}/runs/{heard.ids[0].partition('.')[0]}").json()
         assert len(model.calls) == 1
-    assert [data for _, data, _ in seen["events"]] == ['{"content":"late "}', '{"content":"but whole"}', "[DONE]"]
-    assert seen["errors"] >= 3, "the proxy was patient: this test shows nothing"
-    assert [run["state"] for run in runs] == ["completed"]
+    assert heard.data == ['{"content":"late "}', '{"content":"but whole"}', "[DONE]"]
+    assert heard.errors >= 3, "the proxy was patient: this test shows nothing"
+    assert run["state"] == "completed"
 
 
 # Downloads

@@ -850,7 +850,7 @@ async def test_an_idle_reader_has_no_task_but_its_connections_own(way: Way, tmp_
         await service.publish_each(3)
         await clients[-1].reached(6)
         await settle()
-        carried = {"DirectStream._carry": 5} if way.direct else {}
+        carried = {"_Stepped._carry": 5} if way.direct else {}
         assert tasks_at_work() - before == a_reader | carried
 
         for client in clients[:5]:

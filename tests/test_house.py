@@ -24,7 +24,7 @@ PRODUCT: Final = [ROOT / "sseapp.py", *ENGINE, *SERVICE]
 LAYERS: Final = (
     {"errors"},
     {"wire", "settings"},
-    {"request", "responses", "routes", "metrics"},
+    {"request", "responses", "routes", "metrics", "connection"},
     {"guard", "stream", "log", "direct", "client"},
     {"runs", "topics", "progress"},
 )

@@ -1,4 +1,5 @@
-"""The life of a stream, on both backends, in virtual time: no test waits, and each moment is exact.
+"""The life of a stream, in virtual time: no test waits, and each moment is exact. Each test runs on both backends, and
+on asyncio in the way of our runner as well, where `send` is stepped (`ssecore.direct`).
 
 Nothing here depends on the order in which ready tasks run (trio shuffles it on purpose).
 """
@@ -51,8 +52,21 @@ def backend(name: str) -> tuple[str, dict[str, Any]]:
     return name, {"clock": MockClock(autojump_threshold=0)}
 
 
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+class Always:
+    """What our runner says of itself, whatever an app is told."""
+
+    def __get__(self, *_: object) -> bool:
+        return True
+
+    def __set__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(params=["asyncio", "trio", "direct"])
+def anyio_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
+    if request.param == "direct":
+        monkeypatch.setattr(SSEApp, "direct", Always(), raising=False)
+        return backend("asyncio")
     return backend(request.param)
 
 
@@ -646,7 +660,7 @@ async def test_a_timeout_of_its_own_that_expired_does_not_limit_the_closing(capl
     assert_undisturbed(caplog)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "direct"], indirect=True)
 async def test_asyncios_own_timeout_in_a_handler_works_as_ever(caplog: pytest.LogCaptureFixture) -> None:
     trace = Trace()
 
@@ -717,7 +731,7 @@ async def test_a_stop_while_the_generator_is_about_to_go_on_reaches_it_at_once(
     assert_undisturbed(caplog)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "direct"], indirect=True)
 async def test_the_host_is_cancelled_natively(caplog: pytest.LogCaptureFixture) -> None:
     """What uvicorn does to its tasks: `Task.cancel`, and again."""
     trace = Trace()

@@ -91,6 +91,8 @@ _MAX_CALL_STREAMS: Final = 100
 _MAX_PIPELINE: Final = 64
 #: How long Redis remembers its last answer to a process, and the calls to one that is gone.
 _REMEMBER_S: Final = 3600
+#: What breaks a connection, and passes. RuntimeError: uvloop's, about a transport that is closed.
+_BROKEN: Final = (RedisError, OSError, RuntimeError)
 #: How often the connection that listens is asked for a sign of life, and how long it may give none.
 _PING_S: Final = 2.0
 _SILENCE_S: Final = 5.0
@@ -435,7 +437,7 @@ class _Line:
 
     def _lost(self, calls: list[_Call], error: Exception, pause: float) -> None:
         """Ask again (rule 2), unless it can't help, or has to end."""
-        passing = isinstance(error, RedisError | OSError)
+        passing = isinstance(error, _BROKEN)
         if passing:
             self._log.heard_of(error)
         elif not isinstance(error, SSEAppError):
@@ -973,7 +975,7 @@ class RedisLog:
         while True:
             try:
                 session = await self.connect()
-            except (RedisError, OSError, LogError) as error:
+            except (*_BROKEN, LogError) as error:
                 self.heard_of(error)
             else:
                 try:
@@ -989,7 +991,7 @@ class RedisLog:
         """Asks the connection for what it hasn't been asked for, and now and then whether it is there."""
         send = session.connection.send_command
         asked: dict[str, Signal] = {}
-        with suppress(RedisError, OSError):  # who listens on it hears of that too
+        with suppress(*_BROKEN):  # who listens on it hears of that too
             await send("SUBSCRIBE", self._name(f"called:{self._process}"))
             while True:
                 self._channels = Signal()
@@ -1006,12 +1008,17 @@ class RedisLog:
 
     async def _hear_all(self, session: _Session) -> None:
         """Until the connection breaks, is silent, or is not to the instance of the moment."""
-        with suppress(RedisError, OSError):
-            message: Any = []
+        message: Any = []
+        try:
             while message is not None and session.instance == self.instance:
                 message = await session.connection.read_response(timeout=_SILENCE_S, disconnect_on_error=False)
                 if isinstance(message, list):
                     self._hear(*message)
+        except ResponseError as error:  # its user may not
+            logger.error("the event log's Redis refuses to be listened to: %s", error)
+            await anyio.sleep(_PAUSES_S[1])
+        except _BROKEN:
+            pass
 
     def _hear(self, kind: bytes, name: bytes, data: Any = None) -> None:
         channel, _, stream = name.decode().removeprefix(self._prefix).partition(":")
@@ -1161,7 +1168,7 @@ def _away(error: Exception | None) -> LogUnavailable:
         reason = "Redis refuses it"
     elif error is None:
         reason = "too much waits for Redis"
-    elif not isinstance(error, RedisError | OSError):
+    elif not isinstance(error, _BROKEN):
         reason = "internal error"
     headers = {"Retry-After": str(_RETRY_AFTER_S)}
     away = LogUnavailable(f"the event log can't be used at the moment: {reason}", headers=headers)

@@ -13,6 +13,7 @@ the log keeps, it is told by a `gap`. So a slow reader costs its cursor, whateve
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final, NamedTuple
 
 import anyio
@@ -68,6 +69,8 @@ class Tail:
         self._reads: dict[int, tuple[bytes, int, Gap | None]] = {}
         self._reading: dict[int, anyio.Event] = {}
         self.close = log.watch(stream, self._changed)
+        #: For `Reader.on_close`: one for all readers, not one each.
+        self.leave: Callable[[], None] = lambda: None
 
     def settle(self, stat: Stat) -> None:
         """Take the facts that were asked for after the watch began (rule 1)."""
@@ -145,12 +148,26 @@ class Reader:
     `before` goes out first, `opening` if nothing else is there in the first second.
     """
 
+    __slots__ = (
+        "_before",
+        "_data_only",
+        "_stopped",
+        "_translate",
+        "_wanted",
+        "after",
+        "failure",
+        "finished",
+        "on_close",
+        "on_wake",
+        "opening",
+        "plain",
+        "tail",
+    )
+
     events = True
     run = None
     #: A drain ends it in any case: whoever reads it goes on elsewhere.
     ended = False
-    #: Why it broke off: the log couldn't be read.
-    failure: Exception | None
 
     def __init__(
         self,
@@ -166,10 +183,13 @@ class Reader:
         self.after = after
         self.opening = opening
         self.finished = False
-        self.failure = None
+        #: Why it broke off: the log couldn't be read.
+        self.failure: Exception | None = None
         self.on_close: Callable[[], None] | None = None
         #: Who sends for it, where nobody waits in `batch`; see `direct`.
         self.on_wake: Callable[[], None] | None = None
+        #: It gets the tail's frames as they are.
+        self.plain = translate is None
         self._data_only = data_only
         self._translate = translate
         self._before = before
@@ -305,6 +325,7 @@ class Tails:
         tail = self._tails.get(stream)
         if tail is None or tail.ended == "deleted" or tail.last_words:
             tail = self._tails[stream] = Tail(self.log, stream)
+            tail.leave = partial(self.leave, tail)
         tail.guests += 1
         return tail
 

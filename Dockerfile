@@ -1,0 +1,48 @@
+# The service in a container. docs/deploy.md tells how it is run.
+#
+#     docker build -t sseapp .
+#     docker run -p 127.0.0.1:8000:8000 -v sseapp:/data -e SSEAPP_AUTH=off sseapp
+#
+# BASE is any Debian-like image with Python 3.11 to 3.13 and its venv module. A digest pins it for good:
+#     --build-arg BASE=python:3.13.9-slim-bookworm@sha256:…
+# Packages from another index: --secret id=pip.conf,src=pip.conf (nothing of it stays in the image).
+ARG BASE=python:3.13.9-slim-bookworm
+
+FROM ${BASE} AS build
+RUN python3 -m venv /pip && python3 -m venv --without-pip /srv/venv
+COPY requirements.txt /srv/
+# Wheels only: nothing is compiled, and no code of a package runs here.
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    /pip/bin/python -m pip --python /srv/venv/bin/python install --no-cache-dir --disable-pip-version-check \
+        --require-hashes --no-deps --only-binary :all: -r /srv/requirements.txt
+COPY sseapp.py /srv/sseapp/
+COPY ssecore /srv/sseapp/ssecore
+COPY handlers /srv/sseapp/handlers
+# The file system may be read-only when it runs: Python could not keep what it compiles.
+RUN /srv/venv/bin/python -m compileall -q /srv/sseapp && mkdir /srv/data
+
+FROM ${BASE}
+COPY --from=build /srv/venv /srv/venv
+COPY --from=build /srv/sseapp /srv/sseapp
+# A volume that is mounted here for the first time takes its owner over.
+COPY --from=build --chown=10001:10001 /srv/data /data
+# TMPDIR: a large upload is spooled to disk, and a tmpfs would be memory.
+ENV PATH=/srv/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    TMPDIR=/data \
+    SSEAPP_HOST=0.0.0.0 \
+    SSEAPP_PORT=8000 \
+    SSEAPP_DATA_DIR=/data
+WORKDIR /srv/sseapp
+# By number: Kubernetes' runAsNonRoot can't tell what a name is.
+USER 10001:10001
+EXPOSE 8000
+# SIGTERM drains: SSEAPP_DRAIN_S (8) has to be below the time until SIGKILL (`docker stop` gives 10 s).
+STOPSIGNAL SIGTERM
+# Whether the process answers, not whether it wants work: a container that drains is healthy.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 CMD ["python", "-c", "\
+import os, sys; from http.client import HTTPConnection; \
+health = HTTPConnection('127.0.0.1', int(os.environ['SSEAPP_PORT']), timeout=2); \
+health.request('GET', '/healthz'); sys.exit(health.getresponse().status != 200)"]
+ENTRYPOINT ["python", "-m", "sseapp"]
+CMD ["serve"]

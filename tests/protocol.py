@@ -1,0 +1,56 @@
+"""uvicorn's own protocol over a transport that only notes what is written: its inside, without a socket."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+__all__ = ["Wire", "connected"]
+
+
+class Wire(asyncio.Transport):
+    """What came over it stands in `written`, a write each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[bytes] = []
+        self.closing = False
+
+    def write(self, data: Any) -> None:
+        self.written.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    @property
+    def body(self) -> bytes:
+        """The body as it was framed, without the head."""
+        return b"".join(self.written).partition(b"\r\n\r\n")[2]
+
+
+@contextmanager
+def connected(app: Any, request: bytes) -> Iterator[tuple[HttpToolsProtocol, Wire]]:
+    """One connection to the app, and this request on it. The client leaves with the block."""
+    config = uvicorn.Config(app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False)
+    config.load()
+    config.loaded_app = app  # without uvicorn's own wrappers, as our runner has it
+    protocol, wire = HttpToolsProtocol(config, ServerState(), {}), Wire()
+    protocol.connection_made(wire)
+    protocol.data_received(request)
+    try:
+        yield protocol, wire
+    finally:
+        protocol.connection_lost(None)

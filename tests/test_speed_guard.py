@@ -1,0 +1,191 @@
+"""What a stream costs, counted and not timed: sends, turns of the loop, what is made and what is kept.
+
+These fail where somebody makes an event dearer, on a busy machine as on an idle one. The figures on a clock are the
+benchmarks'.
+"""
+
+import asyncio
+import sys
+import tracemalloc
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any, Final
+
+import anyio
+import pytest
+
+import ssecore.direct
+import ssecore.log.tail
+from sseapp import SSEApp
+from ssecore.request import Request
+from ssecore.routes import GET
+from ssecore.settings import Settings
+from ssecore.topics import Subscription
+from ssecore.wire import Event
+from tests.protocol import Wire, connected
+
+EVENTS: Final = 1000
+READERS: Final = 100
+REQUEST: Final = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+#: What uvicorn, asyncio and this test's own waiting take around a stream, whatever its length.
+AROUND: Final = 40
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Callbacks of the loop: a task that is woken is one."""
+    found: Counter[str] = Counter()
+    call_soon = asyncio.BaseEventLoop.call_soon
+
+    def counting(self: Any, callback: Any, *args: Any, **options: Any) -> asyncio.Handle:
+        found["callbacks"] += 1
+        return call_soon(self, callback, *args, **options)
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon", counting)
+    return found
+
+
+@asynccontextmanager
+async def running(handler: Callable[..., Any]) -> AsyncIterator[SSEApp]:
+    app = SSEApp([GET("/", handler)], Settings(log="memory"))
+    app.direct = True
+    with anyio.fail_after(30):
+        async with app.running():
+            yield app
+
+
+async def until(true: Callable[[], object]) -> None:
+    while not true():  # noqa: ASYNC110 - turn by turn: it looks at what has no event
+        await asyncio.sleep(0)
+
+
+async def whole(app: SSEApp) -> Wire:
+    with connected(app, REQUEST) as (protocol, wire):
+        await asyncio.gather(*protocol.tasks)
+    return wire
+
+
+async def test_events_that_are_ready_together_travel_together(counted: Counter[str]) -> None:
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        for n in range(EVENTS):
+            yield Event({"n": n, "message": f"Update {n}"}, "message")
+
+    async with running(handler) as app:
+        await whole(app)  # what is made once
+        counted.clear()
+        wire = await whole(app)
+    body = wire.body
+    assert body.count(b"\ndata: ") == EVENTS
+    # The head; the events, 64 KiB at a time; the end with the last of them.
+    assert len(wire.written) <= 1 + len(body) // 65536 + 1
+    assert counted["callbacks"] <= AROUND
+
+
+async def test_an_event_that_is_alone_costs_one_send_and_no_turn_of_the_loop(counted: Counter[str]) -> None:
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        for n in range(EVENTS):
+            yield Event({"n": n})
+            await asyncio.sleep(0)  # one callback: the generator's own
+
+    async with running(handler) as app:
+        await whole(app)
+        counted.clear()
+        wire = await whole(app)
+    assert len(wire.written) <= EVENTS + 3
+    assert counted["callbacks"] <= EVENTS + AROUND
+
+
+async def test_nothing_is_kept_of_events_that_were_sent() -> None:
+    sizes: list[int] = []
+
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        for n in range(10 * EVENTS):
+            yield Event({"n": n})
+            if not n % 100:
+                wires[-1].written.clear()
+                await asyncio.sleep(0)
+                sizes.append(sys.getallocatedblocks())
+
+    wires: list[Wire] = []
+    async with running(handler) as app:
+        with connected(app, REQUEST) as (protocol, wire):
+            wires.append(wire)
+            await asyncio.gather(*protocol.tasks)
+    # Less than one object for ten events, after the first fifth.
+    assert sizes[-1] - sizes[20] < 8 * EVENTS / 10
+
+
+@asynccontextmanager
+async def audience() -> AsyncIterator[tuple[Callable[[str], Awaitable[Any]], list[Wire]]]:
+    async def news(request: Request) -> Subscription:
+        return Subscription("news", Event("hello", "init"))
+
+    async with running(news) as app:
+        with ExitStack() as stack:
+            wires = [stack.enter_context(connected(app, REQUEST))[1] for _ in range(READERS)]
+            await until(lambda: all(b"init" in wire.body for wire in wires))
+            assert app._services is not None
+            topics = app._services.topics
+            try:
+                yield lambda text: topics.publish("news", Event(text)), wires
+            finally:
+                app.abort()
+                await until(lambda: not app._streams)
+
+
+async def test_a_broadcast_is_framed_once_and_costs_each_reader_one_write(
+    monkeypatch: pytest.MonkeyPatch, counted: Counter[str]
+) -> None:
+    made: Counter[str] = Counter()
+    counters = ((ssecore.direct, "chunk"), (ssecore.log.tail, "framed"), (ssecore.direct.DirectStream, "step"))
+    for module, name in counters:
+        original = getattr(module, name)
+
+        def counting(*args: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
+            made[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(module, name, counting)
+    async with audience() as (publish, wires):
+        await publish("first")
+        await until(lambda: all(b"first" in wire.body for wire in wires))
+        before = [len(wire.written) for wire in wires]
+        made.clear()
+        counted.clear()
+        for n in range(10):
+            await publish(f"event {n}")
+            await until(lambda n=n: all(f"event {n}".encode() in wire.written[-1] for wire in wires))  # type: ignore[misc]
+        assert [len(wire.written) for wire in wires] == [10 + count for count in before]
+        assert made == {"chunk": 10, "framed": 10}  # and no `step`, which goes through `send`
+        # Not one for each of the thousand deliveries.
+        assert counted["callbacks"] <= 10 * 20
+
+
+async def test_a_delivery_makes_nothing_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with audience() as (publish, wires):
+        delivered: Counter[int] = Counter()
+        for number, wire in enumerate(wires):
+
+            def noted(data: Any, number: int = number) -> None:
+                delivered[number] += 1
+
+            monkeypatch.setattr(wire, "write", noted)
+        for n in range(20):
+            await publish(f"warm {n}")
+            await until(lambda n=n: len(delivered) == READERS and min(delivered.values()) > n)  # type: ignore[misc]
+        tracemalloc.start()
+        try:
+            await publish("one more")
+            await asyncio.sleep(0)
+            await until(lambda: min(delivered.values()) == 21)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    # All of it together: the event, its frames, the round. A message and a coroutine for each would be 40 KiB.
+    assert peak < 100 * READERS
