@@ -86,8 +86,7 @@ class Installation:
         """Starts the replicas that found no Redis at their start."""
         while True:
             for replica in self.replicas:
-                if replica.gave_up:
-                    await replica.start()
+                await replica.revive()
             await asyncio.sleep(0.2)
 
     async def stop_for_good(self) -> None:

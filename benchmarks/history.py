@@ -414,13 +414,19 @@ class Replica:
         self._output = Path(folder, f"output {self.port}")
         self._arguments = [folder, str(self.port), log, str(lease_s)]
         self._wanted = False
-
-    @property
-    def gave_up(self) -> bool:
-        """It ended by itself, as it does where there is no log at its start."""
-        return self._wanted and self._process.returncode is not None
+        self._lock = asyncio.Lock()
 
     async def start(self) -> None:
+        async with self._lock:
+            await self._start()
+
+    async def revive(self) -> None:
+        """Start it again if it ended by itself, as it does where there is no log at its start."""
+        async with self._lock:
+            if self._wanted and self._process.returncode is not None:
+                await self._start()
+
+    async def _start(self) -> None:
         self._wanted = True
         command = [sys.executable, "-m", "benchmarks.history", *self._arguments]
         with self._output.open("ab") as output:
@@ -436,6 +442,10 @@ class Replica:
             self._process.send_signal(what)
 
     async def stop(self, by: signal.Signals) -> None:
+        async with self._lock:
+            await self._stop(by)
+
+    async def _stop(self, by: signal.Signals) -> None:
         self._wanted = False
         if self._process.returncode is None:
             self._process.send_signal(by)
@@ -454,9 +464,8 @@ class Replica:
         """`expected`: what it may well have complained about."""
         await self.stop(signal.SIGTERM)
         for entry in re.split(r"(?m)^(?=[A-Z]{4,} )", self._output.read_text(errors="replace")):
-            if entry.startswith(("ERROR", "CRITICAL", "Traceback")) and not any(
-                text in entry for text in ("a planned failure", *expected)
-            ):
+            bad = entry.startswith(("ERROR", "CRITICAL")) or "Traceback" in entry
+            if bad and not any(text in entry for text in ("a planned failure", *expected)):
                 self._history.faults.append(f"the server said: {entry.strip()}")
 
 

@@ -47,15 +47,14 @@ from anyio import Event as Signal
 from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import (
-    AuthenticationError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
     ResponseError,
 )
-from redis.exceptions import ConnectionError as RedisConnectionError
 
 import ssecore.log
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, WriterFenced
@@ -237,7 +236,11 @@ end
 local answers = {}
 for n = 6, #ARGV, 8 do
   local fine, answer = pcall(append, unpack(ARGV, n, n + 7))
-  table.insert(answers, fine and answer or {'failed', type(answer) == 'table' and answer.err or tostring(answer)})
+  if not fine then
+    answer = {'failed', type(answer) == 'table' and answer.err or tostring(answer)}
+    if string.find(answer[2], 'READONLY', 1, true) then return redis.error_reply(answer[2]) end
+  end
+  table.insert(answers, answer)
 end
 redis.pcall('SET', process, cmsgpack.pack({number, answers}), 'EX', ARGV[5])
 return answers
@@ -446,7 +449,7 @@ class _Line:
         for call in calls:
             if call.done.is_set():
                 continue
-            if passing and call.until > current_time() + pause and not isinstance(error, AuthenticationError):
+            if passing and call.until > current_time() + pause:
                 again.append(call)
             else:
                 call.fail(error)
