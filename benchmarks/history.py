@@ -163,6 +163,11 @@ class History:
     #: What the server itself did wrong: exit codes, errors in its output.
     faults: list[str] = field(default_factory=list)
 
+    @property
+    def unsure(self) -> tuple[int, ...]:
+        """The status of publications that may have gone in, or not."""
+        return (0, 502, 503, 504) if self.log_goes else (0,)
+
     def counts(self) -> dict[str, float]:
         connections = [connection for reader in self.readers for connection in reader.connections]
         blocks = [block for connection in connections for block in connection.blocks]
@@ -244,9 +249,8 @@ class _Walk:
         self._at, self._gap_to = seq, None
 
     def _hear_gap(self, gap: dict[str, Any]) -> None:
-        top = max(
-            (_seq(p.id) for p in self._history.publications if p.id and p.topic == self._reader.stream), default=0
-        )
+        here = [p for p in self._history.publications if p.topic == self._reader.stream]
+        top = max((_seq(p.id) for p in here if p.id), default=0) + sum(p.status in self._history.unsure for p in here)
         if self._is_run or gap["reason"] != "trimmed" or self._at is None:
             self._complain(f"a gap that can't be, at {self._at}: {gap}")
         elif gap["from"] != (self._gap_to or self._at) + 1 or gap["to"] + RETENTION_EVENTS > top:
@@ -315,8 +319,7 @@ def _check_topic(topic: str, history: History, heard: dict[int, Block], found: l
         if seq <= acknowledged[publication.publisher]:
             found.append(f"{topic}: {publication.publisher} got {seq} after {acknowledged[publication.publisher]}")
         acknowledged[publication.publisher] = seq
-    unsure = (0, 202, 502, 503, 504) if history.log_goes else (0, 202)
-    may_be = {publication.data for publication in publications if publication.status in unsure}
+    may_be = {publication.data for publication in publications if publication.status in (202, *history.unsure)}
     for data, times in Counter(block.data for block in heard.values()).items():
         if data not in may_be or times > 1:
             found.append(

@@ -975,12 +975,11 @@ class RedisLog:
 
     async def _listen(self) -> None:
         """One connection after another: each is asked for all that is watched."""
+        pause = _PAUSES_S[0]
         while True:
             try:
                 session = await self.connect()
-            except (*_BROKEN, LogError) as error:
-                self.heard_of(error)
-            else:
+                pause = _PAUSES_S[0]
                 try:
                     async with anyio.create_task_group() as group:
                         group.start_soon(self._subscribe, session)
@@ -988,7 +987,10 @@ class RedisLog:
                         group.cancel_scope.cancel()
                 finally:
                     await session.drop()
-            await anyio.sleep(_PAUSES_S[0])
+            except (*_BROKEN, LogError) as error:
+                self.heard_of(error)
+                pause = min(2 * pause, _PAUSES_S[1])
+            await anyio.sleep(pause)
 
     async def _subscribe(self, session: _Session) -> None:
         """Asks the connection for what it hasn't been asked for, and now and then whether it is there."""
