@@ -342,8 +342,7 @@ class _Session(NamedTuple):
     shas: dict[str, str]
 
     async def drop(self) -> None:
-        with CancelScope(shield=True):
-            await self.connection.disconnect(nowait=True)
+        await _disconnect(self.connection)
 
 
 class _Call:
@@ -420,6 +419,7 @@ class _Line:
                         await anyio.sleep(pause * random.uniform(0.5, 1))
                         pause = min(2 * pause, _PAUSES_S[1])
         finally:
+            self._closed = True
             if session is not None:
                 await session.drop()
             for call in (*calls, *self._calls):
@@ -630,8 +630,7 @@ class RedisLog:
                 await self._check_all(session)
             self.instance = instance
         except BaseException:
-            with CancelScope(shield=True):
-                await connection.disconnect(nowait=True)
+            await _disconnect(connection)
             raise
         return session
 
@@ -1091,6 +1090,11 @@ class RedisLog:
 def _connection(options: dict[str, Any]) -> Any:
     kind = options["connection_class"]
     return kind(**{name: value for name, value in options.items() if name != "connection_class"})
+
+
+async def _disconnect(connection: Any) -> None:
+    with CancelScope(shield=True), suppress(*_BROKEN):
+        await connection.disconnect(nowait=True)
 
 
 async def _exchange(connection: Any, *commands: tuple[str, ...]) -> list[Any]:
