@@ -12,19 +12,24 @@ import argparse
 import logging
 import random
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from time import monotonic
 from typing import Any, Final
 
 import anyio
 from anyio.abc import TaskGroup
 
 from ssecore.direct import DirectStream, PumpStream
-from ssecore.errors import ClientGone, NotFound, SettingsError, SSEAppError, Unavailable
+from ssecore.errors import ClientGone, NotFound, SettingsError, SSEAppError, TooManyRequests, Unavailable
+from ssecore.guard import Caller, Guard
 from ssecore.log import Log
+from ssecore.log.measured import measured
 from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
 from ssecore.log.tail import Attached, Reader, Tails
+from ssecore.metrics import Facts, Metrics
 from ssecore.progress import LogLevel, ProgressLogger, from_thread
 from ssecore.request import Receive, Request, Services
 from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, response_start, send_response
@@ -32,7 +37,9 @@ from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
 from ssecore.settings import Settings, describe
+from ssecore.signals import chained
 from ssecore.stream import EventPump, Pump, Source, Stream, StreamOptions, Timekeeper, merge, public_text, spread
+from ssecore.tokens import add_token, parse_expiry, read_tokens, revoke_tokens
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
@@ -87,26 +94,37 @@ class SSEApp:
     """
 
     def __init__(
-        self, routes: Sequence[Route], settings: Settings | None = None, *, lifespan: Lifespan | None = None
+        self,
+        routes: Sequence[Route],
+        settings: Settings | None = None,
+        *,
+        lifespan: Lifespan | None = None,
+        caller: Caller | None = None,
     ) -> None:
         self.settings = settings or Settings()
+        #: Who may enter. Without `caller`, tokens or `auth="off"` in the settings: this machine only.
+        self.guard = Guard(self.settings, caller)
         self.state: Any = None
         self.draining = False
         self._running = False
         #: Set by our runner, which knows its server: see `ssecore.direct`.
         self.direct = False
-        self._table = Table([*routes, *RUN_ROUTES])
+        self._table = Table([*routes, *RUN_ROUTES, *self.guard.routes])
         self._lifespan = lifespan
         self._streams: set[Stream] = set()
+        self._taken = 0  # places of streams, from the decision that there is room for one to its end
+        self._places: Counter[str] = Counter()  # the same by caller
         self._idle: anyio.Event | None = None
         self._timekeeper: Timekeeper | None = None
         self._services: Services | None = None
         self._tasks: TaskGroup | None = None
+        self.metrics = Metrics(self._facts)
         self._options = StreamOptions(
             heartbeat_s=self.settings.heartbeat_s,
             send_timeout_s=self.settings.send_timeout_s,
             max_stream_s=self.settings.max_stream_s,
             retry_ms=self.settings.retry_ms,
+            first_event=lambda route, seconds: self.metrics.first_event.labels(route).observe(seconds),
         )
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -116,7 +134,9 @@ class SSEApp:
         request = Request(scope, receive, self.state, services=self._services, draining=self.draining)
         head = request.method == "HEAD"
         try:
-            answer = await self._answer(request, send, head=head)
+            request.answer_headers = self.guard.cors_headers(request)
+            self.guard.admit(request)
+            answer = self.guard.preflight(request) or await self._answer(request, send, head=head)
             if isinstance(answer, Stream):
                 try:
                     self._streams.add(answer)
@@ -131,8 +151,10 @@ class SSEApp:
         except Exception as error:
             answer, start = self._refused(request, error)
         finally:
+            self._leave_place(request)
             request.close()
         if answer is not None and start is not None:
+            start["headers"] += request.answer_headers
             await send_response(answer, start, send, head=head)
 
     async def _converse(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -165,18 +187,24 @@ class SSEApp:
         async with AsyncExitStack() as stack:
             if self._lifespan is not None:
                 self.state = await stack.enter_async_context(self._lifespan(self))
-            log = open_log(self.settings)
+            log = measured(open_log(self.settings), self.metrics)
             await stack.enter_async_context(log.running())
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tails = Tails(log)
             runs = Runs(log, tails, self.settings, tasks)
             await runs.recover()
-            self._services = Services(runs, Topics(log, tails, self.settings))
+            self._services = Services(runs, Topics(log, tails, self.settings), self.metrics)
             self._timekeeper, self._tasks = Timekeeper(self._options), tasks
             tasks.start_soon(self._timekeeper.run)
+            if self.guard.tokens is not None:
+                tasks.start_soon(self.guard.tokens.watch)
             if log.shared:
                 tasks.start_soon(runs.keep_watch)
             self.draining = False
+            told = anyio.Event()
+            if not self.direct:  # our runner drains by itself
+                stack.enter_context(chained(told.set))
+                tasks.start_soon(self._leave_soon, told)
             try:
                 yield
             except Exception as error:
@@ -187,6 +215,12 @@ class SSEApp:
                 self._timekeeper = self._services = self._tasks = self.state = None
         if failure is not None:
             raise failure
+
+    def _facts(self) -> Facts:
+        if self._services is None:
+            return Facts(self._streams)
+        runs = self._services.runs
+        return Facts(self._streams, runs.at_work, runs.tails.gaps)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new streams from now on; give fleeting ones and runs `grace_s` to finish, then end them.
@@ -207,6 +241,12 @@ class SSEApp:
                 stream.stop("drain")
             with anyio.move_on_after(FAREWELL_S):
                 await self._no_streams()
+
+    async def _leave_soon(self, told: anyio.Event) -> None:
+        """Under another server: say farewell when a signal comes. How long the rest may take is the server's to say."""
+        await told.wait()
+        await self.drain(0)
+        self.abort()
 
     def abort(self) -> None:
         """Cut off who is still there: before the server cancels their tasks, and says so in its log."""
@@ -243,6 +283,10 @@ class SSEApp:
         """What to send or to run, or `None` where all has been said."""
         settings = self.settings
         route, params = self._table.match(request.method, request.path)
+        if not route.open:
+            await self.guard.enter(request)
+        if route.publishes:
+            self.guard.spend(request)
         await request.decode(route, params, settings.max_body_bytes, settings.max_import_bytes)
         if not route.streams:
             answer = await route.handler(request, **params)
@@ -250,8 +294,8 @@ class SSEApp:
         if request.method in ("GET", "HEAD") and request.last_event_id == "end":
             return Response(status=204)  # it has ended for good: an `EventSource` stops here
         if head:
-            return await self._send_head(send, _EVENT_STREAM_HEADERS)
-        self._check_room()
+            return await self._send_head(request, send, _EVENT_STREAM_HEADERS)
+        self._take_place(request)
         if route.run is not None:
             answer = await request.runs.respond(request, route, params)
             if isinstance(answer, Response):
@@ -272,9 +316,9 @@ class SSEApp:
         if isinstance(answer, ByteStream):
             return await self._send_bytes(request, send, answer, head=head)
         if head and isinstance(answer, Subscription):
-            return await self._send_head(send, _EVENT_STREAM_HEADERS)
+            return await self._send_head(request, send, _EVENT_STREAM_HEADERS)
         if isinstance(answer, Subscription):
-            self._check_room()
+            self._take_place(request)
             attached = await request.topics.subscribe(request, answer)
             stream = self._reading(request, send, attached)
             if answer.pulse is not None:
@@ -284,10 +328,10 @@ class SSEApp:
             raise TypeError(f"{request.path}: the handler returned {type(answer).__name__}, not a Response")
         if head:
             answer.reader.close()
-            return await self._send_head(send, [*_EVENT_STREAM_HEADERS, *raw_headers(None, answer.headers)])
+            return await self._send_head(request, send, [*_EVENT_STREAM_HEADERS, *raw_headers(None, answer.headers)])
         try:
-            self._check_room()
-        except Unavailable:
+            self._take_place(request)
+        except SSEAppError:
             answer.reader.close()
             raise
         return self._reading(request, send, answer)
@@ -295,6 +339,8 @@ class SSEApp:
     def _reading(self, request: Request, send: Send, attached: Attached) -> Stream:
         """The stream that closes this reader."""
         reader = attached.reader
+        if request.last_event_id and request.route is not None:
+            self.metrics.resumes.labels(request.route.path).inc()
         try:
             headers = [*_EVENT_STREAM_HEADERS, *raw_headers(None, attached.headers)]
         except ValueError:
@@ -315,9 +361,9 @@ class SSEApp:
         try:
             headers = raw_headers(answer.media_type, answer.headers)
             if head:
-                await self._send_head(send, headers, answer.status)
+                await self._send_head(request, send, headers, answer.status)
                 return None
-            self._check_room()
+            self._take_place(request)
             started = True
             pump = Pump(answer.chunks, _chunk, request, buffer_bytes=self.settings.buffer_bytes)
             return self._stream(request, send, pump, headers, answer.status)
@@ -326,24 +372,58 @@ class SSEApp:
                 await answer.chunks.aclose()
         return None
 
-    async def _send_head(self, send: Send, headers: list[tuple[bytes, bytes]], status: int = 200) -> Response | None:
+    async def _send_head(
+        self, request: Request, send: Send, headers: list[tuple[bytes, bytes]], status: int = 200
+    ) -> Response | None:
         """The headers that GET would have: without a length, unless the handler knew it."""
-        await send({"type": "http.response.start", "status": status, "headers": [*headers]})
+        headers = [*headers, *request.answer_headers]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return None
 
     def _over(self, stream: Stream) -> None:
         self._streams.discard(stream)
+        self._note(stream)
         if not self._streams and self._idle is not None:
             self._idle.set()
             self._idle = None
 
-    def _check_room(self) -> None:
-        """Raises `Unavailable` where no stream can be opened now."""
-        limit = self.settings.max_streams
-        if self.draining or (limit is not None and len(self._streams) >= limit):
+    def _note(self, stream: Stream) -> None:
+        """A stream's end, in the metrics and in one line of the log. Of a caller the name, of a payload nothing."""
+        request, reason = stream.request, stream.end_reason
+        self.metrics.ended(stream, reason)
+        if logger.isEnabledFor(logging.INFO):
+            seconds = round(monotonic() - stream.began, 3)
+            facts = {"method": request.method, "route": stream.route, "reason": reason, "seconds": seconds}
+            facts |= {"events": stream.events, "bytes": stream.sent_bytes, "caller": request.caller}
+            text = "%(method)s %(route)s ended: %(reason)s after %(seconds)s s, %(events)s events, %(bytes)s bytes"
+            logger.info(f"{text}, caller %(caller)s" if request.caller else text, facts, extra={"stream": facts})
+
+    def _take_place(self, request: Request) -> None:
+        """Count the stream that the request is about to open, until its end.
+
+        Raises `Unavailable` where none can be opened now, `TooManyRequests` where the caller has too many.
+        """
+        retry = {"retry-after": str(random.randint(1, 5))}
+        limit, callers = self.settings.max_streams, self.settings.max_streams_per_caller
+        if self.draining or (limit is not None and self._taken >= limit):
             text = "the service is about to stop" if self.draining else "too many open streams"
-            raise Unavailable(f"{text}; try again", headers={"retry-after": str(random.randint(1, 5))})
+            raise Unavailable(f"{text}; try again", headers=retry)
+        if callers is not None and request.caller is not None and self._places[request.caller] >= callers:
+            raise TooManyRequests(f"you have {callers} open streams already; close one", headers=retry)
+        request.has_place = True
+        self._taken += 1
+        if request.caller is not None:
+            self._places[request.caller] += 1
+
+    def _leave_place(self, request: Request) -> None:
+        if request.has_place:
+            request.has_place = False
+            self._taken -= 1
+            if request.caller is not None:
+                self._places[request.caller] -= 1
+                if not self._places[request.caller]:
+                    del self._places[request.caller]
 
     def _refused(self, request: Request, error: Exception) -> tuple[Response, MutableMapping[str, Any]]:
         """The answer to a request that failed, ready to be sent."""
@@ -356,11 +436,12 @@ class SSEApp:
 
     def _refusal(self, request: Request, error: Exception) -> Response:
         if not isinstance(error, SSEAppError):
-            return problem(SSEAppError(public_text(error)))
+            error = SSEAppError(public_text(error))
         # What will pass must not kill a browser's `EventSource`.
         if isinstance(error, Unavailable) and request.method == "GET" and request.is_event_source:
             body = b"retry: %d\n" % spread(self._options.retry_ms)
             return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
+        self.metrics.refused.labels(error.status).inc()
         return problem(error)
 
 
@@ -415,9 +496,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("log", "the event log: sqlite, memory, or a Redis URL"),
     ):
         serve.add_argument(f"--{option}", help=meaning)
+    token = commands.add_parser("token", help="the tokens that callers show")
+    token.add_argument("--tokens-file", help="the file; default: SSEAPP_TOKENS_FILE")
+    actions = token.add_subparsers(dest="action", required=True)
+    add = actions.add_parser("add", help="make a token and print it, this once")
+    add.add_argument("name", help="whose it is: the caller's name")
+    add.add_argument("--expires", metavar="WHEN", help="90d, 12h, 30m, or a date as 2030-12-31; default: never")
+    actions.add_parser("list", help="all tokens: id, name, created, expires")
+    revoke = actions.add_parser("revoke", help="a token no longer holds, and its streams end")
+    revoke.add_argument("which", help="a name, for all of its tokens, or a token's id")
     options = vars(parser.parse_args(arguments))
-    options.pop("command")
     try:
+        if options.pop("command") == "token":
+            return _token(**options)
         from ssecore.server import serve as run
 
         settings = Settings.from_env(**options)
@@ -425,6 +516,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SSEAppError as error:
         print(f"sseapp: {error}", file=sys.stderr)
         return 2
+
+
+def _token(action: str, tokens_file: str | None, name: str = "", expires: str | None = None, which: str = "") -> int:
+    """`sseapp token …`: what a program may want goes to stdout, remarks go to stderr."""
+    path = Settings.from_env(tokens_file=tokens_file).tokens_file
+    if path is None:
+        raise SettingsError("where are the tokens? name the file in SSEAPP_TOKENS_FILE, or by --tokens-file")
+    if action == "add":
+        expiry = parse_expiry(expires) if expires is not None else None
+        print(add_token(path, name, expiry))
+        until = f"until {expiry.isoformat()}" if expiry is not None else "until it is revoked"
+        print(f"{name}'s token, which holds {until}; it is not kept anywhere: keep it now", file=sys.stderr)
+    elif action == "list":
+        for entry in read_tokens(path):
+            until = entry.expires.isoformat() if entry.expires is not None else "never"
+            print(entry.id, entry.name, entry.created.isoformat(), until, sep="\t")
+    else:
+        revoked = revoke_tokens(path, which)
+        print(f"{len(revoked)} of {which}'s tokens revoked", file=sys.stderr)
+        return 0 if revoked else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from benchmarks import (
     durable,
     fanout,
     first_byte,
+    frozen,
     history,
     idle,
     latency,
@@ -23,6 +24,7 @@ from benchmarks import (
     resume,
     retention,
     rows,
+    soak,
     throughput,
 )
 from benchmarks.process import pin_load, raise_file_limit
@@ -34,6 +36,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "durable": durable.run,
     "fanout": fanout.run,
     "first_byte": first_byte.run,
+    "frozen": frozen.run,
     "history": history.run,
     "idle": idle.run,
     "latency": latency.run,
@@ -42,6 +45,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "resume": resume.run,
     "retention": retention.run,
     "rows": rows.run,
+    "soak": soak.run,
     "throughput": throughput.run,
 }
 

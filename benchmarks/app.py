@@ -2,14 +2,14 @@
 
 `GET /durable` is /stream as a run. `GET /padded` is /stream with bigger events, `GET /ticks` an event with its time
 each `interval` seconds. `POST /written/{name}` publishes to the topic /topics/{name} without a request an
-event. `--by-task` has a task for each reader, as under any other server.
+event. `GET /alive` tells how many tasks there are. `--by-task` has a task for each reader, as under any other server.
 """
 
 import argparse
+import asyncio
 import sys
 from collections.abc import AsyncIterator
 
-import anyio
 import msgspec
 
 from benchmarks.peers.work import pauses, tick, update
@@ -44,7 +44,7 @@ async def ticks(request: Request) -> AsyncIterator[Event]:
     query: Ticking = request.query
     for pause in pauses(query.interval):
         yield Event(tick())
-        await anyio.sleep(pause)
+        await asyncio.sleep(pause)  # as all the others do
 
 
 class Written(msgspec.Struct):
@@ -61,6 +61,10 @@ async def write(request: Request, name: str) -> Response:
         events = [Event({"count": n, "message": f"Update {n}"}, "message") for n in numbers]
         cursor = await request.topics.publish(f"topics/{name}", *events)
     return JSON({"id": str(cursor)})
+
+
+async def alive(request: Request) -> Response:
+    return JSON({"tasks": len(asyncio.all_tasks())})
 
 
 class ByTask(SSEApp):
@@ -84,6 +88,7 @@ def main() -> int:
     settings = Settings.from_env(port="0", data_dir=options.data_dir, log=options.log)
     routes = [
         *ROUTES,
+        GET("/alive", alive),
         GET("/durable", counter, query=Counted, run=Run()),
         GET("/padded", padded, query=Padded),
         GET("/ticks", ticks, query=Ticking),

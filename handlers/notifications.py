@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from ssecore.errors import BadRequest
+from ssecore.errors import BadRequest, Forbidden
 from ssecore.request import Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import GET, POST
@@ -26,6 +26,8 @@ class Publication(msgspec.Struct):
 
 async def user_stream(request: Request, user_id: str) -> Subscription:
     """What is for this user: notifications, messages, and a sign of life each 5 seconds."""
+    if request.caller not in (None, user_id):
+        raise Forbidden(f"you are {request.caller}, and may read what is for {request.caller} only")
     return Subscription(
         f"users/{_checked(user_id)}",
         Event({"status": "connected"}, "init"),
@@ -64,8 +66,8 @@ def _checked(name: str) -> str:
 
 ROUTES = [
     GET("/users/{user_id}/stream", user_stream),
-    POST("/users/{user_id}/notifications", notify, body=Any),
-    POST("/users/{user_id}/messages", message, body=Any),
+    POST("/users/{user_id}/notifications", notify, body=Any, publishes=True),
+    POST("/users/{user_id}/messages", message, body=Any, publishes=True),
     GET("/topics/{name}", topic),
-    POST("/topics/{name}", publish, body=Any, query=Publication),
+    POST("/topics/{name}", publish, body=Any, query=Publication, publishes=True),
 ]

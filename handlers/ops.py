@@ -1,10 +1,16 @@
 """Whether the service lives, and whether it wants work: for whoever watches over it."""
 
+from typing import Final
+
+from ssecore.errors import Forbidden
+from ssecore.metrics import MEDIA_TYPE
 from ssecore.request import Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import GET
 
 __all__ = ["ROUTES"]
+
+METRICS_CALLER: Final = "metrics"
 
 
 async def healthz(request: Request) -> Response:
@@ -21,4 +27,11 @@ async def readyz(request: Request) -> Response:
     return JSON({"status": "ready"})
 
 
-ROUTES = [GET("/healthz", healthz), GET("/readyz", readyz)]
+async def metrics(request: Request) -> Response:
+    """For Prometheus. Where callers have names it is for the one called `metrics` only: it tells of all the others."""
+    if request.caller not in (None, METRICS_CALLER):
+        raise Forbidden(f"the metrics are for the caller {METRICS_CALLER!r}: `sseapp token add {METRICS_CALLER}`")
+    return Response(request.metrics.text(), media_type=MEDIA_TYPE)
+
+
+ROUTES = [GET("/healthz", healthz, open=True), GET("/readyz", readyz, open=True), GET("/metrics", metrics)]

@@ -22,11 +22,12 @@ import msgspec
 
 from ssecore.errors import BadRequest, ClientGone, SSEAppError, TooLarge, UnsupportedMediaType
 from ssecore.routes import Route, Upload
+from ssecore.tokens import Credential
 
 __all__ = ["EndReason", "Receive", "Request", "Services"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", "cancelled"]
+EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", "cancelled", "unauthorized"]
 
 #: How long a client may pause in the middle of its body. nginx's client_body_timeout is 60.
 BODY_TIMEOUT_S: Final = 30.0
@@ -51,6 +52,7 @@ class Services(NamedTuple):
 
     runs: Any
     topics: Any
+    metrics: Any
 
 
 class Request:
@@ -81,6 +83,10 @@ class Request:
         self._receive = receive
         self.body_digest = ""  #: SHA-256 of the body as it came, where the route declares one
         self.caller: str | None = None  #: the name of whoever asks; `None` where nobody has one
+        self.credential: Credential | None = None  #: what it showed, where that may end before the request does
+        #: What every answer to it carries besides its own headers.
+        self.answer_headers: list[tuple[bytes, bytes]] = []
+        self.has_place = False  #: counted as a stream
         self.run_id: str | None = None  #: the run's, in the handler of one
         #: Set by the handler of a run that tells of its failure in words of its own: the run's state is `failed` then.
         self.failed = False
@@ -102,6 +108,11 @@ class Request:
     def topics(self) -> Any:
         """The app's `Topics`."""
         return self._running().topics
+
+    @property
+    def metrics(self) -> Any:
+        """The app's `Metrics`."""
+        return self._running().metrics
 
     def _running(self) -> "Services":
         if self._services is None:
@@ -168,8 +179,8 @@ class Request:
         """Why the stream ended, for the `finally` of its generator.
 
         `client` it left, `timeout` its longest life is over, `slow` it stopped reading, `drain` the service stops,
-        `cancelled` somebody cancelled it. Where it was none of these the generator ends by itself: `failed` while an
-        exception goes through it, else `finished`.
+        `cancelled` somebody cancelled it, `unauthorized` the caller's token has ended. Where it was none of these the
+        generator ends by itself: `failed` while an exception goes through it, else `finished`.
         """
         if self._end_reason is not None:
             return self._end_reason

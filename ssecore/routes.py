@@ -66,6 +66,10 @@ class Route:
     data_only: bool = False
     #: The stream survives its connection.
     run: Run | None = None
+    #: Anybody may, whatever credentials are configured.
+    open: bool = False
+    #: Counts against the caller's rate of publications.
+    publishes: bool = False
     streams: bool = field(init=False)
 
     def __post_init__(self) -> None:

@@ -484,6 +484,7 @@ class Runs:
     def _expired(self, request: Request, cursor: Cursor) -> Response:
         if not request.wants_event_stream:
             raise Gone("this run is no longer kept, or never was")
+        self.tails.gaps["expired"] += 1
         body = _last_gap(Gap("expired", cursor.seq + 1), data_only=request.data_only)
         return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
 
@@ -501,6 +502,7 @@ class Runs:
                 return Response(status=204)
             before = b""
             if gap is not None:
+                self.tails.gaps[gap.reason] += 1
                 over = stat.closed and after >= stat.last
                 before = _last_gap(gap, data_only=data_only) if over else gap_frame(gap, data_only=data_only)
             opening = b"" if after else b"id: %b.0\n\n" % run.encode()
@@ -553,6 +555,11 @@ class Runs:
         if only is not None and stat.meta["route"] != only:
             raise NotFound("there is no such run")
         return await self._attach(run, None, data_only=bool(stat.meta["data_only"]), translate=translate)
+
+    @property
+    def at_work(self) -> int:
+        """How many work in this process."""
+        return len(self._workers)
 
     async def run_of(self, last_event_id: str) -> str | None:
         """The run that an event's id belongs to, whoever's it is. Raises `BadRequest` for what is no event id."""

@@ -5,6 +5,7 @@ server drains the app first, and shuts down then. SIGTERM gives streams `drain_s
 a second signal ends at once.
 """
 
+import asyncio
 import contextlib
 import gc
 import ipaddress
@@ -12,21 +13,30 @@ import logging
 import os
 import signal
 import socket
+from datetime import UTC, datetime
 from types import FrameType
 from typing import Any, Protocol
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ssecore.errors import SettingsError
+from ssecore.guard import Guard
 from ssecore.settings import Settings
+from ssecore.wire import encode_json
 
-__all__ = ["serve"]
+__all__ = ["BoundedProtocol", "serve"]
 
 logger = logging.getLogger("sseapp")
 
 #: The kernel's buffer for one client. Linux would let it grow to 4 MiB: so much would a frozen client hold.
 SEND_BUFFER_BYTES = 256 * 1024
 BACKLOG = 4096
+#: How long a client may take to send the head of a request. nginx's client_header_timeout is 60.
+HEAD_S = 30.0
+#: On top of path, query and headers: the method, the version, colons and line ends.
+HEAD_SYNTAX_BYTES = 16 * 1024
+TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 #: How long an idle connection is kept. Longer than a proxy in front keeps its own (nginx and AWS 60 s, Google 600): a
 #: request that comes on a connection just as it is closed here is a 502 to its client.
 KEEP_ALIVE_S = 620
@@ -41,6 +51,7 @@ class Drainable(Protocol):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
 
     direct: bool
+    guard: Guard
 
     async def drain(self, grace_s: float) -> None: ...
 
@@ -78,6 +89,65 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class BoundedProtocol(HttpToolsProtocol):
+    """With bounds on what comes before there is a request: neither the parser nor uvicorn has any.
+
+    A head (and what stands between the parts of a body: chunk sizes, trailers) may have so many bytes, and a head so
+    much time. What is complete and yet too large is answered by the app (`ssecore.guard`).
+    """
+
+    # More in its dictionary would make that one of its own, for each connection: a KiB.
+    __slots__ = ("_barren", "_overdue")
+    max_head_bytes: int | None = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._barren = 0  # bytes since the last ones that a request could use
+        self._overdue: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_is_here()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_head()
+        self._barren += len(data)
+        super().data_received(data)
+        if self.max_head_bytes is not None and self._barren > self.max_head_bytes and not self.transport.is_closing():
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.write(TOO_LARGE)
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self._barren = 0
+        self._head_is_here()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._barren = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._barren = 0
+        super().on_message_complete()
+
+    def _await_head(self) -> None:
+        self._overdue = self.loop.call_later(HEAD_S, self._close)
+
+    def _head_is_here(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+
+    def _close(self) -> None:
+        self.transport.close()
+
+
 class _TruncatedOnPurpose(logging.Filter):
     """A stream whose client stopped reading is cut, as it must be: no error of the app."""
 
@@ -85,18 +155,35 @@ class _TruncatedOnPurpose(logging.Filter):
         return "without completing response" not in record.getMessage()
 
 
+class _JSONLines(logging.Formatter):
+    """One JSON object a line; of a stream's end each fact by itself."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC)
+        line = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        line |= getattr(record, "stream", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return encode_json(line).decode()
+
+
 def serve(app: Drainable, settings: Settings) -> int:
     """Serve until a signal comes. Returns the exit code. Raises `SettingsError` where it can't or must not listen."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    if settings.log_format == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_JSONLines())
     for name, level in (("uvicorn.error", logging.WARNING), ("httpx", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
     logging.getLogger("uvicorn.error").addFilter(_TruncatedOnPurpose())
-    sock = _listen(settings)
+    sock = _listen(settings, private=app.guard.mode == "private")
     host, port = sock.getsockname()[:2]
+    bounds = (settings.max_header_bytes, settings.max_target_bytes)
+    limit = sum(filter(None, bounds)) + HEAD_SYNTAX_BYTES if None not in bounds else None
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=type("_Bounded", (BoundedProtocol,), {"max_head_bytes": limit}),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -115,15 +202,15 @@ def serve(app: Drainable, settings: Settings) -> int:
     return 0 if server.started else 3
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _listen(settings: Settings, *, private: bool) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise SettingsError(f"can't listen on {settings.host!r}: {error.strerror}", field="host") from None
-    if settings.auth != "off" and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+    if private and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise SettingsError(
             f"{settings.host} is not a loopback address, and nobody is asked for credentials: "
-            "set SSEAPP_AUTH=off if everybody who can reach it may use it",
+            "set SSEAPP_TOKENS_FILE to a file of tokens, or SSEAPP_AUTH=off if everybody who reaches it may use it",
             field="host",
         )
     try:
@@ -133,5 +220,6 @@ def _listen(settings: Settings) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # Closing the transport waits for a client that never reads; the kernel doesn't. Accepted sockets inherit it.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(settings.send_timeout_s * 1000))
+        timeout_ms = min(round(settings.send_timeout_s * 1000), 2**31 - 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     return sock

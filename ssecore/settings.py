@@ -26,6 +26,8 @@ logger = logging.getLogger("sseapp")
 _PREFIX = "SSEAPP_"
 _Seconds = Annotated[float, Meta(gt=0, le=10_000_000)]
 _Bytes = Annotated[int, Meta(ge=1)]
+#: As browsers send it: no path, no default port, lower case.
+_Origin = Annotated[str, Meta(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z]+)\Z")]
 
 
 def _setting(default: Any, help: str, *, variable: str | None = None, secret: bool = False) -> Any:
@@ -46,7 +48,11 @@ class Settings:
         10.0, "how long a replica may be silent before its runs are closed (Redis)"
     )
     auth: Literal["off"] | None = _setting(
-        None, "'off' says aloud that everybody may use the service; without it only loopback addresses are served"
+        None, "'off' says aloud that everybody may; without it and without tokens only this machine may"
+    )
+    tokens_file: Path | None = _setting(None, "file of the API tokens (sseapp token add); everybody needs one then")
+    cors_origins: tuple[_Origin, ...] | None = _setting(
+        None, "origins whose pages may ask, as https://example.com, by comma; * is any, without cookies"
     )
     heartbeat_s: _Seconds = _setting(15.0, "idle time before a heartbeat")
     send_timeout_s: _Seconds = _setting(30.0, "a client whose window stays shut for so long is dropped")
@@ -63,9 +69,20 @@ class Settings:
     max_subscribers: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open subscriptions to one topic")
     max_topics: Annotated[int, Meta(ge=1)] = _setting(10_000, "topics that one process opens; more are refused")
     max_streams: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open streams in all; more are refused")
+    max_streams_per_caller: Annotated[int, Meta(ge=1)] | None = _setting(
+        1000, "the same for one caller, if it has a name: a tenth, so that one alone doesn't fill the house"
+    )
+    max_publish_per_s: Annotated[float, Meta(gt=0)] | None = _setting(
+        100.0, "publications of one caller, if it has a name, on average over a second"
+    )
+    max_target_bytes: Annotated[int, Meta(ge=1, le=65535)] | None = _setting(
+        60 * 1024, "longest path and query: the parser reads no more than 65535; nginx takes 8 KiB unless it is told"
+    )
+    max_header_bytes: _Bytes | None = _setting(32 * 1024, "largest headers of a request; nginx takes as much")
     buffer_bytes: _Bytes = _setting(64 * 1024, "how far a source may run ahead of its client")
     max_body_bytes: _Bytes = _setting(1024 * 1024, "largest body of a request")
     max_import_bytes: _Bytes = _setting(1024**3, "largest body of an import, which is spooled to disk")
+    log_format: Literal["text", "json"] = _setting("text", "the log's lines: text or json")
     mock_delay_s: Annotated[float, Meta(ge=0)] = _setting(0.1, "pause between the mock model's words")
     openai_base_url: str | None = _setting(
         None,
@@ -118,14 +135,18 @@ def _parse(name: str, text: str, hint: Any) -> Any:
     optional = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
     if optional and text.lower() in ("none", ""):
         return None
-    if hint is Path:
+    if Path in (hint, *get_args(hint)):
         return Path(text)
+    by_comma = any(get_origin(kind) is tuple for kind in get_args(hint))
+    value = [part.strip() for part in text.split(",")] if by_comma else text
     try:
-        return msgspec.convert(text, hint, strict=False)
+        return msgspec.convert(value, hint, strict=False)
     except msgspec.ValidationError as error:
         if name in ("--log", f"{_PREFIX}LOG"):  # not as it is: there may be a password in it
             raise SettingsError(f"{name}: expected sqlite, memory, or a Redis URL", field=name) from None
         choices = [choice for literal in (hint, *get_args(hint)) for choice in _choices(literal)]
+        if by_comma:
+            choices = ["origins as https://example.com, by comma"]
         said = f"expected {' or '.join(choices)}" if choices else str(error).replace("`", "").replace(" | null", "")
         raise SettingsError(f"{name}={text!r}: {said}{', or none' if optional else ''}", field=name) from None
 

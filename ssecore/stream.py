@@ -34,6 +34,7 @@ import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
@@ -87,6 +88,10 @@ class Source(Protocol):
     opening: bytes
 
     @property
+    def events_taken(self) -> int:
+        """How many events (or chunks) have been taken so far."""
+
+    @property
     def events(self) -> bool:
         """Events, with `retry:`, heartbeats and a farewell; else bytes, where a failure cuts the connection."""
 
@@ -128,6 +133,7 @@ class Pump(Generic[T]):
     def __init__(
         self, generator: AsyncIterator[T], frame: Callable[[T], bytes], request: Request, *, buffer_bytes: int
     ) -> None:
+        self.events_taken = 0
         self.ended = False
         self.finished = False
         self.exhausted = False  #: the generator came to its own end
@@ -141,26 +147,36 @@ class Pump(Generic[T]):
         self._room: Signal | None = None  # the pump waits for the sender to take
         #: Who sends for it, where nobody waits in `batch`; see `direct`.
         self.on_wake: Callable[[], None] | None = None
-        #: Who iterates and closes the generator instead of `_drive`, and who is told of a `stop`; see `direct`.
-        self.drive: Callable[[], Coroutine[Any, Any, None]] | None = None
+        #: Who is told of a `stop`, where it isn't `run` that iterates the generator; see `direct`.
         self.on_stop: Callable[[], None] | None = None
         self._scope: CancelScope | None = None
         self._stopped = False
 
     async def run(self) -> None:
         try:
-            await (self.drive or self._drive)()
-        except Exception as error:
-            self.failure = error
-        except get_cancelled_exc_class():
-            if self._stopped:
+            await self._drive()
+        except BaseException as error:
+            if not self.took(error):
                 raise
+        finally:
+            self.end()
+
+    def took(self, error: BaseException) -> bool:
+        """Note it as the generator's failure, if it is one."""
+        if isinstance(error, Exception):
+            self.failure = error
+        elif isinstance(error, get_cancelled_exc_class()) and not self._stopped:
             # By a task that the generator waited for, not by us.
             self.failure = RuntimeError("the handler was cancelled from within")
-        finally:
-            self.ended = True
-            self.finished = not self._frames
-            self.wake()
+        else:
+            return False
+        return True
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        self.ended = True
+        self.finished = not self._frames
+        self.wake()
 
     async def _drive(self) -> None:
         # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from
@@ -233,6 +249,7 @@ class Pump(Generic[T]):
 
     def _take(self) -> list[bytes]:
         taken = self._frames.copy()
+        self.events_taken += len(taken)
         self._frames.clear()
         self.finished = self.ended
         if self._room is not None:
@@ -353,25 +370,33 @@ class StreamOptions:
     send_timeout_s: float | None
     max_stream_s: float | None
     retry_ms: int
+    #: Told once of each stream: its route, and how long its first event took.
+    first_event: Callable[[str, float], None] | None = None
 
 
 class Stream:
     """One streaming response: opens it, sends what its source gives, and ends it as it should."""
 
     __slots__ = (
+        "_before_first",
         "_deadline",
         "_headers",
+        "_looked",
         "_options",
         "_pulse",
         "_pulse_at",
+        "_refusal",
         "_request",
         "_scope",
         "_seen",
         "_send_message",
         "_since",
         "_status",
+        "began",
         "progress",
+        "sent_bytes",
         "source",
+        "stalled_s",
     )
 
     def __init__(
@@ -385,6 +410,10 @@ class Stream:
     ) -> None:
         self.progress = 0  #: odd while a send is in flight (rule 7)
         self.source = source
+        self.sent_bytes = 0  #: of the body
+        self.stalled_s = 0.0  #: in which a send waited for the client, as the sweep saw it
+        self.began = monotonic()  # the loop's time can't be asked for where `direct` steps
+        self._before_first = 1  # writes up to the first event's: one more where the opening holds none
         self._request = request
         self._send_message = send
         self._headers = headers
@@ -392,10 +421,13 @@ class Stream:
         self._options = options
         self._scope: CancelScope | None = None
         self._seen = -1
-        self._since = 0.0
-        self._deadline = current_time() + options.max_stream_s if options.max_stream_s else None
+        self._since = self._looked = 0.0
+        # Up to a tenth sooner: what began together (after a restart) doesn't end together.
+        life_s = options.max_stream_s and options.max_stream_s * random.uniform(0.9, 1.0)
+        self._deadline = current_time() + life_s if life_s else None
         self._pulse: tuple[Callable[[], Event], float] | None = None
         self._pulse_at = 0.0
+        self._refusal: SSEAppError | None = None  # the caller's token has ended
 
     async def run(self, timekeeper: "Timekeeper | None") -> None:
         """Raises the source's own exception if it fails before anything was sent; else nothing of its."""
@@ -428,6 +460,24 @@ class Stream:
                 timekeeper.streams.discard(self)
             self._log_unheard()
         self._raise_early()
+
+    @property
+    def request(self) -> Request:
+        return self._request
+
+    @property
+    def route(self) -> str:
+        """The path as the table has it."""
+        return self._request.route.path if self._request.route is not None else "none"
+
+    @property
+    def events(self) -> int:
+        """Events (or chunks) so far."""
+        return self.source.events_taken
+
+    @property
+    def end_reason(self) -> EndReason:
+        return self._request.end_reason
 
     def _log_unheard(self) -> None:
         """What a handler failed with while it was closed can't be said to anybody."""
@@ -475,12 +525,19 @@ class Stream:
         if self.progress != self._seen:
             self._seen, self._since = self.progress, now
         elif self.progress % 2:
+            self.stalled_s += now - self._looked
             limit = self._options.send_timeout_s
             if limit is not None and now - self._since >= limit:
                 self.abort("slow")
         elif self.progress and self.source.events and self._options.heartbeat_s is not None:
             if now - self._since >= self._options.heartbeat_s:
                 self._beat()
+        self._looked = now
+        credential = self._request.credential
+        if credential is not None and self._refusal is None:
+            self._refusal = credential.refusal()
+            if self._refusal is not None:
+                self.stop("unauthorized")
         if self._pulse is not None and now >= self._pulse_at:
             event, every_s = self._pulse
             self._pulse_at += every_s
@@ -521,20 +578,35 @@ class Stream:
 
     async def _opened(self, batch: bytes) -> bytes:
         source = self.source
-        await self._send({"type": "http.response.start", "status": self._status, "headers": [*self._headers]})
+        headers = [*self._headers, *self._request.answer_headers]
+        await self._send({"type": "http.response.start", "status": self._status, "headers": headers})
         if source.events:
+            self._before_first += not batch
             batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)
         return batch
 
+    def _count(self, batch: bytes) -> None:
+        """Hot path, once for each write."""
+        self.sent_bytes += len(batch)
+        if self._before_first and batch is not HEARTBEAT:
+            self._before_first -= 1
+            if not self._before_first and self._options.first_event is not None:
+                self._options.first_event(self.route, monotonic() - self.began)
+
     async def _send_body(self, batch: bytes) -> None:
+        self._count(batch)
         await self._send({"type": "http.response.body", "body": batch, "more_body": True})
 
     async def _finish(self, batch: bytes) -> None:
         """Send the last batch, and what a stream ends with."""
-        source, reason = self.source, self._request._end_reason
+        source, reason, counted = self.source, self._request._end_reason, len(batch)
+        if batch:
+            self._count(batch)
         if reason is None:  # now: after the last send a server's `receive` says that the client has left
             self._request._end_reason = "failed" if source.failure else "finished"
-        if source.events:
+        if source.events and reason == "unauthorized" and self._refusal is not None:
+            batch += b"".join(error_frames(self._refusal, data_only=self._request.data_only))
+        elif source.events:
             batch += source.farewell(reason)
             if reason == "drain" or isinstance(source.failure, Unavailable):
                 # Spread, so that not all of them come back in one second.
@@ -543,6 +615,7 @@ class Stream:
             if source.failure is not None:
                 _log_failure(source.failure)
             return  # without the last part: the server cuts the connection, and the client sees that
+        self.sent_bytes += len(batch) - counted
         await self._send({"type": "http.response.body", "body": batch, "more_body": False})
 
 

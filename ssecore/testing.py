@@ -3,7 +3,7 @@
 `connect` opens one request by hand: read its answer chunk by chunk or event by event, leave it when you like, hold its
 `send` blocked like a client whose window is shut. `Transport` does the same under httpx:
 
-    async with httpx.AsyncClient(transport=Transport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=Transport(app), base_url="http://localhost") as client:
         async with client.stream("GET", "/countdown/3") as response:
             ...
 

@@ -103,7 +103,10 @@ class Topics:
             init = subscription.init
             return top.seq, encode(Event(init.data, init.event, str(top), init.retry))
         after, gap = locate(stat, cursor)
-        return after, gap_frame(gap, data_only=data_only) if gap is not None else b""
+        if gap is None:
+            return after, b""
+        self._tails.gaps[gap.reason] += 1
+        return after, gap_frame(gap, data_only=data_only)
 
     async def _epoch(self, stream: str) -> str:
         """This process's epoch on the stream, opened when it is first needed."""

@@ -37,6 +37,7 @@ import pytest
 __all__ = [
     "Server",
     "free_port",
+    "is_clean",
     "run_sseapp",
     "serve",
     "serve_hypercorn",
@@ -104,7 +105,7 @@ def serve(data_dir: Path, *options: str, env: Mapping[str, str] | None = None) -
     command = ["sseapp", "serve", "--port", "0", "--data-dir", str(data_dir), *options]
 
     def started(server: Server) -> bool:
-        if match := re.search(r"serving on (http://\S+)\n", server.log()):
+        if match := re.search(r'serving on (http://[^\s"]+)["\n]', server.log()):
             server.is_up_at(match[1])
         return bool(match) and server.answers()
 
@@ -143,6 +144,10 @@ def run_sseapp(*arguments: str, env: Mapping[str, str] | None = None) -> "subpro
     return subprocess.run(
         command, cwd=_ROOT, env=_environment(env or {}), capture_output=True, text=True, timeout=_TIMEOUT_S
     )
+
+
+def is_clean(log: str) -> bool:
+    return "Traceback" not in log and "ERROR" not in log
 
 
 def wait_until(condition: Callable[[], T], timeout_s: float = _TIMEOUT_S) -> T:

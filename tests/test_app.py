@@ -1030,7 +1030,7 @@ async def test_a_mounted_app_streams_and_answers_below_its_mount_point(prefixes:
     root = "".join(prefixes)
 
     with anyio.fail_after(10):
-        async with httpx.AsyncClient(transport=Transport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=Transport(app), base_url="http://localhost") as client:
             stream = await client.get(f"{root}/numbers/2")
             where = json.dumps({"root": root, "path": "/numbers/2"}, ensure_ascii=False, separators=(",", ":"))
             assert stream.text == f"retry: 2000\ndata: 0\n\ndata: 1\n\ndata: {where}\nid: end\n\n"

@@ -14,7 +14,7 @@ from tests.chromium import LISTEN, Seen, seen
 from tests.needs import needs
 from tests.nginx import nginx
 from tests.relay import relay
-from tests.serving import serve
+from tests.serving import free_port, is_clean, serve
 
 pytestmark = needs("chromium")
 
@@ -101,6 +101,28 @@ def test_a_fleeting_stream_runs_once(page: Page, tmp_path: Path) -> None:
         '{"done":true}',
     ]
     assert heard.events[-1][2] == "end"
+
+
+def test_a_page_goes_on_by_itself_over_a_drain_and_a_restart(page: Page, tmp_path: Path) -> None:
+    options, environ = ("--port", str(free_port())), {"SSEAPP_RETRY_MS": "50", "SSEAPP_DRAIN_S": "60"}
+    with serve(tmp_path, *options, env=environ) as server:
+        with server.client.stream("GET", "/countdown/3600?interval=3600") as holding_the_drain_open:
+            chunks = holding_the_drain_open.iter_bytes()
+            next(chunks)
+            begin(page, server.url, "/chat?prompt=hi")
+            page.wait_for_function("window.seen.it.events.length > 2")
+            server.process.terminate()
+            page.wait_for_function("window.seen.it.opened > 3")  # refused softly, and again
+        assert server.wait() == 0, "the run has finished, and nobody else is there"
+    assert is_clean(server.log())
+    errors = seen(page, "it").errors
+    page.wait_for_function(f"window.seen.it.errors > {errors + 1}")  # refused by the machine: nobody listens
+    with serve(tmp_path, *options, env=environ) as server:
+        heard = ended(page)
+        (run,) = server.client.get("/runs").json()["runs"]
+    assert (run["state"], len(heard.events)) == ("completed", run["events"])
+    assert contiguous(heard.ids)
+    assert heard.data[-1] == "[DONE]"
 
 
 @needs("nginx")

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -11,11 +11,8 @@ import pytest
 import uvicorn
 
 from ssecore.connection import KNOWN, chunk, connection_of
-from tests import serving
 from tests.protocol import connected
-from tests.serving import Server
-
-server = serving.server
+from tests.serving import Server, serve
 
 TIMEOUT_S: Final = 20
 START: Final = {"type": "http.response.start", "status": 200, "headers": []}
@@ -25,6 +22,13 @@ LAST: Final = {"type": "http.response.body", "body": b"", "more_body": False}
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that answers HTTP/1.0 as well, which a private one takes for a proxy's."""
+    with serve(tmp_path_factory.mktemp("data"), env={"SSEAPP_AUTH": "off"}) as server:
+        yield server
 
 
 def part(body: bytes) -> dict[str, Any]:

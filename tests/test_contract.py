@@ -669,6 +669,7 @@ FILES: Final = [
 OPS: Final = [
     Answer("GET /healthz", "/healthz", {"status": "ok"}),
     Answer("GET /readyz", "/readyz", {"status": "ready"}),
+    Answer("GET /metrics", "/metrics", TEXT, media_type="text/plain; version=1.0.0; charset=utf-8"),
 ]
 
 RUNS: Final = [
@@ -1019,9 +1020,10 @@ def test_head_has_the_headers_of_get_and_starts_nothing(entry: Entry, world: Wor
     before = world.made()
     head = world.ask("HEAD", entry.target)
     assert (head.status_code, head.content) == (200, b"")
-    assert {
-        name: value for name, value in head.headers.items() if name in wanted
-    } == wanted or entry.route == "GET /runs"
+    assert {name: value for name, value in head.headers.items() if name in wanted} == wanted or entry.route in (
+        "GET /runs",
+        "GET /metrics",
+    )
     assert world.made() == before
 
 

@@ -319,7 +319,7 @@ async def app_client(data_dir: Path) -> AsyncIterator[httpx.AsyncClient]:
 
     app = SSEApp(ROUTES, Settings(log="memory"), lifespan=resources)
     with anyio.fail_after(LIMIT_S):
-        async with app.running(), httpx.AsyncClient(transport=Transport(app), base_url="http://test") as client:
+        async with app.running(), httpx.AsyncClient(transport=Transport(app), base_url="http://localhost") as client:
             yield client
 
 

@@ -75,7 +75,10 @@ class Site:
     ) -> Iterator[HTTPResponse]:
         """The answer's beginning. `window`: what the kernel reads ahead for the client."""
         target = target.encode() if isinstance(target, str) else target
-        lines = [f"{name}: {value}" for name, value in {"host": "x", "connection": "close", **(headers or {})}.items()]
+        lines = [
+            f"{name}: {value}"
+            for name, value in {"host": "localhost", "connection": "close", **(headers or {})}.items()
+        ]
         with socket.socket() as sock:
             sock.settimeout(LIMIT_S)
             if window:

@@ -400,7 +400,7 @@ def slow_client(url: str, path: str) -> tuple[socket.socket, bytes]:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
     sock.settimeout(10)
     sock.connect((address.host, address.port))
-    sock.sendall(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode())
+    sock.sendall(b"GET %b HTTP/1.1\r\nhost: localhost\r\n\r\n" % path.encode())
     body = b""
     while b"event: init\n" not in body:
         body += sock.recv(4096)
@@ -426,7 +426,7 @@ async def test_a_frozen_client_is_dropped_and_delays_nobody(tmp_path: Path) -> N
     async def read(body: bytearray, port: int, subscribed: anyio.Event) -> None:
         nonlocal done
         async with await anyio.connect_tcp("127.0.0.1", port) as stream:
-            await stream.send(b"GET /topics/big HTTP/1.1\r\nhost: x\r\n\r\n")
+            await stream.send(b"GET /topics/big HTTP/1.1\r\nhost: localhost\r\n\r\n")
             while b'\ndata: "the last"\n\n' not in body[-1000:]:
                 body += await stream.receive(1 << 20)
                 if b"event: init\n" in body[:1000]:

@@ -4,6 +4,7 @@ Nothing here waits for a time to pass: what takes a while is looked at again and
 ends.
 """
 
+import asyncio
 import os
 import re
 import select
@@ -12,17 +13,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
+from sseapp import GET, Event, Request, Settings, SSEApp
+from ssecore.server import BoundedProtocol
 from tests import serving
+from tests.clients import listening
 from tests.needs import find, needs
-from tests.serving import Server, run_sseapp, serve, serve_uvicorn, wait_until
+from tests.serving import Server, is_clean, run_sseapp, serve, serve_uvicorn, wait_until
 
 server = serving.server
 
@@ -79,10 +86,6 @@ def farewell(body: str) -> int:
     return int(match[1])
 
 
-def is_clean(log: str) -> bool:
-    return "Traceback" not in log and "ERROR" not in log
-
-
 # Events come as they are made
 
 
@@ -107,7 +110,7 @@ def test_curl_shows_an_event_while_the_stream_goes_on(server: Server) -> None:
 
 @linux
 def test_a_client_that_leaves_within_its_body_is_no_error(tmp_path: Path) -> None:
-    head = b"POST /chat/stream HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+    head = b"POST /chat/stream HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
     with serve(tmp_path) as server:
         before = open_sockets(server)
         with connect(server) as sock:
@@ -120,7 +123,7 @@ def test_a_client_that_leaves_within_its_body_is_no_error(tmp_path: Path) -> Non
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_has_come(server: Server) -> None:
-    head = b"POST /chat/stream HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = b"POST /chat/stream HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     with connect(server) as sock:
         sock.sendall(head + b"content-length: 100000000\r\n\r\n")
         assert sock.recv(4096).startswith(b"HTTP/1.1 413 ")
@@ -155,7 +158,7 @@ def open_sockets(server: Server) -> set[str]:
 @pytest.mark.parametrize("start", [serve, serve_uvicorn], ids=["sseapp", "uvicorn"])
 def test_a_websocket_handshake_is_not_accepted(start: Any, tmp_path: Path) -> None:
     handshake = (
-        b"GET /nothing HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+        b"GET /nothing HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
         b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
     )
     with start(tmp_path) as server, connect(server) as sock:
@@ -320,7 +323,7 @@ def test_a_frozen_client_is_dropped_and_its_socket_freed(tmp_path: Path) -> None
         with reading(server, "/countdown/1?interval=1.5") as quiet:
             before = open_sockets(server)
             with connect(server, receive_buffer_bytes=4096) as frozen:
-                frozen.sendall(b"GET /stream?count=1000000&interval=0 HTTP/1.1\r\nhost: x\r\n\r\n")
+                frozen.sendall(b"GET /stream?count=1000000&interval=0 HTTP/1.1\r\nhost: localhost\r\n\r\n")
                 held = wait_until(lambda: open_sockets(server) - before)
                 wait_until(lambda: not held & open_sockets(server), 8)
             # One that has nothing to say for longer than that is not taken for one that nobody reads.
@@ -328,3 +331,103 @@ def test_a_frozen_client_is_dropped_and_its_socket_freed(tmp_path: Path) -> None
         server.process.terminate()
         assert server.wait() == 0
     assert is_clean(server.log())
+
+
+# Under plain uvicorn, which tells an app of its end only when all connections are closed
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_under_uvicorn_streams_get_their_farewell_and_the_server_ends(sent: signal.Signals, tmp_path: Path) -> None:
+    with serve_uvicorn(tmp_path) as server, ExitStack() as stack:
+        targets = [*ENDLESS, "/topics/news", "/users/ann/stream"]
+        readers = [stack.enter_context(reading(server, target)) for target in targets]
+        run = server.client.get("/chat?prompt=hello", headers={"prefer": "respond-async"})
+        assert run.status_code == 202
+        begin = time.monotonic()
+        server.process.send_signal(sent)
+        bodies = [reader.to_the_end() for reader in readers]
+        # uvicorn raises the signal again when it is done.
+        assert server.wait() in (-sent, 0, 130)
+        assert time.monotonic() - begin < 3
+    for body in bodies:
+        assert farewell(body)
+    assert "Traceback" not in server.log().replace("KeyboardInterrupt", "") or sent == signal.SIGINT
+
+
+def touched(file: Path, server: Server) -> Server:
+    os.utime(file)
+    return server
+
+
+def test_under_uvicorn_a_reload_is_not_held_up_by_a_stream(tmp_path: Path) -> None:
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    changed = watched / "changed.py"
+    changed.touch()
+    with serve_uvicorn(tmp_path / "data", "--reload", "--reload-dir", str(watched)) as server:
+        with reading(server, IDLE) as idle:
+            # Again and again: what is first seen is no change.
+            wait_until(lambda: "Reloading" in touched(changed, server).log())
+            assert farewell(idle.to_the_end())
+        wait_until(lambda: server.log().count("Application startup complete.") == 2)
+        with reading(server, IDLE):
+            server.process.send_signal(signal.SIGTERM)
+            server.wait()
+    assert "Traceback" not in server.log()
+
+
+async def test_an_embedded_app_puts_the_handlers_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    heard: list[int] = []
+    old = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    app = SSEApp([GET("/ticks", ticks)], Settings(log="memory"))
+    try:
+        async with app.running(), listening(app, "/ticks") as stream:
+            await stream.event()
+            signal.raise_signal(signal.SIGTERM)
+            with anyio.fail_after(5):
+                assert await stream.rest() == []
+            assert farewell(stream.raw.decode())
+            assert heard == [signal.SIGTERM], "what the host does on it is done too"
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+async def ticks(request: Request) -> AsyncIterator[Event]:
+    yield Event("tick")
+    await anyio.sleep_forever()
+
+
+# A client that sends half a head
+
+
+@pytest.mark.parametrize("head", [b"", b"GET /healthz HTTP/1.1\r\nhost: loc"])
+@pytest.mark.parametrize("first", [True, False], ids=["the first", "a later one"])
+async def test_a_head_that_does_not_come_to_its_end_is_waited_for_so_long(
+    head: bytes, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssecore.server.HEAD_S", 0.2)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    config = uvicorn.Config(app, http=BoundedProtocol, ws="none", log_config=None, timeout_keep_alive=1)
+    config.load()
+
+    def protocol() -> BoundedProtocol:
+        return BoundedProtocol(config, ServerState(), {})
+
+    listener = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", 0)
+    async with listener:
+        reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+        with anyio.fail_after(3):
+            if not first:
+                writer.write(b"GET / HTTP/1.1\r\n\r\n")
+                assert await reader.readuntil(b"\r\n\r\n")
+            writer.write(head)
+            assert await reader.read() == b""
+        writer.close()

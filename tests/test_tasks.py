@@ -81,7 +81,7 @@ async def service(data_dir: Path, **values: Any) -> AsyncIterator[Service]:
     with anyio.fail_after(LIMIT_S):
         async with (
             app.running(),
-            httpx.AsyncClient(transport=Transport(app), base_url="http://test") as client,
+            httpx.AsyncClient(transport=Transport(app), base_url="http://localhost") as client,
         ):
             yield Service(app, client)
 

@@ -85,7 +85,7 @@ def ours() -> SSEApp:
 
 
 def client_of(app: Any, **options: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=Transport(app, **options), base_url="http://test")
+    return httpx.AsyncClient(transport=Transport(app, **options), base_url="http://localhost")
 
 
 # connect
@@ -428,7 +428,7 @@ async def test_httpx_requests_carry_root_path_query_and_headers() -> None:
     (scope,) = app.scopes
     assert (scope["root_path"], scope["path"], scope["query_string"]) == ("/mount", "/mount/a b", b"q=x+y")
     headers = dict(scope["headers"])
-    assert headers[b"x-name"] == b"value" and headers[b"host"] == b"test"
+    assert headers[b"x-name"] == b"value" and headers[b"host"] == b"localhost"
 
 
 async def test_httpx_sees_every_header_of_an_answer() -> None:

@@ -78,4 +78,4 @@ def _answer(request: Request, file: _File) -> Response:
     return Response(file.body, media_type=file.media_type, headers=headers)
 
 
-ROUTES = [GET("/", index), GET("/static/{name}", static)]
+ROUTES = [GET("/", index, open=True), GET("/static/{name}", static, open=True)]

@@ -11,7 +11,7 @@ the log keeps, it is told by a `gap`. So a slow reader costs its cursor, whateve
 4.  A reader may be given a `Translate`. What it makes keeps the event's id, so that cursors mean the same everywhere.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final, NamedTuple
@@ -48,8 +48,9 @@ def gap_frame(gap: Gap, *, data_only: bool) -> bytes:
 class Tail:
     """The newest events of one stream. Made by `Tails`; lives as long as it has readers."""
 
-    def __init__(self, log: Log, stream: str) -> None:
+    def __init__(self, log: Log, stream: str, gaps: "Counter[str]") -> None:
         self.stream = stream
+        self.gaps = gaps
         self.top = 0
         self.ended: Ended | None = None
         #: What readers get after the top where it could not be stored: a terminal event without an id.
@@ -153,6 +154,7 @@ class Reader:
         "_data_only",
         "_stopped",
         "_translate",
+        "_uncounted",
         "_wanted",
         "after",
         "failure",
@@ -181,6 +183,7 @@ class Reader:
     ) -> None:
         self.tail = tail
         self.after = after
+        self._uncounted = after
         self.opening = opening
         self.finished = False
         #: Why it broke off: the log couldn't be read.
@@ -197,6 +200,11 @@ class Reader:
         self._wanted: anyio.Event | None = None
         tail.readers[self] = None
         tail.guests += 1
+
+    @property
+    def events_taken(self) -> int:
+        """How many events have been read."""
+        return self.after - self._uncounted
 
     def ready(self) -> bytes | None:
         """What can be had without waiting; b"" is nothing yet, `None` that the log has to be read."""
@@ -257,6 +265,8 @@ class Reader:
             return b""
         before, self._before = self._before, b""
         if gap is not None:
+            self.tail.gaps[gap.reason] += 1
+            self._uncounted += (last if gap.to is None else gap.to) - self.after
             before += gap_frame(gap, data_only=self._data_only)
             self.finished = gap.reason == "expired"
         self.after = last
@@ -311,6 +321,7 @@ class Tails:
 
     def __init__(self, log: Log) -> None:
         self.log = log
+        self.gaps: Counter[str] = Counter()  #: announced here, by reason
         self._tails: dict[str, Tail] = {}
 
     def get(self, stream: str) -> Tail | None:
@@ -324,7 +335,7 @@ class Tails:
         """The stream's tail, watching from now on. `settle` it with facts asked for after this; then make readers."""
         tail = self._tails.get(stream)
         if tail is None or tail.ended == "deleted" or tail.last_words:
-            tail = self._tails[stream] = Tail(self.log, stream)
+            tail = self._tails[stream] = Tail(self.log, stream, self.gaps)
             tail.leave = partial(self.leave, tail)
         tail.guests += 1
         return tail

@@ -1,0 +1,276 @@
+"""Who may enter, and which pages may ask: decisions over a request, made before its body is read.
+
+What is configured makes the mode:
+
+- `tokens`: API tokens from a file (`SSEAPP_TOKENS_FILE`), shown as `Authorization: Bearer …`, or as the cookie that
+  `POST /session` changes one for, since an `EventSource` can send no header;
+- `caller`: an embedding program's own function;
+- `off`: `SSEAPP_AUTH=off` said aloud that everybody may: nothing is asked and nothing checked;
+- `private`: none of these. For programs and pages of this machine only.
+
+1.  *Private* means: the peer, the `Host` and the `Origin` are loopback (a name that was rebound to 127.0.0.1 is still
+    another `Host`), nothing says that somebody forwarded the request (an nginx here would publish the service): no
+    header, and not HTTP/1.0; and no page of another origin starts work, by GET either.
+2.  Which page a request comes from only browsers say, and no page can make them lie: first by `Sec-Fetch-Site`, else
+    by `Origin`, which is then compared with `Host`. (Go's `CrossOriginProtection` has the same order, for the same
+    reason: behind a proxy `Host` may be another.) Whoever says nothing is no browser.
+3.  A page of another origin may not use an unsafe method (403), and with a cookie none at all. An origin that is named
+    in `SSEAPP_CORS_ORIGINS` is not another; `*` is none, and lets in only who brings a token along by itself.
+4.  A token in a URL is refused even where it is right: it is in somebody's log or history already.
+"""
+
+import ipaddress
+import math
+import re
+from collections.abc import Awaitable, Callable
+from inspect import isawaitable
+from typing import Final, Literal
+
+from anyio import current_time
+
+from ssecore.errors import BadRequest, Forbidden, SettingsError, SSEAppError, TooManyRequests, Unauthorized
+from ssecore.request import Request
+from ssecore.responses import JSON, Response
+from ssecore.routes import DELETE, POST, Route
+from ssecore.settings import Settings
+from ssecore.tokens import Credential, Tokens, session_of
+
+__all__ = ["Caller", "Guard"]
+
+#: An embedding program's function: gives the caller's name, or `None`, which refuses; or raises the refusal itself.
+Caller = Callable[[Request], str | Awaitable[str | None] | None]
+
+COOKIE: Final = "sseapp_session"
+#: What a page of another origin may read of an answer, besides what the Fetch standard lets it.
+EXPOSED: Final = (
+    "accept-ranges, content-disposition, content-range, etag, location, preference-applied, retry-after, run-id"
+)
+#: How long a browser may keep a preflight's answer: Chromium's own limit.
+PREFLIGHT_S: Final = 7200
+#: Callers whose rate is kept in mind; those that have been quiet are forgotten first.
+MAX_RATES: Final = 10_000
+
+_FORWARDED: Final = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
+_TOKEN_IN_URL: Final = re.compile(rb"(?:^|&)(?:access_token|api_key|token)=|[0-9a-f]{16}\.[A-Za-z0-9_-]{43}")
+_TO_OPEN_IT: Final = (
+    "nobody is asked for credentials here, so it answers only its own machine: configure tokens "
+    "(SSEAPP_TOKENS_FILE; in a program of your own, caller=), or say SSEAPP_AUTH=off if everybody may use it"
+)
+
+
+class TargetTooLong(SSEAppError):
+    """Path and query over `max_target_bytes`."""
+
+    status, code = 414, "target_too_long"
+
+
+class HeadersTooLarge(SSEAppError):
+    """Headers over `max_header_bytes`."""
+
+    status, code = 431, "headers_too_large"
+
+
+class Guard:
+    """One app's. Raises `SettingsError` where the settings contradict each other, or the tokens can't be read."""
+
+    def __init__(self, settings: Settings, caller: Caller | None = None) -> None:
+        given = [caller is not None, settings.tokens_file is not None, settings.auth == "off"]
+        if sum(given) > 1:
+            raise SettingsError("SSEAPP_AUTH=off, SSEAPP_TOKENS_FILE and caller= exclude each other", field="auth")
+        self.mode: Literal["caller", "tokens", "off", "private"] = "private"
+        if any(given):
+            self.mode = ("caller", "tokens", "off")[given.index(True)]
+        self.tokens = Tokens(settings.tokens_file) if settings.tokens_file is not None else None
+        self._settings = settings
+        self._caller = caller
+        origins = frozenset(settings.cors_origins or ())
+        self._any_origin, self._origins = "*" in origins, origins - {"*"}
+        self._full_at: dict[str, float] = {}
+
+    @property
+    def routes(self) -> list[Route]:
+        """`/session`, where there are tokens; without them nobody has to log in."""
+        if self.tokens is None:
+            return []
+        # Open: who wants to leave may, with a token that has expired too. No other page can: it would need a preflight.
+        return [POST("/session", self._log_in), DELETE("/session", self._log_out, open=True)]
+
+    def admit(self, request: Request) -> None:
+        """What holds for every request, whatever its path."""
+        scope, settings = request.scope, self._settings
+        target_bytes = len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b""))
+        if settings.max_target_bytes is not None and target_bytes > settings.max_target_bytes:
+            raise TargetTooLong(f"path and query may have {settings.max_target_bytes} bytes at most")
+        header_bytes = sum([len(name) + len(value) for name, value in scope["headers"]])
+        if settings.max_header_bytes is not None and header_bytes > settings.max_header_bytes:
+            raise HeadersTooLarge(f"the headers may have {settings.max_header_bytes} bytes at most")
+        if self.mode == "private":
+            self._check_private(request)
+
+    def _check_private(self, request: Request) -> None:
+        """Rule 1."""
+        headers, peer, origin = request.headers, request.scope.get("client"), request.headers.get("origin")
+        forwarded = [name for name in _FORWARDED if name in headers]
+        if forwarded or request.scope.get("http_version") == "1.0":  # which nobody speaks but a proxy told nothing
+            raise Forbidden(
+                f"this request was forwarded ({[*forwarded, 'HTTP/1.0'][0]}); {_TO_OPEN_IT}", code="private"
+            )
+        if "host" in headers and not _is_loopback(headers["host"]):
+            raise Forbidden(f"Host {headers['host']!r:.80} is not this machine; {_TO_OPEN_IT}", code="private")
+        if peer is not None and peer[0] and not _is_loopback_address(peer[0]):
+            raise Forbidden(f"this request comes from another machine; {_TO_OPEN_IT}", code="private")
+        if origin is not None and origin not in self._origins and not _is_loopback(origin.partition("://")[2]):
+            raise Forbidden("this page is not one of this machine; name its origin in SSEAPP_CORS_ORIGINS")
+
+    async def enter(self, request: Request) -> None:
+        """Find out who it is, and whether the page behind it may ask. For routes that are not `open`."""
+        if self.mode == "off":
+            return
+        foreign = self._is_foreign(request)
+        safe = request.method in ("GET", "HEAD")
+        brings_token = self._any_origin and "authorization" in request.headers
+        if foreign and (self.mode == "private" or not (safe or brings_token)):
+            raise _foreign()
+        if self._caller is not None:
+            name = self._caller(request)
+            name = await name if isawaitable(name) else name
+            if not name:
+                raise Unauthorized("nobody is known by these credentials", headers={"www-authenticate": "Bearer"})
+            request.caller = name
+        elif self.tokens is not None:
+            credential, by_cookie = self._shown(request, self.tokens)
+            if foreign and by_cookie:
+                raise _foreign()
+            request.caller, request.credential = credential.name, credential
+
+    def _is_foreign(self, request: Request) -> bool:
+        """Rule 2."""
+        headers = request.headers
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        if origin in self._origins:
+            return False
+        if site is not None:
+            return site not in ("same-origin", "none")  # none: the user's own doing, an address typed in
+        return origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
+
+    def _shown(self, request: Request, tokens: Tokens) -> tuple[Credential, bool]:
+        """The credential, and whether it came as a cookie."""
+        if _TOKEN_IN_URL.search(request.scope.get("query_string", b"")):
+            raise _no_token("a token in a URL ends up in logs and histories, and is refused: revoke it")
+        authorization = request.headers.get("authorization")
+        if authorization is not None:
+            scheme, _, token = authorization.partition(" ")
+            if scheme.lower() != "bearer":
+                raise _no_token("this service takes no other scheme than Bearer")
+            return tokens.find(token.strip()), False
+        values = _cookies(request.headers.get("cookie", ""))
+        if len(values) > 1:  # one may be tossed in by a neighbour under the same domain
+            raise _no_token(f"there are several cookies {COOKIE}; delete them")
+        if not values:
+            raise _no_token("this needs credentials")
+        return tokens.find(values.pop(), "session"), True
+
+    async def _log_in(self, request: Request) -> Response:
+        """Change a token for the cookie. `enter` has looked at it."""
+        credential, authorization = request.credential, request.headers.get("authorization")
+        if authorization is None or credential is None:
+            raise BadRequest("send the token as `Authorization: Bearer …`", field="authorization")
+        value = session_of(authorization.partition(" ")[2].strip())
+        # Behind a proxy that ends TLS only the client's side knows of it. Who lies gets a cookie that it can't use.
+        schemes = (request.scope.get("scheme"), request.headers.get("x-forwarded-proto"))
+        secure = "https" in schemes or request.headers.get("origin", "").startswith("https:")
+        data = {"caller": credential.name, "expires": credential.entry.expires}
+        return JSON(data, headers=_cookie(request, value, "; Secure" if secure else ""))
+
+    async def _log_out(self, request: Request) -> Response:
+        return Response(status=204, headers=_cookie(request, "", "; Max-Age=0"))
+
+    def spend(self, request: Request) -> None:
+        """One publication of the caller's. Raises `TooManyRequests`.
+
+        A bucket that holds one second's worth, kept as the time at which it is full again.
+        """
+        per_s, caller = self._settings.max_publish_per_s, request.caller
+        if per_s is None or caller is None:
+            return
+        now = current_time()
+        full_at = max(self._full_at.get(caller, now), now)
+        wait_s = full_at + 1 / per_s - now - max(1.0, 1 / per_s)
+        if wait_s > 0:
+            detail = f"more than {per_s:g} publications a second; try again"
+            raise TooManyRequests(detail, headers={"retry-after": str(math.ceil(wait_s))})
+        if len(self._full_at) >= MAX_RATES:
+            self._full_at = {name: at for name, at in self._full_at.items() if at > now}
+        self._full_at[caller] = full_at + 1 / per_s
+
+    # CORS, as the Fetch standard has it
+
+    def cors_headers(self, request: Request) -> list[tuple[bytes, bytes]]:
+        """What every answer says to a page of another origin."""
+        headers: list[tuple[bytes, bytes]] = []
+        if self._origins:
+            headers.append((b"vary", b"Origin"))  # with or without an Origin: a cache keeps either
+        origin = request.headers.get("origin")
+        if origin is not None and origin in self._origins:
+            headers.append((b"access-control-allow-origin", origin.encode("latin-1")))
+            headers.append((b"access-control-allow-credentials", b"true"))
+        elif origin is not None and self._any_origin:
+            headers.append((b"access-control-allow-origin", b"*"))
+        if len(headers) > bool(self._origins):
+            headers.append((b"access-control-expose-headers", EXPOSED.encode()))
+        return headers
+
+    def preflight(self, request: Request) -> Response | None:
+        """The answer to a browser that asks whether a page may ask; `None`: this is not one."""
+        headers = request.headers
+        method = headers.get("access-control-request-method")
+        if request.method != "OPTIONS" or method is None or "origin" not in headers:
+            return None
+        if not (self._any_origin or headers["origin"] in self._origins):
+            raise Forbidden("this origin is not in SSEAPP_CORS_ORIGINS")
+        # What it wants to send may be anything: the request itself is looked at like every other.
+        allowed = {
+            "access-control-allow-methods": method,
+            "access-control-allow-headers": headers.get("access-control-request-headers", ""),
+            "access-control-max-age": str(PREFLIGHT_S),
+        }
+        return Response(status=204, headers={name: value for name, value in allowed.items() if value})
+
+
+def _foreign() -> Forbidden:
+    return Forbidden("this page is of another origin; name its origin in SSEAPP_CORS_ORIGINS if it may ask")
+
+
+def _no_token(detail: str) -> Unauthorized:
+    text = f"{detail}; send a token as `Authorization: Bearer …`, or change it for a cookie by POST /session"
+    return Unauthorized(text, headers={"www-authenticate": "Bearer"})
+
+
+def _cookies(header: str) -> set[str]:
+    """All values of our cookie. (HTTP/2 may split the header, which is then joined by commas.)"""
+    pairs = (pair.partition("=") for pair in re.split("[;,] *", header))
+    return {value for name, _, value in pairs if name == COOKIE}
+
+
+def _cookie(request: Request, value: str, more: str) -> dict[str, str]:
+    # Strict: a page of another site can't use it. No Max-Age: it goes with the browser, and at the latest its token.
+    cookie = f"{COOKIE}={value}; Path={request.root_path or '/'}; HttpOnly; SameSite=Strict{more}"
+    return {"set-cookie": cookie, "cache-control": "no-store"}
+
+
+def _is_loopback(authority: str) -> bool:
+    """`localhost`, a name below it, or an address; with or without a port."""
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+))(?::[0-9]{1,5})?", authority)
+    if match is None:
+        return False
+    name = (match[2] or "").lower()
+    return name == "localhost" or name.endswith(".localhost") or _is_loopback_address(match[1] or name)
+
+
+def _is_loopback_address(text: str) -> bool:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

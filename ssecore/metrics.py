@@ -1,0 +1,131 @@
+"""Counters and gauges in Prometheus' format, one registry an app.
+
+Nothing is counted for an event: streams count what they send (per write), and are asked when somebody scrapes.
+"""
+
+from collections import Counter as Sums
+from collections.abc import Callable, Collection, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+from typing import Final, NamedTuple, Protocol
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+__all__ = ["MEDIA_TYPE", "Facts", "Measurable", "Metrics"]
+
+MEDIA_TYPE: Final = CONTENT_TYPE_LATEST
+#: From what a laptop's SQLite needs for a commit to what makes people reload the page.
+_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+#: What a stream counts, with the metric that it goes into.
+_SENT: Final = (
+    ("events", "sseapp_events_sent", "Events given to clients (chunks, where it is bytes), by route"),
+    ("sent_bytes", "sseapp_sent_bytes", "Bytes of bodies written for streams, by route"),
+    (
+        "stalled_s",
+        "sseapp_stalled_seconds",
+        "Time in which writes waited for slow clients, by route; seen each second",
+    ),
+)
+
+
+class Measurable(Protocol):
+    """An open stream, as it is measured."""
+
+    sent_bytes: int
+    stalled_s: float
+
+    @property
+    def route(self) -> str: ...
+
+    @property
+    def events(self) -> int: ...
+
+
+class Facts(NamedTuple):
+    """What is so at the moment of a scrape."""
+
+    streams: Collection[Measurable] = ()
+    runs: int = 0
+    gaps: Mapping[str, int] = {}
+
+
+class Metrics:
+    """One app's. `facts` is asked at each scrape."""
+
+    def __init__(self, facts: Callable[[], Facts]) -> None:
+        self._facts = facts
+        self._past = {attribute: Sums[str]() for attribute, _, _ in _SENT}  # of streams that have ended
+        self._registry = registry = CollectorRegistry()
+        self.first_event = Histogram(
+            "sseapp_first_event_seconds",
+            "From a stream's opening to its first event, by route",
+            ["route"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.appends = Histogram(
+            "sseapp_log_append_seconds",
+            "Appends to the event log, and how long each took",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.appended = Counter("sseapp_log_events", "Events appended to the event log", registry=registry)
+        self.log_failures = Counter("sseapp_log_failures", "Appends that failed: the log is away", registry=registry)
+        self.resumes = Counter(
+            "sseapp_resumes", "Streams that went on after a cursor, by route", ["route"], registry=registry
+        )
+        self.runs_ended = Counter("sseapp_runs_ended", "Runs that ended, by state", ["state"], registry=registry)
+        self.refused = Counter(
+            "sseapp_refused", "Requests answered by a problem, by status", ["status"], registry=registry
+        )
+        self._ended = Counter(
+            "sseapp_streams_ended", "Streams that ended, by route and why", ["route", "reason"], registry=registry
+        )
+        try:
+            own = version("sseapp")
+        except PackageNotFoundError:  # run from a checkout that isn't installed
+            own = "unknown"
+        build = Info("sseapp_build", "The version that runs", registry=registry)
+        build.info({"version": own, "python": python_version()})
+        ProcessCollector(registry=registry)
+        registry.register(self)
+
+    def ended(self, stream: Measurable, reason: str) -> None:
+        """A stream is over: what it has counted stays."""
+        self._ended.labels(stream.route, reason).inc()
+        for attribute, sums in self._past.items():
+            sums[stream.route] += getattr(stream, attribute)
+
+    def collect(self) -> Iterable[Metric]:
+        """What is asked for at a scrape."""
+        streams, runs, gaps = self._facts()
+        open_streams = GaugeMetricFamily("sseapp_streams_open", "Open streams, by route", labels=["route"])
+        for route, count in Sums(stream.route for stream in streams).items():
+            open_streams.add_metric([route], count)
+        yield open_streams
+        for attribute, name, meaning in _SENT:
+            sums = self._past[attribute].copy()
+            for stream in streams:
+                sums[stream.route] += getattr(stream, attribute)
+            sent = CounterMetricFamily(name, meaning, labels=["route"])
+            for route, value in sums.items():
+                sent.add_metric([route], value)
+            yield sent
+        yield GaugeMetricFamily("sseapp_runs_running", "Runs at work in this process", value=runs)
+        announced = CounterMetricFamily("sseapp_gaps", "Losses announced to readers, by reason", labels=["reason"])
+        for reason, count in gaps.items():
+            announced.add_metric([reason], count)
+        yield announced
+
+    def text(self) -> bytes:
+        """All of it, as `MEDIA_TYPE`."""
+        return generate_latest(self._registry)

@@ -1,0 +1,466 @@
+"""Who may enter: tokens, the cookie, an embedding program's callers, and a service without credentials."""
+
+import os
+import stat
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import anyio
+import pytest
+
+from sseapp import GET, JSON, POST, Event, Request, Response, Run, Settings, SSEApp, Subscription
+from ssecore.errors import Forbidden, SettingsError
+from ssecore.guard import Caller
+from ssecore.testing import connect
+from ssecore.tokens import add_token, parse_expiry, read_tokens, revoke_tokens, session_of
+from tests.clients import ask, listening
+from tests.serving import run_sseapp
+
+
+async def me(request: Request) -> Response:
+    return JSON({"caller": request.caller})
+
+
+async def ticks(request: Request) -> AsyncIterator[Event]:
+    yield Event("tick")
+    await anyio.sleep_forever()
+
+
+async def feed(request: Request) -> Subscription:
+    return Subscription("feed", Event("init"))
+
+
+ROUTES = [
+    GET("/me", me),
+    POST("/me", me),
+    POST("/publish", me, publishes=True),
+    GET("/open", me, open=True),
+    GET("/ticks", ticks),
+    GET("/data", ticks, data_only=True),
+    GET("/run", ticks, run=Run()),
+    GET("/feed", feed),
+]
+
+
+def app_of(caller: Caller | None = None, **settings: Any) -> SSEApp:
+    return SSEApp(ROUTES, Settings(log="memory", **settings), caller=caller)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "tokens"
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+async def caller_of(app: SSEApp, headers: dict[str, str]) -> Any:
+    answer = await ask(app, "/me", headers=headers)
+    assert answer.status == 200, answer.body
+    return answer.json["caller"]
+
+
+# Tokens
+
+
+async def test_a_token_opens_the_door_under_its_name(path: Path) -> None:
+    token = add_token(path, "ann")
+    app = app_of(tokens_file=path)
+    assert await caller_of(app, bearer(token)) == "ann"
+    assert await caller_of(app, {"authorization": f"bearer  {token}"}) == "ann"
+
+
+@pytest.mark.parametrize(
+    "authorization", [None, "", "Bearer", "Bearer ", "Bearer x", "Bearer .", "Basic YTpi", "{id}", "Bearer {id}.wrong"]
+)
+async def test_without_a_right_token_nothing_is_to_be_had(authorization: str | None, path: Path) -> None:
+    token = add_token(path, "ann")
+    headers = {}
+    if authorization is not None:
+        headers["authorization"] = authorization.replace("{id}", token.partition(".")[0])
+    answer = await ask(app_of(tokens_file=path), "/ticks", headers=headers)
+    assert answer.problem == (401, "unauthorized")
+    assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+async def test_the_secret_of_one_token_is_no_use_with_the_id_of_another(path: Path) -> None:
+    ann, ben = add_token(path, "ann"), add_token(path, "ben")
+    mixed = f"{ann.partition('.')[0]}.{ben.partition('.')[2]}"
+    assert (await ask(app_of(tokens_file=path), "/me", headers=bearer(mixed))).status == 401
+
+
+async def test_what_is_open_is_open_to_all(path: Path) -> None:
+    app = app_of(tokens_file=path)
+    assert (await ask(app, "/open")).json == {"caller": None}
+    assert (await ask(app, "/nothing")).status == 404
+
+
+@pytest.mark.parametrize("name", ["token", "access_token", "api_key", "q"])
+async def test_a_token_in_a_url_is_refused_even_where_it_is_right(name: str, path: Path) -> None:
+    token = add_token(path, "ann")
+    for headers in ({}, bearer(token)):
+        answer = await ask(app_of(tokens_file=path), f"/me?a=1&{name}={token}", headers=headers)
+        assert answer.problem == (401, "unauthorized")
+        assert "URL" in answer.json["detail"]
+
+
+async def test_a_body_is_not_read_from_whom_nobody_knows(path: Path) -> None:
+    app = SSEApp([POST("/any", me, body=Any)], Settings(log="memory", tokens_file=path))
+    async with connect(
+        app, "POST", "/any", headers={"content-type": "application/json"}, body=[b"1"] * 100
+    ) as exchange:
+        await exchange.ended.wait()
+        assert exchange.status == 401
+        assert len(exchange._to_app) == 100
+
+
+async def test_a_token_is_known_and_revoked_without_a_restart(path: Path) -> None:
+    app = app_of(tokens_file=path)
+    for _ in range(3):
+        token = add_token(path, "ann")
+        assert await caller_of(app, bearer(token)) == "ann"
+        revoke_tokens(path, "ann")
+        assert (await ask(app, "/me", headers=bearer(token))).status == 401
+
+
+async def test_a_token_expires(path: Path) -> None:
+    token = add_token(path, "ann", datetime.now(UTC) - timedelta(seconds=1))
+    assert (await ask(app_of(tokens_file=path), "/me", headers=bearer(token))).problem == (401, "token_expired")
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+async def test_a_broken_file_shuts_nobody_out_and_lets_nobody_in(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    token = add_token(path, "ann")
+    app = app_of(tokens_file=path)
+    append(path, "half an ed")
+    assert await caller_of(app, bearer(token)) == "ann"
+    assert "line 2" in caplog.text and "half an ed" not in caplog.text
+    delete(path)
+    assert (await ask(app, "/me", headers=bearer(token))).status == 401
+
+
+def test_a_broken_file_is_refused_at_the_start(path: Path) -> None:
+    path.write_text('{"id": 1}\n')
+    with pytest.raises(SettingsError, match="line 1"):
+        app_of(tokens_file=path)
+
+
+def test_a_file_that_is_not_there_yet_holds_no_token_and_says_so(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    app_of(tokens_file=path)
+    assert "sseapp token add" in caplog.text
+
+
+def test_the_file_holds_no_secret_and_is_for_its_owner_only(path: Path) -> None:
+    token = add_token(path, "ann")
+    text = path.read_text()
+    assert token.partition(".")[2] not in text
+    assert session_of(token).partition(".")[2] not in text
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert [name.name for name in path.parent.iterdir()] == ["tokens"], "nothing is left over"
+
+
+def test_many_at_once_lose_no_token(path: Path) -> None:
+    threads = [Thread(target=add_token, args=(path, f"caller{n}")) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {entry.name for entry in read_tokens(path)} == {f"caller{n}" for n in range(16)}
+
+
+@pytest.mark.parametrize("name", ["", " ann", "a/b", "a\nb", "a\x00", "x" * 201])
+def test_a_name_that_would_do_harm_is_refused(name: str, path: Path) -> None:
+    with pytest.raises(SettingsError):
+        add_token(path, name)
+    assert not path.exists()
+
+
+def test_an_expiry_is_a_time_from_now_or_a_date() -> None:
+    now = datetime.now(UTC)
+    assert timedelta(hours=11) < parse_expiry("12h") - now < timedelta(hours=13)
+    assert parse_expiry("2999-12-31") == datetime(2999, 12, 31, tzinfo=UTC)
+    assert parse_expiry("2999-12-31T01:00:00+01:00") == datetime(2999, 12, 31, tzinfo=UTC)
+    for wrong in ("", "x", "12", "-1d", "2001-01-01", "9" * 9 + "d"):
+        with pytest.raises(SettingsError):
+            parse_expiry(wrong)
+
+
+# A stream ends with its token
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("target", ["/ticks", "/run", "/feed", "/data"])
+async def test_a_stream_ends_when_its_token_is_revoked(target: str, direct: bool, path: Path) -> None:
+    mine, other = add_token(path, "ann"), add_token(path, "ben")
+    app = app_of(tokens_file=path, heartbeat_s=0.2)
+    app.direct = direct
+    async with app.running():
+        async with listening(app, target, headers=bearer(mine)) as stays:
+            async with listening(app, target, headers=bearer(other)) as ends:
+                await ends.event()
+                revoke_tokens(path, "ben")
+                with anyio.fail_after(10):
+                    *_, last = events = await ends.rest()
+            if target == "/data":
+                assert last.data == "[DONE]"
+                last = events[-2]
+            assert "token_revoked" in last.data
+            assert "id: end" not in ends.raw.decode()
+            await stays.event()
+            assert not stays.exchange.ended.is_set()
+            assert app.metrics.text().count(b'reason="unauthorized"') == 2  # the counter, and when it was created
+
+
+async def test_a_stream_ends_when_its_token_expires(path: Path) -> None:
+    token = add_token(path, "ann", datetime.now(UTC) + timedelta(seconds=1))
+    app = app_of(tokens_file=path, heartbeat_s=0.2)
+    async with app.running(), listening(app, "/ticks", headers=bearer(token)) as reading:
+        with anyio.fail_after(10):
+            *_, last = await reading.rest()
+    assert (last.event, "token_expired" in last.data) == ("error", True)
+
+
+# An embedding program's callers
+
+
+async def test_a_function_of_the_program_gives_the_name() -> None:
+    app = app_of(lambda request: request.headers.get("x-user"))
+    assert await caller_of(app, {"x-user": "ann", "host": "example.com", "x-forwarded-for": "192.0.2.1"}) == "ann"
+    answer = await ask(app, "/me")
+    assert answer.problem == (401, "unauthorized")
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_function_of_the_program_may_wait_and_refuse_in_its_own_words() -> None:
+    async def caller(request: Request) -> str:
+        await anyio.lowlevel.checkpoint()
+        raise Forbidden("not on sundays", code="sunday")
+
+    assert (await ask(app_of(caller), "/me")).problem == (403, "sunday")
+    assert (await ask(app_of(caller), "/open")).status == 200
+
+
+async def test_a_function_that_fails_lets_nobody_in(caplog: pytest.LogCaptureFixture) -> None:
+    def caller(request: Request) -> str:
+        raise LookupError("the database is away")
+
+    answer = await ask(app_of(caller), "/me")
+    assert answer.problem == (500, "internal_error")
+    assert b"database" not in answer.body
+
+
+@pytest.mark.parametrize("settings", [{"auth": "off"}, {"tokens_file": Path("tokens")}])
+def test_two_ways_to_say_who_may_enter_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="exclude"):
+        app_of(lambda request: "ann", **settings)
+
+
+# Limits for a caller
+
+
+async def test_a_caller_publishes_at_its_rate_and_no_faster() -> None:
+    app = app_of(lambda request: request.headers["x-user"], max_publish_per_s=3)
+    answers = [await ask(app, "/publish", "POST", headers={"x-user": "ann"}) for _ in range(5)]
+    assert [answer.status for answer in answers] == [200, 200, 200, 429, 429]
+    assert answers[-1].problem == (429, "too_many_requests")
+    assert answers[-1].headers["retry-after"] == "1"
+    assert (await ask(app, "/publish", "POST", headers={"x-user": "ben"})).status == 200
+    assert (await ask(app, "/me", "POST", headers={"x-user": "ann"})).status == 200, "not all posts are publications"
+
+
+async def test_a_rate_below_one_a_second_allows_one() -> None:
+    app = app_of(lambda request: "ann", max_publish_per_s=0.1)
+    answers = [await ask(app, "/publish", "POST") for _ in range(2)]
+    assert [answer.status for answer in answers] == [200, 429]
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 10
+
+
+async def test_where_nobody_has_a_name_there_is_no_limit_for_one() -> None:
+    app = app_of(max_publish_per_s=1, max_streams_per_caller=1)
+    assert [(await ask(app, "/publish", "POST")).status for _ in range(3)] == [200] * 3
+    async with app.running(), listening(app, "/ticks"), listening(app, "/ticks") as second:
+        await second.event()
+
+
+async def test_a_caller_opens_so_many_streams_and_gets_a_place_back() -> None:
+    app = app_of(lambda request: request.headers["x-user"], max_streams_per_caller=2)
+    ann = {"x-user": "ann", "accept": "text/event-stream", "cache-control": "no-cache"}
+    async with app.running():
+        for _ in range(2):
+            async with listening(app, "/ticks", headers=ann) as one, listening(app, "/feed", headers=ann) as two:
+                await one.event()
+                await two.event()
+                for target in ("/ticks", "/feed", "/run"):
+                    answer = await ask(app, target, headers=ann)
+                    assert answer.problem == (429, "too_many_requests"), "never softly: it is the caller's own doing"
+                    assert int(answer.headers["retry-after"]) > 0
+                async with listening(app, "/ticks", headers={"x-user": "ben"}) as other:
+                    await other.event()
+
+
+# Without credentials
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "localhost"},
+        {"host": "LOCALHOST:8000"},
+        {"host": "app.localhost:8000"},
+        {"host": "127.0.0.1:8000"},
+        {"host": "127.8.7.6"},
+        {"host": "[::1]:8000"},
+        {"host": "[::ffff:127.0.0.1]"},
+        {"host": "localhost:8000", "origin": "http://localhost:8000"},
+        {"host": "localhost:8000", "origin": "http://127.0.0.1:8080", "sec-fetch-site": "same-origin"},
+        {"host": "localhost:8000", "sec-fetch-site": "same-origin"},
+        {"host": "localhost:8000", "sec-fetch-site": "none"},
+        {"host": "localhost:8000", "origin": "https://listed.example", "sec-fetch-site": "cross-site"},
+    ],
+    ids=str,
+)
+async def test_a_private_service_answers_its_own_machine(headers: dict[str, str]) -> None:
+    app = app_of(cors_origins=("https://listed.example",))
+    for method in ("GET", "POST"):
+        assert (await ask(app, "/me", method, headers=headers)).status == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"host": "localhost.evil.example"},
+        {"host": "127.0.0.1.evil.example"},
+        {"host": "localhost."},
+        {"host": "localhost@evil.example"},
+        {"host": "localhost, evil.example"},
+        {"host": "192.168.0.1:8000"},
+        {"host": "0.0.0.0:8000"},
+        {"host": ""},
+        {"host": "[::1"},
+        {"host": "2130706433"},
+        {"forwarded": "for=192.0.2.1"},
+        {"x-forwarded-for": "127.0.0.1"},
+        {"x-forwarded-host": "localhost"},
+        {"x-forwarded-proto": "https"},
+        {"x-real-ip": "127.0.0.1"},
+        {"via": "1.1 proxy"},
+        {"host": "localhost", "origin": "http://evil.example"},
+        {"host": "localhost", "origin": "null"},
+    ],
+    ids=str,
+)
+async def test_a_private_service_answers_nobody_else(headers: dict[str, str]) -> None:
+    for target in ("/me", "/open", "/nothing"):
+        answer = await ask(app_of(), target, headers=headers)
+        assert answer.status == 403
+    if "origin" not in headers:
+        assert answer.json["code"] == "private"
+        assert "SSEAPP_TOKENS_FILE" in answer.json["detail"] and "SSEAPP_AUTH=off" in answer.json["detail"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"sec-fetch-site": "cross-site", "origin": "http://localhost:8000"},
+        {"origin": "http://localhost:3000"},
+        {"origin": "http://127.0.0.1:8000"},
+    ],
+    ids=str,
+)
+async def test_a_page_of_another_origin_starts_nothing_on_a_private_service(headers: dict[str, str]) -> None:
+    headers["host"] = "localhost:8000"
+    for method in ("GET", "POST"):
+        answer = await ask(app_of(cors_origins=("*",)), "/me", method, headers=headers)
+        assert answer.problem == (403, "forbidden")
+
+
+async def test_a_private_service_is_not_for_another_machine() -> None:
+    app = app_of()
+    for peer, status in ((("192.0.2.1", 1), 403), (("::1", 1), 200), (("127.0.0.1", 1), 200), (None, 200)):
+
+        async def asked_from(scope: Any, receive: Any, send: Any, peer: Any = peer) -> None:
+            await app({**scope, "client": peer}, receive, send)
+
+        async with connect(asked_from, "GET", "/me") as exchange:
+            await exchange.ended.wait()
+        assert exchange.status == status
+
+
+async def test_said_aloud_everybody_may_and_nobodys_runs_are_listed() -> None:
+    app = app_of(auth="off")
+    everybody = {"host": "example.com", "x-forwarded-for": "192.0.2.1", "origin": "http://evil.example"}
+    assert await caller_of(app, everybody) is None
+    async with app.running():
+        assert (await ask(app, "/runs", headers=everybody)).problem == (403, "forbidden")
+
+
+# Pages of other origins, with credentials
+
+
+async def test_a_page_of_another_origin_may_not_use_an_unsafe_method(path: Path) -> None:
+    token = add_token(path, "ann")
+    app = app_of(tokens_file=path, cors_origins=("https://listed.example",))
+    site = {"host": "app.example", **bearer(token)}
+
+    async def status(method: str, **headers: str) -> int:
+        return (await ask(app, "/me", method, headers=site | headers)).status
+
+    assert await status("POST") == 200, "no browser"
+    assert await status("POST", origin="https://app.example") == 200
+    assert await status("POST", origin="https://listed.example") == 200
+    assert await status("POST", origin="https://evil.example") == 403
+    assert await status("POST", origin="null") == 403
+    assert await status("POST", origin="https://app.example.evil.example") == 403
+    assert await status("GET", origin="https://evil.example") == 200, "it has shown a token of its own"
+
+
+async def test_any_origin_may_ask_with_a_token_where_that_is_said(path: Path) -> None:
+    token = add_token(path, "ann")
+    app = app_of(tokens_file=path, cors_origins=("*",))
+    foreign = {"host": "app.example", "origin": "https://evil.example"}
+    assert (await ask(app, "/me", "POST", headers=foreign | bearer(token))).status == 200
+    cookie = {"cookie": f"sseapp_session={session_of(token)}"}
+    for method in ("GET", "POST"):
+        assert (await ask(app, "/me", method, headers=foreign | cookie)).status == 403
+
+
+# The command
+
+
+def test_the_command_prints_the_token_alone(path: Path) -> None:
+    result = run_sseapp("token", "add", "ann", "--expires", "90d", env={"SSEAPP_TOKENS_FILE": str(path)})
+    assert (result.returncode, result.stdout.count("\n")) == (0, 1)
+    token = result.stdout.strip()
+    assert "ann" in result.stderr and token not in result.stderr
+    (entry,) = read_tokens(path)
+    assert (entry.id, entry.name) == (token.partition(".")[0], "ann")
+    assert entry.expires is not None
+
+    listed = run_sseapp("token", "--tokens-file", str(path), "list")
+    assert listed.stdout.split("\t")[:2] == [entry.id, "ann"]
+    assert entry.hash not in listed.stdout
+
+    assert run_sseapp("token", "--tokens-file", str(path), "revoke", "ben").returncode == 1
+    assert run_sseapp("token", "--tokens-file", str(path), "revoke", entry.id).returncode == 0
+    assert read_tokens(path) == []
+
+
+def test_the_command_says_where_the_tokens_should_be() -> None:
+    result = run_sseapp("token", "add", "ann")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "SSEAPP_TOKENS_FILE" in result.stderr
