@@ -56,15 +56,9 @@ def run(
     asked: list[dict[str, float]] = []
     for _ in range(rounds):
         one: dict[str, dict[str, float]] = {}
-        for name, log, replicas in (
-            ("memory", "memory", 1),
-            ("SQLite", "sqlite", 1),
-            ("Redis", "", 1),
-            ("Redis", "", 2),
-        ):
+        for name, (log, replicas) in CONTENDERS.items():
             with _started(log, replicas) as (servers, redis):
-                figures = _append(servers, redis, count) | _fan_out(servers, readers, deliveries // readers)
-            one[f"{name}, 1 replica" if replicas == 1 else f"{name}, {replicas} replicas"] = figures
+                one[name] = _append(servers, redis, count) | _fan_out(servers, readers, deliveries // readers)
         found.append(one)
         with _started("", 1) as (servers, redis):
             asked.append(_commands(servers[0], redis, streams, tokens))

@@ -44,7 +44,7 @@ def test_every_reader_hears_every_event_once_from_redis(kind: Kind, name: str) -
         history = play(SEED, 2, SCENARIOS[name], server.url)
     found, counts = violations(history), history.counts()
     assert not found, "\n".join([f"seed {SEED}, {name}:", *found[:20]])
-    assert counts["resumes"] > 50 and counts["acknowledged"] > 20 and counts["restarts"], counts
+    assert counts["resumes"] > 10 and counts["acknowledged"] > 10 and counts["restarts"], counts
 
 
 def run_blocks(*seqs: int) -> list[Block]:
