@@ -140,6 +140,8 @@ class SSEApp:
             if isinstance(answer, Stream):
                 try:
                     self._streams.add(answer)
+                    if self.draining and isinstance(answer.source, Reader):
+                        answer.stop("drain")  # it was let in before, and has waited for the log
                     return await answer.run(self._timekeeper)
                 finally:
                     self._over(answer)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks import (
+    chaos,
     charts,
     churn,
     decode,
@@ -20,6 +21,7 @@ from benchmarks import (
     idle,
     latency,
     memory,
+    redis,
     resume,
     retention,
     rows,
@@ -30,6 +32,7 @@ from benchmarks.process import pin_load, raise_file_limit
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
+    "chaos": chaos.run,
     "churn": churn.run,
     "decode": decode.run,
     "durable": durable.run,
@@ -40,6 +43,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "idle": idle.run,
     "latency": latency.run,
     "memory": memory.run,
+    "redis": redis.run,
     "resume": resume.run,
     "retention": retention.run,
     "rows": rows.run,

@@ -8,6 +8,7 @@ from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 from benchmarks import nchan
 from benchmarks.crowd import Crowd
@@ -15,7 +16,7 @@ from benchmarks.nchan import Nchan
 from benchmarks.process import PEERS_PYTHON, Server, memory_bytes
 from benchmarks.report import Check, Report, Spread
 
-__all__ = ["run"]
+__all__ = ["BURST", "publisher", "run"]
 
 CPU, CPU_RATIO, BURST_CPU, MEMORY = "CPU µs/delivery", "CPU / nchan", "in bursts", "KiB/connection"
 ALL_MS, LOAD = "all have it after ms", "load busy %"
@@ -103,7 +104,7 @@ def _nchan(readers: int, events: int) -> dict[str, float]:
 def _measure(server: Server | Nchan, subscribe: str, publish: str, readers: int, events: int) -> dict[str, float]:
     with Crowd(server.port, subscribe) as crowd:
         crowd.join(WARM_READERS)
-        with _publisher(server.port, publish) as post:
+        with publisher(server.port, publish) as post:
             for n in range(WARM_EVENTS):
                 post(crowd, n)
     time.sleep(0.5)  # the server has seen them leave
@@ -112,7 +113,7 @@ def _measure(server: Server | Nchan, subscribe: str, publish: str, readers: int,
         crowd.join(readers)
         time.sleep(0.5)
         memory = memory_bytes(server.pid) - idle
-        with _publisher(server.port, publish) as post:  # only now: an idle connection would be closed
+        with publisher(server.port, publish) as post:  # only now: an idle connection would be closed
             for n in range(WARM_EVENTS, 2 * WARM_EVENTS):
                 post(crowd, n)
             begin, cpu, own_cpu = time.perf_counter(), server.cpu_s(), time.process_time()
@@ -132,12 +133,18 @@ def _measure(server: Server | Nchan, subscribe: str, publish: str, readers: int,
     }
 
 
+class Waiting(Protocol):
+    """A crowd, or several."""
+
+    def until(self, mark: bytes) -> None: ...
+
+
 @contextmanager
-def _publisher(port: int, target: str) -> Iterator[Callable[..., float]]:
+def publisher(port: int, target: str) -> Iterator[Callable[..., float]]:
     """Posts event number n, or so many from n on, and says after how many seconds all of the crowd had the last."""
     connection = HTTPConnection("127.0.0.1", port)
 
-    def post(crowd: Crowd, n: int, events: int = 1) -> float:
+    def post(crowd: Waiting, n: int, events: int = 1) -> float:
         begin = time.perf_counter()
         for number in range(n, n + events):
             mark = b'"n":"%08d"' % number

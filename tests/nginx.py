@@ -22,7 +22,7 @@ import httpx
 from tests.needs import find
 from tests.serving import free_port, wait_until
 
-__all__ = ["DEPLOY", "Nginx", "nginx"]
+__all__ = ["DEPLOY", "Nginx", "make_certificate", "nginx"]
 
 DEPLOY: Final = Path(__file__).parent.parent / "deploy"
 _NOBODY: Final = 65534
@@ -58,6 +58,11 @@ class Nginx:
         self.process.send_signal(signal.SIGHUP)
         wait_until(lambda: set(self._workers()) - old)
 
+    def send_workers(self, what: signal.Signals) -> None:
+        for pid in self._workers():
+            with suppress(ProcessLookupError):  # an old one, after a reload
+                os.kill(pid, what)
+
     def _workers(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in children.read_text().split()]
@@ -82,7 +87,7 @@ def nginx(
         }
         if config == "nginx-tls.conf":
             places |= {"listen 8443": f"listen 127.0.0.1:{tls_port}", "/etc/nginx/tls": name}
-            _make_certificate(folder)
+            make_certificate(folder)
         (folder / config).write_text((DEPLOY / config).read_text())
         for old, new in {**places, **(changes or {})}.items():
             paths = [path for path in (folder / config, *folder.glob("sseapp/*")) if old in path.read_text()]
@@ -113,7 +118,8 @@ def _answers(proxy: Nginx) -> bool:
     return False
 
 
-def _make_certificate(folder: Path) -> None:
+def make_certificate(folder: Path) -> None:
+    """privkey.pem and fullchain.pem, for 127.0.0.1. Needs openssl."""
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-nodes"]
     key = [
         "-newkey",

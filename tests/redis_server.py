@@ -36,6 +36,11 @@ class RedisServer:
         self._options = (*options, "--appendonly", "yes", "--appendfsync", "always") if keeps else options
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         program = find("redis") if self.kind == "redis" else str(_valkey())
         where = ["--port", "0", "--unixsocket", str(self.path), "--dir", str(self.folder)]

@@ -18,6 +18,8 @@ from benchmarks.history import (
     play,
     violations,
 )
+from tests.needs import needs
+from tests.redis_server import Kind, serving
 
 SEED = 20
 RUN, TOPIC = "R" * 22, "T" * 22
@@ -32,6 +34,17 @@ def test_every_reader_hears_every_event_once(name: str) -> None:
     counts = history.counts()
     assert counts["cuts"] > 50 and counts["resumes"] > 50 and counts["acknowledged"] > 20, counts
     assert counts["restarts"] or SCENARIOS[name] is None, counts
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [pytest.param("redis", "killed", marks=needs("redis")), ("valkey", "drained")]
+)
+def test_every_reader_hears_every_event_once_from_redis(kind: Kind, name: str) -> None:
+    with serving(kind) as server:
+        history = play(SEED, 2, SCENARIOS[name], server.url)
+    found, counts = violations(history), history.counts()
+    assert not found, "\n".join([f"seed {SEED}, {name}:", *found[:20]])
+    assert counts["resumes"] > 10 and counts["acknowledged"] > 10 and counts["restarts"], counts
 
 
 def run_blocks(*seqs: int) -> list[Block]:
@@ -236,6 +249,19 @@ def test_an_interrupted_run_has_an_excuse_only_where_the_server_was_stopped() ->
     history = interrupted()
     history.stopped_by = None
     assert any("2 of 4 as planned" in violation for violation in violations(history))
+
+
+def test_where_the_log_goes_away_a_run_may_end_by_it_and_a_refused_publish_may_be_there() -> None:
+    history = interrupted()
+    end = Block(f"{RUN}.3", "error", '{"error":"the event log can\'t be used","code":"log_unavailable"}')
+    history.readers[0].connections[0].blocks[2:] = [end]
+    history.readers[1].connections[1].blocks[:] = [end]
+    refused_and_there(history)
+    assert violations(history)
+    history.log_goes = True
+    assert violations(history) == []
+    published_twice(history)
+    assert any("heard 2 times" in violation for violation in violations(history))
 
 
 def test_what_was_delivered_before_a_restart_must_still_be_there() -> None:

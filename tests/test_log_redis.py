@@ -5,21 +5,28 @@ The rules that it shares with the other engines are in tests/test_log.py.
 
 import shutil
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
+import orjson
 import pytest
 from anyio.lowlevel import checkpoint
+from redis.asyncio.connection import Connection, UnixDomainSocketConnection
 
 from ssecore.errors import LogError, LogUnavailable, NotFound, WriterFenced
 from ssecore.log import Cursor, Gap, Retention, Row, framed, locate, new_epoch
 from ssecore.log import Ended as End
 from ssecore.log.redis import RedisLog
+from ssecore.log.tail import Reader, Tails
 from ssecore.wire import Decoder, Event, encode
 from tests.needs import needs
+from tests.nginx import make_certificate
 from tests.redis_server import Kind, RedisServer, serving
+from tests.serving import free_port
 
 T = TypeVar("T")
 
@@ -265,7 +272,39 @@ async def test_a_failover_that_lost_the_tail_is_told(server: RedisServer) -> Non
             stat = await two.stat(id)
             assert stat is not None and [first for _, first in stat.epochs] == [1, 3]
             assert locate(stat, Cursor(id, 3)) == (2, Gap("diverged", 3, 3))
-            assert await heard.end() == "closed"
+            assert await heard.end() == "deleted"  # it was told of an event that is no more
+            assert heard.texts == ["a", "b", "c"]
+
+
+async def test_an_instance_that_became_a_replica_is_left_for_its_successor(server: RedisServer) -> None:
+    """It is still there, still answers whoever is connected, and has what its successor lacks."""
+    with serving(server.kind) as successor:
+        async with logs(server, lease_s=0.6) as (one, two):
+            id, epoch = await run(one), await topic(one)
+            heard = [Heard(two, id), Heard(two, "topic")]
+            for stream, writer in ((id, id), ("topic", epoch)):
+                await two.stat(stream)
+                await one.append(stream, frames("a", "b"), epoch=writer)
+            successor.stop()
+            server.call("SAVE")
+            shutil.copy(server.folder / "dump.rdb", successor.folder / "dump.rdb")
+            successor.start()
+            await one.append("topic", frames("c"), epoch=epoch)
+            await heard[1].until("c")
+            server.path.rename(server.folder / "old")
+            successor.path.rename(server.path)
+            with socket.socket(socket.AF_UNIX) as old:
+                old.connect(str(server.folder / "old"))
+                old.sendall(b"REPLICAOF 127.0.0.1 1\r\n")
+                assert old.recv(100) == b"+OK\r\n"
+                assert await one.append(id, frames("c"), epoch=id, close=True) == 3
+                assert await heard[1].end() == "deleted"
+                assert await heard[0].end() == "closed"
+            assert heard[0].texts == await whole(two, id) == ["a", "b", "c"]
+            with pytest.raises(WriterFenced):
+                await one.append("topic", frames("d"), epoch=epoch)
+            stat = await two.stat("topic")
+            assert stat is not None and locate(stat, Cursor(epoch, 3)) == (2, Gap("diverged", 3, 3))
 
 
 async def test_while_redis_is_away_writers_wait_and_readers_stay(keeping: RedisServer) -> None:
@@ -308,28 +347,22 @@ async def test_a_writer_waits_no_longer_than_it_was_told(server: RedisServer) ->
                 await log.stat(id)
 
 
-async def test_an_append_whose_answer_was_lost_goes_in_once(server: RedisServer) -> None:
+async def test_an_append_whose_answer_was_lost_goes_in_once(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, cuts = Connection.read_response, 0
+
+    async def lost(connection: Any, *args: Any, **options: Any) -> Any:
+        nonlocal cuts
+        answer: Any = await real(connection, *args, **options)
+        if isinstance(answer, list) and answer and isinstance(answer[0], list) and answer[0][0] == b"ok" and cuts < 3:
+            cuts += 1
+            raise ConnectionResetError("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(UnixDomainSocketConnection, "read_response", lost)
     async with logs(server, 1) as (log,):
         id = await run(log)
-        redis, cuts = log._redis, 0
-        real = redis.pipeline
-
-        def cut(*args: Any, **options: Any) -> Any:
-            pipe = real(*args, **options)
-            execute = pipe.execute
-
-            async def lost(*args: Any, **options: Any) -> Any:
-                nonlocal cuts
-                answer = await execute(*args, **options)
-                if cuts < 3:
-                    cuts += 1
-                    raise ConnectionResetError("the answer was lost")
-                return answer
-
-            pipe.execute = lost
-            return pipe
-
-        redis.pipeline = cut
         assert await log.append(id, frames("a", "b"), epoch=id) == 2
         assert await log.append(id, frames("c"), epoch=id) == 3
         assert cuts == 3
@@ -341,7 +374,7 @@ async def test_unfinished_are_the_open_runs_whose_process_is_gone(server: RedisS
         async with logs(server, 2, lease_s=0.3) as (one, two):
             left, closed, taken = await run(one), await run(one), await run(one)
             await one.append(closed, frames("end"), epoch=closed, close=True)
-            await two.open(taken, new_epoch())
+            await two.open(taken, new_epoch())  # and then it was cut off: whoever opens a run doesn't hold it
             at_work = await run(two)
             assert await watch.unfinished() == []
         mine = await run(watch)
@@ -365,8 +398,7 @@ async def test_a_call_reaches_whoever_works_on_the_run(server: RedisServer) -> N
             return on_call
 
         one.on_call, two.on_call = listener("one"), listener("two")
-        first, second = await run(one), await run(one)
-        await two.open(second, new_epoch())
+        first, second = await run(one), await run(two)
         await three.call(first, "cancel")
         await three.call(second, "read")
         await arrived.wait()
@@ -384,40 +416,259 @@ async def test_who_is_interested_is_known_for_a_while(server: RedisServer) -> No
         await until(lambda: one.touched(id), lambda touched: not touched)
 
 
+def evalsha_calls(server: RedisServer) -> int:
+    stats = server.call("INFO", "commandstats")
+    return int(stats.partition("cmdstat_evalsha:calls=")[2].partition(",")[0])
+
+
 async def test_appends_that_meet_are_one_call(server: RedisServer) -> None:
-    def calls() -> int:
-        stats = server.call("INFO", "commandstats")
-        return int(stats.partition("cmdstat_evalsha:calls=")[2].partition(",")[0])
+    """Of one stream: one row. Of several: one call, a row each."""
+    async with logs(server, 1, look_s=60, lease_s=60) as (log,):
+        ids = [await run(log) for _ in range(20)]
 
-    async with logs(server, 1) as (log,):
-        id = await run(log)
-        before = calls()
+        async def append(id: str) -> None:
+            for number in range(50):
+                await log.append(id, frames(number), epoch=id)
 
-        async def append(number: int) -> None:
-            await log.append(id, frames(number), epoch=id)
-
+        before = evalsha_calls(server)
+        async with anyio.create_task_group() as group:
+            for id in ids:
+                group.start_soon(append, id)
+        assert evalsha_calls(server) - before < 0.2 * 20 * 50
+        before = evalsha_calls(server)
         async with anyio.create_task_group() as group:
             for number in range(1000):
-                group.start_soon(append, number)
-        assert calls() - before <= 10
-        assert await whole(log, id) == list(map(str, range(1000)))
+                group.start_soon(partial(log.append, ids[0], frames(number), epoch=ids[0]))
+        assert evalsha_calls(server) - before <= 10
+        for id in ids:
+            assert (await whole(log, id))[:50] == list(map(str, range(50)))
+        assert len(await whole(log, ids[0])) == 1050
+
+
+async def test_many_watchers_of_many_streams_take_three_connections(server: RedisServer) -> None:
+    async with logs(server, 1) as (log,):
+        ids = [await run(log) for _ in range(200)]
+        heard = [Heard(log, id) for id in ids for _ in range(5)]
+        async with anyio.create_task_group() as group:
+            for id in ids:
+                group.start_soon(log.stat, id)
+        clients = [line for line in server.call("CLIENT", "LIST").splitlines() if "cmd=" in line]
+        subscribed = [int(line.partition(" sub=")[2].split()[0]) for line in clients if "cmd=client" not in line]
+        assert sorted(subscribed) == [0, 0, 201]
+        for id in ids:
+            await log.append(id, frames("a"), epoch=id)
+        for one in heard:
+            await one.until("a")
+
+
+async def test_a_caller_that_is_cancelled_breaks_nobody(server: RedisServer) -> None:
+    async with logs(server, 1) as (log,):
+        ids = [await run(log) for _ in range(10)]
+        wrong = []
+
+        async def ask(id: str, turns: int) -> None:
+            with anyio.CancelScope() as scope:
+                for turn in range(20):
+                    if turn == turns:
+                        scope.cancel()
+                    stat = await log.stat(id)
+                    if stat is None or stat.stream != id:
+                        wrong.append(stat)
+
+        async with anyio.create_task_group() as group:
+            for number in range(100):
+                group.start_soon(ask, ids[number % 10], number // 4)
+        assert not wrong
+        assert await log.append(ids[0], frames("a"), epoch=ids[0]) == 1
+
+
+async def test_facts_that_are_older_than_what_was_told_are_no_loss(server: RedisServer) -> None:
+    """A look at a stream that grows meanwhile: its readers are not sent away."""
+    async with logs(server, look_s=0.0001) as (one, two):
+        epoch = await topic(one)
+        heard = Heard(two, "topic")
+        await two.stat("topic")
+        for number in range(300):
+            two._suspect("topic")
+            await one.append("topic", frames(number), epoch=epoch)
+        await heard.until(299)
+        assert heard.ended is None
+        assert heard.texts == list(map(str, range(300)))
+
+
+async def test_a_reader_slower_than_trimming_is_told_what_it_missed(server: RedisServer) -> None:
+    async with logs(server) as (one, two):
+        epoch = await topic(one, events=30)
+        tails = Tails(two)
+        tail = tails.enter("topic")
+        stat = await two.stat("topic")
+        assert stat is not None
+        tail.settle(stat)
+        reader = Reader(tail, 0, data_only=False)
+        at, decoder, gaps = 0, Decoder(), 0
+        for number in range(1, 2001):
+            await one.append("topic", frames(number, "x" * 20_000), epoch=epoch)
+            if number % 40 and number < 2000:
+                continue
+            while at < 2 * number:
+                for event in decoder.feed(await reader.batch()):
+                    if event.event == "gap":
+                        gap = orjson.loads(event.data)
+                        assert (gap["reason"], gap["from"]) == ("trimmed", at + 1)
+                        at, gaps = gap["to"], gaps + 1
+                    else:
+                        assert event.id == f"{epoch}.{at + 1}"
+                        at += 1
+        assert gaps > 10
+        reader.close()
+        tails.leave(tail)
+
+
+async def test_nothing_is_left_of_what_retention_has_taken(server: RedisServer) -> None:
+    now = 1_000_000.0
+
+    async def live() -> None:
+        for number in range(30):
+            id = await run(log, owner=f"owner {number}", key=f"key {number}", retention=Retention(age_s=60))
+            await log.append(id, frames("a"), epoch=id)
+            await log.open(id, epoch := new_epoch())
+            await log.touch(id, 60)
+            await log.call(id, "read")
+            await log.append(id, frames("b"), epoch=epoch, close=True)
+            epoch = await topic(log, f"topic {number}", age_s=60)
+            await log.append(f"topic {number}", frames("a"), epoch=epoch, close=True)
+
+    async with logs(server, 1, clock=lambda: now, upkeep_s=60) as (log,):
+        await live()
+        now += 100
+        await log.upkeep()
+        await until(lambda: size(server, log), lambda keys: keys <= 3)  # its lease, its last answer, a counter
+        await live()
+        assert await size(server, log) > 100
+        now += 100
+        await log.upkeep()
+        await until(lambda: size(server, log), lambda keys: keys <= 3)
+    assert "calls:" not in server.call("KEYS", "*")
+
+
+async def size(server: RedisServer, log: RedisLog) -> int:
+    await log.stat("nothing")  # a turn: the calls are answered
+    return int(server.call("DBSIZE").strip(":\r\n"))
+
+
+async def test_a_full_redis_refuses_and_goes_on_when_there_is_room(server: RedisServer) -> None:
+    async with logs(server, 1) as (log,):
+        id, epoch = await run(log), await topic(log)
+        await log.append(id, frames("a"), epoch=id)
+        server.call("CONFIG", "SET", "maxmemory", "1")
+        for stream, writer in ((id, id), ("topic", epoch)):
+            with pytest.raises(LogUnavailable, match="Redis is full"):
+                await log.append(stream, frames("lost"), epoch=writer)
+        with pytest.raises(LogUnavailable, match="Redis is full"):
+            await run(log)
+        assert await whole(log, id) == ["a"]
+        server.call("CONFIG", "SET", "maxmemory", "0")
+        assert await log.append(id, frames("b"), epoch=id) == 2
+        assert await log.append("topic", frames("a"), epoch=epoch) == 1
+        await log.delete(id)
+        assert [stat.stream for stat in await log.runs(None, 10)] == []
+
+
+async def test_what_waits_for_redis_is_bounded_in_bytes(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssecore.log.redis._MAX_QUEUED_BYTES", 10_000)
+    async with logs(server, 1) as (log,):
+        id = await run(log)
+        server.freeze()
+        async with anyio.create_task_group() as group:
+            for _ in range(9):
+                group.start_soon(partial(log.append, id, frames("x" * 1000), epoch=id))
+            await checkpoint()
+            with pytest.raises(LogUnavailable, match="too much waits"):
+                await log.append(id, frames("x" * 1000), epoch=id)
+            server.freeze(signal.SIGCONT)
+        assert await log.append(id, frames("x" * 1000), epoch=id) == 10
+
+
+#: What a user needs. `info` tells which instance it is.
+ACL = "~{sseapp}:* &{sseapp}:* +@read +@write +@pubsub +@connection +@scripting -@dangerous +info"
+
+
+async def test_a_user_of_its_own_is_enough(server: RedisServer) -> None:
+    server.call("ACL", "SETUSER", "app", "on", ">pass word", *ACL.split())
+    async with anyio.create_task_group(), AsyncExitStack() as stack:
+        log = RedisLog(f"unix://app:pass%20word@{server.path}", look_s=0.05)
+        await stack.enter_async_context(_running(log))
+        epoch = await topic(log, events=2, age_s=60)
+        heard = Heard(log, "topic")
+        await log.stat("topic")
+        for number in range(5):
+            await log.append("topic", frames(number), epoch=epoch)
+        await heard.until(4)
+        id = await run(log, key="key", owner="ann")
+        assert await log.find_key("key") == (await log.runs("ann", 1))[0]
+        await log.call(id, "read")
+        await log.touch(id, 1)
+        await log.open(id, new_epoch())
+        await log.upkeep()
+        await log.delete(id)
+    with pytest.raises(LogError, match="Redis can't be used: "):
+        async with RedisLog(f"unix://app:wrong@{server.path}", wait_s=0.1).running():
+            pass
+
+
+async def test_a_user_that_may_not_is_told_apart_from_a_redis_that_is_away(server: RedisServer) -> None:
+    server.call("ACL", "SETUSER", "app", "on", ">secret", *ACL.split(), "-xadd")
+    async with _running(RedisLog(f"unix://app:secret@{server.path}")) as log:
+        id = await run(log)
+        with pytest.raises(LogUnavailable, match="Redis refuses it"):
+            await log.append(id, frames("a"), epoch=id)
+        assert not log.away
+
+
+@needs("redis")
+@needs("openssl")
+async def test_over_tls() -> None:
+    port = free_port()
+    with serving("redis") as plain:
+        make_certificate(plain.folder)
+        key, certificate = plain.folder / "privkey.pem", plain.folder / "fullchain.pem"
+        files = (
+            "--tls-key-file",
+            str(key),
+            "--tls-cert-file",
+            str(certificate),
+            "--tls-ca-cert-file",
+            str(certificate),
+        )
+        with serving("redis", options=("--tls-port", str(port), "--tls-auth-clients", "no", *files)):
+            with pytest.raises(LogError, match=r"certificate verify failed|CERTIFICATE_VERIFY_FAILED"):
+                async with RedisLog(f"rediss://127.0.0.1:{port}", wait_s=1.0).running():
+                    pass
+            url = f"rediss://127.0.0.1:{port}/1?ssl_ca_certs={certificate}"
+            async with _running(RedisLog(url)) as one, _running(RedisLog(url)) as two:
+                id = await run(one)
+                heard = Heard(two, id)
+                await two.stat(id)
+                await one.append(id, frames("a"), epoch=id)
+                await heard.until("a")
 
 
 async def test_an_older_redis_is_refused_by_name(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = RedisLog(server.url)
+    real = Connection.read_response
 
-    async def old() -> dict[str, Any]:
-        return {"redis_version": "6.2.14"}
+    async def older(connection: Any, *args: Any, **options: Any) -> Any:
+        answer: Any = await real(connection, *args, **options)
+        return answer.replace(b"redis_version:7", b"redis_version:6") if isinstance(answer, bytes) else answer
 
-    monkeypatch.setattr(log, "_load", old)
-    with pytest.raises(LogError, match=r"7\.0 or later; this is 6\.2\.14"):
-        async with log.running():
+    monkeypatch.setattr(UnixDomainSocketConnection, "read_response", older)
+    with pytest.raises(LogError, match=r"7\.0 or later; this is 6"):
+        async with RedisLog(server.url).running():
             pass
 
 
 async def test_a_redis_that_is_not_there_is_said_at_the_start() -> None:
     with pytest.raises(LogError, match="can't be used"):
-        async with RedisLog("redis://127.0.0.1:1").running():
+        async with RedisLog("redis://127.0.0.1:1", wait_s=0.1).running():
             pass
     with pytest.raises(LogError, match="URL"):
         async with RedisLog("http://127.0.0.1").running():

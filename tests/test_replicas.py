@@ -126,7 +126,7 @@ def test_a_reader_elsewhere_keeps_a_run_and_its_leaving_lets_it_go(replicas: Rep
 
 def state_quietly(redis: RedisServer, run: str) -> str:
     """Asking a replica would count as interest."""
-    facts = redis.call("HGET", f"sseapp:{{{run}}}:facts", "meta")
+    facts = redis.call("HGET", f"{{sseapp}}:facts:{run}", "meta")
     meta: str = json.loads(facts.partition("\r\n")[2])["state"]
     return meta
 
@@ -159,8 +159,59 @@ def test_runs_that_finish_while_their_replica_drains_are_read_to_the_end_elsewhe
     assert one.wait() == 0
 
 
+def test_while_redis_is_away_readers_stay_and_go_on_when_it_is_back(tmp_path: Path) -> None:
+    environ = {"SSEAPP_LEASE_S": str(LEASE_S), "SSEAPP_HEARTBEAT_S": "0.2", "SSEAPP_MOCK_DELAY_S": "30"}
+    with redis_server.serving("valkey", keeps=True) as redis, ExitStack() as stack:
+        server = stack.enter_context(serve(tmp_path, env={"SSEAPP_LOG": redis.url, **environ}))
+        run = start(server, "/chat?prompt=hi")
+        reading = stack.enter_context(httpx.stream("GET", f"{server.url}/topics/news", timeout=20))
+        chunks, decoder = reading.iter_raw(), Decoder()
+        assert [event.event for event in decoder.feed(next(chunks))] == ["init"]
+        redis.stop(signal.SIGKILL)
+        wait_until(lambda: server.client.get("/readyz").status_code == 503)
+        assert server.client.get("/readyz").json() == {"status": "the event log is away"}
+        assert server.client.get("/healthz").status_code == 200
+        refused = server.client.post("/topics/news", json=1)
+        assert (refused.status_code, refused.json()["code"]) == (503, "log_unavailable")
+        assert refused.headers["retry-after"]
+        while b":\n" not in (chunk := next(chunks)):  # a heartbeat
+            assert not decoder.feed(chunk)
+        redis.start()
+        wait_until(lambda: server.client.get("/readyz").status_code == 200)
+        id = wait_until(lambda: server.client.post("/topics/news", json=2).json().get("id"))
+        events: list[Event] = []
+        while not events:
+            events += [event for event in decoder.feed(next(chunks)) if event.data is not None]
+        assert [(event.id, event.data) for event in events] == [(id, "2")]
+        assert state(server, run) == "running"
+
+
+def test_a_full_redis_is_said_to_who_publishes_and_ends_a_run_with_a_reason(tmp_path: Path) -> None:
+    with redis_server.serving("valkey") as redis:
+        environ = {"SSEAPP_LOG": redis.url, "SSEAPP_MOCK_DELAY_S": "0.2"}
+        with serve(tmp_path, env=environ) as server:
+            with httpx.stream("GET", f"{server.url}/chat?prompt=hi", timeout=20) as answer:
+                chunks, decoder = answer.iter_raw(), Decoder()
+                events = decoder.feed(next(chunks))
+                redis.call("CONFIG", "SET", "maxmemory", "1")
+                refused = server.client.post("/topics/news", json=1)
+                assert (refused.status_code, refused.json()["code"]) == (503, "log_unavailable")
+                assert "Redis is full" in refused.json()["detail"]
+                for chunk in chunks:
+                    events += decoder.feed(chunk)
+            assert json.loads(events[-2].data)["code"] == "log_unavailable"
+            assert (events[-2].id, events[-1].data) == (events[-3].id, "[DONE]")  # none of its own
+            assert server.client.get("/readyz").status_code == 200
+            redis.call("CONFIG", "SET", "maxmemory", "0")
+            run = answer.headers["run-id"]
+            wait_until(lambda: state(server, run) == "failed")
+            assert read(server, f"/runs/{run}/events")[-2].data == events[-2].data
+
+
 def test_a_password_in_the_url_is_not_printed(tmp_path: Path) -> None:
-    answer = run_sseapp("serve", "--data-dir", str(tmp_path), "--log", "redis://:secret@127.0.0.1:1/0")
+    answer = run_sseapp(
+        "serve", "--data-dir", str(tmp_path), "--log", "redis://:secret@127.0.0.1:1/0", env={"SSEAPP_LEASE_S": "1"}
+    )
     assert answer.returncode == 3
     assert "Redis can't be used" in answer.stderr
     assert "secret" not in answer.stderr + answer.stdout

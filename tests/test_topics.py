@@ -590,6 +590,32 @@ async def test_a_publisher_that_learns_late_of_the_other_process_does_not_fence_
         assert sequences(await read(app, 1)) == [3]
 
 
+class AwayLog(MemoryLog):
+    """Tells nothing until it is back."""
+
+    back: anyio.Event | None = None
+
+    async def stat(self, stream: str) -> Stat | None:
+        if self.back is not None:
+            await self.back.wait()
+        return await super().stat(stream)
+
+
+async def test_a_reader_who_waits_for_the_log_while_the_drain_begins_is_sent_away(
+    way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = AwayLog()
+    monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
+    async with running(way) as app:
+        await publish(app)
+        log.back = anyio.Event()
+        async with connect(app, "GET", "/news") as exchange:
+            await anyio.sleep(0.001)
+            await app.drain(0)
+            log.back.set()
+            assert b"retry: " in await exchange.body() and exchange.complete
+
+
 async def test_a_deleted_topic_begins_anew(way: Way) -> None:
     async with running(way) as app:
         before = await publish(app, 3)

@@ -3,294 +3,506 @@
 What a finished call says withstands what Redis is configured to withstand. Where it lost something (a restart without
 its file, a failover), that is noticed, and said.
 
-Theory of operation. One task, the writer, sends whatever has gathered while its last call was under way as one
-pipeline, a Lua call for each stream; each caller goes on with the answer. One pub/sub connection hears of every append
-to the streams that are watched here:
+Theory of operation. Each process has three connections, each with a task of its own that alone touches it, so a caller
+that is cancelled breaks nothing. Two *lines* answer calls: what is asked for while one pipeline is under way goes into
+the next. The writer merges what is appended meanwhile, a batch for each stream, into one call for all of them. The
+third connection hears of every append to the streams that are watched here:
 
-    callers    append ──► queue ──┐ all of it, one batch a stream
-    writer     ──► pipeline: EVALSHA, EVALSHA, … ──► answers ──► watchers, callers ──► …
-    Redis      facts (hash) + rows (stream, the id is the last sequence) + sizes (list) ──PUBLISH──► every process
-    listener   ──► in sequence: watchers; a hole, or a subscription that began again: read it from the log
+    append   ──► a batch a stream ──► writer ──► line: EVALSHA ──► answers ──► watchers, callers ──► …
+    others   ──► line: EVALSHA, EVALSHA, … ──► callers
+    Redis    facts (hash) + rows (stream, the id is the last sequence) ──PUBLISH──► every process
+    listener ──► in sequence: watchers; a hole, or a subscription that began again: read it from the log
 
-1.  One Lua call is one append: it checks the writer, gives the sequence, trims, and publishes, or changes nothing. The
-    keys of a stream have one hash tag.
-2.  A stream has one batch under way for each process, and remembers each process's last one. So an append whose answer
-    was lost is asked for again, and goes in once.
-3.  The scripts hold the server's run id. One that was restarted, or took over, knows none of them (NOSCRIPT): nothing
-    is appended before this process has seen that it is another instance. There the stream gets an epoch first: what the
-    old instance had and this one lacks was seen by somebody, and its numbers must not be given again in silence.
+1.  A script changes all or nothing: it checks the writer, gives the sequence, trims, publishes. All keys have one hash
+    tag: several streams, and the index of them, change in one step.
+2.  Any call may be made again after its answer was lost. Of appends, Redis remembers the last answer that it gave to
+    each process: a process has one call under way, and makes the next when it has heard of that one, or given it up.
+3.  A connection knows its instance (the run id), and the scripts hold it: where it is another than the one that
+    appended to a stream last (a restart, a failover), the stream gets an epoch first. What the old instance had and
+    this one lacks was seen by somebody, and its numbers must not be given again in silence. Before anything is read
+    from another instance the watchers of what it lacks are told.
 4.  A run whose writer knows of more events than Redis has lost some: it is told so (`LogError`), and fails its run.
-5.  Pub/sub promises nothing. A message that leaves a hole, a second subscribe frame (the library has connected anew),
-    and a look from time to time (the last message may be the lost one) each mean: read on from what was told.
-6.  Each process has a lease, and each run a holder: the process that opened it last. `unfinished` are the open runs
-    whose holder's lease has run out. Whoever was cut off from Redis doesn't look before a whole lease has passed: the
-    others may have been cut off too. It is the epoch that fences a holder that comes back, not the lease.
-7.  The index (epochs, keys, runs by owner, what is open, what is due) lies under another hash tag. What it names is
-    looked up in the stream's own facts before it is believed, so a call that was cut off leaves only what is ignored.
+5.  Pub/sub promises nothing. A message that leaves a hole, a second subscribe frame, and a look from time to time (the
+    last message may be the lost one) each mean: read on from what was told.
+6.  Each process has a lease, and each run a holder, the process that created it. `unfinished` are the open runs whose
+    holder's lease has run out. Whoever was cut off from Redis doesn't look before a whole lease has passed: the others
+    may have been cut off too. It is the epoch that fences a holder that comes back, not the lease.
+7.  While Redis is away, calls wait: for `wait_s`, and whoever reads for as long as it likes.
 """
 
 import logging
+import math
 import random
 import struct
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple
 
 import anyio
-import msgspec
 import orjson
 from anyio import CancelScope, current_time
 from anyio import Event as Signal
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import (
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 
 import ssecore.log
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, WriterFenced
-from ssecore.log import Ended, Kind, Retention, Row, Stat, Watcher, Watchers, joined, new_epoch, plain
+from ssecore.log import (
+    Cursor,
+    Ended,
+    Gap,
+    Kind,
+    Retention,
+    Row,
+    Stat,
+    Watcher,
+    Watchers,
+    joined,
+    locate,
+    new_epoch,
+    plain,
+)
 from ssecore.wire import encode_json
 
 __all__ = ["RedisLog"]
 
 logger = logging.getLogger("sseapp")
-T = TypeVar("T")
 
 #: What merging makes of a row at most, and the largest row that is published; a larger one is read from the log.
 _MAX_ROW_BYTES: Final = 64 * 1024
 #: Bodies that wait for Redis in this process. More are refused at once.
 _MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
-#: Bodies in one pipeline: some 10 ms of work, which other processes' calls may have to wait for.
-_MAX_PIPELINE_BYTES: Final = 4 * 1024 * 1024
-#: A connection that gives no sign for so long is broken. Nothing here asks Redis to wait.
-_SOCKET_TIMEOUT_S: Final = 5.0
-#: Connections besides the one that listens.
-_MAX_CONNECTIONS: Final = 16
-#: Facts that no index names yet are forgotten after this: whoever made them was cut off.
-_UNCLAIMED_S: Final = 60
-#: How long a stream remembers the last append of a process that writes no more.
+#: Bodies, and streams, in one call: some milliseconds of Redis' work, which others may have to wait for.
+_MAX_CALL_BYTES: Final = 4 * 1024 * 1024
+_MAX_CALL_STREAMS: Final = 100
+#: Calls in one pipeline.
+_MAX_PIPELINE: Final = 64
+#: How long Redis remembers its last answer to a process, and the calls to one that is gone.
 _REMEMBER_S: Final = 3600
+#: What breaks a connection, and passes. RuntimeError: uvloop's, about a transport that is closed.
+_BROKEN: Final = (RedisError, OSError, RuntimeError)
+#: How often the connection that listens is asked for a sign of life, and how long it may give none.
+_PING_S: Final = 2.0
+_SILENCE_S: Final = 5.0
+#: Pauses between attempts to connect.
+_PAUSES_S: Final = (0.02, 1.0)
 #: Streams that the upkeep looks at in one turn.
 _STEP_STREAMS: Final = 64
-#: Entries of one XRANGE.
-_READ_ROWS: Final = 64
+#: Watched streams that one call looks at.
+_LOOK_STREAMS: Final = 1000
 _RETRY_AFTER_S: Final = 5
 
-#: Trims rows and gives first, size: what `ssecore.log.outlived` says, for as long as it says so.
-_TRIM: Final = """
+#: What each script begins with, besides `instance` and `prefix`. `trim` does what `ssecore.log.outlived` says, for as
+#: long as it says so, and gives first and size.
+_COMMON: Final = """
 local function num(n) return string.format('%.0f', n) end
-local function trim(first, last, size, max_bytes, age_s, now)
+local function facts(stream) return prefix .. 'facts:' .. stream end
+local function rows(stream) return prefix .. 'rows:' .. stream end
+local function get(stream, ...) return redis.call('HMGET', facts(stream), ...) end
+local function set(stream, ...) redis.call('HSET', facts(stream), ...) end
+local function whole(stream) return {stream, redis.call('HGETALL', facts(stream))} end
+local function trim(stream, first, last, size, max_bytes, age_s, now)
   local cut = nil
   while true do
-    local oldest = redis.call('LINDEX', KEYS[3], 0)
+    local oldest = redis.call('XRANGE', rows(stream), cut and num(cut + 1) or '-', '+', 'COUNT', 1)[1]
     if not oldest then break end
-    local row, bytes, at = string.match(oldest, '^(%d+) (%d+) (.+)$')
-    row, bytes = tonumber(row), tonumber(bytes)
-    if not (row < first or (max_bytes and size > max_bytes and row < last)
-        or (age_s and tonumber(at) + age_s <= now)) then break end
-    redis.call('LPOP', KEYS[3])
+    local row, at, bytes = tonumber(string.match(oldest[1], '^%d+')), tonumber(oldest[2][6]), #oldest[2][8]
+    if not (row < first or (max_bytes and size > max_bytes and row < last) or (age_s and at + age_s <= now)) then
+      break
+    end
     size, cut, first = size - bytes, row, math.max(first, row + 1)
   end
-  if cut then redis.call('XTRIM', KEYS[2], 'MINID', num(cut + 1) .. '-0') end
+  if cut then redis.call('XTRIM', rows(stream), 'MINID', num(cut + 1)) end
   return first, size
+end
+local function delete(stream)
+  local f = get(stream, 'owner', 'key', 'epochs')
+  if redis.call('DEL', facts(stream), rows(stream), prefix .. 'touched:' .. stream) == 0 then return end
+  redis.call('ZREM', prefix .. 'open', stream)
+  redis.call('ZREM', prefix .. 'due', stream)
+  redis.call('ZREM', prefix .. 'runs:' .. (f[1] or ''), stream)
+  if f[2] then redis.call('HDEL', prefix .. 'keys', f[2]) end
+  for name in string.gmatch(f[3] or '', '([^ :]+):') do redis.call('HDEL', prefix .. 'epochs', name) end
+  redis.call('PUBLISH', prefix .. 'appended:' .. stream, '0 0 2 - ')
 end
 """
 _SCRIPTS: Final = {
-    # facts; seconds until it is forgotten, then fields and values
+    # stream, epoch, kind, owner, key (both '' or '=…'), when it is due or '', then fields and values
     "create": """
-if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], 'instance', instance, unpack(ARGV, 2))
-redis.call('EXPIRE', KEYS[1], ARGV[1])
-return 1
+local stream, epoch, kind, owner, key, due = unpack(ARGV)
+local named = key ~= '' and redis.call('HGET', prefix .. 'keys', key) or stream
+if redis.call('EXISTS', facts(named)) == 1 then return whole(named) end
+if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
+set(stream, 'instance', instance, unpack(ARGV, 7))
+if key ~= '' then redis.call('HSET', prefix .. 'keys', key, stream) end
+if kind == 'run' then
+  local order = redis.call('INCR', prefix .. 'count')
+  redis.call('ZADD', prefix .. 'open', order, stream)
+  redis.call('ZADD', prefix .. 'runs:' .. owner, order, stream)
+elseif due ~= '' then
+  redis.call('ZADD', prefix .. 'due', due, stream)
+end
+return whole(stream)
 """,
-    # facts, rows, sizes; epoch, now, holder ('' where the instance has changed, and only then), most epochs,
-    # retention (JSON), its events, bytes, age
-    "open": _TRIM
-    + """
-local f = redis.call('HMGET', KEYS[1], 'closed', 'first', 'last', 'epochs', 'size', 'kind', 'instance')
-if not f[1] then return {'none'} end
-if f[1] == '1' then return {'closed'} end
-if ARGV[3] == '' and f[7] == instance then return {'ok'} end
-local first, last, size, now = tonumber(f[2]), tonumber(f[3]), tonumber(f[5]), tonumber(ARGV[2])
-local epochs, forgotten, starts, names = f[4] .. ' ' .. ARGV[1] .. ':' .. num(last + 1), {'ok'}, {}, {}
-for name, start in string.gmatch(epochs, '([^ :]+):(%d+)') do
+    # stream, epoch, now, the mark of this call or '' (the instance has changed), most epochs, then '' or a new
+    # retention: events, bytes, age
+    "open": """
+local stream, epoch, now, mark = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local f = get(stream, 'closed', 'first', 'last', 'epochs', 'size', 'kind', 'instance', 'opened')
+if not f[1] then return 'none' end
+if f[1] == '1' then return 'closed' end
+if (mark ~= '' and f[8] == mark) or (mark == '' and f[7] == instance) then return whole(stream) end
+if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
+local first, last, size = tonumber(f[2]), tonumber(f[3]), tonumber(f[5])
+local names, starts = {}, {}
+for name, start in string.gmatch(f[4] .. ' ' .. epoch .. ':' .. num(last + 1), '([^ :]+):(%d+)') do
   table.insert(names, name)
   table.insert(starts, tonumber(start))
 end
 local at = 1
-while #names - at + 1 > tonumber(ARGV[4]) and starts[at + 1] <= first do
-  table.insert(forgotten, names[at])
+while #names - at + 1 > tonumber(ARGV[5]) and starts[at + 1] <= first do
+  redis.call('HDEL', prefix .. 'epochs', names[at])
   at = at + 1
 end
 local kept = {}
 for n = at, #names do table.insert(kept, names[n] .. ':' .. num(starts[n])) end
-redis.call('HSET', KEYS[1], 'epochs', table.concat(kept, ' '), 'epoch', ARGV[1], 'updated', ARGV[2],
-  'instance', instance)
-if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'holder', ARGV[3]) end
+set(stream, 'epochs', table.concat(kept, ' '), 'epoch', epoch, 'updated', ARGV[3], 'instance', instance, 'opened', mark)
 -- A run goes on with its writer. A topic's writers have to hear of the epoch: they tell its ids.
-if ARGV[3] ~= '' or f[6] == 'topic' then redis.call('HSET', KEYS[1], 'writer', ARGV[1]) end
-if ARGV[5] ~= '' then
-  redis.call('HSET', KEYS[1], 'retention', ARGV[5], 'max_events', ARGV[6], 'max_bytes', ARGV[7], 'age_s', ARGV[8])
-end
+if mark ~= '' or f[6] == 'topic' then set(stream, 'writer', epoch) end
+if ARGV[6] then set(stream, 'max_events', ARGV[6], 'max_bytes', ARGV[7], 'age_s', ARGV[8]) end
 if f[6] == 'topic' then
-  local r = redis.call('HMGET', KEYS[1], 'max_events', 'max_bytes', 'age_s')
-  local max_events = tonumber(r[1])
-  if max_events then first = math.max(first, last - max_events + 1) end
-  first, size = trim(first, last, size, tonumber(r[2]), tonumber(r[3]), now)
-  redis.call('HSET', KEYS[1], 'first', num(first), 'size', num(size))
+  local r = get(stream, 'max_events', 'max_bytes', 'age_s')
+  if tonumber(r[1]) then first = math.max(first, last - tonumber(r[1]) + 1) end
+  first, size = trim(stream, first, last, size, tonumber(r[2]), tonumber(r[3]), now)
+  set(stream, 'first', num(first), 'size', num(size))
+  if tonumber(r[3]) then redis.call('ZADD', prefix .. 'due', ARGV[3], stream) end
 end
-return forgotten
+return whole(stream)
 """,
-    # facts, rows, sizes, processes; epoch, now, close, meta, events, ends, body, process, its number of the batch,
-    # the least that `last` must be, what is published at most, channel, how long a process is remembered
-    "append": _TRIM
-    + """
-local f = redis.call('HMGET', KEYS[1], 'last', 'closed', 'writer', 'instance', 'first', 'size', 'kind',
-  'max_events', 'max_bytes', 'age_s', 'epoch')
-if not f[1] then return {'none'} end
-local number, known = string.match(redis.call('HGET', KEYS[4], ARGV[8]) or '', '^(%d+) (%d+)$')
-if number == ARGV[9] then return {'ok', known, f[11]} end
-if f[2] == '1' then return {'closed'} end
-if f[3] ~= ARGV[1] then return {'fenced'} end
-if f[4] ~= instance then return {'instance'} end
-local last, now, events = tonumber(f[1]), tonumber(ARGV[2]), tonumber(ARGV[5])
-if last < tonumber(ARGV[10]) then return {'lost', f[1]} end
-if events == 0 and ARGV[3] == '0' and ARGV[4] == '' then return {'ok', f[1], f[11]} end
-local first, size = tonumber(f[5]), tonumber(f[6])
-local from = last + 1
-if events > 0 then
-  last = last + events
-  size = size + #ARGV[7]
-  redis.call('XADD', KEYS[2], num(last) .. '-0', 'e', f[11], 'n', ARGV[6], 'b', ARGV[7])
-  redis.call('RPUSH', KEYS[3], num(last) .. ' ' .. num(#ARGV[7]) .. ' ' .. ARGV[2])
+    # process, number of the call (rule 2), now, what is published at most, how long it is remembered; then of each
+    # batch: stream, epoch, close, meta, events, ends, body, the least that `last` must be (rule 4)
+    "append": """
+local process, number, now, most = prefix .. 'process:' .. ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local known = redis.call('GET', process)
+if known then
+  known = cmsgpack.unpack(known)
+  if known[1] == number then return known[2] end
+  if known[1] > number then return 'late' end
 end
-if f[7] == 'topic' then
-  local max_events = tonumber(f[8])
-  if max_events then first = math.max(first, last - max_events + 1) end
-  if ARGV[3] == '0' then first, size = trim(first, last, size, tonumber(f[9]), tonumber(f[10]), now) end
+local function append(stream, epoch, closes, meta, events, ends, body, least)
+  local f = get(stream, 'last', 'closed', 'writer', 'instance', 'first', 'size', 'kind', 'max_events', 'max_bytes',
+    'age_s', 'epoch')
+  if not f[1] then return {'none'} end
+  if f[2] == '1' then return {'closed'} end
+  if f[3] ~= epoch then return {'fenced'} end
+  if f[4] ~= instance then return {'instance'} end
+  local last = tonumber(f[1])
+  if last < tonumber(least) then return {'lost'} end
+  if events == '0' and closes == '0' and meta == '' then return {'ok', f[1], f[11]} end
+  local from, first, size, age_s = last + 1, tonumber(f[5]), tonumber(f[6]), tonumber(f[10])
+  if events ~= '0' then
+    last = last + tonumber(events)
+    size = size + #body
+    redis.call('XADD', rows(stream), num(last) .. '-0', 'e', f[11], 'n', ends, 't', now, 'b', body)
+  end
+  if f[7] == 'topic' then
+    if tonumber(f[8]) then first = math.max(first, last - tonumber(f[8]) + 1) end
+    if closes == '0' then first, size = trim(stream, first, last, size, tonumber(f[9]), age_s, tonumber(now)) end
+  end
+  set(stream, 'first', num(first), 'last', num(last), 'size', num(size), 'closed', closes, 'updated', now)
+  if meta ~= '' then set(stream, 'meta', meta) end
+  if closes == '1' then
+    redis.call('ZREM', prefix .. 'open', stream)
+    if age_s then redis.call('ZADD', prefix .. 'due', string.format('%.6f', tonumber(now) + age_s), stream) end
+  end
+  if events ~= '0' or closes == '1' then
+    local told = #body <= most and ends .. body or ''
+    redis.call('PUBLISH', prefix .. 'appended:' .. stream,
+      table.concat({num(from), num(last), closes, f[11], told}, ' '))
+  end
+  return {'ok', num(last), f[11]}
 end
-redis.call('HSET', KEYS[1], 'first', num(first), 'last', num(last), 'size', num(size), 'closed', ARGV[3],
-  'updated', ARGV[2])
-if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'meta', ARGV[4]) end
-redis.call('HSET', KEYS[4], ARGV[8], ARGV[9] .. ' ' .. num(last))
-redis.call('EXPIRE', KEYS[4], ARGV[13])
-local body = ''
-if #ARGV[7] <= tonumber(ARGV[11]) then body = ARGV[6] .. ARGV[7] end
-if events > 0 or ARGV[3] == '1' then
-  redis.call('PUBLISH', ARGV[12], table.concat({num(from), num(last), ARGV[3], f[11], body}, ' '))
+local answers = {}
+for n = 6, #ARGV, 8 do
+  local fine, answer = pcall(append, unpack(ARGV, n, n + 7))
+  if not fine then
+    answer = {'failed', type(answer) == 'table' and answer.err or tostring(answer)}
+    if string.find(answer[2], 'READONLY', 1, true) then return redis.error_reply(answer[2]) end
+  end
+  table.insert(answers, answer)
 end
-return {'ok', num(last), f[11]}
+redis.pcall('SET', process, cmsgpack.pack({number, answers}), 'EX', ARGV[5])
+return answers
 """,
-    # facts, rows, sizes; now
-    "trim": _TRIM
-    + """
-local f = redis.call('HMGET', KEYS[1], 'first', 'last', 'size', 'closed', 'kind', 'max_bytes', 'age_s', 'updated')
-if not f[1] then return 'none' end
-local age_s, now = tonumber(f[7]), tonumber(ARGV[1])
-if f[4] == '1' then
-  if not age_s then return 'never' end
-  if tonumber(f[8]) + age_s <= now then return 'over' end
-  return string.format('%.6f', tonumber(f[8]) + age_s)
+    # now, how many: looks at the streams that are due, and gives how many there were
+    "upkeep": """
+local now = tonumber(ARGV[1])
+local due = redis.call('ZRANGE', prefix .. 'due', '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[2])
+for _, stream in ipairs(due) do
+  local f = get(stream, 'first', 'last', 'size', 'closed', 'kind', 'max_bytes', 'age_s', 'updated')
+  local age_s, at = tonumber(f[7]), nil
+  if age_s and f[4] == '1' then
+    at = tonumber(f[8]) + age_s
+  elseif age_s and f[5] == 'topic' then
+    local first, size = trim(stream, tonumber(f[1]), tonumber(f[2]), tonumber(f[3]), tonumber(f[6]), age_s, now)
+    set(stream, 'first', num(first), 'size', num(size))
+    local oldest = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 1)[1]
+    at = (oldest and tonumber(oldest[2][6]) or now) + age_s
+  end
+  if at and at <= now then
+    delete(stream)
+  elseif at then
+    redis.call('ZADD', prefix .. 'due', string.format('%.6f', at), stream)
+  else
+    redis.call('ZREM', prefix .. 'due', stream)
+  end
 end
-if f[5] ~= 'topic' or not age_s then return 'never' end
-local first, size = trim(tonumber(f[1]), tonumber(f[2]), tonumber(f[3]), tonumber(f[6]), age_s, now)
-redis.call('HSET', KEYS[1], 'first', num(first), 'size', num(size))
-local at = string.match(redis.call('LINDEX', KEYS[3], 0) or '', '(%S+)$')
-return string.format('%.6f', (tonumber(at) or now) + age_s)
+return #due
 """,
-    # all; channel
-    "delete": """
-local f = redis.call('HMGET', KEYS[1], 'owner', 'key', 'epochs')
-if redis.call('DEL', unpack(KEYS)) == 0 then return {} end
-redis.call('PUBLISH', ARGV[1], '0 0 2 - ')
-return {f[1] or false, f[2] or false, f[3]}
-""",
-    # facts, rows; after, how many
+    # stream
+    "delete": "delete(ARGV[1])",
+    # stream, after, bytes
     "read": """
-local first = tonumber(redis.call('HGET', KEYS[1], 'first'))
-if not first then return {} end
-local from = math.max(tonumber(ARGV[1]) + 1, first)
-return redis.call('XRANGE', KEYS[2], string.format('%.0f-0', from), '+', 'COUNT', ARGV[2])
+local first, found, size, from = tonumber(get(ARGV[1], 'first')[1]), {}, 0, nil
+if not first then return found end
+from = num(math.max(tonumber(ARGV[2]) + 1, first))
+repeat
+  local some = redis.call('XRANGE', rows(ARGV[1]), from, '+', 'COUNT', 16)
+  for _, row in ipairs(some) do
+    table.insert(found, row)
+    size = size + #row[2][8]
+    if size >= tonumber(ARGV[3]) then return found end
+    from = '(' .. row[1]
+  end
+until #some < 16
+return found
 """,
-    # index: keys; key, stream, the stream that has it and is no more
-    "claim": """
-local there = redis.call('HGET', KEYS[1], ARGV[1])
-if there and there ~= ARGV[3] then return there end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-return false
+    # stream
+    "stat": "return whole(ARGV[1])",
+    # which index, name
+    "find": """
+local stream = redis.call('HGET', prefix .. ARGV[1], ARGV[2])
+return stream and whole(stream) or {'', {}}
 """,
-    # a hash, a field, the value that it must have
-    "forget": """
-if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
-return 0
+    # owner, how many
+    "runs": """
+local found = {}
+for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'runs:' .. ARGV[1], 0, ARGV[2], 'REV')) do
+  table.insert(found, whole(stream))
+end
+return found
+""",
+    # process; the open runs that it holds, and those of processes without a lease
+    "left": """
+local left, alive = {}, {[ARGV[1]] = 0}
+for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'open', 0, -1)) do
+  local holder = get(stream, 'holder')[1] or ''
+  alive[holder] = alive[holder] or redis.call('EXISTS', prefix .. 'lease:' .. holder)
+  if alive[holder] == 0 then table.insert(left, whole(stream)) end
+end
+return left
+""",
+    # stream, epoch, last, stream, epoch, last, …: the streams of which Redis knows something else, or the end
+    "news": """
+local news = {}
+for n = 1, #ARGV, 3 do
+  local f = get(ARGV[n], 'epoch', 'last', 'closed')
+  if f[1] ~= ARGV[n + 1] or f[2] ~= ARGV[n + 2] or f[3] == '1' then table.insert(news, ARGV[n]) end
+end
+return news
+""",
+    # stream, word, for how long
+    "call": """
+local holder = get(ARGV[1], 'holder')[1]
+if not holder then return 0 end
+redis.call('RPUSH', prefix .. 'calls:' .. holder, ARGV[2] .. ' ' .. ARGV[1])
+redis.call('EXPIRE', prefix .. 'calls:' .. holder, ARGV[3])
+redis.call('PUBLISH', prefix .. 'called:' .. holder, '')
+return 1
 """,
 }
 
 
-class _Append:
-    """What one caller waits for."""
+class _Session(NamedTuple):
+    """A connection to one instance, that has the scripts."""
 
-    def __init__(
-        self, stream: str, body: bytes, ends: tuple[int, ...], epoch: str, close: bool, meta: dict[str, Any] | None
-    ) -> None:
-        self.stream, self.body, self.ends, self.epoch, self.close, self.meta = stream, body, ends, epoch, close, meta
+    connection: Any
+    instance: str
+    shas: dict[str, str]
+
+    async def drop(self) -> None:
+        await _disconnect(self.connection)
+
+
+class _Call:
+    """What a caller waits for: a script by its name, or a command."""
+
+    __slots__ = ("answer", "command", "done", "error", "gone", "until")
+
+    def __init__(self, command: tuple[Any, ...], until: float) -> None:
+        self.command = command
+        self.until = until
+        self.done = Signal()
+        self.gone = False  #: nobody waits any more
+        self.answer: Any = None
+        self.error: SSEAppError | None = None
+
+    def fail(self, error: Exception) -> None:
+        self.error = error if isinstance(error, SSEAppError) else _away(error)
+        self.done.set()
+
+
+class _Line:
+    """A connection, and the one task that talks on it."""
+
+    def __init__(self, log: "RedisLog") -> None:
+        self._log = log
+        self._calls: deque[_Call] = deque()
+        self._wake = Signal()
+        self._scope = CancelScope(shield=True)
+        self._closed = False
+
+    async def ask(self, *command: Any, wait_s: float | None = None) -> Any:
+        """`wait_s`: how long to wait for a Redis that is away, if not as the engine is set."""
+        if self._closed:
+            await anyio.lowlevel.checkpoint()
+            raise LogUnavailable("the event log is closed")
+        call = _Call(command, current_time() + (self._log.wait_s if wait_s is None else wait_s))
+        self._calls.append(call)
+        self._wake.set()
+        try:
+            await call.done.wait()
+        finally:
+            call.gone = True
+        if call.error is not None:
+            raise call.error
+        return call.answer
+
+    def close(self) -> None:
+        self._closed = True
+        self._scope.cancel()
+
+    async def run(self) -> None:
+        """Until it is closed, whatever is cancelled around it: somebody may have something to finish."""
+        session: _Session | None = None
+        pause = _PAUSES_S[0]
+        calls: list[_Call] = []
+        try:
+            with self._scope:
+                while True:
+                    if not self._calls:
+                        await self._wake.wait()
+                    self._wake = Signal()
+                    calls = self._take()
+                    try:
+                        if session is None or session.instance != self._log.instance:
+                            session = await self._renewed(session)
+                        await _talk(session, calls)
+                        self._log.heard_of(None)
+                        pause = _PAUSES_S[0]
+                    except Exception as error:
+                        if session is not None:
+                            await session.drop()
+                        session = None
+                        self._lost(calls, error, pause)
+                        await anyio.sleep(pause * random.uniform(0.5, 1))
+                        pause = min(2 * pause, _PAUSES_S[1])
+        finally:
+            self._closed = True
+            if session is not None:
+                await session.drop()
+            for call in (*calls, *self._calls):
+                call.fail(LogUnavailable("the event log is closed"))
+
+    def _take(self) -> list[_Call]:
+        calls: list[_Call] = []
+        while self._calls and len(calls) < _MAX_PIPELINE:
+            call = self._calls.popleft()
+            if not call.gone:
+                calls.append(call)
+        return calls
+
+    async def _renewed(self, session: _Session | None) -> _Session:
+        if session is not None:
+            await session.drop()
+        return await self._log.connect()
+
+    def _lost(self, calls: list[_Call], error: Exception, pause: float) -> None:
+        """Ask again (rule 2), unless it can't help, or has to end."""
+        passing = isinstance(error, _BROKEN)
+        if passing:
+            self._log.heard_of(error)
+        elif not isinstance(error, SSEAppError):
+            logger.exception("the event log's connection failed", exc_info=error)
+        again = []
+        for call in calls:
+            if call.done.is_set():
+                continue
+            if passing and call.until > current_time() + pause:
+                again.append(call)
+            else:
+                call.fail(error)
+        self._calls.extendleft(reversed(again))
+
+
+async def _talk(session: _Session, calls: list[_Call]) -> None:
+    """One pipeline. Raises what breaks the connection, or is said by an instance that isn't ours any more."""
+    connection, shas = session.connection, session.shas
+    commands = [
+        ("EVALSHA", shas[name], 0, *values) if (name := call.command[0]) in shas else call.command
+        for call in calls
+        for values in [call.command[1:]]
+    ]
+    await connection.send_packed_command(connection.pack_commands(commands))
+    for call in calls:
+        try:
+            call.answer = await connection.read_response()
+            call.done.set()
+        except (NoScriptError, ReadOnlyError):
+            raise
+        except ResponseError as error:
+            logger.error("the event log's Redis refuses %s: %s", call.command[0], error)
+            call.fail(error)
+
+
+class _Batch:
+    """Appends that go in as one row: of one stream and epoch, and only the last one closes it or sets `meta`."""
+
+    def __init__(self, stream: str, epoch: str) -> None:
+        self.stream, self.epoch = stream, epoch
+        self.bodies: list[bytes] = []
+        self.ends: list[int] = []
+        self.size = 0
+        self.meta = b""
+        self.closes = False
         self.done = Signal()
         self.last = 0
         self.error: SSEAppError | None = None
 
+    def takes(self, epoch: str, size: int) -> bool:
+        return epoch == self.epoch and not self.meta and not self.closes and self.size + size <= _MAX_ROW_BYTES
 
-class _Batch:
-    """The appends that go in as one row: of one stream and epoch, and only the last one closes (rule 2)."""
-
-    def __init__(self, first: _Append, number: int) -> None:
-        self.appends = [first]
-        self.number = number
-        self.size = len(first.body)
-
-    @property
-    def head(self) -> _Append:
-        return self.appends[0]
-
-    @property
-    def closes(self) -> bool:
-        return self.appends[-1].close
-
-    def takes(self, append: _Append) -> bool:
-        return (
-            append.epoch == self.head.epoch
-            and not self.closes
-            and self.size + len(append.body) <= _MAX_ROW_BYTES
-            and all(one.meta is None for one in (append, *self.appends))
-        )
-
-    def add(self, append: _Append) -> None:
-        self.appends.append(append)
-        self.size += len(append.body)
+    def add(self, body: bytes, ends: tuple[int, ...], close: bool, meta: dict[str, Any] | None) -> int:
+        """Gives how many events are in it now."""
+        self.ends += [self.size + end for end in ends]
+        self.bodies.append(body)
+        self.size += len(body)
+        self.closes, self.meta = close, b"" if meta is None else encode_json(meta)
+        return len(self.ends)
 
     def row(self) -> tuple[bytes, tuple[int, ...]]:
-        if len(self.appends) == 1:
-            return self.head.body, self.head.ends
-        ends: list[int] = []
-        for append in self.appends:
-            start = ends[-1] if ends else 0
-            ends += [start + end for end in append.ends]
-        return b"".join([append.body for append in self.appends]), tuple(ends)
-
-    def settle(self, last: int) -> None:
-        last -= sum(len(append.ends) for append in self.appends)
-        for append in self.appends:
-            last += len(append.ends)
-            append.last = last
-            append.done.set()
-
-    def fail(self, error: SSEAppError) -> None:
-        for append in self.appends:
-            append.error = error
-            append.done.set()
+        return b"".join(self.bodies), tuple(self.ends)
 
 
 class RedisLog:
@@ -316,91 +528,128 @@ class RedisLog:
         upkeep_s: float = 5.0,
         look_s: float = 2.0,
     ) -> None:
+        self.away = False
+        self.wait_s = min(wait_s, lease_s / 2)  # a lease outlasts its holder's own waiting
+        self.instance = ""
         self._url = url
-        self._wait_s = min(wait_s, lease_s / 2)  # a lease outlasts its holder's own waiting
         self._lease_s = lease_s
-        self._prefix = prefix
+        self._prefix = f"{{{prefix}}}:"  # one hash tag
         self._clock = clock
         self._upkeep_s = upkeep_s
         self._look_s = look_s
         self._process = new_epoch()
         self._watchers = Watchers()
-        #: Of each watched stream: up to where watchers were told; else where somebody looked first; else None.
-        self._told: dict[str, int | None] = {}
+        #: Of each watched stream: what watchers were told last; else what somebody saw first; else None.
+        self._told: dict[str, Cursor | None] = {}
         self._subscribed: dict[str, Signal] = {}
-        self._queue: deque[_Append] = deque()
-        self._queued_bytes = 0
-        self._numbers = 0
-        #: The top of runs that are written here (rule 4).
-        self._tops: dict[str, int] = {}
         self._dirty: dict[str, None] = {}
-        self._shas: dict[str, str] = {}
+        self._queue: dict[str, deque[_Batch]] = {}
+        self._queued_bytes = 0
+        self._number = 0
+        self._failing = False
+        #: The top of the runs at work here (rules 4 and 6), and those that are being created.
+        self._tops: dict[str, int] = {}
+        self._creating: set[str] = set()
         self._running = False
-        self.away = False
-        self._back_at = 0.0
+        self._back_at = self._held_at = 0.0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        failure = None
-        options: dict[str, Any] = {
-            "socket_timeout": _SOCKET_TIMEOUT_S,
-            "socket_connect_timeout": _SOCKET_TIMEOUT_S,
-            "retry": Retry(NoBackoff(), 0),  # ours, which know what may be asked for twice
-        }
-        try:
-            # Whoever finds all connections taken waits for one.
-            pool = BlockingConnectionPool.from_url(self._url, max_connections=_MAX_CONNECTIONS, timeout=None, **options)
-            self._redis: Any = Redis.from_pool(pool)
-            self._listener: Any = Redis.from_url(self._url, **(options | {"socket_timeout": None}))
-        except ValueError as error:
-            raise LogError(f"the event log's Redis URL can't be used: {error}") from None
+        failure: Exception | None = None
+        self._options = self._parse_url()
         self._wake, self._look, self._channels, self._called = Signal(), Signal(), Signal(), Signal()
-        self._pubsub: Any = self._listener.pubsub()
-        try:
-            await self._start()
-            self._back_at = current_time()
-            async with anyio.create_task_group() as group:
-                for task in (self._listen, self._subscribe, self._refill, self._hold, self._keep_up):
+        self._reads, self._writes = lines = _Line(self), _Line(self)
+        async with anyio.create_task_group() as group:
+            try:
+                for line in lines:
+                    group.start_soon(line.run)
+                try:
+                    await self._reads.ask("PING")
+                except LogUnavailable as error:
+                    raise LogError(f"the event log's Redis can't be used: {error.__cause__}") from error
+                self._back_at = self._held_at = current_time()
+                for task in (self._listen, self._refill, self._hold, self._keep_up):
                     group.start_soon(task)
                 self._running = True
-                try:
-                    async with anyio.create_task_group() as writing:
-                        writing.start_soon(self._write)
-                        try:
-                            yield
-                        except Exception as error:  # raised below: a task group would wrap it
-                            failure = error
-                        finally:
-                            self._running = False
-                            self._wake.set()
-                finally:
-                    group.cancel_scope.cancel()
-        finally:
-            with CancelScope(shield=True), suppress(RedisError, OSError):
-                await self._redis.delete(self._lease(self._process))
-                await self._pubsub.aclose()  # type: ignore[no-untyped-call]
-                await self._listener.aclose()
-                await self._redis.aclose()
+                async with anyio.create_task_group() as writing:
+                    writing.start_soon(self._write)
+                    try:
+                        yield
+                    except Exception as error:  # raised below: a task group would wrap it
+                        failure = error
+                    finally:
+                        self._running = False
+                        self._wake.set()
+                with anyio.move_on_after(1, shield=True), suppress(LogUnavailable):
+                    names = self._name(f"lease:{self._process}"), self._name(f"calls:{self._process}")
+                    await self._writes.ask("DEL", *names, wait_s=0)
+            except SSEAppError as error:
+                failure = error
+            finally:
+                group.cancel_scope.cancel()
+                for line in lines:
+                    line.close()
         if failure:
             raise failure
 
-    async def _start(self) -> None:
+    def _parse_url(self) -> dict[str, Any]:
+        ours = {
+            "protocol": 2,
+            "socket_timeout": self.wait_s,
+            "socket_connect_timeout": self.wait_s,
+            "retry": Retry(NoBackoff(), 0),  # the lines', which know what may be asked for twice
+        }
         try:
-            info = await self._load()
-        except (RedisError, OSError) as error:
-            raise LogError(f"the event log's Redis can't be used: {error}") from error
-        version = info.get("redis_version", "0")
-        if tuple(map(int, version.split(".")[:2])) < (7, 0):
-            raise LogError(f"the event log needs Redis 7.0 or later; this is {version}")
-        await self._pubsub.subscribe(self._call_channel(self._process))
+            options: dict[str, Any] = {"connection_class": Connection, **parse_url(self._url), **ours}
+            _connection(options)
+        except (ValueError, TypeError) as error:
+            raise LogError(f"the event log's Redis URL can't be used: {error}") from None
+        return options
 
-    async def _load(self) -> dict[str, Any]:
-        """The scripts, for the instance that answers now (rule 3)."""
-        async with self._redis.client() as connection:  # one connection: one instance
-            info: dict[str, Any] = await connection.info("server")
-            head = f"local instance = '{info['run_id']}'\n"
-            self._shas = {name: await connection.script_load(head + text) for name, text in _SCRIPTS.items()}
-        return info
+    async def connect(self) -> _Session:
+        """Raises `RedisError` and `OSError` for what may pass, `LogError` for what doesn't."""
+        connection = _connection(self._options)
+        try:
+            await connection.connect()
+            (told,) = await _exchange(connection, ("INFO",))
+            info = dict(line.split(":", 1) for line in told.decode().splitlines() if ":" in line)
+            version, policy = info["redis_version"], info.get("maxmemory_policy", "noeviction")
+            if tuple(map(int, version.split(".")[:2])) < (7, 0):
+                raise LogError(f"the event log needs Redis 7.0 or later; this is {version}")
+            if info.get("redis_mode") == "cluster":
+                raise LogError("the event log needs one Redis with its replicas; this is a node of a Redis Cluster")
+            if info.get("role") != "master":
+                raise RedisConnectionError("it is a replica")
+            instance = info["run_id"]
+            if policy != "noeviction" and not self.instance:
+                logger.warning("the event log's Redis drops data when it is full (maxmemory-policy %s)", policy)
+            head = f"local instance, prefix = '{instance}', [==[{self._prefix}]==]\n{_COMMON}"
+            shas = await _exchange(connection, *[("SCRIPT", "LOAD", head + text) for text in _SCRIPTS.values()])
+            session = _Session(connection, instance, dict(zip(_SCRIPTS, map(bytes.decode, shas), strict=True)))
+            if self.instance not in ("", instance):
+                await self._check_all(session)
+            self.instance = instance
+        except BaseException:
+            await _disconnect(connection)
+            raise
+        return session
+
+    async def _check_all(self, session: _Session) -> None:
+        """Rule 3: before anybody can read from the new instance."""
+        told = [(stream, cursor) for stream, cursor in self._told.items() if cursor is not None]
+        for start in range(0, len(told), _LOOK_STREAMS):
+            some = told[start : start + _LOOK_STREAMS]
+            asked = [("HGETALL", self._name(f"facts:{stream}")) for stream, _ in some]
+            for (stream, cursor), facts in zip(some, await _exchange(session.connection, *asked), strict=True):
+                self._check(stream, cursor, _stat([stream.encode(), facts]))
+
+    def heard_of(self, error: Exception | None) -> None:
+        """Redis has answered, or not."""
+        if error is not None and not self.away:
+            logger.error("the event log's Redis is away: %s", error)
+        elif error is None and self.away:
+            logger.warning("the event log's Redis is back")
+        self.away = error is not None
 
     # What callers ask for
 
@@ -415,88 +664,46 @@ class RedisLog:
         key: str | None = None,
         retention: Retention | None = None,
     ) -> tuple[Stat, bool]:
-        now, facts, keep = self._clock(), plain(meta) or {}, retention or Retention()
-        stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
-        return await self._patiently(lambda: self._create(stat))
-
-    async def _create(self, stat: Stat) -> tuple[Stat, bool]:
-        """The facts first, and then the index: what the index names is there (rule 7)."""
-        stream, ((epoch, _),) = stat.stream, stat.epochs
-        if stat.key is not None and (there := await self.find_key(stat.key)) is not None:
-            return there, False
-        if not await self._run("create", [stream], str(_UNCLAIMED_S), *_fields(stat, self._process)):
-            there = await self._stat(stream)
-            if there is None:
-                return await self._create(stat)
-            # Ours, where an earlier try was cut off before its end.
-            if there.epochs[0][0] != epoch:
-                return there, False
-        if await self._redis.hsetnx(self._name("epochs"), epoch, stream) == 0:
-            if await self._redis.hget(self._name("epochs"), epoch) != stream.encode():
-                await self._run("delete", [stream], self._channel(stream))
-                raise Conflict("this epoch has been opened before")
-        if stat.key is not None and (there := await self._claim(stat.key, stream)) is not None:
-            await self._run("delete", [stream], self._channel(stream))
-            await self._run_index("forget", "epochs", epoch, stream)
-            return there, False
-        async with self._redis.pipeline(transaction=False) as pipe:
-            if stat.kind == "run":
-                order = await self._redis.incr(self._name("count"))
-                pipe.zadd(self._name("open"), {stream: order})
-                pipe.zadd(self._name(f"runs:{_owner(stat.owner)}"), {stream: order})
-            elif stat.retention.age_s is not None:
-                pipe.zadd(self._name("due"), {stream: stat.created + stat.retention.age_s})
-            pipe.persist(self._keys(stream)[0])
-            await pipe.execute()
-        if stat.kind == "run":
-            self._tops[stream] = 0
-        return stat, True
-
-    async def _claim(self, key: str, stream: str) -> Stat | None:
-        """Give the key to the stream, or say who has it."""
-        gone = ""
-        while (named := await self._run_index("claim", "keys", key, stream, gone)) is not None:
-            gone = named.decode()
-            if (there := await self._stat(gone)) is not None:
-                return None if gone == stream else there
-        return None
+        now, limits = repr(self._clock()), retention or Retention()
+        facts = {
+            "kind": kind,
+            "created": now,
+            "updated": now,
+            "first": 1,
+            "last": 0,
+            "size": 0,
+            "closed": 0,
+            "meta": encode_json(plain(meta) or {}),
+            "epochs": f"{epoch}:1",
+            "epoch": epoch,
+            "writer": epoch,
+            "holder": self._process,
+            **dict(zip(("max_events", "max_bytes", "age_s"), _limits(limits), strict=True)),
+            **({} if owner is None else {"owner": _maybe(owner)}),
+            **({} if key is None else {"key": _maybe(key)}),
+        }
+        due = "" if limits.age_s is None else repr(self._clock() + limits.age_s)
+        fields = [part for pair in facts.items() for part in pair]
+        self._creating.add(stream)
+        try:
+            said = await self._writes.ask("create", stream, epoch, kind, _maybe(owner), _maybe(key), due, *fields)
+            stat = _stat(_checked(said))
+            assert stat is not None
+            created = stat.stream == stream and stat.epochs[0][0] == epoch  # now, or by a try whose answer was lost
+            if created and kind == "run":
+                self._tops[stream] = 0
+            return stat, created
+        finally:
+            self._creating.discard(stream)
 
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
-        tried = False
+        limits = [] if retention is None else _limits(retention)
+        return await self._open(stream, epoch, new_epoch(), *limits)
 
-        async def once() -> Stat:
-            nonlocal tried
-            again, tried = tried, True
-            return await self._open(stream, epoch, retention, again=again)
-
-        return await self._patiently(once)
-
-    async def _open(
-        self, stream: str, epoch: str, retention: Retention | None, *, writes: bool = True, again: bool = False
-    ) -> Stat:
-        stat = await self._stat(stream)
-        if stat is None:
-            raise NotFound("no such stream")
-        if stat.closed:
-            raise WriterFenced("the stream is closed")
-        if not await self._redis.hsetnx(self._name("epochs"), epoch, stream) and not again:
-            raise Conflict("this epoch has been opened before")
-        if stat.epochs[-1][0] != epoch:  # else an earlier try, whose answer was lost
-            keep = [encode_json(retention), *_limits(retention)] if retention is not None else ["", "", "", ""]
-            most, holder = ssecore.log.MAX_EPOCHS, self._process if writes else ""
-            said, *forgotten = await self._run("open", [stream], epoch, repr(self._clock()), holder, most, *keep)
-            if said != b"ok":
-                await self._run_index("forget", "epochs", epoch, stream)
-                raise NotFound("no such stream") if said == b"none" else WriterFenced("the stream is closed")
-            if forgotten:
-                await self._redis.hdel(self._name("epochs"), *forgotten)
-            if retention is not None and retention.age_s is not None and stat.kind == "topic":
-                await self._redis.zadd(self._name("due"), {stream: 0})
-        stat = await self._stat(stream)
-        if stat is None:
-            raise NotFound("no such stream")
-        if writes and stat.kind == "run":
-            self._tops[stream] = stat.last
+    async def _open(self, stream: str, epoch: str, mark: str, *limits: str) -> Stat:
+        now, most = repr(self._clock()), ssecore.log.MAX_EPOCHS
+        stat = _stat(_checked(await self._writes.ask("open", stream, epoch, now, mark, most, *limits)))
+        assert stat is not None
         return stat
 
     async def append(
@@ -509,150 +716,97 @@ class RedisLog:
         meta: dict[str, Any] | None = None,
     ) -> int:
         body, ends = joined(frames)
-        append = _Append(stream, body, ends, epoch, close, plain(meta))
         if not self._running:
             raise LogUnavailable("the event log is closed")
         if self._queued_bytes + len(body) > _MAX_QUEUED_BYTES:
-            raise _away("too much waits to be written")
-        self._queue.append(append)
+            raise _away(None)
+        batches = self._queue.get(stream)
+        if batches is None or not batches[-1].takes(epoch, len(body)):
+            batch = _Batch(stream, epoch)
+            count = batch.add(body, ends, close, meta)
+            self._queue.setdefault(stream, deque()).append(batch)
+        else:
+            batch = batches[-1]
+            count = batch.add(body, ends, close, meta)
         self._queued_bytes += len(body)
         self._wake.set()
-        await append.done.wait()
-        if append.error is not None:
-            raise append.error
-        return append.last
+        await batch.done.wait()
+        if batch.error is not None:
+            raise batch.error
+        return batch.last - len(batch.ends) + count
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
-        """Waits for a Redis that is away as long as its caller does: readers stay, with their heartbeats."""
         await self._watching(stream)
-        return await self._patiently(lambda: self._read(stream, after, max_bytes), wait_s=None)
-
-    async def _read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
-        rows: list[Row] = []
-        size = 0
-        while True:
-            entries = await self._run("read", [stream], rows[-1].last if rows else after, _READ_ROWS)
-            for id, (_, epoch, _, packed, _, body) in entries:
-                last, ends = int(id.partition(b"-")[0]), _unpacked(packed)
-                rows.append(Row(epoch.decode(), last - len(ends) + 1, body, ends))
-                size += len(body)
-                if size >= max_bytes:
-                    return rows
-            if len(entries) < _READ_ROWS:
-                return rows
+        return _rows(await self._reads.ask("read", stream, after, max_bytes, wait_s=math.inf))
 
     async def stat(self, stream: str) -> Stat | None:
         await self._watching(stream)
-        stat = await self._patiently(lambda: self._stat(stream))
+        stat = _stat(await self._reads.ask("stat", stream))
         if stat is not None and stream in self._told and self._told[stream] is None:
-            self._told[stream] = stat.last
+            self._told[stream] = Cursor(stat.epochs[-1][0], stat.last)
         return stat
 
     async def find(self, epoch: str) -> Stat | None:
-        async def find() -> Stat | None:
-            named = await self._redis.hget(self._name("epochs"), epoch)
-            stat = await self._stat(named.decode()) if named is not None else None
-            return stat if stat is not None and epoch in dict(stat.epochs) else None
-
-        return await self._patiently(find)
+        return _stat(await self._reads.ask("find", "epochs", epoch))
 
     async def find_key(self, key: str) -> Stat | None:
-        async def find() -> Stat | None:
-            named = await self._redis.hget(self._name("keys"), key)
-            stat = await self._stat(named.decode()) if named is not None else None
-            return stat if stat is not None and stat.key == key else None
-
-        return await self._patiently(find)
+        return _stat(await self._reads.ask("find", "keys", _maybe(key)))
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
-        async def runs() -> list[Stat]:
-            names = await self._redis.zrevrange(self._name(f"runs:{_owner(owner)}"), 0, limit - 1)
-            return await self._stats(names)
-
-        return await self._patiently(runs)
+        found = await self._reads.ask("runs", _maybe(owner), limit - 1)
+        return [stat for stat in map(_stat, found) if stat is not None]
 
     async def unfinished(self) -> list[Stat]:
-        """Those whose holder's lease has run out (rule 6)."""
-        if current_time() - self._back_at < self._lease_s:
+        """Those whose holder's lease has run out, and those that are held here and nobody works on (rule 6)."""
+        if self._cut_off():
             return []
-        return await self._patiently(self._unfinished)
+        left = await self._reads.ask("left", self._process)
+        if self._cut_off():
+            return []
+        at_work = self._tops.keys() | self._creating
+        return [stat for stat in map(_stat, left) if stat is not None and stat.stream not in at_work]
 
-    async def _unfinished(self) -> list[Stat]:
-        names = await self._redis.zrange(self._name("open"), 0, -1)
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.hmget(self._keys(name.decode())[0], "holder", "closed")
-            facts = dict(zip(names, await pipe.execute() if names else [], strict=True))
-            holders = list({holder for holder, _ in facts.values() if holder is not None})
-            for holder in holders:
-                pipe.exists(self._lease(holder.decode()))
-            alive = {
-                holder for holder, there in zip(holders, await pipe.execute() if holders else [], strict=True) if there
-            }
-        for name, (_, closed) in facts.items():
-            if closed != b"0":  # whoever closed or deleted it was cut off
-                await self._closed(name.decode())
-        left = [name for name, (holder, closed) in facts.items() if closed == b"0" and holder not in alive]
-        return await self._stats(left)
-
-    async def call(self, stream: str, word: str) -> None:
-        holder = await self._patiently(lambda: self._redis.hget(self._keys(stream)[0], "holder"))
-        if holder is None:
-            raise NotFound("no such stream")
-        calls = self._name(f"calls:{holder.decode()}")
-
-        async def send() -> None:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.rpush(calls, f"{word} {stream}")
-                pipe.expire(calls, _REMEMBER_S)
-                pipe.publish(self._call_channel(holder.decode()), "")
-                await pipe.execute()
-
-        await self._patiently(send)
-
-    async def _answer_calls(self) -> None:
-        while calls := await self._redis.lpop(self._name(f"calls:{self._process}"), 100):
-            for said in calls:
-                word, _, stream = said.decode().partition(" ")
-                if self.on_call is not None:
-                    self.on_call(stream, word)
-
-    async def touch(self, stream: str, for_s: float) -> None:
-        await self._patiently(lambda: self._redis.set(self._keys(stream)[4], "", px=max(1, int(for_s * 1000))))
-
-    async def touched(self, stream: str) -> bool:
-        return bool(await self._patiently(lambda: self._redis.exists(self._keys(stream)[4])))
+    def _cut_off(self) -> bool:
+        """Whether others may have been cut off from Redis for so long that they lost their leases."""
+        now = current_time()
+        return now - self._back_at < self._lease_s or now - self._held_at > self._lease_s / 2
 
     async def _hold(self) -> None:
-        """Keeps the lease, and answers calls that were missed."""
+        """Keeps the lease, and answers calls."""
+        lease, calls = self._name(f"lease:{self._process}"), self._name(f"calls:{self._process}")
         while True:
             try:
-                await self._redis.set(self._lease(self._process), "", px=int(self._lease_s * 1000))
-                await self._answer_calls()
-                self._is_back()
-            except (RedisError, OSError) as error:
-                self._is_away(error)
+                await self._writes.ask("SET", lease, "", "PX", int(self._lease_s * 1000))
+                now = current_time()
+                if now - self._held_at > self._lease_s / 2:
+                    self._back_at = now
+                self._held_at = now
+                while called := await self._writes.ask("LRANGE", calls, 0, 99):
+                    for said in called:
+                        word, _, stream = said.decode().partition(" ")
+                        if self.on_call is not None:
+                            self.on_call(stream, word)
+                    await self._writes.ask("LTRIM", calls, len(called), -1)
+            except LogUnavailable:
+                continue
             with anyio.move_on_after(self._lease_s / 3):
                 await self._called.wait()
             self._called = Signal()
 
-    async def delete(self, stream: str) -> None:
-        await self._patiently(lambda: self._delete(stream))
+    async def call(self, stream: str, word: str) -> None:
+        if not await self._writes.ask("call", stream, word, _REMEMBER_S):
+            raise NotFound("no such stream")
 
-    async def _delete(self, stream: str) -> None:
-        facts = await self._run("delete", [stream], self._channel(stream))
-        if not facts:
-            return
-        owner, key, epochs = facts
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for name in ("open", "due", f"runs:{_owner(None if owner is None else owner.decode())}"):
-                pipe.zrem(self._name(name), stream)
-            pipe.hdel(self._name("epochs"), *[pair.partition(b":")[0] for pair in epochs.split()])
-            await pipe.execute()
-        if key is not None:
-            await self._run_index("forget", "keys", key, stream)
+    async def touch(self, stream: str, for_s: float) -> None:
+        await self._writes.ask("SET", self._name(f"touched:{stream}"), "", "PX", max(1, int(for_s * 1000)))
+
+    async def touched(self, stream: str) -> bool:
+        return bool(await self._reads.ask("EXISTS", self._name(f"touched:{stream}")))
+
+    async def delete(self, stream: str) -> None:
+        await self._writes.ask("delete", stream)
         self._tops.pop(stream, None)
-        self._announce(stream, None, "deleted")
+        self._tell(stream, None, "deleted")
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         unwatch = self._watchers.add(stream, watcher)
@@ -669,23 +823,8 @@ class RedisLog:
         return done
 
     async def upkeep(self) -> None:
-        await self._patiently(self._upkeep)
-
-    async def _upkeep(self) -> None:
-        while True:
-            now = self._clock()
-            names = await self._redis.zrangebyscore(self._name("due"), "-inf", now, start=0, num=_STEP_STREAMS)
-            for name in names:
-                stream = name.decode()
-                said = (await self._run("trim", [stream], repr(now))).decode()
-                if said == "over":
-                    await self._delete(stream)
-                elif said in ("none", "never"):
-                    await self._redis.zrem(self._name("due"), stream)
-                else:
-                    await self._redis.zadd(self._name("due"), {stream: float(said)})
-            if len(names) < _STEP_STREAMS:
-                return
+        while await self._writes.ask("upkeep", repr(self._clock()), _STEP_STREAMS) == _STEP_STREAMS:
+            pass
 
     async def _keep_up(self) -> None:
         while True:
@@ -702,206 +841,199 @@ class RedisLog:
                 if not self._queue:
                     await self._wake.wait()
                 self._wake = Signal()
-                if batches := self._take():
-                    await self._send(batches)
+                await self._send(self._take())
 
     def _take(self) -> list[_Batch]:
-        """What goes into one pipeline, one batch a stream (rule 2); the rest keeps its order."""
-        batches: dict[str, _Batch] = {}
-        left: deque[_Append] = deque()
-        full: set[str] = set()
+        """What goes into one call: the oldest batch of each stream."""
+        batches: list[_Batch] = []
         size = 0
-        while self._queue and size < _MAX_PIPELINE_BYTES:
-            append = self._queue.popleft()
-            batch = batches.get(append.stream)
-            if append.stream in full or (batch is not None and not batch.takes(append)):
-                full.add(append.stream)
-                left.append(append)
-                continue
-            if batch is None:
-                self._numbers += 1
-                batches[append.stream] = _Batch(append, self._numbers)
-            else:
-                batch.add(append)
-            size += len(append.body)
-        self._queue.extendleft(reversed(left))
-        return list(batches.values())
+        for stream in list(self._queue):
+            if size >= _MAX_CALL_BYTES or len(batches) >= _MAX_CALL_STREAMS:
+                break
+            waiting = self._queue.pop(stream)
+            batches.append(waiting.popleft())
+            size += batches[-1].size
+            if waiting:
+                self._queue[stream] = waiting  # behind the others
+        return batches
 
     async def _send(self, batches: list[_Batch]) -> None:
         """Until each has its answer, or Redis has been away for too long."""
-        until = current_time() + self._wait_s
-        pause = 0.01
-        while batches:
-            try:
-                batches = await self._try(batches)
-                self._is_back()
-                pause = 0.01
-            except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-                self._is_away(error)
-                if current_time() + pause > until or not self._running:
-                    break
-                await anyio.sleep(pause * random.uniform(0.5, 1))
-                pause = min(2 * pause, 1.0)
-            except Exception as error:  # Redis is full, or a bug of ours: nobody waits for ever
+        try:
+            while batches:
+                batches = await self._call(batches)
+                for batch in batches:  # rule 3
+                    with suppress(NotFound, WriterFenced):
+                        await self._open(batch.stream, new_epoch(), "")
+        except Exception as error:  # a bug of ours: nobody waits for ever
+            if not isinstance(error, SSEAppError):
                 logger.exception("the event log can't be written")
-                for batch in batches:
-                    self._settle(batch, _away(str(error) if isinstance(error, RedisError) else "internal error"))
-                return
-        for batch in batches:
-            self._settle(batch, _away("Redis can't be reached"))
-
-    async def _try(self, batches: list[_Batch]) -> list[_Batch]:
-        """One pipeline. Gives those that have to be sent again, with an unknown script or in a new epoch (rule 3)."""
-        now = repr(self._clock())
-        async with self._redis.pipeline(transaction=False) as pipe:
             for batch in batches:
-                body, ends = batch.row()
-                head, last = batch.head, batch.appends[-1]
-                meta = encode_json(last.meta) if last.meta is not None else b""
-                values = (head.epoch, now, int(batch.closes), meta, len(ends), _packed(ends), body)
-                least = self._tops.get(head.stream, 0)
-                keys = self._keys(head.stream)
-                more = (self._process, batch.number, least, _MAX_ROW_BYTES, self._channel(head.stream), _REMEMBER_S)
-                pipe.evalsha(self._shas["append"], len(keys), *keys, *values, *more)
-            answers = await pipe.execute(raise_on_error=False)
+                self._settle(batch, error if isinstance(error, SSEAppError) else _away(error))
+
+    async def _call(self, batches: list[_Batch]) -> list[_Batch]:
+        """One call. Gives those that need an epoch first."""
+        self._number += 1
+        values: list[Any] = []
+        for batch in batches:
+            body, ends = batch.row()
+            least = self._tops.get(batch.stream, 0)
+            values += (batch.stream, batch.epoch, int(batch.closes), batch.meta, len(ends), _packed(ends), body, least)
+        wait_s = self.wait_s if self._running else 0
+        common = (self._process, self._number, repr(self._clock()), _MAX_ROW_BYTES, _REMEMBER_S)
+        answers = await self._writes.ask("append", *common, *values, wait_s=wait_s)
         again = []
-        for batch, answer in zip(batches, answers, strict=True):
-            if isinstance(answer, NoScriptError):
+        for batch, (said, *facts) in zip(batches, answers, strict=True):
+            if said == b"instance":
                 again.append(batch)
-            elif isinstance(answer, Exception):
-                if not isinstance(answer, ResponseError):
-                    raise answer
-                self._settle(batch, _away(str(answer)))
-            elif answer[0] == b"instance":
-                with suppress(NotFound, WriterFenced):
-                    await self._open(batch.head.stream, new_epoch(), None, writes=False)
-                again.append(batch)
+            elif said == b"ok":
+                self._appended(batch, int(facts[0]), facts[1].decode())
             else:
-                await self._answered(batch, answer)
-        if any(isinstance(answer, NoScriptError) for answer in answers):
-            await self._load()
+                self._tops.pop(batch.stream, None)
+                self._settle(batch, self._refusal(said, facts))
         return again
 
-    async def _answered(self, batch: _Batch, answer: list[bytes]) -> None:
-        said, stream = answer[0], batch.head.stream
-        if said == b"ok":
-            last, (body, ends) = int(answer[1]), batch.row()
-            if batch.closes:
-                self._tops.pop(stream, None)
-                await self._closed(stream)
-            elif stream in self._tops:
-                self._tops[stream] = last
-            row = Row(answer[2].decode(), last - len(ends) + 1, body, ends) if ends else None
-            if row or batch.closes:
-                self._announce(stream, row, "closed" if batch.closes else None)
-            self._settle(batch, None, last)
-            return
-        self._tops.pop(stream, None)
-        refusals: dict[bytes, SSEAppError] = {
-            b"none": NotFound("no such stream"),
-            b"closed": WriterFenced("the stream is closed"),
-            b"fenced": WriterFenced("another writer has taken over the stream"),
-            b"lost": LogError("the event log lost some of this run's events"),
-        }
-        self._settle(batch, refusals[said])
+    def _appended(self, batch: _Batch, last: int, epoch: str) -> None:
+        if batch.closes:
+            self._tops.pop(batch.stream, None)
+        elif batch.stream in self._tops:
+            self._tops[batch.stream] = last
+        body, ends = batch.row()
+        row = Row(epoch, last - len(ends) + 1, body, ends) if ends else None
+        if row or batch.closes:
+            self._announce(batch.stream, row, "closed" if batch.closes else None)
+        self._failing = False
+        batch.last = last
+        self._settle(batch, None)
 
-    def _settle(self, batch: _Batch, error: SSEAppError | None, last: int = 0) -> None:
-        self._queued_bytes -= batch.size
-        if error is None:
-            batch.settle(last)
-        else:
-            batch.fail(error)
+    def _refusal(self, said: bytes, facts: list[bytes]) -> SSEAppError:
+        if said == b"lost":
+            return LogError("the event log lost some of this run's events")
+        if said != b"failed":
+            return _refusal(said)
+        if not self._failing:
+            logger.error("the event log's Redis can't be written: %s", facts[0].decode(errors="replace"))
+        self._failing = True
+        return _away(OutOfMemoryError() if b"OOM" in facts[0] else ResponseError())
 
-    async def _closed(self, stream: str) -> None:
-        """Into the index: it is open no more, and due at its age."""
-        stat = await self._stat(stream)
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.zrem(self._name("open"), stream)
-            if stat is not None and stat.retention.age_s is not None:
-                pipe.zadd(self._name("due"), {stream: stat.updated + stat.retention.age_s})
-            await pipe.execute()
+    def _settle(self, batch: _Batch, error: SSEAppError | None) -> None:
+        if not batch.done.is_set():
+            self._queued_bytes -= batch.size
+            batch.error = error
+            batch.done.set()
 
     # What is heard of other processes
 
     def _announce(self, stream: str, row: Row | None, ended: Ended | None) -> None:
-        """Tell the watchers, in sequence and once; what leaves a hole is read from the log instead (rule 5)."""
-        if stream not in self._told:
-            return
-        told = self._told[stream]
+        """Tell the watchers what has been appended; read it from the log instead where it isn't the next (rule 5)."""
+        told = self._told.get(stream)
         if row is not None and told is not None:
-            if row.first > told + 1:
+            if row.epoch != told.epoch or row.first > told.seq + 1:
                 self._suspect(stream)
                 return
-            if row.last <= told:
+            if row.last <= told.seq:
                 row = None
+        self._tell(stream, row, ended)
+
+    def _tell(self, stream: str, row: Row | None, ended: Ended | None) -> None:
+        if stream not in self._told:
+            return
         if row is not None:
-            self._told[stream] = row.last
+            self._told[stream] = Cursor(row.epoch, row.last)
         if row is not None or ended is not None:
             self._watchers.notify(stream, row, ended)
         if ended is not None and not self._watchers.watched(stream):
             self._forget(stream)
+
+    def _check(self, stream: str, told: Cursor, stat: Stat | None) -> bool:
+        """Whether what watchers had been told, before the facts were asked for, is in the log. If not, the stream that
+        they know is gone: they are told so, and come back with their cursors."""
+        gap = Gap("expired") if stat is None else locate(stat, told)[1]
+        fine = gap is None or gap.reason == "trimmed"
+        if not fine:
+            self._tell(stream, None, "deleted")
+        return fine
 
     def _suspect(self, stream: str) -> None:
         self._dirty[stream] = None
         self._look.set()
 
     def _forget(self, stream: str) -> None:
-        if self._told.pop(stream, 0) != 0 or stream in self._subscribed:
-            self._subscribed.pop(stream, Signal()).set()
-            self._channels.set()
+        self._told.pop(stream, None)
+        self._dirty.pop(stream, None)
+        self._subscribed.pop(stream, Signal()).set()
+        self._channels.set()
 
     async def _watching(self, stream: str) -> None:
         """Whoever watches first and then looks misses nothing: the look waits for the subscription."""
         if (subscribed := self._subscribed.get(stream)) is not None and not subscribed.is_set():
-            with anyio.move_on_after(self._wait_s):
+            with anyio.move_on_after(self.wait_s):
                 await subscribed.wait()
                 return
-            raise _away("Redis can't be reached")
-
-    async def _subscribe(self) -> None:
-        """Keeps the channels that are subscribed to those that are watched.
-
-        One that is watched anew is subscribed anew, even if it still was: somebody waits for the answer.
-        """
-        there: dict[str, Signal] = {}
-        while True:
-            await self._channels.wait()
-            self._channels = Signal()
-            wanted = dict(self._subscribed)
-            try:
-                if new := [stream for stream, asked in wanted.items() if there.get(stream) is not asked]:
-                    await self._pubsub.subscribe(*map(self._channel, new))
-                if old := there.keys() - wanted.keys():
-                    await self._pubsub.unsubscribe(*map(self._channel, old))
-                there = wanted
-            except (RedisError, OSError) as error:
-                self._is_away(error)
-                await anyio.sleep(0.1)
-                self._channels.set()
+            raise _away(None)
 
     async def _listen(self) -> None:
-        prefix = self._channel("").encode()
+        """One connection after another: each is asked for all that is watched."""
+        pause = _PAUSES_S[0]
         while True:
             try:
-                message = await self._pubsub.get_message(timeout=None)
-            except (RedisError, OSError) as error:
-                self._is_away(error)
-                await anyio.sleep(0.1)
-                continue
-            if message is None:
-                continue
-            if not message["channel"].startswith(prefix):
-                self._called.set()
-                continue
-            stream = message["channel"][len(prefix) :].decode()
-            if message["type"] == "subscribe":
-                subscribed = self._subscribed.get(stream)
-                if subscribed is not None and subscribed.is_set():
-                    self._suspect(stream)  # connected anew: what was published meanwhile is lost
-                elif subscribed is not None:
-                    subscribed.set()
-            elif message["type"] == "message":
-                self._heard(stream, message["data"])
+                session = await self.connect()
+                pause = _PAUSES_S[0]
+                try:
+                    async with anyio.create_task_group() as group:
+                        group.start_soon(self._subscribe, session)
+                        await self._hear_all(session)
+                        group.cancel_scope.cancel()
+                finally:
+                    await session.drop()
+            except (*_BROKEN, LogError) as error:
+                self.heard_of(error)
+                pause = min(2 * pause, _PAUSES_S[1])
+            await anyio.sleep(pause)
+
+    async def _subscribe(self, session: _Session) -> None:
+        """Asks the connection for what it hasn't been asked for, and now and then whether it is there."""
+        send = session.connection.send_command
+        asked: dict[str, Signal] = {}
+        with suppress(*_BROKEN):  # who listens on it hears of that too
+            await send("SUBSCRIBE", self._name(f"called:{self._process}"))
+            while True:
+                self._channels = Signal()
+                wanted = dict(self._subscribed)
+                new = [stream for stream, signal in wanted.items() if asked.get(stream) is not signal]
+                for word, streams in (("SUBSCRIBE", new), ("UNSUBSCRIBE", asked.keys() - wanted.keys())):
+                    if streams:
+                        await send(word, *[self._name(f"appended:{stream}") for stream in streams])
+                asked = wanted
+                with anyio.move_on_after(_PING_S) as pause:
+                    await self._channels.wait()
+                if pause.cancelled_caught:
+                    await send("PING")
+
+    async def _hear_all(self, session: _Session) -> None:
+        """Until the connection breaks, is silent, or is not to the instance of the moment."""
+        message: Any = []
+        try:
+            while message is not None and session.instance == self.instance:
+                message = await session.connection.read_response(timeout=_SILENCE_S, disconnect_on_error=False)
+                if isinstance(message, list):
+                    self._hear(*message)
+        except ResponseError as error:  # its user may not
+            logger.error("the event log's Redis refuses to be listened to: %s", error)
+            await anyio.sleep(_PAUSES_S[1])
+        except _BROKEN:
+            pass
+
+    def _hear(self, kind: bytes, name: bytes, data: Any = None) -> None:
+        channel, _, stream = name.decode().removeprefix(self._prefix).partition(":")
+        if channel == "called":
+            self._called.set()
+        elif kind == b"message":
+            self._heard(stream, data)
+        elif kind == b"subscribe" and (subscribed := self._subscribed.get(stream)) is not None:
+            if subscribed.is_set():
+                self._suspect(stream)  # connected anew: what was published meanwhile is lost
+            subscribed.set()
 
     def _heard(self, stream: str, data: bytes) -> None:
         first, last, flag, epoch, rest = data.split(b" ", 4)
@@ -919,169 +1051,113 @@ class RedisLog:
             with anyio.move_on_after(self._look_s):
                 await self._look.wait()
             self._look = Signal()
+            streams = list(self._dirty) or list(self._told)
             try:
-                streams = list(self._dirty) or await self._behind()
-                for stream in streams:
-                    await self._read_on(stream)
-                    self._dirty.pop(stream, None)
-            except (RedisError, OSError, SSEAppError) as error:
-                self._is_away(error)
-                await anyio.sleep(0.1)
-                for stream in self._told:
-                    self._suspect(stream)
+                for start in range(0, len(streams), _LOOK_STREAMS):
+                    for stream in await self._news(streams[start : start + _LOOK_STREAMS]):
+                        await self._read_on(stream)
+            except SSEAppError:
+                self._dirty.update(dict.fromkeys(streams))
+                self._look.set()
 
-    async def _behind(self) -> list[str]:
-        """The watched streams of which Redis has more, or which have ended."""
-        streams = [stream for stream, told in self._told.items() if told is not None]
-        behind = []
-        for start in range(0, len(streams), 1000):
-            some = streams[start : start + 1000]
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for stream in some:
-                    pipe.hmget(self._keys(stream)[0], "last", "closed")
-                facts = await pipe.execute()
-            for stream, (last, closed) in zip(some, facts, strict=True):
-                if last is None or closed == b"1" or int(last) != self._told.get(stream):
-                    behind.append(stream)
-        return behind
+    async def _news(self, streams: list[str]) -> list[str]:
+        told = [(stream, *cursor) for stream in streams if (cursor := self._told.get(stream)) is not None]
+        for stream in streams:
+            self._dirty.pop(stream, None)
+        news = await self._reads.ask("news", *[value for facts in told for value in facts]) if told else []
+        return [stream.decode() for stream in news]
 
     async def _read_on(self, stream: str) -> None:
         while (told := self._told.get(stream)) is not None:
-            stat = await self._patiently(lambda: self._stat(stream))
-            if stat is None:
-                self._announce(stream, None, "deleted")
+            stat = _stat(await self._reads.ask("stat", stream))
+            if not self._check(stream, told, stat):
                 return
-            rows = await self._patiently(lambda after=told: self._read(stream, after, _MAX_ROW_BYTES))  # type: ignore[misc]
+            rows = _rows(await self._reads.ask("read", stream, told.seq, _MAX_ROW_BYTES))
             for row in rows:
-                if self._told.get(stream) == told or row.first == (self._told.get(stream) or 0) + 1:
-                    self._told[stream] = row.first - 1  # what was trimmed meanwhile nobody can be told
-                self._announce(stream, row, None)
+                told = self._told.get(stream)
+                if told is not None and row.last > told.seq:
+                    self._tell(stream, row, None)
             if not rows:
-                if stat.closed:
-                    self._announce(stream, None, "closed")
-                elif stat.last < told:  # another instance, which has less: its next numbers are new ones
-                    self._told[stream] = stat.last
+                if stat is not None and stat.closed:
+                    self._tell(stream, None, "closed")
                 return
-
-    # Calls
-
-    async def _patiently(self, call: Callable[[], Awaitable[T]], *, wait_s: float | None = 0.0) -> T:
-        """Again and again while Redis is away, for `wait_s` (0: as the engine is set; None: without an end)."""
-        limit = self._wait_s if wait_s == 0.0 else wait_s
-        until = None if limit is None else current_time() + limit
-        pause = 0.01
-        while True:
-            try:
-                result = await call()
-                self._is_back()
-                return result
-            except NoScriptError:
-                with suppress(RedisError, OSError):
-                    await self._load()
-            except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-                self._is_away(error)
-                if until is not None and current_time() + pause > until:
-                    raise _away("Redis can't be reached") from None
-                await anyio.sleep(pause * random.uniform(0.5, 1))
-                pause = min(2 * pause, 1.0)
-            except RedisError as error:
-                raise _away(str(error)) from error
-
-    async def _run(self, script: str, streams: list[str], *values: object) -> Any:
-        keys = [key for stream in streams for key in self._keys(stream)]
-        return await self._redis.evalsha(self._shas[script], len(keys), *keys, *values)
-
-    async def _run_index(self, script: str, name: str, *values: object) -> Any:
-        return await self._redis.evalsha(self._shas[script], 1, self._name(name), *values)
-
-    async def _stat(self, stream: str) -> Stat | None:
-        facts = await self._redis.hgetall(self._keys(stream)[0])
-        return _stat(stream, facts) if facts else None
-
-    async def _stats(self, names: list[bytes]) -> list[Stat]:
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.hgetall(self._keys(name.decode())[0])
-            facts = await pipe.execute() if names else []
-        return [_stat(name.decode(), one) for name, one in zip(names, facts, strict=True) if one]
-
-    def _keys(self, stream: str) -> list[str]:
-        tag = f"{self._prefix}:{{{stream}}}"
-        return [f"{tag}:facts", f"{tag}:rows", f"{tag}:sizes", f"{tag}:processes", f"{tag}:touched"]
 
     def _name(self, name: str) -> str:
-        return f"{self._prefix}:{{index}}:{name}"
-
-    def _lease(self, process: str) -> str:
-        return self._name(f"lease:{process}")
-
-    def _call_channel(self, process: str) -> str:
-        return f"{self._prefix}:called:{process}"
-
-    def _channel(self, stream: str) -> str:
-        return f"{self._prefix}:appended:{stream}"
-
-    def _is_away(self, error: Exception) -> None:
-        if not self.away:
-            logger.error("the event log's Redis is away: %s", error)
-        self.away = True
-
-    def _is_back(self) -> None:
-        if self.away:
-            logger.warning("the event log's Redis is back")
-            self._back_at = current_time()
-        self.away = False
+        """Of a key or a channel."""
+        return self._prefix + name
 
 
-def _fields(stat: Stat, holder: str) -> list[str | bytes]:
-    """A new stream's facts, as HSET takes them."""
-    ((epoch, first),) = stat.epochs
-    fields: dict[str, Any] = {
-        "kind": stat.kind,
-        "created": repr(stat.created),
-        "updated": repr(stat.updated),
-        "first": 1,
-        "last": 0,
-        "size": 0,
-        "closed": 0,
-        "meta": encode_json(stat.meta),
-        "epochs": f"{epoch}:{first}",
-        "epoch": epoch,
-        "writer": epoch,
-        "holder": holder,
-        "retention": encode_json(stat.retention),
-    }
-    fields |= zip(("max_events", "max_bytes", "age_s"), _limits(stat.retention), strict=True)
-    fields |= {name: value for name, value in (("owner", stat.owner), ("key", stat.key)) if value is not None}
-    return [part for pair in fields.items() for part in pair]
+def _connection(options: dict[str, Any]) -> Any:
+    kind = options["connection_class"]
+    return kind(**{name: value for name, value in options.items() if name != "connection_class"})
+
+
+async def _disconnect(connection: Any) -> None:
+    with CancelScope(shield=True), suppress(*_BROKEN):
+        await connection.disconnect(nowait=True)
+
+
+async def _exchange(connection: Any, *commands: tuple[str, ...]) -> list[Any]:
+    """One pipeline, of which nothing may fail."""
+    await connection.send_packed_command(connection.pack_commands(commands))
+    return [await connection.read_response() for _ in commands]
 
 
 def _limits(retention: Retention) -> list[str]:
     return ["" if limit is None else repr(limit) for limit in (retention.events, retention.bytes, retention.age_s)]
 
 
-def _stat(stream: str, facts: dict[bytes, bytes]) -> Stat:
-    pairs = (pair.partition(":") for pair in facts[b"epochs"].decode().split())
-    owner, key = facts.get(b"owner"), facts.get(b"key")
+def _checked(said: Any) -> Any:
+    if isinstance(said, bytes):
+        raise _refusal(said)
+    return said
+
+
+def _refusal(said: bytes) -> SSEAppError:
+    refusals: dict[bytes, SSEAppError] = {
+        b"none": NotFound("no such stream"),
+        b"closed": WriterFenced("the stream is closed"),
+        b"fenced": WriterFenced("another writer has taken over the stream"),
+        b"conflict": Conflict("this epoch has been opened before"),
+    }
+    return refusals[said]
+
+
+def _stat(found: list[Any]) -> Stat | None:
+    """From a stream's name and its facts, names and values in turn."""
+    name, fields = found
+    if not fields:
+        return None
+    facts = {field.decode(): value.decode() for field, value in zip(fields[::2], fields[1::2], strict=True)}
+    pairs = (pair.partition(":") for pair in facts["epochs"].split())
+    events, bytes, age_s = (facts[limit] for limit in ("max_events", "max_bytes", "age_s"))
     return Stat(
-        stream,
-        "run" if facts[b"kind"] == b"run" else "topic",
-        tuple((name, int(first)) for name, _, first in pairs),
-        float(facts[b"created"]),
-        float(facts[b"updated"]),
-        int(facts[b"first"]),
-        int(facts[b"last"]),
-        int(facts[b"size"]),
-        facts[b"closed"] == b"1",
-        None if owner is None else owner.decode(),
-        orjson.loads(facts[b"meta"]),
-        None if key is None else key.decode(),
-        msgspec.json.decode(facts[b"retention"], type=Retention),
+        name.decode(),
+        "run" if facts["kind"] == "run" else "topic",
+        tuple((epoch, int(first)) for epoch, _, first in pairs),
+        float(facts["created"]),
+        float(facts["updated"]),
+        int(facts["first"]),
+        int(facts["last"]),
+        int(facts["size"]),
+        facts["closed"] == "1",
+        facts["owner"][1:] if "owner" in facts else None,
+        orjson.loads(facts["meta"]),
+        facts["key"][1:] if "key" in facts else None,
+        Retention(int(events) if events else None, int(bytes) if bytes else None, float(age_s) if age_s else None),
     )
 
 
-def _owner(owner: str | None) -> str:
-    return "" if owner is None else f"={owner}"
+def _rows(entries: list[Any]) -> list[Row]:
+    rows = []
+    for id, (_, epoch, _, packed, _, _, _, body) in entries:
+        last, ends = int(id.partition(b"-")[0]), _unpacked(packed)
+        rows.append(Row(epoch.decode(), last - len(ends) + 1, body, ends))
+    return rows
+
+
+def _maybe(text: str | None) -> str:
+    return "" if text is None else f"={text}"
 
 
 def _packed(ends: tuple[int, ...]) -> bytes:
@@ -1092,6 +1168,18 @@ def _unpacked(packed: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(packed) // 4}I", packed)
 
 
-def _away(reason: str) -> LogUnavailable:
+def _away(error: Exception | None) -> LogUnavailable:
+    """For the client; what Redis itself says may name its users and keys."""
+    reason = "Redis can't be reached"
+    if isinstance(error, OutOfMemoryError):
+        reason = "Redis is full"
+    elif isinstance(error, ResponseError):
+        reason = "Redis refuses it"
+    elif error is None:
+        reason = "too much waits for Redis"
+    elif not isinstance(error, _BROKEN):
+        reason = "internal error"
     headers = {"Retry-After": str(_RETRY_AFTER_S)}
-    return LogUnavailable(f"the event log can't be used at the moment: {reason}", headers=headers)
+    away = LogUnavailable(f"the event log can't be used at the moment: {reason}", headers=headers)
+    away.__cause__ = error
+    return away

@@ -1,0 +1,22 @@
+"""A short run of `benchmarks chaos`: nginx, three replicas and a Redis, all of which break while many read."""
+
+import pytest
+
+from benchmarks.chaos import FAULTS, play
+from benchmarks.history import violations
+from tests.needs import needs
+
+SEED = 1
+SECONDS = 30
+
+
+@needs("nginx")
+@needs("redis")
+def test_nobody_loses_or_repeats_anything_while_all_of_it_breaks(capsys: pytest.CaptureFixture[str]) -> None:
+    history = play(SEED, SECONDS, "redis")
+    found, counts = violations(history), history.counts()
+    with capsys.disabled():
+        print(f"\nseed {SEED}, {SECONDS} s: " + ", ".join(f"{name} {number:,.0f}" for name, number in counts.items()))
+    assert not found, "\n".join([f"seed {SEED}:", *found[:20]])
+    assert sum(counts.get(fault, 0) for fault in FAULTS) > SECONDS / 3, counts
+    assert counts["resumes"] > 500 and counts["events"] > 5000 and counts["acknowledged"] > 100, counts
