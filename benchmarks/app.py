@@ -10,7 +10,6 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 
-import anyio
 import msgspec
 
 from benchmarks.peers.work import pauses, tick, update
@@ -45,7 +44,7 @@ async def ticks(request: Request) -> AsyncIterator[Event]:
     query: Ticking = request.query
     for pause in pauses(query.interval):
         yield Event(tick())
-        await anyio.sleep(pause)
+        await asyncio.sleep(pause)  # as all the others do
 
 
 class Written(msgspec.Struct):

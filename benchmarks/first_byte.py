@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.latency import tickers
-from benchmarks.process import PEERS_PYTHON, Server
+from benchmarks.process import PEERS_PYTHON, Server, ahead_of_others
 from benchmarks.report import Report
 
 __all__ = ["run"]
@@ -20,7 +20,7 @@ TIMEOUT_S = 30.0
 def run(*, rounds: int = 3, per_second: int = 200, seconds: int = 5, peers_python: Path = PEERS_PYTHON) -> Report:
     """`per_second` connections a second, for `seconds`, each from its connect to its first event."""
     report = Report("first_byte", {"rounds": rounds, "per_second": per_second, "seconds": seconds})
-    with ExitStack() as stack:
+    with ahead_of_others(), ExitStack() as stack:
         contenders = tickers(stack, report, peers_python)
         for server in contenders.values():
             _measure(server, per_second, 1)  # warm

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.crowd import Crowd
-from benchmarks.process import PEERS_PYTHON, Server
+from benchmarks.process import PEERS_PYTHON, Server, ahead_of_others
 from benchmarks.report import Check, Report, Spread
 
 __all__ = ["run", "tickers"]
@@ -20,7 +20,7 @@ INTERVAL_S = 0.1
 def run(*, rounds: int = 3, streams: int = 1000, seconds: int = 5, peers_python: Path = PEERS_PYTHON) -> Report:
     """`streams` of 10 events a second each, for `seconds`."""
     report = Report("latency", {"rounds": rounds, "streams": streams, "seconds": seconds})
-    with ExitStack() as stack:
+    with ahead_of_others(), ExitStack() as stack:
         contenders = tickers(stack, report, peers_python)
         found = [
             {name: _measure(server, streams, seconds) for name, server in contenders.items()} for _ in range(rounds)

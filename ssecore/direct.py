@@ -131,9 +131,11 @@ class _Audience:
 class _Stepped(Stream):
     """A `Stream` whose connection's own task only awaits the client's leaving; `send` is stepped, or carried."""
 
-    __slots__ = ("_carrier", "_carriers", "_over", "_starting", "_waits_for")
+    __slots__ = ("_carrier", "_carriers", "_over", "_starting", "_waits_for", "connection")
 
     source: Any
+    #: Written to without `send`, while this stream is idle; see `connection`.
+    connection: Connection | None
 
     def __init__(
         self,
@@ -151,6 +153,7 @@ class _Stepped(Stream):
         self._over = False
         self._starting: asyncio.Task[None] | None = None
         self._waits_for: Any = None
+        self.connection = None
 
     @types.coroutine
     def run(self, timekeeper: Timekeeper | None) -> Generator[Any, Any, None]:
@@ -272,14 +275,12 @@ class _Stepped(Stream):
 class DirectStream(_Stepped):
     """The stream of a `Reader`."""
 
-    __slots__ = ("_audience", "connection")
+    __slots__ = ("_audience",)
 
     source: Reader
 
     def _begin(self) -> None:
         """Most often all of the opening can be sent without waiting: then no carrier is needed."""
-        #: Written to without `send`, while this stream is idle; see `connection`.
-        self.connection: Connection | None = None
         source = self.source
         audience = source.tail.audience
         if not isinstance(audience, _Audience):
@@ -333,24 +334,36 @@ class PumpStream(_Stepped):
         self._planned = False
         self._begun = False
         self._closing: asyncio.TimerHandle | None = None
-        self.source.on_wake, self.source.on_stop, self.source.drive = self._woken, self._stop_pump, self._drive
-        self._pumping = loop.create_task(self.source.run())
+        self.source.on_wake, self.source.on_stop = self._woken, self._stop_pump
+        self._pumping = loop.create_task(self._pump())
         #: Until the answer has begun: rule 1 of `stream`.
         self._opening: asyncio.TimerHandle | None = loop.call_later(FIRST_ITEM_S, self._woken)
 
-    async def _drive(self) -> None:
-        """Iterate the generator and close it, whatever happened, in the pump's task (rule 8)."""
+    async def _pump(self) -> None:
+        """As the source's `run`: iterate the generator, and close it, whatever happened (rule 8)."""
+        source = self.source
         self._begun = True
         try:
-            if not self.source._stopped:
-                await _flushing(self.source._run_ahead(), self._waits)
-        finally:
-            self._close_in_time()
             try:
-                await self.source.aclose()
+                if not source._stopped:
+                    work = source._run_ahead()
+                    waits_for = work.send(None)
+                    self._waits()
+                    await _resumed(work, waits_for, self._waits)
+            except StopIteration:  # it never waited
+                pass
             finally:
-                if self._closing is not None:
-                    self._closing.cancel()
+                self._close_in_time()
+                try:
+                    await source.aclose()
+                finally:
+                    if self._closing is not None:
+                        self._closing.cancel()
+        except BaseException as error:
+            if not source.took(error):
+                raise
+        finally:
+            source.end()
 
     def _stop_pump(self) -> None:
         if self._begun and self._closing is None and not self._pumping.done():
@@ -380,9 +393,13 @@ class PumpStream(_Stepped):
                         await asyncio.wait([self._pumping])
                     except asyncio.CancelledError as error:
                         again = error
-        self.source.on_stop = self.source.drive = None
+        self.source.on_stop = None
+        del self._pumping  # its task keeps the exception that ended it, whose traceback keeps this stream
         if again is not None:
-            raise again
+            try:
+                raise again
+            finally:
+                del again
 
     def _opened_or_never(self) -> None:
         if self._opening is not None:
@@ -418,9 +435,19 @@ class PumpStream(_Stepped):
                 self._leave()
         elif self._opening is not None:
             self._opened_or_never()
-            self._step(self._greet(batch))
+            if self._step(self._greet(batch)):
+                self.connection = connection_of(self._send_message)
         elif batch:
-            self._step(self._send_body(batch))
+            connection = self.connection
+            if connection is None or connection.flow.write_paused or connection.disconnected:
+                self._step(self._send_body(batch))
+                return
+            try:
+                self._count(batch)
+                connection.transport.write(chunk(batch))
+                self.progress += 2
+            except Exception as error:  # rule 3
+                self.failed(error)
 
     async def _end(self, batch: bytes) -> None:
         if self._opening is not None:
@@ -445,48 +472,31 @@ async def _given(batch: bytes) -> bytes:
     return batch
 
 
-@types.coroutine
-def _flushing(work: Coroutine[Any, Any, None], on_wait: Callable[[], None]) -> Generator[Any, Any, None]:
-    """Await `work`, and call `on_wait` whenever it begins to wait."""
-    step: Callable[[Any], Any] = work.send
-    value: Any = None
-    while True:
-        try:
-            waits_for = step(value)
-        except StopIteration:
-            return
-        on_wait()
-        try:
-            value = yield waits_for
-        except GeneratorExit:
-            work.close()
-            raise
-        except BaseException as thrown:
-            step, value = work.throw, thrown
-        else:
-            step = work.send
-
-
 async def _rest(sending: Coroutine[Any, Any, None], waits_for: Any, then: bytes | None) -> bytes | None:
     await _resumed(sending, waits_for)
     return then
 
 
 @types.coroutine
-def _resumed(sending: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+def _resumed(
+    work: Coroutine[Any, Any, None], waits_for: Any, on_wait: Callable[[], None] | None = None
+) -> Generator[Any, Any, None]:
     """Await what was begun elsewhere: it waits for something that nobody has been told of (rule 2)."""
-    step, value = sending.send, None
-    while True:
-        try:
-            value = yield waits_for
-        except GeneratorExit:
-            sending.close()
-            raise
-        except BaseException as thrown:
-            step, value = sending.throw, thrown
-        else:
-            step = sending.send
-        try:
+    step: Callable[[Any], Any]
+    value: Any
+    try:
+        while True:
+            try:
+                step, value = work.send, (yield waits_for)
+            except GeneratorExit:
+                work.close()
+                raise
+            except BaseException as thrown:
+                step, value = work.throw, thrown
             waits_for = step(value)
-        except StopIteration:
-            return
+            if on_wait is not None:
+                on_wait()
+    except StopIteration:
+        return
+    finally:
+        value = None  # else an exception's traceback would keep this frame, and the frame the exception

@@ -147,26 +147,36 @@ class Pump(Generic[T]):
         self._room: Signal | None = None  # the pump waits for the sender to take
         #: Who sends for it, where nobody waits in `batch`; see `direct`.
         self.on_wake: Callable[[], None] | None = None
-        #: Who iterates and closes the generator instead of `_drive`, and who is told of a `stop`; see `direct`.
-        self.drive: Callable[[], Coroutine[Any, Any, None]] | None = None
+        #: Who is told of a `stop`, where it isn't `run` that iterates the generator; see `direct`.
         self.on_stop: Callable[[], None] | None = None
         self._scope: CancelScope | None = None
         self._stopped = False
 
     async def run(self) -> None:
         try:
-            await (self.drive or self._drive)()
-        except Exception as error:
-            self.failure = error
-        except get_cancelled_exc_class():
-            if self._stopped:
+            await self._drive()
+        except BaseException as error:
+            if not self.took(error):
                 raise
+        finally:
+            self.end()
+
+    def took(self, error: BaseException) -> bool:
+        """Note it as the generator's failure, if it is one."""
+        if isinstance(error, Exception):
+            self.failure = error
+        elif isinstance(error, get_cancelled_exc_class()) and not self._stopped:
             # By a task that the generator waited for, not by us.
             self.failure = RuntimeError("the handler was cancelled from within")
-        finally:
-            self.ended = True
-            self.finished = not self._frames
-            self.wake()
+        else:
+            return False
+        return True
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        self.ended = True
+        self.finished = not self._frames
+        self.wake()
 
     async def _drive(self) -> None:
         # Shielded, so that `stop` is the only way to cancel it: then `_stopped` tells a cancellation that is ours from

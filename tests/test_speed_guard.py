@@ -5,6 +5,7 @@ benchmarks'.
 """
 
 import asyncio
+import gc
 import sys
 import tracemalloc
 from collections import Counter
@@ -119,6 +120,36 @@ async def test_nothing_is_kept_of_events_that_were_sent() -> None:
             await asyncio.gather(*protocol.tasks)
     # Less than one object for ten events, after the first fifth.
     assert sizes[-1] - sizes[20] < 8 * EVENTS / 10
+
+
+@pytest.mark.parametrize("what", ["generator", "reader"])
+async def test_a_stream_whose_client_left_leaves_nothing_to_the_garbage_collector(what: str) -> None:
+    """Else what thousands of streams have left waits for its next pass, which is long."""
+
+    async def generator(request: Request) -> AsyncIterator[Event]:
+        yield Event("here")
+        await anyio.sleep_forever()
+
+    async def reader(request: Request) -> Subscription:
+        return Subscription("news", Event("here", "init"))
+
+    async with running(generator if what == "generator" else reader) as app:
+
+        async def come_and_go() -> None:
+            with connected(app, REQUEST) as (protocol, wire):
+                await until(lambda: b"here" in wire.body)
+            await until(lambda: not protocol.tasks)
+
+        with connected(app, REQUEST) as (_, wire):  # stays, and with it what all share
+            await until(lambda: b"here" in wire.body)
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(READERS):
+                    await come_and_go()
+                assert gc.collect() < 20 * READERS  # uvicorn's own are 13
+            finally:
+                gc.enable()
 
 
 @asynccontextmanager
