@@ -187,9 +187,9 @@ class _Soak:
         begun = await self._read("/chat?prompt=some+words", 1)
         run = begun.headers["run-id"]
         answer = await self._client.get(f"/runs/{run}/events", headers={"last-event-id": f"{run}.1"})
-        self._expect(answer, 200, 204)
+        self._expect(answer, 200, 204, 410)  # on a busy machine it may no longer be kept
         if chance.random() < 0.5:
-            self._expect(await self._client.delete(f"/runs/{run}"), 204)
+            self._expect(await self._client.delete(f"/runs/{run}"), 204, 404)
 
     async def _cancel(self, chance: random.Random) -> None:
         job = {"kind": "sleep", "input": {"steps": 1000, "interval": 0.01}}

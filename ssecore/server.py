@@ -112,6 +112,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_here()
         super().connection_lost(exc)
+        # uvicorn's own does it only where there was no error: a connection that was reset would be kept for 620 s.
+        self._unset_keepalive_if_required()
 
     def data_received(self, data: bytes) -> None:
         if self._overdue is None and (self.cycle is None or self.cycle.response_complete):

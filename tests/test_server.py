@@ -10,11 +10,12 @@ import re
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -404,12 +405,10 @@ async def ticks(request: Request) -> AsyncIterator[Event]:
 # A client that sends half a head
 
 
-@pytest.mark.parametrize("head", [b"", b"GET /healthz HTTP/1.1\r\nhost: loc"])
-@pytest.mark.parametrize("first", [True, False], ids=["the first", "a later one"])
-async def test_a_head_that_does_not_come_to_its_end_is_waited_for_so_long(
-    head: bytes, first: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ssecore.server.HEAD_S", 0.2)
+@asynccontextmanager
+async def bounded() -> AsyncIterator[tuple[tuple[str, int], list[BoundedProtocol]]]:
+    """A server of nothing; gives its address, and the connections that it got."""
+    made: list[BoundedProtocol] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
@@ -419,11 +418,22 @@ async def test_a_head_that_does_not_come_to_its_end_is_waited_for_so_long(
     config.load()
 
     def protocol() -> BoundedProtocol:
-        return BoundedProtocol(config, ServerState(), {})
+        made.append(BoundedProtocol(config, ServerState(), {}))
+        return made[-1]
 
     listener = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", 0)
     async with listener:
-        reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+        yield listener.sockets[0].getsockname(), made
+
+
+@pytest.mark.parametrize("head", [b"", b"GET /healthz HTTP/1.1\r\nhost: loc"])
+@pytest.mark.parametrize("first", [True, False], ids=["the first", "a later one"])
+async def test_a_head_that_does_not_come_to_its_end_is_waited_for_so_long(
+    head: bytes, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssecore.server.HEAD_S", 0.2)
+    async with bounded() as (address, _):
+        reader, writer = await asyncio.open_connection(*address)
         with anyio.fail_after(3):
             if not first:
                 writer.write(b"GET / HTTP/1.1\r\n\r\n")
@@ -431,3 +441,19 @@ async def test_a_head_that_does_not_come_to_its_end_is_waited_for_so_long(
             writer.write(head)
             assert await reader.read() == b""
         writer.close()
+
+
+async def test_a_connection_that_is_reset_is_not_kept_for_a_next_request() -> None:
+    async with bounded() as (address, made):
+        reader, writer = await asyncio.open_connection(*address)
+        with anyio.fail_after(3):
+            writer.write(b"GET / HTTP/1.1\r\n\r\n")
+            assert await reader.readuntil(b"\r\n\r\n")
+            (connection,) = made
+            assert connection.timeout_keep_alive_task is not None
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.close()
+            while connection.parser is not None:  # noqa: ASYNC110 - uvicorn's own sign that it is lost
+                await asyncio.sleep(0)
+        assert connection.timeout_keep_alive_task is None

@@ -23,6 +23,6 @@ def test_clients_that_never_read_hold_little_and_are_dropped() -> None:
     assert among["sockets"] == 150, "none is dropped before its time"
     assert among[frozen.GROWTH] < 0.25 * 150 + 5
     assert among[frozen.KERNEL] < 1.0 * 150, "SO_SNDBUF"
-    assert among["events/s"] > 10, "the others are read to"
+    assert among["events"] > 20, "the others are read to"
     assert after["sockets"] == 0
     assert after[frozen.KERNEL] < 10
