@@ -25,7 +25,6 @@ origin.
 """
 
 import fcntl
-import json as standard_json
 import logging
 import mmap
 import os
@@ -531,7 +530,7 @@ def is_gap(event: Event) -> bool:
     return json_object(event.data).get("reason") in ("trimmed", "diverged", "expired")
 
 
-def json_object(text: str) -> dict[str, Any]:
+def json_object(text: str | bytes) -> dict[str, Any]:
     """The object; for anything else an empty one."""
     try:
         data = orjson.loads(text)
@@ -695,10 +694,7 @@ async def _problem(response: httpx.Response) -> Mapping[str, Any]:
                     break
     media_type = response.headers.get("content-type", "")
     if "json" in media_type:
-        with suppress(ValueError, RecursionError):
-            found = standard_json.loads(body)
-            if isinstance(found, dict):
-                return found
+        return json_object(body)
     if media_type.startswith("text/plain"):
         return {"detail": body.decode(errors="replace").partition("\n")[0][:200]}
     return {}

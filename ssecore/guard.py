@@ -43,7 +43,8 @@ Caller = Callable[[Request], str | Awaitable[str | None] | None]
 COOKIE: Final = "sseapp_session"
 #: What a page of another origin may read of an answer, besides what the Fetch standard lets it.
 EXPOSED: Final = (
-    "accept-ranges, content-disposition, content-range, etag, location, preference-applied, retry-after, run-id"
+    "accept-ranges, content-disposition, content-location, content-range, etag, location, preference-applied, "
+    "retry-after, run-id"
 )
 #: How long a browser may keep a preflight's answer: Chromium's own limit.
 PREFLIGHT_S: Final = 7200

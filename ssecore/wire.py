@@ -276,8 +276,7 @@ class Decoder:
             return []
         if None in ids:
             last = self._id or None
-            for number, id in enumerate(ids):
-                ids[number] = last = id or last
+            ids = [last := id or last for id in ids]
         self.last_event_id = self._id = ids[-1] or ""
         self._bare_retry = False
         return list(map(Event, data, names, ids))

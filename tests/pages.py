@@ -22,7 +22,7 @@ from tests.serving import free_port
 
 __all__ = ["Block", "Page", "blocks", "same"]
 
-LIMIT_S: Final = 60
+LIMIT_S: Final = 100
 PLACE: Final = "localhost:8000"
 
 

@@ -89,7 +89,7 @@ def moment(path: Path, dice: random.Random) -> None:
     if dice.random() < 0.5:
         time.sleep(dice.uniform(0, 0.05))
         return
-    deadline, enough = time.monotonic() + 0.2, size(path) + dice.randrange(1, 400)
+    deadline, enough = time.monotonic() + 5, size(path) + dice.randrange(1, 400)
     while size(path) < enough and time.monotonic() < deadline:
         time.sleep(0.0005)
 

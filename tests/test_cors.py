@@ -54,7 +54,7 @@ async def test_a_listed_page_may_read_every_answer(target: str, method: str) -> 
     assert answer.headers["access-control-allow-origin"] == LISTED
     assert answer.headers["access-control-allow-credentials"] == "true"
     exposed = answer.headers["access-control-expose-headers"].split(", ")
-    assert {"run-id", "location", "retry-after", "content-disposition", "etag"} <= set(exposed)
+    assert {"run-id", "location", "content-location", "retry-after", "content-disposition", "etag"} <= set(exposed)
     assert answer.headers["vary"] == "Origin"
 
 

@@ -1,6 +1,7 @@
 """The command `sseapp listen`, on a terminal and in a pipe."""
 
 import json
+import logging
 import os
 import pty
 import signal
@@ -21,6 +22,17 @@ from tests.upstream import Upstream
 __all__ = ["quick"]
 
 server = serving.server
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command sets up the logging of its process, which here is that of all tests."""
+    loggers = [logging.getLogger(), logging.getLogger("sseapp")]
+    before = [(one, one.level, one.handlers[:]) for one in loggers]
+    yield
+    for one, level, handlers in before:
+        one.setLevel(level)
+        one.handlers[:] = handlers
 
 
 @pytest.fixture
