@@ -30,10 +30,10 @@ third connection hears of every append to the streams that are watched here:
 7.  While Redis is away, calls wait: for `wait_s`, and whoever reads for as long as it likes.
 """
 
+import asyncio
 import logging
 import math
 import random
-import struct
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -59,6 +59,7 @@ from redis.exceptions import (
 import ssecore.log
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, WriterFenced
 from ssecore.log import (
+    MAX_ROW_BYTES,
     Cursor,
     Ended,
     Gap,
@@ -71,7 +72,8 @@ from ssecore.log import (
     joined,
     locate,
     new_epoch,
-    plain,
+    packed,
+    unpacked,
 )
 from ssecore.wire import encode_json
 
@@ -79,8 +81,6 @@ __all__ = ["RedisLog"]
 
 logger = logging.getLogger("sseapp")
 
-#: What merging makes of a row at most, and the largest row that is published; a larger one is read from the log.
-_MAX_ROW_BYTES: Final = 64 * 1024
 #: Bodies that wait for Redis in this process. More are refused at once.
 _MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
 #: Bodies, and streams, in one call: some milliseconds of Redis' work, which others may have to wait for.
@@ -128,30 +128,33 @@ local function trim(stream, first, last, size, max_bytes, age_s, now)
 end
 local function delete(stream)
   local f = get(stream, 'owner', 'key', 'epochs')
-  if redis.call('DEL', facts(stream), rows(stream), prefix .. 'touched:' .. stream) == 0 then return end
+  if not f[1] then return end
+  redis.call('DEL', facts(stream), rows(stream), prefix .. 'touched:' .. stream)
   redis.call('ZREM', prefix .. 'open', stream)
   redis.call('ZREM', prefix .. 'due', stream)
-  redis.call('ZREM', prefix .. 'runs:' .. (f[1] or ''), stream)
-  if f[2] then redis.call('HDEL', prefix .. 'keys', f[2]) end
-  for name in string.gmatch(f[3] or '', '([^ :]+):') do redis.call('HDEL', prefix .. 'epochs', name) end
+  redis.call('ZREM', prefix .. 'runs:' .. f[1], stream)
+  if f[2] ~= '' then redis.call('HDEL', prefix .. 'keys', f[2]) end
+  for name in string.gmatch(f[3], '([^ :]+):') do redis.call('HDEL', prefix .. 'epochs', name) end
   redis.call('PUBLISH', prefix .. 'appended:' .. stream, '0 0 2 - ')
 end
 """
 _SCRIPTS: Final = {
-    # stream, epoch, kind, owner, key (both '' or '=…'), when it is due or '', then fields and values
+    # stream, epoch, kind, owner, key (both '' or '=…'), now, meta, process, limits: events, bytes, age
     "create": """
-local stream, epoch, kind, owner, key, due = unpack(ARGV)
+local stream, epoch, kind, owner, key, now, meta, process, max_events, max_bytes, age_s = unpack(ARGV)
 local named = key ~= '' and redis.call('HGET', prefix .. 'keys', key) or stream
 if redis.call('EXISTS', facts(named)) == 1 then return whole(named) end
 if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
-set(stream, 'instance', instance, unpack(ARGV, 7))
+set(stream, 'kind', kind, 'owner', owner, 'key', key, 'created', now, 'updated', now, 'meta', meta, 'holder', process,
+  'first', 1, 'last', 0, 'size', 0, 'closed', 0, 'epochs', epoch .. ':1', 'epoch', epoch, 'writer', epoch,
+  'instance', instance, 'max_events', max_events, 'max_bytes', max_bytes, 'age_s', age_s)
 if key ~= '' then redis.call('HSET', prefix .. 'keys', key, stream) end
 if kind == 'run' then
   local order = redis.call('INCR', prefix .. 'count')
   redis.call('ZADD', prefix .. 'open', order, stream)
   redis.call('ZADD', prefix .. 'runs:' .. owner, order, stream)
-elseif due ~= '' then
-  redis.call('ZADD', prefix .. 'due', due, stream)
+elseif age_s ~= '' then
+  redis.call('ZADD', prefix .. 'due', now, stream)
 end
 return whole(stream)
 """,
@@ -345,22 +348,16 @@ class _Session(NamedTuple):
         await _disconnect(self.connection)
 
 
-class _Call:
-    """What a caller waits for: a script by its name, or a command."""
+class _Call(NamedTuple):
+    """A script by its name, or a command, with what it is given. The answer may be an exception."""
 
-    __slots__ = ("answer", "command", "done", "error", "gone", "until")
+    command: tuple[Any, ...]
+    until: float
+    answer: "asyncio.Future[Any]"
 
-    def __init__(self, command: tuple[Any, ...], until: float) -> None:
-        self.command = command
-        self.until = until
-        self.done = Signal()
-        self.gone = False  #: nobody waits any more
-        self.answer: Any = None
-        self.error: SSEAppError | None = None
-
-    def fail(self, error: Exception) -> None:
-        self.error = error if isinstance(error, SSEAppError) else _away(error)
-        self.done.set()
+    def say(self, answer: Any) -> None:
+        if not self.answer.done():  # nobody waits any more, or it has been answered
+            self.answer.set_result(answer)
 
 
 class _Line:
@@ -378,16 +375,14 @@ class _Line:
         if self._closed:
             await anyio.lowlevel.checkpoint()
             raise LogUnavailable("the event log is closed")
-        call = _Call(command, current_time() + (self._log.wait_s if wait_s is None else wait_s))
-        self._calls.append(call)
+        until = current_time() + (self._log.wait_s if wait_s is None else wait_s)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls.append(_Call(command, until, answer))
         self._wake.set()
-        try:
-            await call.done.wait()
-        finally:
-            call.gone = True
-        if call.error is not None:
-            raise call.error
-        return call.answer
+        said = await answer
+        if isinstance(said, Exception):
+            raise said
+        return said
 
     def close(self) -> None:
         self._closed = True
@@ -406,8 +401,10 @@ class _Line:
                     self._wake = Signal()
                     calls = self._take()
                     try:
-                        if session is None or session.instance != self._log.instance:
-                            session = await self._renewed(session)
+                        if session is not None and session.instance != self._log.instance:
+                            await session.drop()
+                            session = None
+                        session = session or await self._log.connect()
                         await _talk(session, calls)
                         self._log.heard_of(None)
                         pause = _PAUSES_S[0]
@@ -423,20 +420,14 @@ class _Line:
             if session is not None:
                 await session.drop()
             for call in (*calls, *self._calls):
-                call.fail(LogUnavailable("the event log is closed"))
+                call.say(LogUnavailable("the event log is closed"))
 
     def _take(self) -> list[_Call]:
         calls: list[_Call] = []
         while self._calls and len(calls) < _MAX_PIPELINE:
-            call = self._calls.popleft()
-            if not call.gone:
+            if not (call := self._calls.popleft()).answer.done():  # else nobody waits any more
                 calls.append(call)
         return calls
-
-    async def _renewed(self, session: _Session | None) -> _Session:
-        if session is not None:
-            await session.drop()
-        return await self._log.connect()
 
     def _lost(self, calls: list[_Call], error: Exception, pause: float) -> None:
         """Ask again (rule 2), unless it can't help, or has to end."""
@@ -447,12 +438,10 @@ class _Line:
             logger.exception("the event log's connection failed", exc_info=error)
         again = []
         for call in calls:
-            if call.done.is_set():
-                continue
-            if passing and call.until > current_time() + pause:
+            if passing and call.until > current_time() + pause and not call.answer.done():
                 again.append(call)
             else:
-                call.fail(error)
+                call.say(error if isinstance(error, SSEAppError) else _away(error))
         self._calls.extendleft(reversed(again))
 
 
@@ -460,20 +449,17 @@ async def _talk(session: _Session, calls: list[_Call]) -> None:
     """One pipeline. Raises what breaks the connection, or is said by an instance that isn't ours any more."""
     connection, shas = session.connection, session.shas
     commands = [
-        ("EVALSHA", shas[name], 0, *values) if (name := call.command[0]) in shas else call.command
-        for call in calls
-        for values in [call.command[1:]]
+        ("EVALSHA", shas[name], 0, *values) if name in shas else (name, *values) for (name, *values), _, _ in calls
     ]
     await connection.send_packed_command(connection.pack_commands(commands))
     for call in calls:
         try:
-            call.answer = await connection.read_response()
-            call.done.set()
+            call.say(await connection.read_response())
         except (NoScriptError, ReadOnlyError):
             raise
         except ResponseError as error:
             logger.error("the event log's Redis refuses %s: %s", call.command[0], error)
-            call.fail(error)
+            call.say(_away(error))
 
 
 class _Batch:
@@ -491,14 +477,14 @@ class _Batch:
         self.error: SSEAppError | None = None
 
     def takes(self, epoch: str, size: int) -> bool:
-        return epoch == self.epoch and not self.meta and not self.closes and self.size + size <= _MAX_ROW_BYTES
+        return epoch == self.epoch and not self.meta and not self.closes and self.size + size <= MAX_ROW_BYTES
 
-    def add(self, body: bytes, ends: tuple[int, ...], close: bool, meta: dict[str, Any] | None) -> int:
+    def add(self, body: bytes, ends: tuple[int, ...], close: bool, meta: bytes) -> int:
         """Gives how many events are in it now."""
         self.ends += [self.size + end for end in ends]
         self.bodies.append(body)
         self.size += len(body)
-        self.closes, self.meta = close, b"" if meta is None else encode_json(meta)
+        self.closes, self.meta = close, meta
         return len(self.ends)
 
     def row(self) -> tuple[bytes, tuple[int, ...]]:
@@ -546,10 +532,8 @@ class RedisLog:
         self._queue: dict[str, deque[_Batch]] = {}
         self._queued_bytes = 0
         self._number = 0
-        self._failing = False
-        #: The top of the runs at work here (rules 4 and 6), and those that are being created.
+        #: The top of the runs at work here (rules 4 and 6).
         self._tops: dict[str, int] = {}
-        self._creating: set[str] = set()
         self._running = False
         self._back_at = self._held_at = 0.0
 
@@ -664,37 +648,19 @@ class RedisLog:
         key: str | None = None,
         retention: Retention | None = None,
     ) -> tuple[Stat, bool]:
-        now, limits = repr(self._clock()), retention or Retention()
-        facts = {
-            "kind": kind,
-            "created": now,
-            "updated": now,
-            "first": 1,
-            "last": 0,
-            "size": 0,
-            "closed": 0,
-            "meta": encode_json(plain(meta) or {}),
-            "epochs": f"{epoch}:1",
-            "epoch": epoch,
-            "writer": epoch,
-            "holder": self._process,
-            **dict(zip(("max_events", "max_bytes", "age_s"), _limits(limits), strict=True)),
-            **({} if owner is None else {"owner": _maybe(owner)}),
-            **({} if key is None else {"key": _maybe(key)}),
-        }
-        due = "" if limits.age_s is None else repr(self._clock() + limits.age_s)
-        fields = [part for pair in facts.items() for part in pair]
-        self._creating.add(stream)
+        now, limits, facts = repr(self._clock()), _limits(retention or Retention()), encode_json(meta or {})
+        at_work = stream in self._tops
+        created = False
+        if kind == "run":
+            self._tops.setdefault(stream, 0)
         try:
-            said = await self._writes.ask("create", stream, epoch, kind, _maybe(owner), _maybe(key), due, *fields)
-            stat = _stat(_checked(said))
-            assert stat is not None
+            names = (stream, epoch, kind, _maybe(owner), _maybe(key))
+            stat = _found(await self._writes.ask("create", *names, now, facts, self._process, *limits))
             created = stat.stream == stream and stat.epochs[0][0] == epoch  # now, or by a try whose answer was lost
-            if created and kind == "run":
-                self._tops[stream] = 0
             return stat, created
         finally:
-            self._creating.discard(stream)
+            if not created and not at_work:
+                self._tops.pop(stream, None)
 
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
         limits = [] if retention is None else _limits(retention)
@@ -702,9 +668,7 @@ class RedisLog:
 
     async def _open(self, stream: str, epoch: str, mark: str, *limits: str) -> Stat:
         now, most = repr(self._clock()), ssecore.log.MAX_EPOCHS
-        stat = _stat(_checked(await self._writes.ask("open", stream, epoch, now, mark, most, *limits)))
-        assert stat is not None
-        return stat
+        return _found(await self._writes.ask("open", stream, epoch, now, mark, most, *limits))
 
     async def append(
         self,
@@ -716,18 +680,16 @@ class RedisLog:
         meta: dict[str, Any] | None = None,
     ) -> int:
         body, ends = joined(frames)
+        facts = b"" if meta is None else encode_json(meta)
         if not self._running:
             raise LogUnavailable("the event log is closed")
         if self._queued_bytes + len(body) > _MAX_QUEUED_BYTES:
             raise _away(None)
-        batches = self._queue.get(stream)
-        if batches is None or not batches[-1].takes(epoch, len(body)):
-            batch = _Batch(stream, epoch)
-            count = batch.add(body, ends, close, meta)
-            self._queue.setdefault(stream, deque()).append(batch)
-        else:
-            batch = batches[-1]
-            count = batch.add(body, ends, close, meta)
+        batches = self._queue.setdefault(stream, deque())
+        if not batches or not batches[-1].takes(epoch, len(body)):
+            batches.append(_Batch(stream, epoch))
+        batch = batches[-1]
+        count = batch.add(body, ends, close, facts)
         self._queued_bytes += len(body)
         self._wake.set()
         await batch.done.wait()
@@ -763,8 +725,7 @@ class RedisLog:
         left = await self._reads.ask("left", self._process)
         if self._cut_off():
             return []
-        at_work = self._tops.keys() | self._creating
-        return [stat for stat in map(_stat, left) if stat is not None and stat.stream not in at_work]
+        return [stat for stat in map(_stat, left) if stat is not None and stat.stream not in self._tops]
 
     def _cut_off(self) -> bool:
         """Whether others may have been cut off from Redis for so long that they lost their leases."""
@@ -878,9 +839,9 @@ class RedisLog:
         for batch in batches:
             body, ends = batch.row()
             least = self._tops.get(batch.stream, 0)
-            values += (batch.stream, batch.epoch, int(batch.closes), batch.meta, len(ends), _packed(ends), body, least)
+            values += (batch.stream, batch.epoch, int(batch.closes), batch.meta, len(ends), packed(ends), body, least)
         wait_s = self.wait_s if self._running else 0
-        common = (self._process, self._number, repr(self._clock()), _MAX_ROW_BYTES, _REMEMBER_S)
+        common = (self._process, self._number, repr(self._clock()), MAX_ROW_BYTES, _REMEMBER_S)
         answers = await self._writes.ask("append", *common, *values, wait_s=wait_s)
         again = []
         for batch, (said, *facts) in zip(batches, answers, strict=True):
@@ -890,7 +851,9 @@ class RedisLog:
                 self._appended(batch, int(facts[0]), facts[1].decode())
             else:
                 self._tops.pop(batch.stream, None)
-                self._settle(batch, self._refusal(said, facts))
+                if said == b"failed":
+                    logger.error("the event log's Redis refuses to append: %s", facts[0].decode(errors="replace"))
+                self._settle(batch, _refusal(said, *facts))
         return again
 
     def _appended(self, batch: _Batch, last: int, epoch: str) -> None:
@@ -902,19 +865,8 @@ class RedisLog:
         row = Row(epoch, last - len(ends) + 1, body, ends) if ends else None
         if row or batch.closes:
             self._announce(batch.stream, row, "closed" if batch.closes else None)
-        self._failing = False
         batch.last = last
         self._settle(batch, None)
-
-    def _refusal(self, said: bytes, facts: list[bytes]) -> SSEAppError:
-        if said == b"lost":
-            return LogError("the event log lost some of this run's events")
-        if said != b"failed":
-            return _refusal(said)
-        if not self._failing:
-            logger.error("the event log's Redis can't be written: %s", facts[0].decode(errors="replace"))
-        self._failing = True
-        return _away(OutOfMemoryError() if b"OOM" in facts[0] else ResponseError())
 
     def _settle(self, batch: _Batch, error: SSEAppError | None) -> None:
         if not batch.done.is_set():
@@ -1042,7 +994,7 @@ class RedisLog:
         if events and not rest:  # too large to be published
             self._suspect(stream)
             return
-        row = Row(epoch.decode(), int(first), rest[4 * events :], _unpacked(rest[: 4 * events])) if events else None
+        row = Row(epoch.decode(), int(first), rest[4 * events :], unpacked(rest[: 4 * events])) if events else None
         self._announce(stream, row, ended)
 
     async def _refill(self) -> None:
@@ -1072,7 +1024,7 @@ class RedisLog:
             stat = _stat(await self._reads.ask("stat", stream))
             if not self._check(stream, told, stat):
                 return
-            rows = _rows(await self._reads.ask("read", stream, told.seq, _MAX_ROW_BYTES))
+            rows = _rows(await self._reads.ask("read", stream, told.seq, MAX_ROW_BYTES))
             for row in rows:
                 told = self._told.get(stream)
                 if told is not None and row.last > told.seq:
@@ -1107,18 +1059,24 @@ def _limits(retention: Retention) -> list[str]:
     return ["" if limit is None else repr(limit) for limit in (retention.events, retention.bytes, retention.age_s)]
 
 
-def _checked(said: Any) -> Any:
+def _found(said: Any) -> Stat:
+    """From the answer of a script that may refuse."""
     if isinstance(said, bytes):
         raise _refusal(said)
-    return said
+    stat = _stat(said)
+    assert stat is not None
+    return stat
 
 
-def _refusal(said: bytes) -> SSEAppError:
+def _refusal(said: bytes, text: bytes = b"") -> SSEAppError:
+    if said == b"failed":
+        return _away(OutOfMemoryError() if b"OOM" in text else ResponseError())
     refusals: dict[bytes, SSEAppError] = {
         b"none": NotFound("no such stream"),
         b"closed": WriterFenced("the stream is closed"),
         b"fenced": WriterFenced("another writer has taken over the stream"),
         b"conflict": Conflict("this epoch has been opened before"),
+        b"lost": LogError("the event log lost some of this run's events"),
     }
     return refusals[said]
 
@@ -1141,31 +1099,23 @@ def _stat(found: list[Any]) -> Stat | None:
         int(facts["last"]),
         int(facts["size"]),
         facts["closed"] == "1",
-        facts["owner"][1:] if "owner" in facts else None,
+        facts["owner"][1:] if facts["owner"] else None,
         orjson.loads(facts["meta"]),
-        facts["key"][1:] if "key" in facts else None,
+        facts["key"][1:] if facts["key"] else None,
         Retention(int(events) if events else None, int(bytes) if bytes else None, float(age_s) if age_s else None),
     )
 
 
 def _rows(entries: list[Any]) -> list[Row]:
     rows = []
-    for id, (_, epoch, _, packed, _, _, _, body) in entries:
-        last, ends = int(id.partition(b"-")[0]), _unpacked(packed)
+    for id, (_, epoch, _, blob, _, _, _, body) in entries:
+        last, ends = int(id.partition(b"-")[0]), unpacked(blob)
         rows.append(Row(epoch.decode(), last - len(ends) + 1, body, ends))
     return rows
 
 
 def _maybe(text: str | None) -> str:
     return "" if text is None else f"={text}"
-
-
-def _packed(ends: tuple[int, ...]) -> bytes:
-    return struct.pack(f"<{len(ends)}I", *ends)
-
-
-def _unpacked(packed: bytes) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(packed) // 4}I", packed)
 
 
 def _away(error: Exception | None) -> LogUnavailable:
