@@ -331,6 +331,7 @@ def packed(ends: tuple[int, ...]) -> bytes:
 
 
 def unpacked(ends: bytes) -> tuple[int, ...]:
+    """What `packed` gave."""
     return struct.unpack(f"<{len(ends) // 4}I", ends)
 
 
