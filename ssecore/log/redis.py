@@ -44,6 +44,7 @@ import anyio
 import orjson
 from anyio import CancelScope, current_time
 from anyio import Event as Signal
+from anyio.lowlevel import checkpoint
 from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -141,7 +142,7 @@ class _Line:
     async def ask(self, *command: Any, wait_s: float | None = None) -> Any:
         """`wait_s`: how long to wait for a Redis that is away, if not as the engine is set."""
         if self._closed:
-            await anyio.lowlevel.checkpoint()
+            await checkpoint()
             raise LogUnavailable("the event log is closed")
         until = current_time() + (self._log.wait_s if wait_s is None else wait_s)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -690,7 +691,7 @@ class RedisLog:
             with anyio.move_on_after(self.wait_s):
                 await subscribed.wait()
                 return
-            raise _away(None)
+            raise _away(RedisConnectionError())
 
     async def _listen(self) -> None:
         """One connection after another: each is asked for all that is watched."""
