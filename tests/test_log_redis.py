@@ -567,6 +567,8 @@ async def test_a_full_redis_refuses_and_goes_on_when_there_is_room(server: Redis
         with pytest.raises(LogUnavailable, match="Redis is full"):
             await run(log)
         assert await whole(log, id) == ["a"]
+        log._back_at -= 60
+        assert await log.unfinished() == []  # somebody works on it here, still
         server.call("CONFIG", "SET", "maxmemory", "0")
         assert await log.append(id, frames("b"), epoch=id) == 2
         assert await log.append("topic", frames("a"), epoch=epoch) == 1

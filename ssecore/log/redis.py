@@ -619,9 +619,12 @@ class RedisLog:
             elif said == b"ok":
                 self._appended(batch, int(facts[0]), facts[1].decode())
             else:
-                self._tops.pop(batch.stream, None)
                 if said == b"failed":
                     logger.error("the event log's Redis refuses to append: %s", facts[0].decode(errors="replace"))
+                elif said == b"lost" and batch.stream in self._tops:
+                    self._tops[batch.stream] = 0  # it is at work still: with what it says of it
+                else:
+                    self._tops.pop(batch.stream, None)
                 self._settle(batch, _refusal(said, *facts))
         return again
 
