@@ -517,7 +517,7 @@ class RedisLog:
                         if self.on_call is not None:
                             self.on_call(stream, word)
                     await self._writes.ask("LTRIM", calls, len(called), -1)
-            except LogUnavailable:
+            except SSEAppError:
                 continue
             with anyio.move_on_after(self._lease_s / 3):
                 await self._called.wait()
@@ -559,7 +559,7 @@ class RedisLog:
     async def _keep_up(self) -> None:
         while True:
             await anyio.sleep(self._upkeep_s)
-            with suppress(LogUnavailable):
+            with suppress(SSEAppError):
                 await self.upkeep()
 
     # The writer
