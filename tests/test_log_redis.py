@@ -26,7 +26,7 @@ from ssecore.wire import Decoder, Event, encode
 from tests.needs import needs
 from tests.nginx import make_certificate
 from tests.redis_server import Kind, RedisServer, serving
-from tests.serving import free_port
+from tests.serving import free_port, wait_until
 
 T = TypeVar("T")
 
@@ -247,6 +247,37 @@ async def test_after_a_restart_without_a_file_no_number_is_given_again_in_silenc
         stat = await one.stat("topic")
         assert stat is not None
         assert locate(stat, Cursor(old, 1)) == (0, Gap("expired", 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_after_a_failover_to_a_replica_that_has_it_all_everything_goes_on(kind: Kind) -> None:
+    port = free_port()
+    with (
+        serving(kind, options=("--port", str(port), "--repl-diskless-sync-delay", "0")) as server,
+        serving(kind, options=("--replicaof", "127.0.0.1", str(port))) as replica,
+    ):
+        wait_until(lambda: "master_link_status:up" in replica.call("INFO", "replication"))
+        async with logs(server, wait_s=0.5) as (one, two):
+            id, epoch = await run(one, key="key"), await topic(one)
+            heard = [Heard(two, id), Heard(two, "topic")]
+            for stream, writer in ((id, id), ("topic", epoch)):
+                await two.stat(stream)
+                await one.append(stream, frames("a", "b"), epoch=writer)
+            assert server.call("WAIT", "1", "5000") == ":1\r\n"
+            server.stop(signal.SIGKILL)
+            replica.path.rename(server.path)
+            with pytest.raises(LogUnavailable):  # it is a replica still
+                await two.delete("nothing")
+            assert server.call("REPLICAOF", "NO", "ONE") == "+OK\r\n"
+            assert await one.append(id, frames("c"), epoch=id, close=True) == 3
+            with pytest.raises(WriterFenced):  # a topic's ids are its writers' to tell
+                await one.append("topic", frames("c"), epoch=epoch)
+            stat = await two.stat("topic")
+            assert stat is not None and [first for _, first in stat.epochs] == [1, 3]
+            assert await one.append("topic", frames("c"), epoch=stat.epochs[-1][0], close=True) == 3
+            assert [await one.end() for one in heard] == ["closed"] * 2
+            assert [one.texts for one in heard] == [["a", "b", "c"]] * 2
+            assert (await two.find_key("key")) == (await two.find(id))
 
 
 async def test_a_failover_that_lost_the_tail_is_told(server: RedisServer) -> None:
