@@ -206,6 +206,22 @@ async def test_a_last_message_that_was_lost_is_found_by_looking(server: RedisSer
         assert await heard.end() == "closed"
 
 
+async def test_an_end_is_not_told_before_what_was_lost_on_the_way_to_it(server: RedisServer) -> None:
+    async with logs(server, look_s=60) as (one, two):
+        id = await run(one)
+        heard = Heard(two, id)
+        await two.stat(id)
+        real = two._heard
+        two._heard = lambda stream, data: None  # type: ignore[method-assign]
+        await one.append(id, frames("lost"), epoch=id)
+        await two.call(id, "read")  # a turn of the connection that listens
+        await anyio.sleep(0.05)
+        two._heard = real  # type: ignore[method-assign]
+        await one.append(id, [], epoch=id, close=True)
+        assert await heard.end() == "closed"
+        assert heard.texts == ["lost"]
+
+
 async def test_after_a_restart_with_its_file_all_goes_on_in_a_new_epoch(keeping: RedisServer) -> None:
     async with logs(keeping) as (one, two):
         id = await run(one)

@@ -636,7 +636,7 @@ class RedisLog:
         body, ends = batch.row()
         row = Row(epoch, last - len(ends) + 1, body, ends) if ends else None
         if row or batch.closes:
-            self._announce(batch.stream, row, "closed" if batch.closes else None)
+            self._announce(batch.stream, Cursor(epoch, last), row, "closed" if batch.closes else None)
         batch.last = last
         self._settle(batch, None)
 
@@ -648,14 +648,16 @@ class RedisLog:
 
     # What is heard of other processes
 
-    def _announce(self, stream: str, row: Row | None, ended: Ended | None) -> None:
-        """Tell the watchers what has been appended; read it from the log instead where it isn't the next (rule 5)."""
+    def _announce(self, stream: str, top: Cursor, row: Row | None, ended: Ended | None) -> None:
+        """Tell the watchers what has been appended, and the end; read on from the log instead where something is
+        missing before it (rule 5)."""
         told = self._told.get(stream)
-        if row is not None and told is not None:
-            if row.epoch != told.epoch or row.first > told.seq + 1:
+        if told is not None and ended != "deleted":
+            first = top.seq + 1 if row is None else row.first
+            if top.epoch != told.epoch or first > told.seq + 1:
                 self._suspect(stream)
                 return
-            if row.last <= told.seq:
+            if row is not None and row.last <= told.seq:
                 row = None
         self._tell(stream, row, ended)
 
@@ -766,8 +768,9 @@ class RedisLog:
         if events and not rest:  # too large to be published
             self._suspect(stream)
             return
-        row = Row(epoch.decode(), int(first), rest[4 * events :], unpacked(rest[: 4 * events])) if events else None
-        self._announce(stream, row, ended)
+        top = Cursor(epoch.decode(), int(last))
+        row = Row(top.epoch, int(first), rest[4 * events :], unpacked(rest[: 4 * events])) if events else None
+        self._announce(stream, top, row, ended)
 
     async def _refill(self) -> None:
         """Reads what watchers were not told, where something says so, and from time to time for all (rule 5)."""
