@@ -97,7 +97,7 @@ class Installation:
 
 class Chaos(Scenario):
     # The machine is busy enough with starting replicas: what is to be seen is not how it copes with no time at all.
-    runs_per_s = 4.0
+    runs_per_s = 3.0
     haste = 5
 
     def __init__(self, seed: int, seconds: float, history: History, installation: Installation) -> None:
@@ -105,7 +105,7 @@ class Chaos(Scenario):
         self.installation = installation
 
     async def _trouble(self) -> None:
-        """Each part has its own. At the end all of them are well, and have been for a moment."""
+        """Each part has its own. At the end all of them are well, and can write."""
         supervisor = asyncio.create_task(self.installation.supervise())
         async with asyncio.TaskGroup() as tasks:
             for number in range(REPLICAS):
@@ -114,8 +114,7 @@ class Chaos(Scenario):
             tasks.create_task(self._again("nginx", 3.0, self._hurt_nginx))
         await self.installation.listening()
         for replica in self.installation.replicas:
-            await self._answers(replica.port, 1)
-        await self._answers(self.installation.port, 2 * REPLICAS)  # it may still think that one of them is down
+            await self._answers(replica.port)
         supervisor.cancel()
 
     async def _again(self, name: str, every_s: float, hurt: Callable[[str, random.Random], Awaitable[str]]) -> None:
@@ -167,25 +166,26 @@ class Chaos(Scenario):
         proxy.send_workers(signal.SIGCONT)
         return "nginx frozen"
 
-    async def _answers(self, port: int, times: int) -> None:
-        """Until it has written to the log so many times, one after the other."""
+    async def _answers(self, port: int) -> None:
+        """Until it can write to the log."""
         body = b'"probe"'
         head = f"POST /topics/probe HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        row = 0
+        connection = Connection()
         async with asyncio.timeout(LIMIT_S):
-            while row < times:
+            while connection.status != 202:
+                await asyncio.sleep(0.1)
                 connection = Connection()
                 await exchange(port, head.encode() + body, Answer(connection), Cut())
-                row = row + 1 if connection.status == 202 else 0
-                if not row:
-                    await asyncio.sleep(0.1)
 
     def _cut(self, rng: random.Random) -> Cut:
+        """Later than elsewhere: what is large comes through in some attempts, not in hundreds."""
         cut = super()._cut(rng)
-        if not self._calm and rng.random() < 0.05:
-            cut = replace(cut, frozen_s=rng.uniform(0.5, 3))
-        return cut
+        if self._calm:
+            return cut
+        if cut.after is not None and cut.after > 0:
+            cut = replace(cut, after=round(10 ** rng.uniform(0, 6)))
+        return replace(cut, frozen_s=rng.uniform(0.5, 3)) if rng.random() < 0.05 else cut
 
 
 def play(seed: int, seconds: float, kind: Kind = "valkey") -> History:

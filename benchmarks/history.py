@@ -79,6 +79,8 @@ RETENTION_EVENTS: Final = 120
 HASTE: Final = 20
 #: How long a killed server's runs stay open, where the log is shared.
 LEASE_S: Final = 1.0
+#: From a signal to the server's end, on a machine that is busy: it may be starting.
+STOP_S: Final = 20.0
 #: From the end of the cuts to the end of the last reader.
 LIMIT_S: Final = 60.0
 #: Of a run's end where the log couldn't be reached, or had lost something.
@@ -453,10 +455,10 @@ class Replica:
         if self._process.returncode is None:
             self._process.send_signal(by)
         try:
-            code = await asyncio.wait_for(self._process.wait(), 10)
+            code = await asyncio.wait_for(self._process.wait(), STOP_S)
         except TimeoutError:
             self._history.faults.append(f"the server goes on after {by.name}")
-            self._process.kill()
+            self.send(signal.SIGKILL)
             code = await self._process.wait()
         # SIGTERM that comes before Python has begun ends it the system's way.
         expected = {-by, 0 if by is signal.SIGTERM else -by, 3 if self._history.log_goes else -by}

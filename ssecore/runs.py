@@ -300,7 +300,7 @@ class Runs:
         """Where processes share the log: end what others leave behind, and tell them that their runs are read here."""
         while True:
             await anyio.sleep(self.settings.lease_s / 3)
-            with suppress(LogUnavailable):
+            with suppress(LogUnavailable, LogError):
                 await self.recover()
                 for run in list(self._elsewhere):
                     await self.log.touch(run, max(self.settings.linger_s, self.settings.lease_s))

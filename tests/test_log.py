@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -32,9 +34,11 @@ from ssecore.log.memory import MemoryLog
 from ssecore.log.redis import RedisLog
 from ssecore.log.sqlite import SqliteLog
 from ssecore.wire import Decoder, Event, encode, encode_json
-from tests.redis_server import serving
+from tests.needs import needs
+from tests.redis_server import Kind, serving
 
-ENGINES: Final = ("memory-asyncio", "memory-trio", "sqlite-asyncio", "sqlite-trio", "redis-asyncio")
+ALONE: Final = ("memory-asyncio", "memory-trio", "sqlite-asyncio", "sqlite-trio")
+ENGINES: Final = (*ALONE, pytest.param("redis-asyncio", marks=needs("redis")), "valkey-asyncio")
 START: Final = 1_700_000_000.0
 NEVER_S: Final = 3600.0
 
@@ -66,9 +70,9 @@ def clock() -> Clock:
 
 
 @pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with serving("valkey") as server:
-        yield server.url
+def redis_urls() -> Iterator[Callable[[Kind], str]]:
+    with ExitStack() as stack:
+        yield cache(lambda kind: stack.enter_context(serving(kind)).url)
 
 
 @pytest.fixture
@@ -78,8 +82,8 @@ def make(request: pytest.FixtureRequest, engine: str, tmp_path: Path, clock: Clo
     def make(upkeep_s: float = NEVER_S) -> Log:
         if engine.startswith("memory"):
             return MemoryLog(clock=clock, upkeep_s=upkeep_s)
-        if engine.startswith("redis"):
-            url = request.getfixturevalue("redis_url")
+        if engine.startswith(("redis", "valkey")):
+            url = request.getfixturevalue("redis_urls")(engine.partition("-")[0])
             return RedisLog(url, prefix=str(tmp_path), clock=clock, upkeep_s=upkeep_s)
         return SqliteLog(tmp_path / "log.sqlite", clock=clock, upkeep_s=upkeep_s)
 
@@ -732,7 +736,7 @@ async def test_runs_are_listed_newest_first_by_owner(log: Log, clock: Clock) -> 
     assert await log.runs("eve", 10) == []
 
 
-@pytest.mark.parametrize("engine", ENGINES[:4], indirect=True)  # where others share the log: tests/test_log_redis.py
+@pytest.mark.parametrize("engine", ALONE, indirect=True)  # where others share the log: tests/test_log_redis.py
 async def test_unfinished_are_the_runs_that_are_not_closed(log: Log) -> None:
     epochs = {name: await run(log, name) for name in ("one", "two", "three")}
     await topic(log)

@@ -26,7 +26,7 @@ from ssecore.wire import Decoder, Event, encode
 from tests.needs import needs
 from tests.nginx import make_certificate
 from tests.redis_server import Kind, RedisServer, serving
-from tests.serving import free_port
+from tests.serving import free_port, wait_until
 
 T = TypeVar("T")
 
@@ -206,6 +206,22 @@ async def test_a_last_message_that_was_lost_is_found_by_looking(server: RedisSer
         assert await heard.end() == "closed"
 
 
+async def test_an_end_is_not_told_before_what_was_lost_on_the_way_to_it(server: RedisServer) -> None:
+    async with logs(server, look_s=60) as (one, two):
+        id = await run(one)
+        heard = Heard(two, id)
+        await two.stat(id)
+        real = two._heard
+        two._heard = lambda stream, data: None  # type: ignore[method-assign]
+        await one.append(id, frames("lost"), epoch=id)
+        await two.call(id, "read")  # a turn of the connection that listens
+        await anyio.sleep(0.05)
+        two._heard = real  # type: ignore[method-assign]
+        await one.append(id, [], epoch=id, close=True)
+        assert await heard.end() == "closed"
+        assert heard.texts == ["lost"]
+
+
 async def test_after_a_restart_with_its_file_all_goes_on_in_a_new_epoch(keeping: RedisServer) -> None:
     async with logs(keeping) as (one, two):
         id = await run(one)
@@ -247,6 +263,42 @@ async def test_after_a_restart_without_a_file_no_number_is_given_again_in_silenc
         stat = await one.stat("topic")
         assert stat is not None
         assert locate(stat, Cursor(old, 1)) == (0, Gap("expired", 2))
+
+
+def replicated(server: RedisServer, role: str) -> int:
+    """How far it is in the sequence of what is replicated."""
+    return int(server.call("INFO", "replication").partition(f"{role}_repl_offset:")[2].split()[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_after_a_failover_to_a_replica_that_has_it_all_everything_goes_on(kind: Kind) -> None:
+    port = free_port()
+    with (
+        serving(kind, options=("--port", str(port), "--repl-diskless-sync-delay", "0")) as server,
+        serving(kind, options=("--replicaof", "127.0.0.1", str(port))) as replica,
+    ):
+        wait_until(lambda: "master_link_status:up" in replica.call("INFO", "replication"))
+        async with logs(server, wait_s=0.5) as (one, two):
+            id, epoch = await run(one, key="key"), await topic(one)
+            heard = [Heard(two, id), Heard(two, "topic")]
+            for stream, writer in ((id, id), ("topic", epoch)):
+                await two.stat(stream)
+                await one.append(stream, frames("a", "b"), epoch=writer)
+            wait_until(lambda: replicated(replica, "slave") >= replicated(server, "master"))
+            server.stop(signal.SIGKILL)
+            replica.path.rename(server.path)
+            with pytest.raises(LogUnavailable):  # it is a replica still
+                await two.delete("nothing")
+            assert server.call("REPLICAOF", "NO", "ONE") == "+OK\r\n"
+            assert await one.append(id, frames("c"), epoch=id, close=True) == 3
+            with pytest.raises(WriterFenced):  # a topic's ids are its writers' to tell
+                await one.append("topic", frames("c"), epoch=epoch)
+            stat = await two.stat("topic")
+            assert stat is not None and [first for _, first in stat.epochs] == [1, 3]
+            assert await one.append("topic", frames("c"), epoch=stat.epochs[-1][0], close=True) == 3
+            assert [await one.end() for one in heard] == ["closed"] * 2
+            assert [one.texts for one in heard] == [["a", "b", "c"]] * 2
+            assert (await two.find_key("key")) == (await two.find(id))
 
 
 async def test_a_failover_that_lost_the_tail_is_told(server: RedisServer) -> None:
@@ -567,6 +619,8 @@ async def test_a_full_redis_refuses_and_goes_on_when_there_is_room(server: Redis
         with pytest.raises(LogUnavailable, match="Redis is full"):
             await run(log)
         assert await whole(log, id) == ["a"]
+        log._back_at -= 60
+        assert await log.unfinished() == []  # somebody works on it here, still
         server.call("CONFIG", "SET", "maxmemory", "0")
         assert await log.append(id, frames("b"), epoch=id) == 2
         assert await log.append("topic", frames("a"), epoch=epoch) == 1

@@ -22,6 +22,7 @@ The engines (`memory`, `sqlite`) keep these rules, cited by number at the code; 
 import logging
 import re
 import secrets
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import accumulate, count
@@ -37,6 +38,7 @@ from ssecore.wire import encode_json
 __all__ = [
     "MAX_APPEND_BYTES",
     "MAX_EPOCHS",
+    "MAX_ROW_BYTES",
     "Alone",
     "Cursor",
     "Ended",
@@ -55,8 +57,10 @@ __all__ = [
     "new_epoch",
     "opened",
     "outlived",
+    "packed",
     "parse_cursor",
     "plain",
+    "unpacked",
 ]
 
 logger = logging.getLogger("sseapp")
@@ -64,6 +68,8 @@ logger = logging.getLogger("sseapp")
 #: One append at most. It is held in memory as a whole, and SQLite stores no blob beyond 1 GB. An append over it is a
 #: bug of a source that doesn't bound its buffer (64 KiB by default).
 MAX_APPEND_BYTES: Final = 64 * 1024 * 1024
+#: What merging appends makes of a row at most; one append of more is one row. A reader's step is as fine as that.
+MAX_ROW_BYTES: Final = 64 * 1024
 #: Epochs that a stream remembers beyond those of the events it keeps. A topic gets one more with each start of the
 #: process; a cursor of a forgotten one is answered `expired`.
 MAX_EPOCHS: Final = 1000
@@ -317,6 +323,16 @@ def joined(frames: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
     if len(body) > MAX_APPEND_BYTES:
         raise TooLarge(f"an append of {len(body)} bytes; the event log takes {MAX_APPEND_BYTES} at once")
     return body, tuple(accumulate(map(len, frames)))
+
+
+def packed(ends: tuple[int, ...]) -> bytes:
+    """A row's `ends` as they are stored."""
+    return struct.pack(f"<{len(ends)}I", *ends)
+
+
+def unpacked(ends: bytes) -> tuple[int, ...]:
+    """What `packed` gave."""
+    return struct.unpack(f"<{len(ends) // 4}I", ends)
 
 
 def plain(meta: dict[str, Any] | None) -> dict[str, Any] | None:

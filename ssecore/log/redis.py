@@ -30,10 +30,10 @@ third connection hears of every append to the streams that are watched here:
 7.  While Redis is away, calls wait: for `wait_s`, and whoever reads for as long as it likes.
 """
 
+import asyncio
 import logging
 import math
 import random
-import struct
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -44,6 +44,7 @@ import anyio
 import orjson
 from anyio import CancelScope, current_time
 from anyio import Event as Signal
+from anyio.lowlevel import checkpoint
 from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -59,6 +60,7 @@ from redis.exceptions import (
 import ssecore.log
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, WriterFenced
 from ssecore.log import (
+    MAX_ROW_BYTES,
     Cursor,
     Ended,
     Gap,
@@ -71,16 +73,16 @@ from ssecore.log import (
     joined,
     locate,
     new_epoch,
-    plain,
+    packed,
+    unpacked,
 )
+from ssecore.log.scripts import COMMON, SCRIPTS
 from ssecore.wire import encode_json
 
 __all__ = ["RedisLog"]
 
 logger = logging.getLogger("sseapp")
 
-#: What merging makes of a row at most, and the largest row that is published; a larger one is read from the log.
-_MAX_ROW_BYTES: Final = 64 * 1024
 #: Bodies that wait for Redis in this process. More are refused at once.
 _MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
 #: Bodies, and streams, in one call: some milliseconds of Redis' work, which others may have to wait for.
@@ -103,236 +105,6 @@ _STEP_STREAMS: Final = 64
 _LOOK_STREAMS: Final = 1000
 _RETRY_AFTER_S: Final = 5
 
-#: What each script begins with, besides `instance` and `prefix`. `trim` does what `ssecore.log.outlived` says, for as
-#: long as it says so, and gives first and size.
-_COMMON: Final = """
-local function num(n) return string.format('%.0f', n) end
-local function facts(stream) return prefix .. 'facts:' .. stream end
-local function rows(stream) return prefix .. 'rows:' .. stream end
-local function get(stream, ...) return redis.call('HMGET', facts(stream), ...) end
-local function set(stream, ...) redis.call('HSET', facts(stream), ...) end
-local function whole(stream) return {stream, redis.call('HGETALL', facts(stream))} end
-local function trim(stream, first, last, size, max_bytes, age_s, now)
-  local cut = nil
-  while true do
-    local oldest = redis.call('XRANGE', rows(stream), cut and num(cut + 1) or '-', '+', 'COUNT', 1)[1]
-    if not oldest then break end
-    local row, at, bytes = tonumber(string.match(oldest[1], '^%d+')), tonumber(oldest[2][6]), #oldest[2][8]
-    if not (row < first or (max_bytes and size > max_bytes and row < last) or (age_s and at + age_s <= now)) then
-      break
-    end
-    size, cut, first = size - bytes, row, math.max(first, row + 1)
-  end
-  if cut then redis.call('XTRIM', rows(stream), 'MINID', num(cut + 1)) end
-  return first, size
-end
-local function delete(stream)
-  local f = get(stream, 'owner', 'key', 'epochs')
-  if redis.call('DEL', facts(stream), rows(stream), prefix .. 'touched:' .. stream) == 0 then return end
-  redis.call('ZREM', prefix .. 'open', stream)
-  redis.call('ZREM', prefix .. 'due', stream)
-  redis.call('ZREM', prefix .. 'runs:' .. (f[1] or ''), stream)
-  if f[2] then redis.call('HDEL', prefix .. 'keys', f[2]) end
-  for name in string.gmatch(f[3] or '', '([^ :]+):') do redis.call('HDEL', prefix .. 'epochs', name) end
-  redis.call('PUBLISH', prefix .. 'appended:' .. stream, '0 0 2 - ')
-end
-"""
-_SCRIPTS: Final = {
-    # stream, epoch, kind, owner, key (both '' or '=…'), when it is due or '', then fields and values
-    "create": """
-local stream, epoch, kind, owner, key, due = unpack(ARGV)
-local named = key ~= '' and redis.call('HGET', prefix .. 'keys', key) or stream
-if redis.call('EXISTS', facts(named)) == 1 then return whole(named) end
-if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
-set(stream, 'instance', instance, unpack(ARGV, 7))
-if key ~= '' then redis.call('HSET', prefix .. 'keys', key, stream) end
-if kind == 'run' then
-  local order = redis.call('INCR', prefix .. 'count')
-  redis.call('ZADD', prefix .. 'open', order, stream)
-  redis.call('ZADD', prefix .. 'runs:' .. owner, order, stream)
-elseif due ~= '' then
-  redis.call('ZADD', prefix .. 'due', due, stream)
-end
-return whole(stream)
-""",
-    # stream, epoch, now, the mark of this call or '' (the instance has changed), most epochs, then '' or a new
-    # retention: events, bytes, age
-    "open": """
-local stream, epoch, now, mark = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local f = get(stream, 'closed', 'first', 'last', 'epochs', 'size', 'kind', 'instance', 'opened')
-if not f[1] then return 'none' end
-if f[1] == '1' then return 'closed' end
-if (mark ~= '' and f[8] == mark) or (mark == '' and f[7] == instance) then return whole(stream) end
-if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
-local first, last, size = tonumber(f[2]), tonumber(f[3]), tonumber(f[5])
-local names, starts = {}, {}
-for name, start in string.gmatch(f[4] .. ' ' .. epoch .. ':' .. num(last + 1), '([^ :]+):(%d+)') do
-  table.insert(names, name)
-  table.insert(starts, tonumber(start))
-end
-local at = 1
-while #names - at + 1 > tonumber(ARGV[5]) and starts[at + 1] <= first do
-  redis.call('HDEL', prefix .. 'epochs', names[at])
-  at = at + 1
-end
-local kept = {}
-for n = at, #names do table.insert(kept, names[n] .. ':' .. num(starts[n])) end
-set(stream, 'epochs', table.concat(kept, ' '), 'epoch', epoch, 'updated', ARGV[3], 'instance', instance, 'opened', mark)
--- A run goes on with its writer. A topic's writers have to hear of the epoch: they tell its ids.
-if mark ~= '' or f[6] == 'topic' then set(stream, 'writer', epoch) end
-if ARGV[6] then set(stream, 'max_events', ARGV[6], 'max_bytes', ARGV[7], 'age_s', ARGV[8]) end
-if f[6] == 'topic' then
-  local r = get(stream, 'max_events', 'max_bytes', 'age_s')
-  if tonumber(r[1]) then first = math.max(first, last - tonumber(r[1]) + 1) end
-  first, size = trim(stream, first, last, size, tonumber(r[2]), tonumber(r[3]), now)
-  set(stream, 'first', num(first), 'size', num(size))
-  if tonumber(r[3]) then redis.call('ZADD', prefix .. 'due', ARGV[3], stream) end
-end
-return whole(stream)
-""",
-    # process, number of the call (rule 2), now, what is published at most, how long it is remembered; then of each
-    # batch: stream, epoch, close, meta, events, ends, body, the least that `last` must be (rule 4)
-    "append": """
-local process, number, now, most = prefix .. 'process:' .. ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
-local known = redis.call('GET', process)
-if known then
-  known = cmsgpack.unpack(known)
-  if known[1] == number then return known[2] end
-  if known[1] > number then return 'late' end
-end
-local function append(stream, epoch, closes, meta, events, ends, body, least)
-  local f = get(stream, 'last', 'closed', 'writer', 'instance', 'first', 'size', 'kind', 'max_events', 'max_bytes',
-    'age_s', 'epoch')
-  if not f[1] then return {'none'} end
-  if f[2] == '1' then return {'closed'} end
-  if f[3] ~= epoch then return {'fenced'} end
-  if f[4] ~= instance then return {'instance'} end
-  local last = tonumber(f[1])
-  if last < tonumber(least) then return {'lost'} end
-  if events == '0' and closes == '0' and meta == '' then return {'ok', f[1], f[11]} end
-  local from, first, size, age_s = last + 1, tonumber(f[5]), tonumber(f[6]), tonumber(f[10])
-  if events ~= '0' then
-    last = last + tonumber(events)
-    size = size + #body
-    redis.call('XADD', rows(stream), num(last) .. '-0', 'e', f[11], 'n', ends, 't', now, 'b', body)
-  end
-  if f[7] == 'topic' then
-    if tonumber(f[8]) then first = math.max(first, last - tonumber(f[8]) + 1) end
-    if closes == '0' then first, size = trim(stream, first, last, size, tonumber(f[9]), age_s, tonumber(now)) end
-  end
-  set(stream, 'first', num(first), 'last', num(last), 'size', num(size), 'closed', closes, 'updated', now)
-  if meta ~= '' then set(stream, 'meta', meta) end
-  if closes == '1' then
-    redis.call('ZREM', prefix .. 'open', stream)
-    if age_s then redis.call('ZADD', prefix .. 'due', string.format('%.6f', tonumber(now) + age_s), stream) end
-  end
-  if events ~= '0' or closes == '1' then
-    local told = #body <= most and ends .. body or ''
-    redis.call('PUBLISH', prefix .. 'appended:' .. stream,
-      table.concat({num(from), num(last), closes, f[11], told}, ' '))
-  end
-  return {'ok', num(last), f[11]}
-end
-local answers = {}
-for n = 6, #ARGV, 8 do
-  local fine, answer = pcall(append, unpack(ARGV, n, n + 7))
-  if not fine then
-    answer = {'failed', type(answer) == 'table' and answer.err or tostring(answer)}
-    if string.find(answer[2], 'READONLY', 1, true) then return redis.error_reply(answer[2]) end
-  end
-  table.insert(answers, answer)
-end
-redis.pcall('SET', process, cmsgpack.pack({number, answers}), 'EX', ARGV[5])
-return answers
-""",
-    # now, how many: looks at the streams that are due, and gives how many there were
-    "upkeep": """
-local now = tonumber(ARGV[1])
-local due = redis.call('ZRANGE', prefix .. 'due', '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[2])
-for _, stream in ipairs(due) do
-  local f = get(stream, 'first', 'last', 'size', 'closed', 'kind', 'max_bytes', 'age_s', 'updated')
-  local age_s, at = tonumber(f[7]), nil
-  if age_s and f[4] == '1' then
-    at = tonumber(f[8]) + age_s
-  elseif age_s and f[5] == 'topic' then
-    local first, size = trim(stream, tonumber(f[1]), tonumber(f[2]), tonumber(f[3]), tonumber(f[6]), age_s, now)
-    set(stream, 'first', num(first), 'size', num(size))
-    local oldest = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 1)[1]
-    at = (oldest and tonumber(oldest[2][6]) or now) + age_s
-  end
-  if at and at <= now then
-    delete(stream)
-  elseif at then
-    redis.call('ZADD', prefix .. 'due', string.format('%.6f', at), stream)
-  else
-    redis.call('ZREM', prefix .. 'due', stream)
-  end
-end
-return #due
-""",
-    # stream
-    "delete": "delete(ARGV[1])",
-    # stream, after, bytes
-    "read": """
-local first, found, size, from = tonumber(get(ARGV[1], 'first')[1]), {}, 0, nil
-if not first then return found end
-from = num(math.max(tonumber(ARGV[2]) + 1, first))
-repeat
-  local some = redis.call('XRANGE', rows(ARGV[1]), from, '+', 'COUNT', 16)
-  for _, row in ipairs(some) do
-    table.insert(found, row)
-    size = size + #row[2][8]
-    if size >= tonumber(ARGV[3]) then return found end
-    from = '(' .. row[1]
-  end
-until #some < 16
-return found
-""",
-    # stream
-    "stat": "return whole(ARGV[1])",
-    # which index, name
-    "find": """
-local stream = redis.call('HGET', prefix .. ARGV[1], ARGV[2])
-return stream and whole(stream) or {'', {}}
-""",
-    # owner, how many
-    "runs": """
-local found = {}
-for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'runs:' .. ARGV[1], 0, ARGV[2], 'REV')) do
-  table.insert(found, whole(stream))
-end
-return found
-""",
-    # process; the open runs that it holds, and those of processes without a lease
-    "left": """
-local left, alive = {}, {[ARGV[1]] = 0}
-for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'open', 0, -1)) do
-  local holder = get(stream, 'holder')[1] or ''
-  alive[holder] = alive[holder] or redis.call('EXISTS', prefix .. 'lease:' .. holder)
-  if alive[holder] == 0 then table.insert(left, whole(stream)) end
-end
-return left
-""",
-    # stream, epoch, last, stream, epoch, last, …: the streams of which Redis knows something else, or the end
-    "news": """
-local news = {}
-for n = 1, #ARGV, 3 do
-  local f = get(ARGV[n], 'epoch', 'last', 'closed')
-  if f[1] ~= ARGV[n + 1] or f[2] ~= ARGV[n + 2] or f[3] == '1' then table.insert(news, ARGV[n]) end
-end
-return news
-""",
-    # stream, word, for how long
-    "call": """
-local holder = get(ARGV[1], 'holder')[1]
-if not holder then return 0 end
-redis.call('RPUSH', prefix .. 'calls:' .. holder, ARGV[2] .. ' ' .. ARGV[1])
-redis.call('EXPIRE', prefix .. 'calls:' .. holder, ARGV[3])
-redis.call('PUBLISH', prefix .. 'called:' .. holder, '')
-return 1
-""",
-}
-
 
 class _Session(NamedTuple):
     """A connection to one instance, that has the scripts."""
@@ -345,22 +117,16 @@ class _Session(NamedTuple):
         await _disconnect(self.connection)
 
 
-class _Call:
-    """What a caller waits for: a script by its name, or a command."""
+class _Call(NamedTuple):
+    """A script by its name, or a command, with what it is given. The answer may be an exception."""
 
-    __slots__ = ("answer", "command", "done", "error", "gone", "until")
+    command: tuple[Any, ...]
+    until: float
+    answer: "asyncio.Future[Any]"
 
-    def __init__(self, command: tuple[Any, ...], until: float) -> None:
-        self.command = command
-        self.until = until
-        self.done = Signal()
-        self.gone = False  #: nobody waits any more
-        self.answer: Any = None
-        self.error: SSEAppError | None = None
-
-    def fail(self, error: Exception) -> None:
-        self.error = error if isinstance(error, SSEAppError) else _away(error)
-        self.done.set()
+    def say(self, answer: Any) -> None:
+        if not self.answer.done():  # nobody waits any more, or it has been answered
+            self.answer.set_result(answer)
 
 
 class _Line:
@@ -376,18 +142,16 @@ class _Line:
     async def ask(self, *command: Any, wait_s: float | None = None) -> Any:
         """`wait_s`: how long to wait for a Redis that is away, if not as the engine is set."""
         if self._closed:
-            await anyio.lowlevel.checkpoint()
+            await checkpoint()
             raise LogUnavailable("the event log is closed")
-        call = _Call(command, current_time() + (self._log.wait_s if wait_s is None else wait_s))
-        self._calls.append(call)
+        until = current_time() + (self._log.wait_s if wait_s is None else wait_s)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls.append(_Call(command, until, answer))
         self._wake.set()
-        try:
-            await call.done.wait()
-        finally:
-            call.gone = True
-        if call.error is not None:
-            raise call.error
-        return call.answer
+        said = await answer
+        if isinstance(said, Exception):
+            raise said
+        return said
 
     def close(self) -> None:
         self._closed = True
@@ -406,8 +170,10 @@ class _Line:
                     self._wake = Signal()
                     calls = self._take()
                     try:
-                        if session is None or session.instance != self._log.instance:
-                            session = await self._renewed(session)
+                        if session is not None and session.instance != self._log.instance:
+                            await session.drop()
+                            session = None
+                        session = session or await self._log.connect()
                         await _talk(session, calls)
                         self._log.heard_of(None)
                         pause = _PAUSES_S[0]
@@ -423,20 +189,14 @@ class _Line:
             if session is not None:
                 await session.drop()
             for call in (*calls, *self._calls):
-                call.fail(LogUnavailable("the event log is closed"))
+                call.say(LogUnavailable("the event log is closed"))
 
     def _take(self) -> list[_Call]:
         calls: list[_Call] = []
         while self._calls and len(calls) < _MAX_PIPELINE:
-            call = self._calls.popleft()
-            if not call.gone:
+            if not (call := self._calls.popleft()).answer.done():  # else nobody waits any more
                 calls.append(call)
         return calls
-
-    async def _renewed(self, session: _Session | None) -> _Session:
-        if session is not None:
-            await session.drop()
-        return await self._log.connect()
 
     def _lost(self, calls: list[_Call], error: Exception, pause: float) -> None:
         """Ask again (rule 2), unless it can't help, or has to end."""
@@ -447,12 +207,10 @@ class _Line:
             logger.exception("the event log's connection failed", exc_info=error)
         again = []
         for call in calls:
-            if call.done.is_set():
-                continue
-            if passing and call.until > current_time() + pause:
+            if passing and call.until > current_time() + pause and not call.answer.done():
                 again.append(call)
             else:
-                call.fail(error)
+                call.say(error if isinstance(error, SSEAppError) else _away(error))
         self._calls.extendleft(reversed(again))
 
 
@@ -460,20 +218,17 @@ async def _talk(session: _Session, calls: list[_Call]) -> None:
     """One pipeline. Raises what breaks the connection, or is said by an instance that isn't ours any more."""
     connection, shas = session.connection, session.shas
     commands = [
-        ("EVALSHA", shas[name], 0, *values) if (name := call.command[0]) in shas else call.command
-        for call in calls
-        for values in [call.command[1:]]
+        ("EVALSHA", shas[name], 0, *values) if name in shas else (name, *values) for (name, *values), _, _ in calls
     ]
     await connection.send_packed_command(connection.pack_commands(commands))
     for call in calls:
         try:
-            call.answer = await connection.read_response()
-            call.done.set()
+            call.say(await connection.read_response())
         except (NoScriptError, ReadOnlyError):
             raise
         except ResponseError as error:
             logger.error("the event log's Redis refuses %s: %s", call.command[0], error)
-            call.fail(error)
+            call.say(_away(error))
 
 
 class _Batch:
@@ -491,14 +246,14 @@ class _Batch:
         self.error: SSEAppError | None = None
 
     def takes(self, epoch: str, size: int) -> bool:
-        return epoch == self.epoch and not self.meta and not self.closes and self.size + size <= _MAX_ROW_BYTES
+        return epoch == self.epoch and not self.meta and not self.closes and self.size + size <= MAX_ROW_BYTES
 
-    def add(self, body: bytes, ends: tuple[int, ...], close: bool, meta: dict[str, Any] | None) -> int:
+    def add(self, body: bytes, ends: tuple[int, ...], close: bool, meta: bytes) -> int:
         """Gives how many events are in it now."""
         self.ends += [self.size + end for end in ends]
         self.bodies.append(body)
         self.size += len(body)
-        self.closes, self.meta = close, b"" if meta is None else encode_json(meta)
+        self.closes, self.meta = close, meta
         return len(self.ends)
 
     def row(self) -> tuple[bytes, tuple[int, ...]]:
@@ -546,10 +301,8 @@ class RedisLog:
         self._queue: dict[str, deque[_Batch]] = {}
         self._queued_bytes = 0
         self._number = 0
-        self._failing = False
-        #: The top of the runs at work here (rules 4 and 6), and those that are being created.
+        #: The top of the runs at work here (rules 4 and 6).
         self._tops: dict[str, int] = {}
-        self._creating: set[str] = set()
         self._running = False
         self._back_at = self._held_at = 0.0
 
@@ -623,9 +376,9 @@ class RedisLog:
             instance = info["run_id"]
             if policy != "noeviction" and not self.instance:
                 logger.warning("the event log's Redis drops data when it is full (maxmemory-policy %s)", policy)
-            head = f"local instance, prefix = '{instance}', [==[{self._prefix}]==]\n{_COMMON}"
-            shas = await _exchange(connection, *[("SCRIPT", "LOAD", head + text) for text in _SCRIPTS.values()])
-            session = _Session(connection, instance, dict(zip(_SCRIPTS, map(bytes.decode, shas), strict=True)))
+            head = f"local instance, prefix = '{instance}', [==[{self._prefix}]==]\n{COMMON}"
+            shas = await _exchange(connection, *[("SCRIPT", "LOAD", head + text) for text in SCRIPTS.values()])
+            session = _Session(connection, instance, dict(zip(SCRIPTS, map(bytes.decode, shas), strict=True)))
             if self.instance not in ("", instance):
                 await self._check_all(session)
             self.instance = instance
@@ -664,37 +417,19 @@ class RedisLog:
         key: str | None = None,
         retention: Retention | None = None,
     ) -> tuple[Stat, bool]:
-        now, limits = repr(self._clock()), retention or Retention()
-        facts = {
-            "kind": kind,
-            "created": now,
-            "updated": now,
-            "first": 1,
-            "last": 0,
-            "size": 0,
-            "closed": 0,
-            "meta": encode_json(plain(meta) or {}),
-            "epochs": f"{epoch}:1",
-            "epoch": epoch,
-            "writer": epoch,
-            "holder": self._process,
-            **dict(zip(("max_events", "max_bytes", "age_s"), _limits(limits), strict=True)),
-            **({} if owner is None else {"owner": _maybe(owner)}),
-            **({} if key is None else {"key": _maybe(key)}),
-        }
-        due = "" if limits.age_s is None else repr(self._clock() + limits.age_s)
-        fields = [part for pair in facts.items() for part in pair]
-        self._creating.add(stream)
+        now, limits, facts = repr(self._clock()), _limits(retention or Retention()), encode_json(meta or {})
+        at_work = stream in self._tops
+        created = False
+        if kind == "run":
+            self._tops.setdefault(stream, 0)
         try:
-            said = await self._writes.ask("create", stream, epoch, kind, _maybe(owner), _maybe(key), due, *fields)
-            stat = _stat(_checked(said))
-            assert stat is not None
+            names = (stream, epoch, kind, _maybe(owner), _maybe(key))
+            stat = _found(await self._writes.ask("create", *names, now, facts, self._process, *limits))
             created = stat.stream == stream and stat.epochs[0][0] == epoch  # now, or by a try whose answer was lost
-            if created and kind == "run":
-                self._tops[stream] = 0
             return stat, created
         finally:
-            self._creating.discard(stream)
+            if not created and not at_work:
+                self._tops.pop(stream, None)
 
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
         limits = [] if retention is None else _limits(retention)
@@ -702,9 +437,7 @@ class RedisLog:
 
     async def _open(self, stream: str, epoch: str, mark: str, *limits: str) -> Stat:
         now, most = repr(self._clock()), ssecore.log.MAX_EPOCHS
-        stat = _stat(_checked(await self._writes.ask("open", stream, epoch, now, mark, most, *limits)))
-        assert stat is not None
-        return stat
+        return _found(await self._writes.ask("open", stream, epoch, now, mark, most, *limits))
 
     async def append(
         self,
@@ -716,18 +449,16 @@ class RedisLog:
         meta: dict[str, Any] | None = None,
     ) -> int:
         body, ends = joined(frames)
+        facts = b"" if meta is None else encode_json(meta)
         if not self._running:
             raise LogUnavailable("the event log is closed")
         if self._queued_bytes + len(body) > _MAX_QUEUED_BYTES:
             raise _away(None)
-        batches = self._queue.get(stream)
-        if batches is None or not batches[-1].takes(epoch, len(body)):
-            batch = _Batch(stream, epoch)
-            count = batch.add(body, ends, close, meta)
-            self._queue.setdefault(stream, deque()).append(batch)
-        else:
-            batch = batches[-1]
-            count = batch.add(body, ends, close, meta)
+        batches = self._queue.setdefault(stream, deque())
+        if not batches or not batches[-1].takes(epoch, len(body)):
+            batches.append(_Batch(stream, epoch))
+        batch = batches[-1]
+        count = batch.add(body, ends, close, facts)
         self._queued_bytes += len(body)
         self._wake.set()
         await batch.done.wait()
@@ -763,8 +494,7 @@ class RedisLog:
         left = await self._reads.ask("left", self._process)
         if self._cut_off():
             return []
-        at_work = self._tops.keys() | self._creating
-        return [stat for stat in map(_stat, left) if stat is not None and stat.stream not in at_work]
+        return [stat for stat in map(_stat, left) if stat is not None and stat.stream not in self._tops]
 
     def _cut_off(self) -> bool:
         """Whether others may have been cut off from Redis for so long that they lost their leases."""
@@ -787,7 +517,7 @@ class RedisLog:
                         if self.on_call is not None:
                             self.on_call(stream, word)
                     await self._writes.ask("LTRIM", calls, len(called), -1)
-            except LogUnavailable:
+            except SSEAppError:
                 continue
             with anyio.move_on_after(self._lease_s / 3):
                 await self._called.wait()
@@ -829,7 +559,7 @@ class RedisLog:
     async def _keep_up(self) -> None:
         while True:
             await anyio.sleep(self._upkeep_s)
-            with suppress(LogUnavailable):
+            with suppress(SSEAppError):
                 await self.upkeep()
 
     # The writer
@@ -878,9 +608,9 @@ class RedisLog:
         for batch in batches:
             body, ends = batch.row()
             least = self._tops.get(batch.stream, 0)
-            values += (batch.stream, batch.epoch, int(batch.closes), batch.meta, len(ends), _packed(ends), body, least)
+            values += (batch.stream, batch.epoch, int(batch.closes), batch.meta, len(ends), packed(ends), body, least)
         wait_s = self.wait_s if self._running else 0
-        common = (self._process, self._number, repr(self._clock()), _MAX_ROW_BYTES, _REMEMBER_S)
+        common = (self._process, self._number, repr(self._clock()), MAX_ROW_BYTES, _REMEMBER_S)
         answers = await self._writes.ask("append", *common, *values, wait_s=wait_s)
         again = []
         for batch, (said, *facts) in zip(batches, answers, strict=True):
@@ -889,8 +619,13 @@ class RedisLog:
             elif said == b"ok":
                 self._appended(batch, int(facts[0]), facts[1].decode())
             else:
-                self._tops.pop(batch.stream, None)
-                self._settle(batch, self._refusal(said, facts))
+                if said == b"failed":
+                    logger.error("the event log's Redis refuses to append: %s", facts[0].decode(errors="replace"))
+                elif said == b"lost" and batch.stream in self._tops:
+                    self._tops[batch.stream] = 0  # it is at work still: with what it says of it
+                else:
+                    self._tops.pop(batch.stream, None)
+                self._settle(batch, _refusal(said, *facts))
         return again
 
     def _appended(self, batch: _Batch, last: int, epoch: str) -> None:
@@ -901,20 +636,9 @@ class RedisLog:
         body, ends = batch.row()
         row = Row(epoch, last - len(ends) + 1, body, ends) if ends else None
         if row or batch.closes:
-            self._announce(batch.stream, row, "closed" if batch.closes else None)
-        self._failing = False
+            self._announce(batch.stream, Cursor(epoch, last), row, "closed" if batch.closes else None)
         batch.last = last
         self._settle(batch, None)
-
-    def _refusal(self, said: bytes, facts: list[bytes]) -> SSEAppError:
-        if said == b"lost":
-            return LogError("the event log lost some of this run's events")
-        if said != b"failed":
-            return _refusal(said)
-        if not self._failing:
-            logger.error("the event log's Redis can't be written: %s", facts[0].decode(errors="replace"))
-        self._failing = True
-        return _away(OutOfMemoryError() if b"OOM" in facts[0] else ResponseError())
 
     def _settle(self, batch: _Batch, error: SSEAppError | None) -> None:
         if not batch.done.is_set():
@@ -924,14 +648,16 @@ class RedisLog:
 
     # What is heard of other processes
 
-    def _announce(self, stream: str, row: Row | None, ended: Ended | None) -> None:
-        """Tell the watchers what has been appended; read it from the log instead where it isn't the next (rule 5)."""
+    def _announce(self, stream: str, top: Cursor, row: Row | None, ended: Ended | None) -> None:
+        """Tell the watchers what has been appended, and the end; read on from the log instead where something is
+        missing before it (rule 5)."""
         told = self._told.get(stream)
-        if row is not None and told is not None:
-            if row.epoch != told.epoch or row.first > told.seq + 1:
+        if told is not None and ended != "deleted":
+            first = top.seq + 1 if row is None else row.first
+            if top.epoch != told.epoch or first > told.seq + 1:
                 self._suspect(stream)
                 return
-            if row.last <= told.seq:
+            if row is not None and row.last <= told.seq:
                 row = None
         self._tell(stream, row, ended)
 
@@ -970,7 +696,7 @@ class RedisLog:
             with anyio.move_on_after(self.wait_s):
                 await subscribed.wait()
                 return
-            raise _away(None)
+            raise _away(RedisConnectionError())
 
     async def _listen(self) -> None:
         """One connection after another: each is asked for all that is watched."""
@@ -1042,8 +768,9 @@ class RedisLog:
         if events and not rest:  # too large to be published
             self._suspect(stream)
             return
-        row = Row(epoch.decode(), int(first), rest[4 * events :], _unpacked(rest[: 4 * events])) if events else None
-        self._announce(stream, row, ended)
+        top = Cursor(epoch.decode(), int(last))
+        row = Row(top.epoch, int(first), rest[4 * events :], unpacked(rest[: 4 * events])) if events else None
+        self._announce(stream, top, row, ended)
 
     async def _refill(self) -> None:
         """Reads what watchers were not told, where something says so, and from time to time for all (rule 5)."""
@@ -1072,7 +799,7 @@ class RedisLog:
             stat = _stat(await self._reads.ask("stat", stream))
             if not self._check(stream, told, stat):
                 return
-            rows = _rows(await self._reads.ask("read", stream, told.seq, _MAX_ROW_BYTES))
+            rows = _rows(await self._reads.ask("read", stream, told.seq, MAX_ROW_BYTES))
             for row in rows:
                 told = self._told.get(stream)
                 if told is not None and row.last > told.seq:
@@ -1107,18 +834,24 @@ def _limits(retention: Retention) -> list[str]:
     return ["" if limit is None else repr(limit) for limit in (retention.events, retention.bytes, retention.age_s)]
 
 
-def _checked(said: Any) -> Any:
+def _found(said: Any) -> Stat:
+    """From the answer of a script that may refuse."""
     if isinstance(said, bytes):
         raise _refusal(said)
-    return said
+    stat = _stat(said)
+    assert stat is not None
+    return stat
 
 
-def _refusal(said: bytes) -> SSEAppError:
+def _refusal(said: bytes, text: bytes = b"") -> SSEAppError:
+    if said == b"failed":
+        return _away(OutOfMemoryError() if b"OOM" in text else ResponseError())
     refusals: dict[bytes, SSEAppError] = {
         b"none": NotFound("no such stream"),
         b"closed": WriterFenced("the stream is closed"),
         b"fenced": WriterFenced("another writer has taken over the stream"),
         b"conflict": Conflict("this epoch has been opened before"),
+        b"lost": LogError("the event log lost some of this run's events"),
     }
     return refusals[said]
 
@@ -1141,31 +874,23 @@ def _stat(found: list[Any]) -> Stat | None:
         int(facts["last"]),
         int(facts["size"]),
         facts["closed"] == "1",
-        facts["owner"][1:] if "owner" in facts else None,
+        facts["owner"][1:] if facts["owner"] else None,
         orjson.loads(facts["meta"]),
-        facts["key"][1:] if "key" in facts else None,
+        facts["key"][1:] if facts["key"] else None,
         Retention(int(events) if events else None, int(bytes) if bytes else None, float(age_s) if age_s else None),
     )
 
 
 def _rows(entries: list[Any]) -> list[Row]:
     rows = []
-    for id, (_, epoch, _, packed, _, _, _, body) in entries:
-        last, ends = int(id.partition(b"-")[0]), _unpacked(packed)
+    for id, (_, epoch, _, blob, _, _, _, body) in entries:
+        last, ends = int(id.partition(b"-")[0]), unpacked(blob)
         rows.append(Row(epoch.decode(), last - len(ends) + 1, body, ends))
     return rows
 
 
 def _maybe(text: str | None) -> str:
     return "" if text is None else f"={text}"
-
-
-def _packed(ends: tuple[int, ...]) -> bytes:
-    return struct.pack(f"<{len(ends)}I", *ends)
-
-
-def _unpacked(packed: bytes) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(packed) // 4}I", packed)
 
 
 def _away(error: Exception | None) -> LogUnavailable:

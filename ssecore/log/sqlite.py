@@ -25,7 +25,6 @@ import fcntl
 import logging
 import os
 import sqlite3
-import struct
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -43,6 +42,7 @@ from msgspec.structs import replace
 
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError
 from ssecore.log import (
+    MAX_ROW_BYTES,
     Alone,
     Ended,
     Kind,
@@ -55,7 +55,9 @@ from ssecore.log import (
     joined,
     opened,
     outlived,
+    packed,
     plain,
+    unpacked,
 )
 from ssecore.wire import encode_json
 
@@ -88,8 +90,6 @@ _MIGRATIONS: Final = (
     """,
 )
 
-#: What merging makes of a row at most; one append of more is one row. A reader's step is as fine as that.
-_MAX_ROW_BYTES: Final = 64 * 1024
 #: Bodies in one transaction: about 10 ms of work, which a small append may have to wait for.
 _MAX_TRANSACTION_BYTES: Final = 4 * 1024 * 1024
 #: Connections, and threads, for reading. Most of the work holds the interpreter's lock; a few hide the disk's latency.
@@ -542,7 +542,7 @@ class _Transaction:
     ) -> int:
         entry = self.entry(stream)
         stat = appended(entry.stat, epoch, len(ends), len(body), close, meta, self.now)
-        if entry.size + len(body) > _MAX_ROW_BYTES:
+        if entry.size + len(body) > MAX_ROW_BYTES:
             self.write_row(entry)
         if ends:
             entry.ends += [entry.size + end for end in ends] if entry.size else ends
@@ -660,10 +660,9 @@ class _Transaction:
         if entry.ends:
             last, ends = entry.stat.last, tuple(entry.ends)
             row = Row(entry.stat.epochs[-1][0], last - len(ends) + 1, b"".join(entry.parts), ends)
-            packed = struct.pack(f"<{len(ends)}I", *ends)
             self.db.execute(
                 "INSERT INTO rows (stream, last, epoch, at, ends, body) VALUES (?, ?, ?, ?, ?, ?)",
-                (entry.id, last, entry.epoch, self.now, packed, row.body),
+                (entry.id, last, entry.epoch, self.now, packed(ends), row.body),
             )
             entry.parts, entry.ends, entry.size = [], [], 0
         if row or ended:
@@ -674,8 +673,8 @@ def _read(db: sqlite3.Connection, stream: str, after: int, max_bytes: int) -> li
     found: list[Row] = []
     size = 0
     with closing(db.execute(_SELECT_ROWS, (stream, after))) as rows:
-        for epoch, last, packed, body in rows:
-            ends = struct.unpack(f"<{len(packed) // 4}I", packed)
+        for epoch, last, blob, body in rows:
+            ends = unpacked(blob)
             found.append(Row(epoch, last - len(ends) + 1, body, ends))
             size += len(body)
             if size >= max_bytes:

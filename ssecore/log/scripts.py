@@ -1,0 +1,245 @@
+"""What Redis itself does for the event log, in Lua: each script all or nothing (see the rules in `redis`).
+
+Keys, behind the prefix: `facts:<stream>` (hash), `rows:<stream>` (a stream of Redis'; an entry is a row, its id the
+last sequence), `touched:<stream>`; of a process `lease:`, `calls:` (list) and `process:` (its last answer); the index:
+`epochs` and `keys` (hashes, to the stream), `open` and `runs:<owner>` (sorted by `count`, the order of making), `due`
+(by the time when upkeep has to look). Channels: `appended:<stream>`, `called:<process>`.
+Facts: as `Stat` has them, and `epoch`, the newest; `writer`, who may append; `instance`, where that was last; `holder`.
+"""
+
+from typing import Final
+
+__all__ = ["COMMON", "SCRIPTS"]
+
+#: What each script begins with, besides `instance` and `prefix`. `trim` does what `ssecore.log.outlived` says, for as
+#: long as it says so, and gives first and size.
+COMMON: Final = """
+local function num(n) return string.format('%.0f', n) end
+local function facts(stream) return prefix .. 'facts:' .. stream end
+local function rows(stream) return prefix .. 'rows:' .. stream end
+local function get(stream, ...) return redis.call('HMGET', facts(stream), ...) end
+local function set(stream, ...) redis.call('HSET', facts(stream), ...) end
+local function whole(stream) return {stream, redis.call('HGETALL', facts(stream))} end
+local function trim(stream, first, last, size, max_bytes, age_s, now)
+  local cut = nil
+  while true do
+    local oldest = redis.call('XRANGE', rows(stream), cut and num(cut + 1) or '-', '+', 'COUNT', 1)[1]
+    if not oldest then break end
+    local row, at, bytes = tonumber(string.match(oldest[1], '^%d+')), tonumber(oldest[2][6]), #oldest[2][8]
+    if not (row < first or (max_bytes and size > max_bytes and row < last) or (age_s and at + age_s <= now)) then
+      break
+    end
+    size, cut, first = size - bytes, row, math.max(first, row + 1)
+  end
+  if cut then redis.call('XTRIM', rows(stream), 'MINID', num(cut + 1)) end
+  return first, size
+end
+local function delete(stream)
+  local f = get(stream, 'owner', 'key', 'epochs')
+  if not f[1] then return end
+  redis.call('DEL', facts(stream), rows(stream), prefix .. 'touched:' .. stream)
+  redis.call('ZREM', prefix .. 'open', stream)
+  redis.call('ZREM', prefix .. 'due', stream)
+  redis.call('ZREM', prefix .. 'runs:' .. f[1], stream)
+  if f[2] ~= '' then redis.call('HDEL', prefix .. 'keys', f[2]) end
+  for name in string.gmatch(f[3], '([^ :]+):') do redis.call('HDEL', prefix .. 'epochs', name) end
+  redis.call('PUBLISH', prefix .. 'appended:' .. stream, '0 0 2 - ')
+end
+"""
+SCRIPTS: Final = {
+    # stream, epoch, kind, owner, key (both '' or '=…'), now, meta, process, limits: events, bytes, age
+    "create": """
+local stream, epoch, kind, owner, key, now, meta, process, max_events, max_bytes, age_s = unpack(ARGV)
+local named = key ~= '' and redis.call('HGET', prefix .. 'keys', key) or stream
+if redis.call('EXISTS', facts(named)) == 1 then return whole(named) end
+if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
+set(stream, 'kind', kind, 'owner', owner, 'key', key, 'created', now, 'updated', now, 'meta', meta, 'holder', process,
+  'first', 1, 'last', 0, 'size', 0, 'closed', 0, 'epochs', epoch .. ':1', 'epoch', epoch, 'writer', epoch,
+  'instance', instance, 'max_events', max_events, 'max_bytes', max_bytes, 'age_s', age_s)
+if key ~= '' then redis.call('HSET', prefix .. 'keys', key, stream) end
+if kind == 'run' then
+  local order = redis.call('INCR', prefix .. 'count')
+  redis.call('ZADD', prefix .. 'open', order, stream)
+  redis.call('ZADD', prefix .. 'runs:' .. owner, order, stream)
+elseif age_s ~= '' then
+  redis.call('ZADD', prefix .. 'due', now, stream)
+end
+return whole(stream)
+""",
+    # stream, epoch, now, the mark of this call or '' (the instance has changed), most epochs, then '' or a new
+    # retention: events, bytes, age
+    "open": """
+local stream, epoch, now, mark = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local f = get(stream, 'closed', 'first', 'last', 'epochs', 'size', 'kind', 'instance', 'opened')
+if not f[1] then return 'none' end
+if f[1] == '1' then return 'closed' end
+if (mark ~= '' and f[8] == mark) or (mark == '' and f[7] == instance) then return whole(stream) end
+if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
+local first, last, size = tonumber(f[2]), tonumber(f[3]), tonumber(f[5])
+local names, starts = {}, {}
+for name, start in string.gmatch(f[4] .. ' ' .. epoch .. ':' .. num(last + 1), '([^ :]+):(%d+)') do
+  table.insert(names, name)
+  table.insert(starts, tonumber(start))
+end
+local at = 1
+while #names - at + 1 > tonumber(ARGV[5]) and starts[at + 1] <= first do
+  redis.call('HDEL', prefix .. 'epochs', names[at])
+  at = at + 1
+end
+local kept = {}
+for n = at, #names do table.insert(kept, names[n] .. ':' .. num(starts[n])) end
+set(stream, 'epochs', table.concat(kept, ' '), 'epoch', epoch, 'updated', ARGV[3], 'instance', instance, 'opened', mark)
+-- A run goes on with its writer. A topic's writers have to hear of the epoch: they tell its ids.
+if mark ~= '' or f[6] == 'topic' then set(stream, 'writer', epoch) end
+if ARGV[6] then set(stream, 'max_events', ARGV[6], 'max_bytes', ARGV[7], 'age_s', ARGV[8]) end
+if f[6] == 'topic' then
+  local r = get(stream, 'max_events', 'max_bytes', 'age_s')
+  if tonumber(r[1]) then first = math.max(first, last - tonumber(r[1]) + 1) end
+  first, size = trim(stream, first, last, size, tonumber(r[2]), tonumber(r[3]), now)
+  set(stream, 'first', num(first), 'size', num(size))
+  if tonumber(r[3]) then redis.call('ZADD', prefix .. 'due', ARGV[3], stream) end
+end
+return whole(stream)
+""",
+    # process, number of the call (rule 2), now, what is published at most, how long it is remembered; then of each
+    # batch: stream, epoch, close, meta, events, ends, body, the least that `last` must be (rule 4)
+    "append": """
+local process, number, now, most = prefix .. 'process:' .. ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local known = redis.call('GET', process)
+if known then
+  known = cmsgpack.unpack(known)
+  if known[1] == number then return known[2] end
+  if known[1] > number then return 'late' end
+end
+local function append(stream, epoch, closes, meta, events, ends, body, least)
+  local f = get(stream, 'last', 'closed', 'writer', 'instance', 'first', 'size', 'kind', 'max_events', 'max_bytes',
+    'age_s', 'epoch')
+  if not f[1] then return {'none'} end
+  if f[2] == '1' then return {'closed'} end
+  if f[3] ~= epoch then return {'fenced'} end
+  if f[4] ~= instance then return {'instance'} end
+  local last = tonumber(f[1])
+  if last < tonumber(least) then return {'lost'} end
+  if events == '0' and closes == '0' and meta == '' then return {'ok', f[1], f[11]} end
+  local from, first, size, age_s = last + 1, tonumber(f[5]), tonumber(f[6]), tonumber(f[10])
+  if events ~= '0' then
+    last = last + tonumber(events)
+    size = size + #body
+    redis.call('XADD', rows(stream), num(last) .. '-0', 'e', f[11], 'n', ends, 't', now, 'b', body)
+  end
+  if f[7] == 'topic' then
+    if tonumber(f[8]) then first = math.max(first, last - tonumber(f[8]) + 1) end
+    if closes == '0' then first, size = trim(stream, first, last, size, tonumber(f[9]), age_s, tonumber(now)) end
+  end
+  set(stream, 'first', num(first), 'last', num(last), 'size', num(size), 'closed', closes, 'updated', now)
+  if meta ~= '' then set(stream, 'meta', meta) end
+  if closes == '1' then
+    redis.call('ZREM', prefix .. 'open', stream)
+    if age_s then redis.call('ZADD', prefix .. 'due', string.format('%.6f', tonumber(now) + age_s), stream) end
+  end
+  if events ~= '0' or closes == '1' then
+    local told = #body <= most and ends .. body or ''
+    redis.call('PUBLISH', prefix .. 'appended:' .. stream,
+      table.concat({num(from), num(last), closes, f[11], told}, ' '))
+  end
+  return {'ok', num(last), f[11]}
+end
+local answers = {}
+for n = 6, #ARGV, 8 do
+  local fine, answer = pcall(append, unpack(ARGV, n, n + 7))
+  if not fine then
+    answer = {'failed', type(answer) == 'table' and answer.err or tostring(answer)}
+    if string.find(answer[2], 'READONLY', 1, true) then return redis.error_reply(answer[2]) end
+  end
+  table.insert(answers, answer)
+end
+redis.pcall('SET', process, cmsgpack.pack({number, answers}), 'EX', ARGV[5])
+return answers
+""",
+    # now, how many: looks at the streams that are due, and gives how many there were
+    "upkeep": """
+local now = tonumber(ARGV[1])
+local due = redis.call('ZRANGE', prefix .. 'due', '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[2])
+for _, stream in ipairs(due) do
+  local f = get(stream, 'first', 'last', 'size', 'closed', 'kind', 'max_bytes', 'age_s', 'updated')
+  local age_s, at = tonumber(f[7]), nil
+  if age_s and f[4] == '1' then
+    at = tonumber(f[8]) + age_s
+  elseif age_s and f[5] == 'topic' then
+    local first, size = trim(stream, tonumber(f[1]), tonumber(f[2]), tonumber(f[3]), tonumber(f[6]), age_s, now)
+    set(stream, 'first', num(first), 'size', num(size))
+    local oldest = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 1)[1]
+    at = (oldest and tonumber(oldest[2][6]) or now) + age_s
+  end
+  if at and at <= now then
+    delete(stream)
+  elseif at then
+    redis.call('ZADD', prefix .. 'due', string.format('%.6f', at), stream)
+  else
+    redis.call('ZREM', prefix .. 'due', stream)
+  end
+end
+return #due
+""",
+    # stream
+    "delete": "delete(ARGV[1])",
+    # stream, after, bytes
+    "read": """
+local first, found, size, from = tonumber(get(ARGV[1], 'first')[1]), {}, 0, nil
+if not first then return found end
+from = num(math.max(tonumber(ARGV[2]) + 1, first))
+repeat
+  local some = redis.call('XRANGE', rows(ARGV[1]), from, '+', 'COUNT', 16)
+  for _, row in ipairs(some) do
+    table.insert(found, row)
+    size = size + #row[2][8]
+    if size >= tonumber(ARGV[3]) then return found end
+    from = '(' .. row[1]
+  end
+until #some < 16
+return found
+""",
+    # stream
+    "stat": "return whole(ARGV[1])",
+    # which index, name
+    "find": """
+local stream = redis.call('HGET', prefix .. ARGV[1], ARGV[2])
+return stream and whole(stream) or {'', {}}
+""",
+    # owner, how many
+    "runs": """
+local found = {}
+for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'runs:' .. ARGV[1], 0, ARGV[2], 'REV')) do
+  table.insert(found, whole(stream))
+end
+return found
+""",
+    # process; the open runs that it holds, and those of processes without a lease
+    "left": """
+local left, alive = {}, {[ARGV[1]] = 0}
+for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'open', 0, -1)) do
+  local holder = get(stream, 'holder')[1] or ''
+  alive[holder] = alive[holder] or redis.call('EXISTS', prefix .. 'lease:' .. holder)
+  if alive[holder] == 0 then table.insert(left, whole(stream)) end
+end
+return left
+""",
+    # stream, epoch, last, stream, epoch, last, …: the streams of which Redis knows something else, or the end
+    "news": """
+local news = {}
+for n = 1, #ARGV, 3 do
+  local f = get(ARGV[n], 'epoch', 'last', 'closed')
+  if f[1] ~= ARGV[n + 1] or f[2] ~= ARGV[n + 2] or f[3] == '1' then table.insert(news, ARGV[n]) end
+end
+return news
+""",
+    # stream, word, for how long
+    "call": """
+local holder = get(ARGV[1], 'holder')[1]
+if not holder then return 0 end
+redis.call('RPUSH', prefix .. 'calls:' .. holder, ARGV[2] .. ' ' .. ARGV[1])
+redis.call('EXPIRE', prefix .. 'calls:' .. holder, ARGV[3])
+redis.call('PUBLISH', prefix .. 'called:' .. holder, '')
+return 1
+""",
+}
