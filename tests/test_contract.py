@@ -902,7 +902,7 @@ STREAM_HEADERS: Final = {
     "cache-control": "no-cache, no-transform",
     "x-accel-buffering": "no",
 }
-SERVER_HEADERS: Final = {"date", "server", "transfer-encoding", "run-id"}
+SERVER_HEADERS: Final = {"date", "server", "transfer-encoding", "run-id", "content-location"}
 #: Numbers that only go one way.
 RISING: Final = ("count", "progress", "percent", "current", "current_step", "line", "index")
 
