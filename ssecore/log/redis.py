@@ -38,6 +38,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -49,13 +50,7 @@ from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import (
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 import ssecore.log
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, WriterFenced
@@ -309,7 +304,7 @@ class RedisLog:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         failure: Exception | None = None
-        self._options = self._parse_url()
+        self._make = self._connections()
         self._wake, self._look, self._channels, self._called = Signal(), Signal(), Signal(), Signal()
         self._reads, self._writes = lines = _Line(self), _Line(self)
         async with anyio.create_task_group() as group:
@@ -345,7 +340,8 @@ class RedisLog:
         if failure:
             raise failure
 
-    def _parse_url(self) -> dict[str, Any]:
+    def _connections(self) -> Callable[[], Any]:
+        """What makes them, not connected yet."""
         ours = {
             "protocol": 2,
             "socket_timeout": self.wait_s,
@@ -353,15 +349,16 @@ class RedisLog:
             "retry": Retry(NoBackoff(), 0),  # the lines', which know what may be asked for twice
         }
         try:
-            options: dict[str, Any] = {"connection_class": Connection, **parse_url(self._url), **ours}
-            _connection(options)
+            options: dict[str, Any] = {**parse_url(self._url), **ours}
+            make = partial(options.pop("connection_class", Connection), **options)
+            make()
         except (ValueError, TypeError) as error:
             raise LogError(f"the event log's Redis URL can't be used: {error}") from None
-        return options
+        return make
 
     async def connect(self) -> _Session:
         """Raises `RedisError` and `OSError` for what may pass, `LogError` for what doesn't."""
-        connection = _connection(self._options)
+        connection = self._make()
         try:
             await connection.connect()
             (told,) = await _exchange(connection, ("INFO",))
@@ -686,7 +683,6 @@ class RedisLog:
 
     def _forget(self, stream: str) -> None:
         self._told.pop(stream, None)
-        self._dirty.pop(stream, None)
         self._subscribed.pop(stream, Signal()).set()
         self._channels.set()
 
@@ -812,11 +808,6 @@ class RedisLog:
     def _name(self, name: str) -> str:
         """Of a key or a channel."""
         return self._prefix + name
-
-
-def _connection(options: dict[str, Any]) -> Any:
-    kind = options["connection_class"]
-    return kind(**{name: value for name, value in options.items() if name != "connection_class"})
 
 
 async def _disconnect(connection: Any) -> None:
