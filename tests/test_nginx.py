@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import threading
 import time
@@ -65,7 +66,10 @@ def at_rest(value: Callable[[], int], rest_s: float = 1) -> int:
 
 
 def request(proxy: Nginx, head: str) -> socket.socket:
-    sock = socket.create_connection(("127.0.0.1", proxy.port), timeout=20)
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)  # else the kernel may let it grow to 32 MiB
+    sock.settimeout(20)
+    sock.connect(("127.0.0.1", proxy.port))
     sock.sendall(f"{head}\r\nhost: x\r\n".encode())
     return sock
 
@@ -75,16 +79,28 @@ def request(proxy: Nginx, head: str) -> socket.socket:
 
 def read_late(proxy: Nginx, service: Server, path: str) -> tuple[int, bytes]:
     """All of an answer, of which nothing is read until the service has come to rest: its size and its end."""
-    before = counted(service, "wchar")
-    with request(proxy, f"GET {path} HTTP/1.0") as sock:
-        sock.sendall(b"\r\n")
-        assert sock.recv(10)
-        sent = at_rest(lambda: counted(service, "wchar")) - before
-        assert sent < IN_FLIGHT_BYTES
-        assert proxy.spooled_bytes() == 0
-        last, size = b"", 10
+    last, size = b"", 0
+
+    def read(sock: socket.socket) -> None:
+        nonlocal last, size
         while data := sock.recv(1 << 20):
             last, size = (last + data)[-200:], size + len(data)
+
+    with request(proxy, f"GET {path} HTTP/1.0") as sock:
+        sock.sendall(b"\r\n")
+        assert sock.recv(1)
+        at_rest(lambda: counted(service, "wchar"))
+        service.process.send_signal(signal.SIGSTOP)  # what it has got rid of is what still comes
+        try:
+            sock.settimeout(1)
+            with pytest.raises(TimeoutError):
+                read(sock)
+            assert size < IN_FLIGHT_BYTES
+            assert proxy.spooled_bytes() == 0
+        finally:
+            service.process.send_signal(signal.SIGCONT)
+        sock.settimeout(20)
+        read(sock)
     return size, last
 
 
