@@ -261,6 +261,11 @@ class SSEApp:
         for stream in list(self._streams):
             stream.abort("drain")
 
+    def give_up(self) -> None:
+        """Fail requests that wait for a log that is away: each gets its 503, before the server cancels them."""
+        if self._services is not None:
+            self._services.runs.log.give_up()
+
     async def _no_streams(self) -> None:
         while self._streams:
             if self._idle is None:

@@ -52,8 +52,6 @@ EXPECTED: Final = (
     "the event log can't be used at the moment",
     "the event log's Redis can't be used",
     "Application startup failed",
-    # Requests that wait for a log that is away, when their replica has drained: uvicorn cancels them, and says so.
-    "timeout graceful shutdown exceeded",
 )
 #: Of the shipped configuration, which has more patience than we.
 CHANGES: Final = {

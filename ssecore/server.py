@@ -32,6 +32,8 @@ logger = logging.getLogger("sseapp")
 #: The kernel's buffer for one client. Linux would let it grow to 4 MiB: so much would a frozen client hold.
 SEND_BUFFER_BYTES = 256 * 1024
 BACKLOG = 4096
+#: What is left of requests when all streams have ended: uvicorn then cancels them. Whole seconds, for uvicorn.
+SHUTDOWN_S = 1
 #: How long a client may take to send the head of a request. nginx's client_header_timeout is 60.
 HEAD_S = 30.0
 #: On top of path, query and headers: the method, the version, colons and line ends.
@@ -56,6 +58,7 @@ class Drainable(Protocol):
     async def drain(self, grace_s: float) -> None: ...
 
     def abort(self) -> None: ...
+    def give_up(self) -> None: ...
 
 
 class _Server(uvicorn.Server):
@@ -86,6 +89,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._app.drain(self._grace_s)
         self._app.abort()
+        asyncio.get_running_loop().call_later(SHUTDOWN_S / 2, self._app.give_up)
         await super().shutdown(sockets)
 
 
@@ -194,7 +198,7 @@ def serve(app: Drainable, settings: Settings) -> int:
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=SHUTDOWN_S,
     )
     app.direct = True  # its `send` is uvicorn's
     server = _Server(config, app, settings.drain_s)

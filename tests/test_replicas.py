@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -184,6 +185,24 @@ def test_while_redis_is_away_readers_stay_and_go_on_when_it_is_back(tmp_path: Pa
             events += [event for event in decoder.feed(next(chunks)) if event.data is not None]
         assert [(event.id, event.data) for event in events] == [(id, "2")]
         assert state(server, run) == "running"
+
+
+def test_who_waits_for_the_log_while_the_service_stops_is_told(tmp_path: Path) -> None:
+    with redis_server.serving("valkey") as redis:
+        with serve(tmp_path, env={"SSEAPP_LOG": redis.url, "SSEAPP_DRAIN_S": "0.1"}) as server:
+            redis.freeze()
+            head = f"POST /topics/news HTTP/1.1\r\nhost: 127.0.0.1:{server.port}\r\nexpect: 100-continue\r\n"
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+                sock.sendall(f"{head}content-type: application/json\r\ncontent-length: 1\r\n\r\n".encode())
+                assert sock.recv(1 << 16).startswith(b"HTTP/1.1 100 ")
+                sock.sendall(b"1")
+                server.process.terminate()
+                answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+            assert server.wait() == 0
+        redis.freeze(signal.SIGCONT)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b'"code":"log_unavailable"' in answer
+    assert "graceful shutdown exceeded" not in server.log()
 
 
 def test_a_full_redis_is_said_to_who_publishes_and_ends_a_run_with_a_reason(tmp_path: Path) -> None:

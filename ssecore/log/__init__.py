@@ -170,6 +170,9 @@ class Log(Protocol):
     #: Called in the event loop with the stream and the word of each `call` to this process.
     on_call: Callable[[str, str], None] | None
 
+    def give_up(self) -> None:
+        """Fail what waits for an engine that is away: its process is about to end."""
+
     def running(self) -> AbstractAsyncContextManager[None]:
         """Opens the engine, keeps it working and closes it. One task enters and leaves; nothing works outside of it.
 
@@ -403,6 +406,9 @@ class Alone:
     shared = False
     away = False
     on_call: Callable[[str, str], None] | None = None
+
+    def give_up(self) -> None:
+        """Nothing waits for what is in this process."""
 
     async def call(self, stream: str, word: str) -> None:
         """Nobody is there."""

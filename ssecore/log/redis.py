@@ -130,6 +130,7 @@ class _Line:
     def __init__(self, log: "RedisLog") -> None:
         self._log = log
         self._calls: deque[_Call] = deque()
+        self._asked: list[_Call] = []  # of these, those that are under way
         self._wake = Signal()
         self._scope = CancelScope(shield=True)
         self._closed = False
@@ -148,6 +149,10 @@ class _Line:
             raise said
         return said
 
+    def give_up(self) -> None:
+        for call in (*self._asked, *self._calls):
+            call.say(LogUnavailable("the service is about to stop"))
+
     def close(self) -> None:
         self._closed = True
         self._scope.cancel()
@@ -156,34 +161,33 @@ class _Line:
         """Until it is closed, whatever is cancelled around it: somebody may have something to finish."""
         session: _Session | None = None
         pause = _PAUSES_S[0]
-        calls: list[_Call] = []
         try:
             with self._scope:
                 while True:
                     if not self._calls:
                         await self._wake.wait()
                     self._wake = Signal()
-                    calls = self._take()
+                    self._asked = self._take()
                     try:
                         if session is not None and session.instance != self._log.instance:
                             await session.drop()
                             session = None
                         session = session or await self._log.connect()
-                        await _talk(session, calls)
+                        await _talk(session, self._asked)
                         self._log.heard_of(None)
                         pause = _PAUSES_S[0]
                     except Exception as error:
                         if session is not None:
                             await session.drop()
                         session = None
-                        self._lost(calls, error, pause)
+                        self._lost(self._asked, error, pause)
                         await anyio.sleep(pause * random.uniform(0.5, 1))
                         pause = min(2 * pause, _PAUSES_S[1])
         finally:
             self._closed = True
             if session is not None:
                 await session.drop()
-            for call in (*calls, *self._calls):
+            for call in (*self._asked, *self._calls):
                 call.say(LogUnavailable("the event log is closed"))
 
     def _take(self) -> list[_Call]:
@@ -392,6 +396,11 @@ class RedisLog:
             asked = [("HGETALL", self._name(f"facts:{stream}")) for stream, _ in some]
             for (stream, cursor), facts in zip(some, await _exchange(session.connection, *asked), strict=True):
                 self._check(stream, cursor, _stat([stream.encode(), facts]))
+
+    def give_up(self) -> None:
+        self.wait_s = 0
+        for line in (self._reads, self._writes):
+            line.give_up()
 
     def heard_of(self, error: Exception | None) -> None:
         """Redis has answered, or not."""
