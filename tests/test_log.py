@@ -846,6 +846,8 @@ async def test_a_run_is_kept_whole_and_goes_at_its_age_after_its_close(log: Log,
     assert (await facts(log, "run")).first == 1
     clock.now += 1
     await log.upkeep()
+    with anyio.fail_after(10):  # over Redis it is a message
+        await watched.ended.wait()
     assert watched.ends == ["deleted"]
     assert await log.stat("run") is await log.find(epoch) is await log.find_key("key") is None
 
