@@ -201,6 +201,11 @@ class _Stepped(Stream):
         """Not idle, from now on."""
         raise NotImplementedError
 
+    async def _opened(self, batch: bytes) -> bytes:
+        if self._over:
+            raise ConnectionAbortedError("it was cut off before it began: the answer is the app's to give")
+        return await super()._opened(batch)
+
     async def _greet(self, batch: bytes) -> None:
         batch = await self._opened(batch)
         if batch:

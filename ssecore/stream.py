@@ -484,9 +484,13 @@ class Stream:
             logger.warning("a handler failed while it was closed (%s)", reason, exc_info=failure)
 
     def _raise_early(self) -> None:
-        """A failure before anything was sent is an HTTP error."""
-        if self.source.failure is not None and not self.progress and self._failed_by_itself():
+        """A failure before anything was sent is an HTTP error, and so is a drain's end."""
+        if self.progress:
+            return
+        if self.source.failure is not None and self._failed_by_itself():
             raise self.source.failure
+        if self._request._end_reason == "drain":  # else the server would say 500, which ends an `EventSource`
+            raise Unavailable("the service is about to stop; try again", headers={"retry-after": "1"})
 
     def _failed_by_itself(self) -> bool:
         return self.source.failure is not None and self._request._end_reason in (None, "failed")

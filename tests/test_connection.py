@@ -3,14 +3,19 @@
 import asyncio
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, Final
 
 import pytest
 import uvicorn
 
+from sseapp import SSEApp
 from ssecore.connection import KNOWN, chunk, connection_of
+from ssecore.request import Request
+from ssecore.routes import GET
+from ssecore.settings import Settings
+from ssecore.wire import Event
 from tests.protocol import connected
 from tests.serving import Server, serve
 
@@ -177,3 +182,29 @@ def test_everybody_gets_the_same_however_they_read(server: Server) -> None:
             assert numbers(rest) == [*range(events - 10, events)]
         assert numbers(read_until(slow, lambda body: mark in body and body.endswith(b"\n\n\r\n"))) == [*range(events)]
     assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("browser", [True, False])
+async def test_what_a_drain_cuts_off_before_it_began_comes_back(direct: bool, browser: bool) -> None:
+    """Without an answer of ours uvicorn would say 500, which a browser's `EventSource` takes for the end."""
+    waits = asyncio.Event()
+
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        waits.set()
+        await asyncio.sleep(TIMEOUT_S)
+        yield Event("never")
+
+    head = b"GET / HTTP/1.1\r\nhost: x\r\n"
+    if browser:
+        head += b"accept: text/event-stream\r\ncache-control: no-cache\r\n"
+    app = SSEApp([GET("/", handler)], Settings(log="memory", auth="off"))
+    app.direct = direct
+    async with app.running():
+        with connected(app, head + b"\r\n") as (protocol, wire):
+            await waits.wait()
+            app.abort()
+            await asyncio.gather(*protocol.tasks)
+    if browser:
+        assert wire.body.startswith(b"retry: ")
+    assert b"".join(wire.written).startswith(b"HTTP/1.1 200 " if browser else b"HTTP/1.1 503 ")
