@@ -31,7 +31,21 @@ from ssecore.wire import Decoder, Event
 from tests import serving
 from tests.clients import Answer, AppWithCallers, ask
 from tests.serving import Server, wait_until
-from tests.upstream import DONE, FIRST, LIMIT_S, STOP, USAGE, Call, Script, Upstream, answer, chunk, refuse, token
+from tests.upstream import (
+    DONE,
+    FIRST,
+    LIMIT_S,
+    STOP,
+    USAGE,
+    Call,
+    Script,
+    Upstream,
+    answer,
+    chunk,
+    refuse,
+    silent,
+    token,
+)
 from tests.upstream import serve as serve_upstream
 
 KEY: Final = "sk-test-0123456789"
@@ -700,16 +714,10 @@ def test_long_retry_after_is_told(llm: Server, upstream: Upstream) -> None:
 async def test_silence_of_the_model_is_an_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: list[bytes]
 ) -> None:
-    def script(call: Call) -> None:
-        if before:
-            call.head()
-            call.send(*before)
-        call.wait_gone()
-
     monkeypatch.setattr(chat, "READ_TIMEOUT_S", 0.1)
     monkeypatch.setenv("no_proxy", "*")
     with serve_upstream() as upstream:
-        upstream.plan(calling(("count_tasks", "{}")), script)
+        upstream.plan(calling(("count_tasks", "{}")), silent(*before))
         async with open_model(Settings(openai_base_url=upstream.url)) as model, service(tmp_path, model) as app:
             *_, failure, end = [decoded(event) for event in (await say(app, "How many?", None)).events]
         upstream.settle()

@@ -40,6 +40,7 @@ from tests.upstream import (
     chunk,
     refuse,
     serve,
+    silent,
     token,
 )
 
@@ -733,15 +734,9 @@ def test_late_refusal_is_an_event(llm: Service, upstream: Upstream, fault: Scrip
 async def test_silence_is_a_timeout_and_not_tried_again(
     anyio_backend: str, monkeypatch: pytest.MonkeyPatch, before: list[bytes]
 ) -> None:
-    def script(call: Call) -> None:
-        if before:
-            call.head()
-            call.send(*before)
-        call.wait_gone()
-
     monkeypatch.setattr(chat, "READ_TIMEOUT_S", 0.1)
     with serve() as upstream:
-        upstream.plan(script)
+        upstream.plan(silent(*before))
         failure = await fails(upstream.url)
         upstream.settle()
         assert len(upstream.calls) == 1

@@ -31,6 +31,7 @@ __all__ = [
     "chunk",
     "refuse",
     "serve",
+    "silent",
     "token",
 ]
 
@@ -111,6 +112,18 @@ def answer(*texts: str) -> Script:
         call.head()
         call.send(FIRST, *map(token, texts), STOP, USAGE, DONE)
         call.end()
+
+    return script
+
+
+def silent(*before: bytes) -> Script:
+    """An answer that begins with these, if with any, and then says nothing more."""
+
+    def script(call: Call) -> None:
+        if before:
+            call.head()
+            call.send(*before)
+        call.wait_gone()
 
     return script
 
