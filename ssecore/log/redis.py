@@ -180,7 +180,7 @@ class _Line:
                         if session is not None:
                             await session.drop()
                         session = None
-                        self._lost(self._asked, error, pause)
+                        self._lost(error, pause)
                         await anyio.sleep(pause * random.uniform(0.5, 1))
                         pause = min(2 * pause, _PAUSES_S[1])
         finally:
@@ -197,7 +197,7 @@ class _Line:
                 calls.append(call)
         return calls
 
-    def _lost(self, calls: list[_Call], error: Exception, pause: float) -> None:
+    def _lost(self, error: Exception, pause: float) -> None:
         """Ask again (rule 2), unless it can't help, or has to end."""
         passing = isinstance(error, _BROKEN)
         if passing:
@@ -205,7 +205,7 @@ class _Line:
         elif not isinstance(error, SSEAppError):
             logger.exception("the event log's connection failed", exc_info=error)
         again = []
-        for call in calls:
+        for call in self._asked:
             if passing and call.until > current_time() + pause and not call.answer.done():
                 again.append(call)
             else:
