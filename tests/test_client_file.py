@@ -210,7 +210,7 @@ async def test_a_full_disk_is_an_error_and_the_next_start_goes_on(
         return real(file, content[: room - size(path)])
 
     monkeypatch.setattr(os, "write", write_some)
-    foreign.plan(stream(numbered(1, 2)))
+    foreign.plan(upstream.silent(numbered(1, 2)))  # an end would let the source ask again while the disk is tried
     with pytest.raises(OSError, match="No space"):
         await write(foreign.url, path)
     assert size(path) == room
