@@ -10,7 +10,6 @@ async generator yields, or send what a coroutine returned; and any error on this
 
 import argparse
 import logging
-import random
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
@@ -22,7 +21,16 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ssecore.direct import DirectStream, PumpStream
-from ssecore.errors import ClientGone, NotFound, NotRunning, SettingsError, SSEAppError, TooManyRequests, Unavailable
+from ssecore.errors import (
+    ClientGone,
+    Draining,
+    NotFound,
+    NotRunning,
+    SettingsError,
+    SSEAppError,
+    TooManyRequests,
+    Unavailable,
+)
 from ssecore.guard import Caller, Guard
 from ssecore.log import Log
 from ssecore.log.measured import measured
@@ -418,13 +426,13 @@ class SSEApp:
 
         Raises `Unavailable` where none can be opened now, `TooManyRequests` where the caller has too many.
         """
-        retry = {"retry-after": str(random.randint(1, 5))}
         limit, callers = self.settings.max_streams, self.settings.max_streams_per_caller
-        if self.draining or (limit is not None and self._taken >= limit):
-            text = "the service is about to stop" if self.draining else "too many open streams"
-            raise Unavailable(f"{text}; try again", headers=retry)
+        if self.draining:
+            raise Draining
+        if limit is not None and self._taken >= limit:
+            raise Unavailable("too many open streams; try again")
         if callers is not None and request.caller is not None and self._places[request.caller] >= callers:
-            raise TooManyRequests(f"you have {callers} open streams already; close one", headers=retry)
+            raise TooManyRequests(f"you have {callers} open streams already; close one")
         request.has_place = True
         self._taken += 1
         if request.caller is not None:

@@ -363,7 +363,7 @@ def _trouble_told() -> Iterator[None]:
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a mistake of ours
             raise
-        raise Unavailable(f"the tasks database can't be used now: {error}", headers={"retry-after": "5"}) from error
+        raise Unavailable(f"the tasks database can't be used now: {error}") from error
 
 
 def _insert(tasks: Sequence[NewTask], connection: sqlite3.Connection) -> None:

@@ -162,7 +162,7 @@ def _open(folder: Path, name: str) -> FileIO:
         file = open(folder / name, "rb", buffering=0, opener=_without_surprises)
     except (OSError, ValueError) as error:  # a ValueError: it holds a NUL
         if isinstance(error, OSError) and error.errno in _TROUBLE:
-            raise Unavailable("the file can't be read now; try again", headers={"retry-after": "5"}) from error
+            raise Unavailable("the file can't be read now; try again") from error
         raise missing from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

@@ -8,6 +8,7 @@ A failure before the first byte of a response becomes a problem (RFC 9457); afte
 `{"error": <text>, "code": <word>}`.
 """
 
+import random
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ __all__ = [
     "BadRequest",
     "ClientGone",
     "Conflict",
+    "Draining",
     "EncodeError",
     "Forbidden",
     "Gone",
@@ -140,8 +142,20 @@ class UnprocessableContent(SSEAppError):
     status, code = 422, "unprocessable_content"
 
 
-class TooManyRequests(SSEAppError):
-    """The caller is over its own limit; carries `Retry-After`."""
+class _Passing(SSEAppError):
+    """What will pass. Carries `Retry-After`: `retry_after_s`, or where that isn't known 1 to 5 s, at random.
+
+    At random, so that those who were refused together don't come back together.
+    """
+
+    def __init__(self, detail: str = "", *, retry_after_s: int | None = None, **options: Any) -> None:
+        super().__init__(detail, **options)
+        wait_s = random.randint(1, 5) if retry_after_s is None else retry_after_s
+        self.headers = {"retry-after": str(wait_s), **self.headers}
+
+
+class TooManyRequests(_Passing):
+    """The caller is over its own limit."""
 
     status, code = 429, "too_many_requests"
 
@@ -152,10 +166,17 @@ class UpstreamError(SSEAppError):
     status, code = 502, "upstream_error"
 
 
-class Unavailable(SSEAppError):
-    """The service can't do it now and will be able to later (drain, a full house); carries `Retry-After`."""
+class Unavailable(_Passing):
+    """The service can't do it now and will be able to later (a full house, say)."""
 
     status, code = 503, "unavailable"
+
+
+class Draining(Unavailable):
+    """The service takes nothing new, for it is about to stop; whoever asks again reaches its successor."""
+
+    def __init__(self, detail: str = "the service is about to stop; try again", **options: Any) -> None:
+        super().__init__(detail, **options)
 
 
 class LogUnavailable(Unavailable):

@@ -201,7 +201,7 @@ class Guard:
         wait_s = full_at + 1 / per_s - now - max(1.0, 1 / per_s)
         if wait_s > 0:
             detail = f"more than {per_s:g} publications a second; try again"
-            raise TooManyRequests(detail, headers={"retry-after": str(math.ceil(wait_s))})
+            raise TooManyRequests(detail, retry_after_s=math.ceil(wait_s))
         if len(self._full_at) >= MAX_RATES:
             self._full_at = {name: at for name, at in self._full_at.items() if at > now}
         self._full_at[caller] = full_at + 1 / per_s

@@ -451,11 +451,11 @@ class Runs:
     def _check_room(self, request: Request) -> None:
         limit = self.settings.max_runs
         if limit is not None and len(self._workers) >= limit:
-            raise Unavailable("too many runs at work; try again", headers={"retry-after": "5"})
+            raise Unavailable("too many runs at work; try again")
         limit = self.settings.max_runs_per_caller
         if limit is not None and request.caller is not None:
             if sum(worker.owner == request.caller for worker in self._workers.values()) >= limit:
-                raise TooManyRequests("too many runs of yours at work; try again", headers={"retry-after": "5"})
+                raise TooManyRequests("too many runs of yours at work; try again")
 
     async def _go_on(
         self,

@@ -43,7 +43,7 @@ from anyio import CancelScope, current_time, get_cancelled_exc_class
 from anyio import Event as Signal
 from anyio.abc import TaskGroup
 
-from ssecore.errors import SSEAppError, Unavailable
+from ssecore.errors import Draining, SSEAppError, Unavailable
 from ssecore.request import EndReason, Request
 from ssecore.responses import Send
 from ssecore.wire import HEARTBEAT, Event, encode
@@ -490,7 +490,7 @@ class Stream:
         if self.source.failure is not None and self._failed_by_itself():
             raise self.source.failure
         if self._request._end_reason == "drain":  # else the server would say 500, which ends an `EventSource`
-            raise Unavailable("the service is about to stop; try again", headers={"retry-after": "1"})
+            raise Draining
 
     def _failed_by_itself(self) -> bool:
         return self.source.failure is not None and self._request._end_reason in (None, "failed")

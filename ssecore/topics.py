@@ -80,7 +80,7 @@ class Topics:
             stat = await self._log.stat(stream)
             if stat is None:  # deleted between two awaits
                 self._epochs.pop(stream, None)
-                raise Unavailable("the topic is being deleted; try again", headers={"retry-after": "1"})
+                raise Unavailable("the topic is being deleted; try again")
             self._check_room(subscription.topic)  # many may have come at the same moment
             tail.settle(stat)
             after, before = self._begin(stat, tail, subscription, cursor, request.data_only)
@@ -93,7 +93,7 @@ class Topics:
     def _check_room(self, topic: str) -> None:
         limit = self._settings.max_subscribers
         if limit is not None and self.subscribers(topic) >= limit:
-            raise Unavailable("too many subscribers to this topic; try again", headers={"retry-after": "5"})
+            raise Unavailable("too many subscribers to this topic; try again")
 
     def _begin(
         self, stat: Stat, tail: Tail, subscription: Subscription, cursor: Cursor | None, data_only: bool
@@ -116,7 +116,7 @@ class Topics:
         if epoch is None:
             # A name may come from anybody, and each leaves its facts in the log.
             if len(self._epochs) >= self._settings.max_topics:
-                raise Unavailable("too many topics", headers={"retry-after": "60"})
+                raise Unavailable("too many topics", retry_after_s=60)
             done = self._opening[stream] = anyio.Event()
             try:
                 epoch = new_epoch()

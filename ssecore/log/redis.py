@@ -98,7 +98,6 @@ _PAUSES_S: Final = (0.02, 1.0)
 _STEP_STREAMS: Final = 64
 #: Watched streams that one call looks at.
 _LOOK_STREAMS: Final = 1000
-_RETRY_AFTER_S: Final = 5
 
 
 class _Session(NamedTuple):
@@ -904,7 +903,6 @@ def _away(error: Exception | None) -> LogUnavailable:
         reason = "too much waits for Redis"
     elif not isinstance(error, _BROKEN):
         reason = "internal error"
-    headers = {"Retry-After": str(_RETRY_AFTER_S)}
-    away = LogUnavailable(f"the event log can't be used at the moment: {reason}", headers=headers)
+    away = LogUnavailable(f"the event log can't be used at the moment: {reason}")
     away.__cause__ = error
     return away

@@ -108,8 +108,6 @@ _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
 #: How long SQLite waits for somebody who looks into the file from outside.
 _BUSY_S: Final = 2.0
 _LOCK_POLL_S: Final = 0.05
-#: When a client that met a full disk may ask again.
-_RETRY_AFTER_S: Final = 5
 
 _SELECT: Final = """
     SELECT id, due, (SELECT max(id) FROM epochs WHERE stream = streams.id), name, kind,
@@ -707,7 +705,7 @@ def _failure(doing: str, error: Exception) -> SSEAppError:
         return LogError("the event log's file is damaged")
     reason = error if isinstance(error, sqlite3.Error) else "internal error"
     text = f"the event log can't be {doing} at the moment: {reason}"
-    return LogUnavailable(text, headers={"Retry-After": str(_RETRY_AFTER_S)})
+    return LogUnavailable(text)
 
 
 def _complaint(db: sqlite3.Connection | None, error: BaseException) -> str:
