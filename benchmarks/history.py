@@ -236,6 +236,8 @@ class _Walk:
             if self._at is not None:
                 self._complain(f"init again, at {self._at}")
             self._at = _seq(block.id)
+        elif block.id == "end":
+            self._complain(f"it ends for good, at {self._at}: {_short(block)}")
         elif self._at is None:
             self._complain(f"an event before init: {_short(block)}")
         else:
@@ -330,7 +332,8 @@ def _check_topic(topic: str, history: History, heard: dict[int, Block], found: l
 
 
 def _is_gap(block: Block) -> bool:
-    return block.id is None and (block.name == "gap" or (block.data or "").startswith('{"type":"gap"'))
+    """With the id `end` nothing comes behind it."""
+    return block.id in (None, "end") and (block.name == "gap" or (block.data or "").startswith('{"type":"gap"'))
 
 
 def _code(block: Block) -> str | None:

@@ -89,8 +89,15 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._app.drain(self._grace_s)
         self._app.abort()
-        asyncio.get_running_loop().call_later(SHUTDOWN_S / 2, self._app.give_up)
+        loop = asyncio.get_running_loop()
+        loop.call_later(SHUTDOWN_S / 2, self._app.give_up)
+        loop.call_later(SHUTDOWN_S * 0.8, self._let_go)
         await super().shutdown(sockets)
+
+    def _let_go(self) -> None:
+        """Who has not taken its last bytes by now won't. uvicorn would wait for that, and then speak of an error."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 class BoundedProtocol(HttpToolsProtocol):

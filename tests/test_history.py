@@ -141,6 +141,16 @@ def gap_in_a_run(history: History) -> None:
     run_reader(history).blocks[:1] = [Block(None, "gap", '{"reason":"trimmed","from":3,"to":3}')]
 
 
+def end_that_its_run_is_not_known(history: History) -> None:
+    gap = '{"reason":"expired","from":3,"to":null}'
+    run_reader(history).blocks = [Block("end", "gap", gap)]
+
+
+def end_that_its_run_is_not_known_in_data_only(history: History) -> None:
+    gap = '{"type":"gap","reason":"expired","from":3,"to":null}'
+    run_reader(history).blocks = [Block(None, None, gap), Block("end", None, "[DONE]")]
+
+
 def other_bytes_for_one_id(history: History) -> None:
     run_reader(history).blocks[0] = run_reader(history).blocks[0]._replace(data="something else")
 
@@ -221,6 +231,8 @@ def fault_of_the_server(history: History) -> None:
         (gap_too_small, "a hole: 11 where 10 comes next"),
         (gap_in_what_is_kept, "a gap that doesn't explain the hole"),
         (gap_in_a_run, "a gap that can't be"),
+        (end_that_its_run_is_not_known, "a gap that can't be"),
+        (end_that_its_run_is_not_known_in_data_only, "it ends for good, at 2"),
         (other_bytes_for_one_id, "another content"),
         (other_id_for_one_event, "another content"),
         (not_what_the_run_says, "1 of 4 as planned"),

@@ -246,6 +246,17 @@ def test_sigterm_refuses_new_streams_and_says_that_it_does(tmp_path: Path) -> No
         assert server.wait() == 0
 
 
+def test_a_client_that_takes_nothing_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    with serve(tmp_path, env={"SSEAPP_DRAIN_S": "0.1"}) as server, connect(server, receive_buffer_bytes=4096) as frozen:
+        frozen.sendall(b"GET /stream?count=1000000&interval=0 HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert frozen.recv(1)
+        begin = time.monotonic()
+        server.process.terminate()
+        assert server.wait() == 0
+        assert time.monotonic() - begin < 3
+    assert is_clean(server.log()), server.log()
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(second: signal.Signals, tmp_path: Path) -> None:
     with serve(tmp_path, env={"SSEAPP_DRAIN_S": "60"}) as server:
