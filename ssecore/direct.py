@@ -430,29 +430,28 @@ class PumpStream(_Stepped):
 
     def _waits(self) -> None:
         """Hot path, once for each time that the generator waits, or the buffer is full: in the pump's own task."""
-        if self._idle and self.source.has_some:
+        if self._idle and self.source._frames:
             self._flush()
 
     def _flush(self) -> None:
-        batch = self.source.ready()
-        if self.source.finished:
+        source, connection = self.source, self.connection
+        batch = source.ready()
+        if source.finished:
             if self._step(self._end(batch), last=True):
                 self._leave()
-        elif self._opening is not None:
-            self._opened_or_never()
-            if self._step(self._greet(batch)):
-                self.connection = connection_of(self._send_message)
-        elif batch:
-            connection = self.connection
-            if connection is None or connection.flow.write_paused or connection.disconnected:
-                self._step(self._send_body(batch))
-                return
+        elif connection is not None and batch and not connection.flow.write_paused and not connection.disconnected:
             try:
                 self._count(batch)
                 connection.transport.write(chunk(batch))
                 self.progress += 2
             except Exception as error:  # rule 3
                 self.failed(error)
+        elif self._opening is not None:
+            self._opened_or_never()
+            if self._step(self._greet(batch)):
+                self.connection = connection_of(self._send_message)
+        elif batch:
+            self._step(self._send_body(batch))
 
     async def _end(self, batch: bytes) -> None:
         if self._opening is not None:

@@ -240,10 +240,6 @@ class Pump(Generic[T]):
             self._wanted = None
         return self._take()
 
-    @property
-    def has_some(self) -> bool:
-        return bool(self._frames)
-
     def ready(self) -> bytes:
         """As `batch`, without waiting."""
         return b"".join(self._take())
