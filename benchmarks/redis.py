@@ -47,7 +47,7 @@ def run(
     streams: int = 100,
     tokens: int = 100,
     runs: int = 1000,
-    connections: int = 9000,
+    connections: int = 10_000,
 ) -> Report:
     """memory, SQLite, Redis with one replica and with two; commands an event of token streams; many who wait"""
     sizes = {"rounds": rounds, "count": count, "readers": readers, "deliveries": deliveries, "streams": streams}

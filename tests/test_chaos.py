@@ -7,7 +7,7 @@ from benchmarks.history import violations
 from tests.needs import needs
 
 SEED = 1
-SECONDS = 30
+SECONDS = 60
 
 
 @needs("nginx")
