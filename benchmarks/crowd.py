@@ -10,6 +10,7 @@ import select
 import socket
 import time
 from collections.abc import Mapping
+from itertools import cycle
 from typing import Self
 
 __all__ = ["Crowd"]
@@ -17,6 +18,8 @@ __all__ = ["Crowd"]
 TIMEOUT_S = 120.0
 #: Connected and answered before the next ones: no server's backlog overflows.
 _STEP = 200
+#: Each crowd has an address of its own, and with it 28,000 ports: those of one that left are taken for a minute more.
+_SOURCES = cycle([f"127.0.0.{number}" for number in range(2, 252)])
 #: Whole ones: an event that is cut in two counts for nothing.
 _SENT = re.compile(rb'"sent": ?(\d+)\}')
 _HEAD_END = b"\r\n\r\n"
@@ -30,15 +33,13 @@ class Crowd:
     `TIMEOUT_S`.
     """
 
-    def __init__(
-        self, port: int, target: str, headers: Mapping[str, str] | None = None, *, source: str = "127.0.0.1"
-    ) -> None:
+    def __init__(self, port: int, target: str, headers: Mapping[str, str] | None = None) -> None:
         lines = [f"GET {target} HTTP/1.1", f"host: 127.0.0.1:{port}", "accept: text/event-stream"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         self._request = "\r\n".join([*lines, "", ""]).encode()
         self._target = target
         self._port = port
-        self._source = source
+        self._source = next(_SOURCES)
         self._sockets: dict[int, socket.socket] = {}
         self._poll = select.epoll()
         self._rests: dict[int, bytes] = {}
