@@ -6,6 +6,7 @@ Every keyword of a benchmark's `run` is an option here.
 import argparse
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 
 from benchmarks import (
@@ -78,12 +79,20 @@ def main() -> int:
         parser.error(f"no benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}")
     pin_load()
     raise_file_limit()
+    broken = []
     for name in names:
         given = {key: value for key, value in options.items() if value is not None and name in defaults[key]}
-        report = BENCHMARKS[name](**given)
-        print(report, f"written to {report.write()}", sep="\n", end="\n\n", flush=True)
+        try:
+            report = BENCHMARKS[name](**given)
+        except Exception:  # the others are an hour's work
+            traceback.print_exc()
+            broken.append(name)
+        else:
+            print(report, f"written to {report.write()}", sep="\n", end="\n\n", flush=True)
     print("drawn:", *charts.draw())
-    return 0
+    if broken:
+        print(f"broken off: {', '.join(broken)}", file=sys.stderr)
+    return int(bool(broken))
 
 
 def _whole(text: str) -> int:
