@@ -10,6 +10,7 @@ async generator yields, or send what a coroutine returned; and any error on this
 
 import argparse
 import logging
+import random
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
@@ -426,13 +427,13 @@ class SSEApp:
 
         Raises `Unavailable` where none can be opened now, `TooManyRequests` where the caller has too many.
         """
-        limit, callers = self.settings.max_streams, self.settings.max_streams_per_caller
         if self.draining:
             raise Draining
+        limit, callers, wait_s = self.settings.max_streams, self.settings.max_streams_per_caller, random.randint(1, 5)
         if limit is not None and self._taken >= limit:
-            raise Unavailable("too many open streams; try again")
+            raise Unavailable("too many open streams; try again", retry_after_s=wait_s)
         if callers is not None and request.caller is not None and self._places[request.caller] >= callers:
-            raise TooManyRequests(f"you have {callers} open streams already; close one")
+            raise TooManyRequests(f"you have {callers} open streams already; close one", retry_after_s=wait_s)
         request.has_place = True
         self._taken += 1
         if request.caller is not None:

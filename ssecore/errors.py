@@ -143,15 +143,12 @@ class UnprocessableContent(SSEAppError):
 
 
 class _Passing(SSEAppError):
-    """What will pass. Carries `Retry-After`: `retry_after_s`, or where that isn't known 1 to 5 s, at random.
+    """What will pass. Carries `Retry-After`: `retry_after_s`, unless `headers` have one."""
 
-    At random, so that those who were refused together don't come back together.
-    """
-
-    def __init__(self, detail: str = "", *, retry_after_s: int | None = None, **options: Any) -> None:
+    def __init__(self, detail: str = "", *, retry_after_s: int = 5, **options: Any) -> None:
         super().__init__(detail, **options)
-        wait_s = random.randint(1, 5) if retry_after_s is None else retry_after_s
-        self.headers = {"retry-after": str(wait_s), **self.headers}
+        if "retry-after" not in map(str.lower, self.headers):
+            self.headers = {"Retry-After": str(retry_after_s), **self.headers}
 
 
 class TooManyRequests(_Passing):
@@ -176,7 +173,8 @@ class Draining(Unavailable):
     """The service takes nothing new, for it is about to stop; whoever asks again reaches its successor."""
 
     def __init__(self, detail: str = "the service is about to stop; try again", **options: Any) -> None:
-        super().__init__(detail, **options)
+        # Spread, so that not all of them come back in one second.
+        super().__init__(detail, **{"retry_after_s": random.randint(1, 5), **options})
 
 
 class LogUnavailable(Unavailable):

@@ -80,7 +80,7 @@ class Topics:
             stat = await self._log.stat(stream)
             if stat is None:  # deleted between two awaits
                 self._epochs.pop(stream, None)
-                raise Unavailable("the topic is being deleted; try again")
+                raise Unavailable("the topic is being deleted; try again", retry_after_s=1)
             self._check_room(subscription.topic)  # many may have come at the same moment
             tail.settle(stat)
             after, before = self._begin(stat, tail, subscription, cursor, request.data_only)

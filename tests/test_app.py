@@ -605,7 +605,7 @@ OURS = [
 @pytest.mark.parametrize("path", ["/unary", "/stream"])
 @pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
 async def test_an_error_of_ours_is_a_problem_with_its_own_text(path: str, kind: type[SSEAppError]) -> None:
-    error = kind("the text", field="name", headers={"retry-after": "3"})
+    error = kind("the text", field="name", headers={"Retry-After": "3"})
     answer = await ask(raising(error), "GET", path)
     assert answer.problem(kind.status, kind.code, "name") == "the text"
     assert answer.headers["retry-after"] == "3"

@@ -394,7 +394,7 @@ async def test_a_writer_waits_no_longer_than_it_was_told(server: RedisServer) ->
         for _ in range(2):
             with pytest.raises(LogUnavailable) as caught:
                 await log.append(id, frames("a"), epoch=id)
-            assert caught.value.headers["retry-after"]
+            assert caught.value.headers["Retry-After"]
             with pytest.raises(LogUnavailable):
                 await log.stat(id)
 
