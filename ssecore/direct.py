@@ -296,6 +296,8 @@ class DirectStream(_Stepped):
         batch = source.ready()
         if batch is None:
             self._start_carrier(self._open())
+        elif source.finished and not batch and self._failed_by_itself():
+            self._leave()  # `run` raises it: an HTTP error
         elif source.finished:
             self._start_carrier(self._opened(batch))
         elif self._step(self._greet(batch)):

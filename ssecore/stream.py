@@ -43,12 +43,13 @@ from anyio import CancelScope, current_time, get_cancelled_exc_class
 from anyio import Event as Signal
 from anyio.abc import TaskGroup
 
-from ssecore.errors import Draining, SSEAppError, Unavailable
+from ssecore.errors import Draining, EncodeError, SSEAppError, Unavailable, failure_of
 from ssecore.request import EndReason, Request
 from ssecore.responses import Send
 from ssecore.wire import HEARTBEAT, Event, encode
 
 __all__ = [
+    "END_ID",
     "EventPump",
     "Pump",
     "Source",
@@ -70,7 +71,8 @@ FIRST_ITEM_S: Final = 1.0
 CLOSE_S: Final = 5.0
 
 _DONE: Final = b"data: [DONE]\n\n"
-_END_ID: Final = b"id: end\n\n"
+#: In place of the blank line of a last event: a `Last-Event-ID` that is answered 204.
+END_ID: Final = b"id: end\n\n"
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -163,10 +165,10 @@ class Pump(Generic[T]):
             self.end()
 
     def took(self, error: BaseException) -> bool:
-        """Note it as the generator's failure, if it is one."""
-        if isinstance(error, Exception):
-            self.failure = error
-        elif isinstance(error, get_cancelled_exc_class()) and not self._stopped:
+        """Note it as the generator's failure: anything is, except a cancellation by `stop`."""
+        if not isinstance(error, get_cancelled_exc_class()):
+            self.failure = failure_of(error)
+        elif not self._stopped:
             # By a task that the generator waited for, not by us.
             self.failure = RuntimeError("the handler was cancelled from within")
         else:
@@ -200,7 +202,7 @@ class Pump(Generic[T]):
         async for item in self._generator:
             try:
                 framed = frame(item)
-            except Exception as error:
+            except BaseException as error:
                 if self._request._end_reason is None:  # the generator is about to be closed, and will ask
                     self._request._end_reason = "failed"
                 if isinstance(error, AttributeError) and not isinstance(item, Event):
@@ -296,7 +298,7 @@ class EventPump(Pump[Event]):
     async def _run_ahead(self) -> None:
         await super()._run_ahead()
         if self.exhausted and self._ends_for_good and self._frames:
-            self._frames[-1] = self._frames[-1][:-1] + _END_ID
+            self._frames[-1] = self._frames[-1][:-1] + END_ID
             self._marked = True
 
     def farewell(self, reason: EndReason | None) -> bytes:
@@ -304,9 +306,9 @@ class EventPump(Pump[Event]):
             return b""
         failure = StreamTimeout("the stream's longest life is over") if reason == "timeout" else self.failure
         if failure is None:
-            return _END_ID if self._ends_for_good and not self._marked else b""
+            return END_ID if self._ends_for_good and self.exhausted and not self._marked else b""
         frames = b"".join(error_frames(failure, data_only=self._request.data_only))
-        return frames[:-1] + _END_ID if self._ends_for_good else frames
+        return frames[:-1] + END_ID if self._ends_for_good else frames
 
 
 async def _drive(generator: AsyncIterator[Any], work: Coroutine[Any, Any, None], stopping: Callable[[], bool]) -> None:
@@ -646,7 +648,7 @@ class Timekeeper:
             for stream in list(self.streams):
                 try:
                     stream.tick(now, now - last)
-                except Exception:  # its pulse, say: its own trouble, not the next stream's
+                except BaseException:  # its pulse, say: its own trouble, not the next stream's; nothing awaits here
                     logger.exception("a stream's time could not be kept")
                     stream.abort("failed")
 
@@ -657,7 +659,10 @@ def error_frames(error: Exception, *, data_only: bool) -> list[bytes]:
     The texts of our own exceptions go to the client. Anything else goes to the log, and a reference to both.
     """
     code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
-    return engine_frames("error", {"error": public_text(error), "code": code}, data_only=data_only)
+    try:
+        return engine_frames("error", {"error": public_text(error), "code": code}, data_only=data_only)
+    except EncodeError as unfit:  # a text that is no Unicode, say
+        return error_frames(unfit, data_only=data_only)
 
 
 def engine_frames(name: str, data: dict[str, Any], *, data_only: bool) -> list[bytes]:
@@ -739,12 +744,12 @@ class merge(Generic[T]):
             failure: Exception | None = None
             try:
                 await _drive(source, hand_over(), lambda: self._leaving)
-            except Exception as error:
-                failure = error
             except get_cancelled_exc_class():
                 if self._leaving:
                     raise
                 failure = RuntimeError("a source was cancelled from within")
+            except BaseException as error:
+                failure = failure_of(error, "a source")
             if failure is not None and not self._leaving:
                 with suppress(anyio.BrokenResourceError):  # left while it waited for room
                     await to_us.send((None, failure))

@@ -41,6 +41,7 @@ __all__ = [
     "run_sseapp",
     "serve",
     "serve_hypercorn",
+    "serve_module",
     "serve_uvicorn",
     "server",
     "wait_until",
@@ -103,13 +104,12 @@ class Server:
 def serve(data_dir: Path, *options: str, env: Mapping[str, str] | None = None) -> AbstractContextManager[Server]:
     """Our runner on a free port, `options` as of `sseapp serve`."""
     command = ["sseapp", "serve", "--port", "0", "--data-dir", str(data_dir), *options]
+    return _serving(command, env or {}, _told_its_address)
 
-    def started(server: Server) -> bool:
-        if match := re.search(r'serving on (http://[^\s"]+)["\n]', server.log()):
-            server.is_up_at(match[1])
-        return bool(match) and server.answers()
 
-    return _serving(command, env or {}, started)
+def serve_module(module: str, data_dir: Path, env: Mapping[str, str] | None = None) -> AbstractContextManager[Server]:
+    """A program of its own that serves another app with our runner."""
+    return _serving([module], {"SSEAPP_PORT": "0", "SSEAPP_DATA_DIR": str(data_dir), **(env or {})}, _told_its_address)
 
 
 def serve_uvicorn(
@@ -187,6 +187,12 @@ def _serving(command: Sequence[str], env: Mapping[str, str], started: Callable[[
 def _environment(env: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in ("HOME", "PATH", "TMPDIR")}
     return {**kept, "PYTHONUNBUFFERED": "1", **env}
+
+
+def _told_its_address(server: Server) -> bool:
+    if match := re.search(r'serving on (http://[^\s"]+)["\n]', server.log()):
+        server.is_up_at(match[1])
+    return bool(match) and server.answers()
 
 
 def _answering_on(port: int) -> Callable[[Server], bool]:

@@ -15,6 +15,7 @@ from trio.testing import MockClock
 
 from sseapp import GET, Event, Request, Settings, SSEApp, merge
 from ssecore.testing import VirtualClockLoop, connect
+from tests.raising_app import KINDS
 
 #: Seconds of virtual time after which a test has hung.
 LIMIT_S: Final = 10_000
@@ -38,7 +39,7 @@ class Sources:
         self.strangers: list[str] = []  #: those that were closed in another task than ran them
 
     async def source(
-        self, name: str, *waits: float, error: Exception | None = None, endless: bool = False
+        self, name: str, *waits: float, error: BaseException | None = None, endless: bool = False
     ) -> AsyncIterator[str]:
         """An item after each wait; then it raises, or waits for ever, or ends."""
         self.tasks[name] = anyio.get_current_task().id
@@ -187,6 +188,19 @@ async def test_all_sources_may_fail(sources: Sources) -> None:
         *(sources.source(str(number), error=error) for number, error in enumerate(errors)), failures=True
     ) as items:
         assert {id(item) async for item in items} == {id(error) for error in errors}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_source_that_raises_what_is_no_exception_fails_alone(sources: Sources, kind: str) -> None:
+    error = KINDS[kind]()
+    async with merge(sources.source("a", 1, error=error), sources.source("b", 0.5, 3), failures=True) as items:
+        *taken, failure, last = [item async for item in items]
+    assert (taken, last) == (["b0", "a0"], "b1")
+    assert isinstance(failure, RuntimeError) and failure.__cause__ is error
+    sources.assert_closed("a", "b")
+    with pytest.raises(RuntimeError, match=f"a source raised {type(error).__name__}"):
+        async with merge(sources.source("a", error=KINDS[kind]())) as items:
+            await anext(items)
 
 
 async def test_only_the_first_of_several_failures_is_raised(sources: Sources, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,6 +33,7 @@ from ssecore.settings import Settings
 from ssecore.stream import CLOSE_S, FIRST_ITEM_S
 from ssecore.testing import Exchange, VirtualClockLoop, connect
 from ssecore.wire import HEARTBEAT, Decoder, Event, encode
+from tests.raising_app import KINDS
 
 App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Any]
 Handler = Callable[..., AsyncIterator[Event]]
@@ -353,6 +354,105 @@ async def cancelled_from_within() -> None:
         await task
     else:
         raise trio.Cancelled._create(source="explicit")
+
+
+# What is no `Exception` (against real servers: test_failures.py)
+
+raised = pytest.mark.parametrize("kind", KINDS)
+
+
+@raised
+async def test_a_handler_that_raises_what_is_no_exception_fails_alone(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(request: Request, before: int) -> AsyncIterator[Event]:
+        for number in range(before):
+            yield Event(str(number))
+            await anyio.sleep(0.1)
+        raise KINDS[kind]()
+
+    async def unary(request: Request) -> Response:
+        await anyio.sleep(0.1)
+        raise KINDS[kind]()
+
+    app = app_with(GET("/{before:int}", handler), GET("/unary", unary))
+    async with app.running():
+        for target in ("/0", "/unary", "/2"):
+            async with connect(app, "GET", target) as exchange:
+                answer = await rest(exchange)
+            assert answer.complete and re.search(REFERENCE, answer.body)
+            if target != "/2":
+                assert answer.status == 500
+                continue
+            assert [event.event for event in answer.events] == [None, None, "error"]
+            assert answer.body.endswith(b'"code":"internal_error"}\nid: end\n\n')
+    assert len(caplog.records) == 3
+
+
+@raised
+async def test_chunks_that_raise_what_is_no_exception_are_not_complete(kind: str) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"one"
+        await anyio.sleep(0.1)
+        raise KINDS[kind]()
+
+    async def handler(request: Request) -> ByteStream:
+        return ByteStream(chunks(), "text/plain")
+
+    answer = await ask(app_of(handler))
+    assert (answer.status, answer.body, answer.complete) == (200, b"one", False)
+
+
+@raised
+async def test_an_item_whose_encoding_raises_what_is_no_exception_fails_its_handler(kind: str) -> None:
+    trace = Trace()
+
+    async def chunks() -> AsyncIterator[Any]:
+        try:
+            yield b"one"
+            yield Loud()
+        finally:
+            await trace.close("failed")
+
+    class Loud(bytearray):
+        def __bytes__(self) -> bytes:
+            raise KINDS[kind]()
+
+    async def handler(request: Request) -> ByteStream:
+        return ByteStream(chunks(), "text/plain")
+
+    answer = await ask(app_of(handler))
+    assert answer.status == 500 or not answer.complete
+    assert len(trace.closed_at) == 1
+
+
+@raised
+async def test_a_handler_that_raises_what_is_no_exception_while_it_is_closed_harms_nobody(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        try:
+            yield Event("one")
+            await anyio.sleep_forever()
+        finally:
+            raise KINDS[kind]()
+
+    async with opened(app_of(handler)) as exchange:
+        assert await exchange.chunk()
+        exchange.disconnect()
+        await exchange.ended.wait()
+    assert exchange.failure is None
+    assert [record.getMessage() for record in caplog.records] == ["a handler failed while it was closed (client)"]
+
+
+async def test_a_failure_whose_text_is_no_unicode_is_an_error_event_all_the_same() -> None:
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        yield Event("one")
+        raise NotFound("no file \ud800")
+
+    answer = await ask(app_of(handler))
+    assert answer.complete and [event.event for event in answer.events] == [None, "error"]
+    assert orjson.loads(answer.events[1].data)["code"] == "encode_error"
 
 
 # Why it ended, wherever the generator was

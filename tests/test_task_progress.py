@@ -24,6 +24,7 @@ from handlers.database import NewTask, Task, open_tasks
 from handlers.tasks import ROUTES
 from sseapp import SSEApp
 from ssecore.log import Row, framed
+from ssecore.log.tail import Translate
 from ssecore.request import Request
 from ssecore.routes import GET, Run
 from ssecore.settings import Settings
@@ -373,9 +374,13 @@ _NAMES: Final = st.none() | st.text(st.characters(exclude_categories=["Cs"], exc
 def test_a_translation_that_says_the_same_changes_no_byte(events: list[Event]) -> None:
     frames = [encode(event) for event in events]
     row = Row("A" * 22, 1, b"".join(frames), tuple(accumulate(map(len, frames))))
-    assert ssecore.log.tail._translated(framed(row), lambda event: event) == framed(row)
-    assert ssecore.log.tail._translated(framed(row), lambda event: None) == b""
-    assert ssecore.log.tail._translated(b"".join(frames), lambda event: event) == row.body  # last words: without ids
+    assert translated(framed(row), lambda event: event) == framed(row)
+    assert translated(framed(row), lambda event: None) == b""
+    assert translated(b"".join(frames), lambda event: event) == row.body  # last words: without ids
+
+
+def translated(frames: bytes, translate: Translate) -> bytes:
+    return b"".join(ssecore.log.tail._translated(frames, translate))
 
 
 # Against a real server

@@ -12,15 +12,16 @@ the log keeps, it is told by a `gap`. So a slow reader costs its cursor, whateve
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Final, NamedTuple
 
 import anyio
 
-from ssecore.errors import LogError, LogUnavailable
+from ssecore.errors import LogError, LogUnavailable, failure_of
 from ssecore.log import Ended, Gap, Log, Row, Stat, framed
 from ssecore.request import EndReason
+from ssecore.stream import END_ID, error_frames
 from ssecore.wire import Decoder, Event, encode
 
 __all__ = ["Attached", "Reader", "Tail", "Tails", "Translate", "gap_frame"]
@@ -127,11 +128,14 @@ class Tail:
         top = self.top
         try:
             rows = await self._log.read(self.stream, after, READ_BYTES)
-            gone = not rows and await self._log.stat(self.stream) is None
+            stat = None if rows else await self._log.stat(self.stream)
         finally:
             del self._reading[after]
             done.set()
-        if gone or self.ended == "deleted":  # what stands under the name now is another stream
+        # A run is kept whole: without rows it is being deleted, whatever its facts still say. And what stands under the
+        # name of a deleted stream now is another stream.
+        gone = not rows and (stat is None or stat.kind == "run")
+        if gone or self.ended == "deleted":
             return b"", self.top, Gap("expired", after + 1)
         if not rows:  # age has taken all of them; the stream goes on
             return b"", top, Gap("trimmed", after + 1, top)
@@ -186,7 +190,7 @@ class Reader:
         self._uncounted = after
         self.opening = opening
         self.finished = False
-        #: Why it broke off: the log couldn't be read.
+        #: Why it broke off: the log couldn't be read, or `translate` failed.
         self.failure: Exception | None = None
         self.on_close: Callable[[], None] | None = None
         #: Who sends for it, where nobody waits in `batch`; see `direct`.
@@ -220,12 +224,12 @@ class Reader:
                 return None
             batch, self.after = held
             if self._translate is not None:
-                batch = _translated(batch, self._translate)
+                batch = self._say_otherwise(batch, self._translate)
             before = before + batch if before else batch
         if tail.ended is not None and self.after >= tail.top:
             self.finished = True
             last_words = tail.last_words
-            before += last_words if self._translate is None else _translated(last_words, self._translate)
+            before += last_words if self._translate is None else self._say_otherwise(last_words, self._translate)
         return before
 
     async def first(self) -> bytes:
@@ -270,7 +274,16 @@ class Reader:
             before += gap_frame(gap, data_only=self._data_only)
             self.finished = gap.reason == "expired"
         self.after = last
-        return before + (frames if self._translate is None else _translated(frames, self._translate))
+        return before + (frames if self._translate is None else self._say_otherwise(frames, self._translate))
+
+    def _say_otherwise(self, frames: bytes, translate: Translate) -> bytes:
+        """Rule 4. A `translate` that fails ends its reader, after the events before."""
+        parts: list[bytes] = []
+        try:
+            parts.extend(_translated(frames, translate))
+        except BaseException as error:  # nothing awaits here, so it is no cancellation
+            self.failure, self.finished = failure_of(error, "a translation"), True
+        return b"".join(parts)
 
     def say(self, frame: bytes) -> None:
         """Send something that is not in the log, as soon as may be."""
@@ -288,8 +301,13 @@ class Reader:
         self.wake()
 
     def farewell(self, reason: EndReason | None) -> bytes:
-        """Nothing: what ends a stream in the log is in the log; whoever is cut off before goes on elsewhere."""
-        return b""
+        """Nothing: what ends a stream in the log is in the log; whoever is cut off before goes on elsewhere.
+
+        Unless a translation failed: then the client must not come back, and fail at the same event again and again.
+        """
+        if self.failure is None or isinstance(self.failure, LogUnavailable | LogError):
+            return b""
+        return b"".join(error_frames(self.failure, data_only=self._data_only))[:-1] + END_ID
 
     def close(self) -> None:
         """A second time it does nothing."""
@@ -299,14 +317,11 @@ class Reader:
             self.on_close = None
 
 
-def _translated(frames: bytes, translate: Translate) -> bytes:
-    """Rule 4."""
-    parts = []
+def _translated(frames: bytes, translate: Translate) -> Iterator[bytes]:
     for event in Decoder(max_event_bytes=None).feed(frames):
         said = translate(event)
         if said is not None:
-            parts.append(encode(Event(said.data, said.event, event.id, said.retry)))
-    return b"".join(parts)
+            yield encode(Event(said.data, said.event, event.id, said.retry))
 
 
 class Attached(NamedTuple):
