@@ -19,6 +19,7 @@ from time import monotonic
 from typing import Any, Final
 
 import anyio
+from anyio import get_cancelled_exc_class
 from anyio.abc import TaskGroup
 
 from ssecore.direct import DirectStream, PumpStream
@@ -31,6 +32,7 @@ from ssecore.errors import (
     SSEAppError,
     TooManyRequests,
     Unavailable,
+    failure_of,
 )
 from ssecore.guard import Caller, Guard
 from ssecore.log import Log
@@ -157,8 +159,10 @@ class SSEApp:
             start = response_start(answer) if answer is not None else None
         except ClientGone:
             return
-        except Exception as error:
-            answer, start = self._refused(request, error)
+        except get_cancelled_exc_class():
+            raise
+        except BaseException as error:
+            answer, start = self._refused(request, failure_of(error))
         finally:
             self._leave_place(request)
             request.close()
@@ -209,6 +213,7 @@ class SSEApp:
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tails = Tails(log)
             runs = Runs(log, tails, self.settings, tasks)
+            stack.push_async_callback(runs.close)
             await runs.recover()
             self._services = Services(runs, Topics(log, tails, self.settings), self.metrics)
             self._timekeeper, self._tasks = Timekeeper(self._options), tasks

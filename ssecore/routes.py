@@ -15,6 +15,7 @@ it was: `/users/{id}/x` and `/topics/{name}` become `/users/([^/]+)/x()|/topics/
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,15 @@ class Run:
     #: and the run's id (a `Response`, to say where the run can be read), as others are with `Prefer: respond-async`.
     accepted: Callable[[Any, str], Any] | None = None
 
+    def __post_init__(self) -> None:
+        linger_s: Any = self.linger_s
+        if linger_s is not None and linger_s != "setting":
+            number = isinstance(linger_s, int | float) and not isinstance(linger_s, bool)
+            if not (number and 0 <= linger_s < math.inf):
+                raise TypeError(f"linger_s must be a number of seconds, None or 'setting', not {linger_s!r}")
+        if self.accepted is not None and (not callable(self.accepted) or inspect.iscoroutinefunction(self.accepted)):
+            raise TypeError("accepted must be a plain function of the request and the run's id")
+
 
 @dataclass(frozen=True)
 class Route:
@@ -75,6 +85,8 @@ class Route:
     def __post_init__(self) -> None:
         if not self.path.startswith("/"):
             raise ValueError(f"{self.path!r}: a path begins with /")
+        if self.run is not None and not isinstance(self.run, Run):
+            raise TypeError(f"{self.method} {self.path}: run must be a Run, as in run=Run(), not {self.run!r}")
         handler = self.handler
         streams = inspect.isasyncgenfunction(handler)
         if not streams and (self.run is not None or not inspect.iscoroutinefunction(handler)):

@@ -6,8 +6,10 @@ and a `Worker` that pumps the generator into it. Whoever started it reads the lo
 known reads the run that was started with it.
 
 1.  A run's last event and its close are one append. The last event is the handler's own, or `error`, or `cancelled`.
-2.  A run that fails within its first second, before any event, is none: the problem is the answer to all who wait for
-    it, nothing is kept, and its key is free again.
+2.  If a run fails in its first second before any event, it is deleted: every waiting request gets the HTTP error, and
+    its idempotency key can be used again. So no request is answered 200 or 202 before the run has an event or the
+    second is over; and who answers for another process's run tells the log first (`Log.tell`): then the run is kept,
+    and ends with a stored `error`.
 3.  A worker stands in `Runs._workers` before its stream is created: of two requests with one key, the second finds it.
 4.  The handler's request is a copy, without a connection: what ends a reader says nothing about the run.
 5.  What a crash left behind is closed at the next start: with `interrupted`, or, if its last event is a terminal one,
@@ -17,20 +19,24 @@ known reads the run that was started with it.
     asked for they hand on to it (`cancel`), and who reads it with them is a mark in the log that they renew.
 """
 
+import asyncio
 import copy
 import hashlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any, Final, Literal
 
 import anyio
 from anyio import current_time
 from anyio.abc import TaskGroup
 
+import ssecore.log
 from ssecore.errors import (
     BadRequest,
     Conflict,
@@ -53,7 +59,7 @@ from ssecore.request import Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import DELETE, GET, Route
 from ssecore.settings import Settings
-from ssecore.stream import FIRST_ITEM_S, Pump, engine_frames, error_frames
+from ssecore.stream import END_ID, FIRST_ITEM_S, Pump, engine_frames, error_frames
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
 __all__ = ["ROUTES", "Runs", "State", "Worker"]
@@ -71,6 +77,9 @@ BUFFERS: Final = 4
 MAX_LIST: Final = 1000
 #: Pauses between attempts to store how a run ended, when the log is away.
 RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
+#: What handlers have to close in a drain, when their time to finish is over; then the app ends without them. `docker
+#: stop` kills the process 2 s after the default `drain_s`, and servers give an app's end little more.
+DRAIN_CLOSE_S: Final = 1.5
 #: The events that end a run in this service's two families; `[DONE]` on data-only routes. Not `result`: it also stands
 #: in the middle, and a run that is wrongly said to be interrupted is better than one wrongly said to be complete.
 _TERMINAL: Final = ("complete", "done", "error", "cancelled")
@@ -93,13 +102,22 @@ class _Print:
 class Worker:
     """One run at work."""
 
-    def __init__(self, runs: "Runs", id: str, route: Route, request: Request, params: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        runs: "Runs",
+        id: str,
+        route: Route,
+        request: Request,
+        params: Mapping[str, Any],
+        meta: dict[str, Any],
+    ) -> None:
         self.id = id
         self.owner = request.caller
         self.settled = anyio.Event()  #: its first event is in the log, or it has ended
         self.failed_early: Exception | None = None  #: rule 2
         self.opened = False  #: somebody was answered 200 or 202: too late for rule 2
         self.readers = 0
+        self.meta = meta
         self._runs = runs
         self._route = route
         self.began = current_time()
@@ -138,7 +156,9 @@ class Worker:
         try:
             try:
                 await self._store()
-            except TooLarge as error:
+            except (LogUnavailable, LogError, WriterFenced, NotFound):
+                raise
+            except Exception as error:  # an append that is too large; anything else is a bug of ours
                 self._break_off()
                 await self._append(error_frames(error, data_only=self._route.data_only), "failed")
         except (LogUnavailable, LogError) as error:
@@ -151,29 +171,36 @@ class Worker:
     async def _store(self) -> None:
         """Everything that the pump has gathered while the last append was under way goes in as one."""
         log, pump, limits = self._runs.log, self._pump, self._runs.retention
-        events = size = 0
+        events_left, bytes_left = limits.events or math.inf, limits.bytes or math.inf
         while True:
             frames = await pump.frames()
-            self._last = frames[-1] if frames else self._last
-            events, size = events + len(frames), size + sum(map(len, frames))
-            if (limits.events and events > limits.events) or (limits.bytes and size > limits.bytes):
+            size = sum(map(len, frames))
+            if len(frames) > events_left or size > min(bytes_left, ssecore.log.MAX_APPEND_BYTES):
+                self._break_off()
                 # Not trimmed while it runs: a reader that comes later would find no beginning.
-                raise TooLarge("the run is larger than the log keeps of one stream")
+                error = TooLarge("the run is larger than the log keeps of one stream")
+                last = error_frames(error, data_only=self._route.data_only)
+                await log.append(self.id, _fitting(frames, events_left, bytes_left), epoch=self.id)
+                await self._append(last, "failed")
+                return
+            self._last = frames[-1] if frames else self._last
             if not pump.finished:
                 await log.append(self.id, frames, epoch=self.id)
+                events_left, bytes_left = events_left - len(frames), bytes_left - size
                 self.settled.set()
                 continue
-            if pump.failure is not None and not events and self._reason is None and self._may_be_none():
+            if pump.failure is not None and not frames and self._reason is None and self._may_be_deleted():
                 self.failed_early = pump.failure
-                await log.delete(self.id)
-                return
+                if await log.delete(self.id, unless_told=True):
+                    return
+                self.failed_early = None
             last, state = self._ending()
             await self._append([*frames, *last], state)
             return
 
-    def _may_be_none(self) -> bool:
-        """Rule 2: nobody has been told of it yet."""
-        return not self.opened and current_time() - self.began < FIRST_ITEM_S
+    def _may_be_deleted(self) -> bool:
+        """Rule 2, as far as this process knows."""
+        return not self.opened and not self.settled.is_set() and current_time() - self.began < FIRST_ITEM_S
 
     def _break_off(self) -> None:
         """End the generator, which is not to blame: what it gives can't be kept."""
@@ -197,14 +224,14 @@ class Worker:
         return error_frames(failure, data_only=data_only), "failed"
 
     async def _append(self, frames: list[bytes], state: State) -> None:
-        meta = self._runs._metas[self.id] | {"state": state}
+        meta = self.meta | {"state": state}
         await self._runs.log.append(self.id, frames, epoch=self.id, close=True, meta=meta)
 
     async def _end_unstored(self, error: SSEAppError) -> None:
         """The log is away: readers hear of it now, without an id; it is stored when that is possible again."""
         frames = error_frames(error, data_only=self._route.data_only)
         logger.error("run %s: its events can't be stored: %s", self.id, error)
-        if self.failed_early is None and not self.settled.is_set() and self._may_be_none():
+        if self.failed_early is None and self._may_be_deleted():
             self.failed_early = error
         tail = self._runs.tails.get(self.id)
         if tail is not None:
@@ -216,9 +243,7 @@ class Worker:
                 await self._runs.stopping.wait()
             attempt += 1
             try:
-                if self.failed_early is not None:
-                    await self._runs.log.delete(self.id)
-                else:
+                if self.failed_early is None or not await self._runs.log.delete(self.id, unless_told=True):
                     await self._append(frames, "failed")
                 return
             except (LogUnavailable, LogError):
@@ -268,6 +293,15 @@ async def _no_connection() -> Any:
     raise RuntimeError("a run has no connection: its body was read before it began")
 
 
+def _fitting(frames: list[bytes], events: float, size: float) -> list[bytes]:
+    """The first of the frames: at most so many events, and bytes, and what one append takes."""
+    size = min(size, ssecore.log.MAX_APPEND_BYTES)
+    for before, total in enumerate(accumulate(map(len, frames))):
+        if before >= events or total > size:
+            return frames[:before]
+    return frames
+
+
 def _stored(event: Event) -> bytes:
     if event.id is not None:
         raise EncodeError("id must be left out on a resumable route: ids are the log's", field="id")
@@ -285,8 +319,11 @@ class Runs:
         self.stopping = anyio.Event()
         self._tasks = tasks
         self._workers: dict[str, Worker] = {}
-        self._metas: dict[str, dict[str, Any]] = {}
+        self._running: set[asyncio.Task[None]] = set()
         self._idle = anyio.Event()
+        #: Runs that a crash left behind and that can't be closed; tried once.
+        self._unclosable: set[str] = set()
+        self._give_up_at = 0.0  #: once `stopping` is set: what has not ended then is left to itself
         #: Readers here of lingering runs that another process works on.
         self._elsewhere: Counter[str] = Counter()
         log.on_call = self._called
@@ -300,20 +337,32 @@ class Runs:
         """Where processes share the log: end what others leave behind, and tell them that their runs are read here."""
         while True:
             await anyio.sleep(self.settings.lease_s / 3)
-            with suppress(LogUnavailable, LogError):
+            try:
                 await self.recover()
                 for run in list(self._elsewhere):
                     await self.log.touch(run, max(self.settings.linger_s, self.settings.lease_s))
+            except (LogUnavailable, LogError):
+                pass  # the log tells of it
+            except Exception:
+                logger.exception("the runs of other processes can't be looked after; trying again")
 
     async def recover(self) -> None:
-        """Close what a crash left behind (rule 5)."""
+        """Close what a crash left behind (rule 5). A run that can't be closed doesn't stop the others."""
         for stat in await self.log.unfinished():
-            # Another process may be as quick; a run may be deleted.
-            with suppress(WriterFenced, NotFound):
+            if stat.stream in self._unclosable:
+                continue
+            try:
                 await self._close_left_behind(stat)
+            except (WriterFenced, NotFound):
+                pass  # another process was as quick; or the run was deleted
+            except LogUnavailable:
+                raise
+            except Exception:
+                self._unclosable.add(stat.stream)
+                logger.exception("run %s was left behind, and can't be closed", stat.stream)
 
     async def _close_left_behind(self, stat: Stat) -> None:
-        data_only = bool(stat.meta["data_only"])
+        data_only = bool(stat.meta.get("data_only"))  # another version may have written it
         state: State = "completed"
         frames: list[bytes] = []
         if not await self._has_ended(stat, data_only):
@@ -325,7 +374,9 @@ class Runs:
 
     async def _has_ended(self, stat: Stat, data_only: bool) -> bool:
         rows = await self.log.read(stat.stream, stat.last - 1, 1) if stat.last else []
-        events = Decoder().feed(rows[-1].body) if rows else []
+        # Not all of the row, and of any size: the log takes larger events than the decoder does by itself.
+        frame = rows[-1].body[(0, *rows[-1].ends)[-2] :] if rows else b""
+        events = Decoder(max_event_bytes=None).feed(frame)
         if not events:
             return False
         return events[-1].data == "[DONE]" if data_only else events[-1].event in _TERMINAL
@@ -344,10 +395,26 @@ class Runs:
         """Give runs `grace_s` to finish, then close them as interrupted."""
         with anyio.move_on_after(grace_s):
             await self._no_workers()
-        self.stopping.set()
+        if not self.stopping.is_set():
+            self.stopping.set()
+            self._give_up_at = current_time() + DRAIN_CLOSE_S
         for worker in list(self._workers.values()):
             worker.cancel("drain")
-        await self._no_workers()
+        with anyio.CancelScope(deadline=self._give_up_at):
+            await self._no_workers()
+        for worker in list(self._workers.values()):
+            logger.error(
+                "run %s: its handler did not end %s s after it was cancelled; the run stays open in the log, "
+                "and will be closed as interrupted",
+                worker.id,
+                DRAIN_CLOSE_S,
+            )
+            self._ended(worker)
+
+    async def close(self) -> None:
+        """End all runs, for the app ends."""
+        with anyio.CancelScope(shield=True):
+            await self.drain(0)
 
     async def _no_workers(self) -> None:
         while self._workers:
@@ -355,7 +422,6 @@ class Runs:
 
     def _ended(self, worker: Worker) -> None:
         self._workers.pop(worker.id, None)
-        self._metas.pop(worker.id, None)
         self._idle.set()  # whoever waits for all looks again
         self._idle = anyio.Event()
 
@@ -397,18 +463,16 @@ class Runs:
                 if worker is not None:
                     return known, worker
             worker = self._workers.get(known.stream)
-            if worker is not None or await self.log.stat(known.stream) is not None:
+            if worker is not None or await self._told(known.stream) is not None:
                 return self._same(known, printed), worker
-            # It failed while it was being looked for: it was none (rule 2), and its key is free again.
+            # It failed while it was being looked for, and was deleted (rule 2): its key is free again.
 
     async def _create(
         self, request: Request, route: Route, params: Mapping[str, Any], key: str | None, printed: _Print
     ) -> tuple[Stat, Worker | None]:
         """A new run and its worker, at work; or the one that has the key already, and `None`."""
         self._check_room(request)
-        worker = Worker(self, new_epoch(), route, request, params)
-        self._workers[worker.id] = worker  # rule 3
-        meta = self._metas[worker.id] = {
+        meta = {
             "state": "running",
             "route": f"{route.method} {route.path}",
             "data_only": route.data_only,
@@ -416,6 +480,8 @@ class Runs:
             "target": printed.target,
             "request": printed.whole,
         }
+        worker = Worker(self, new_epoch(), route, request, params, meta)
+        self._workers[worker.id] = worker  # rule 3
         started = False
         try:
             with anyio.CancelScope(shield=True):  # what is in the log has a worker
@@ -424,12 +490,23 @@ class Runs:
                 )
             if started:
                 request.hand_over()
-                self._tasks.start_soon(worker.run)
+                self._set_to_work(worker)
                 return stat, worker
         finally:
             if not started:
                 self._ended(worker)
         return stat, None
+
+    def _set_to_work(self, worker: Worker) -> None:
+        """Not in the app's task group where there is another way: it would wait for a handler that never ends."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # trio
+            self._tasks.start_soon(worker.run)
+        else:
+            task = loop.create_task(worker.run())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
 
     def _same(self, stat: Stat, printed: _Print) -> Stat:
         if stat.meta.get("request") != printed.whole:
@@ -473,13 +550,12 @@ class Runs:
             return self._expired(request, cursor)
         if run is not None and stat.stream != run:
             raise Conflict("this event id is of another run", field="last_event_id")
-        if route is not None and (
-            stat.meta["route"] != f"{route.method} {route.path}" or stat.meta["target"] != _fingerprint(request).target
-        ):
+        asked = (f"{route.method} {route.path}", _fingerprint(request).target) if route is not None else None
+        if asked is not None and asked != (stat.meta.get("route"), stat.meta.get("target")):
             raise Conflict("this event id is of another request", field="last_event_id")
-        if only is not None and stat.meta["route"] != only:
+        if only is not None and stat.meta.get("route") != only:
             raise NotFound("there is no such run")
-        return await self._attach(stat.stream, cursor, data_only=bool(stat.meta["data_only"]), translate=translate)
+        return await self._attach(stat.stream, cursor, data_only=bool(stat.meta.get("data_only")), translate=translate)
 
     def _expired(self, request: Request, cursor: Cursor) -> Response:
         if not request.wants_event_stream:
@@ -491,9 +567,11 @@ class Runs:
     async def _attach(
         self, run: str, cursor: Cursor | None, *, data_only: bool, translate: Translate | None = None
     ) -> Response | Attached:
+        worker = self._workers.get(run)
+        await _settled(worker)
         tail = self.tails.enter(run)
         try:
-            stat = await self.log.stat(run)
+            stat = await self._told(run)
             if stat is None:
                 raise NotFound("there is no such run")
             tail.settle(stat)
@@ -509,8 +587,7 @@ class Runs:
             reader = Reader(tail, after, data_only=data_only, before=before, opening=opening, translate=translate)
         finally:
             self.tails.leave(tail)
-        worker = self._workers.get(run)
-        elsewhere = worker is None and self.log.shared and not stat.closed and stat.meta["linger_s"] is not None
+        elsewhere = worker is None and self.log.shared and not stat.closed and stat.meta.get("linger_s") is not None
         if worker is not None:
             worker.attach()
         elif elsewhere:
@@ -533,9 +610,19 @@ class Runs:
                 raise
         return Attached(reader, {"run-id": run})
 
+    async def _told(self, run: str) -> Stat | None:
+        """The run's facts. From then on no other process that works on it deletes it when it fails (rule 2)."""
+        stat = await self.log.stat(run)
+        if stat is not None and not stat.closed and not stat.last and run not in self._workers:
+            with suppress(NotFound):
+                await self.log.tell(run)
+                return stat
+            return None
+        return stat
+
     async def _interested(self, stat: Stat) -> None:
         """Tell the process that works on the run, if another one does."""
-        linger_s = stat.meta["linger_s"]
+        linger_s = stat.meta.get("linger_s")
         if self.log.shared and not stat.closed and linger_s is not None:
             await self.log.touch(stat.stream, max(linger_s, self.settings.lease_s))
 
@@ -552,9 +639,9 @@ class Runs:
         if request.last_event_id:
             return await self._go_on(request, run=run, only=only, translate=translate)
         stat = await self._owned(request, run)
-        if only is not None and stat.meta["route"] != only:
+        if only is not None and stat.meta.get("route") != only:
             raise NotFound("there is no such run")
-        return await self._attach(run, None, data_only=bool(stat.meta["data_only"]), translate=translate)
+        return await self._attach(run, None, data_only=bool(stat.meta.get("data_only")), translate=translate)
 
     @property
     def at_work(self) -> int:
@@ -606,12 +693,12 @@ class Runs:
 def _last_gap(gap: Gap, *, data_only: bool) -> bytes:
     """A gap behind which nothing comes: a page can't tell 204 from 410, so it is told; its end then gets a 204."""
     frames = gap_frame(gap, data_only=data_only) + (b"data: [DONE]\n\n" if data_only else b"")
-    return frames[:-1] + b"id: end\n\n"
+    return frames[:-1] + END_ID
 
 
 async def _settled(worker: Worker | None) -> None:
     """Wait for a run's first event, or a second. Raises what it failed with before (rule 2)."""
-    if worker is not None:
+    if worker is not None and not worker.opened:
         with anyio.move_on_after(FIRST_ITEM_S - (current_time() - worker.began)):
             await worker.settled.wait()
         if worker.failed_early is not None:
@@ -665,8 +752,8 @@ def _state(stat: Stat) -> dict[str, Any]:
     epoch = next(epoch for epoch, first in reversed(stat.epochs) if first <= max(stat.last, 1))
     return {
         "run": stat.stream,
-        "route": stat.meta["route"],
-        "state": stat.meta["state"],
+        "route": stat.meta.get("route"),
+        "state": stat.meta.get("state"),
         "created": datetime.fromtimestamp(stat.created, UTC),
         "updated": datetime.fromtimestamp(stat.updated, UTC),
         "events": stat.last,

@@ -21,6 +21,12 @@ async def work(request: Request, kind: str) -> AsyncIterator[Event]:
         await anyio.sleep_forever()
 
 
+async def large(request: Request, kind: str) -> AsyncIterator[Event]:
+    """One event of 20 MiB, and nothing more."""
+    yield Event("x" * (20 * 1024 * 1024), "complete" if kind == "complete" else None)
+    await anyio.sleep_forever()
+
+
 async def counting(request: Request) -> AsyncIterator[Event]:
     """As fast as it goes, for ever."""
     for number in count(1):
@@ -56,6 +62,7 @@ def make() -> SSEApp:
     routes = [
         GET("/named/{kind}", work, run=Run()),
         GET("/data/{kind}", work, run=Run(), data_only=True),
+        GET("/large/{kind}", large, run=Run()),
         GET("/talk", talk, query=Until, run=Run()),
         GET("/counting", counting, run=Run()),
         GET("/until", until, query=Until, run=Run()),

@@ -725,6 +725,23 @@ async def test_a_deleted_stream_is_gone_and_its_name_free(log: Log) -> None:
     assert locate(await facts(log, "run"), Cursor(epoch, 1)) == (0, Gap("expired", 2))
 
 
+async def test_a_stream_is_deleted_unless_another_process_was_told_of_it(log: Log) -> None:
+    await run(log)
+    assert await log.delete("run", unless_told=True)
+    assert await log.stat("run") is None
+    assert await log.delete("run", unless_told=True), "a call may be made again"
+
+    epoch = await run(log)  # under its name: what was told before is forgotten
+    await log.tell("run")
+    # Where there is one process alone, that one knows whom it has told.
+    assert await log.delete("run", unless_told=True) == (not log.shared)
+    if log.shared:
+        assert await log.append("run", [frame("a")], epoch=epoch, close=True) == 1
+        assert await log.delete("run")
+        await run(log)
+        assert await log.delete("run", unless_told=True)
+
+
 async def test_runs_are_listed_newest_first_by_owner(log: Log, clock: Clock) -> None:
     for number in range(6):
         await run(log, f"run {number}", owner=[None, "ann", "bob"][number % 3])

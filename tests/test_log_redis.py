@@ -134,6 +134,49 @@ async def test_what_one_process_appends_is_told_in_another(server: RedisServer) 
         assert here.texts == there.texts == await whole(two, "topic") == list(map(str, range(100)))
 
 
+async def test_a_process_is_told_of_a_run_or_the_run_is_deleted_and_never_both(server: RedisServer) -> None:
+    async with logs(server) as (one, two):
+        told: list[bool] = []
+
+        async def tell(id: str) -> None:
+            try:
+                await two.tell(id)
+            except NotFound:
+                told.append(False)
+            else:
+                told.append(True)
+
+        for number in range(100):
+            id = await run(one)
+            deleted: list[bool] = []
+
+            async def delete(id: str, deleted: list[bool] = deleted) -> None:
+                deleted.append(await one.delete(id, unless_told=True))
+
+            async with anyio.create_task_group() as tasks:
+                for task in (tell, delete)[:: 1 if number % 2 else -1]:
+                    tasks.start_soon(task, id)
+            assert told[-1] != deleted[0]
+            assert (await one.stat(id) is not None) == told[-1]
+        with pytest.raises(NotFound):
+            await two.tell("nothing")
+
+
+async def test_a_run_whose_facts_are_not_legible_hides_no_other(server: RedisServer) -> None:
+    async with logs(server, lease_s=0.3) as (one, two):
+        runs = [await run(one) for _ in range(3)]
+        server.call("HDEL", f"{{sseapp}}:facts:{runs[0]}", "first")
+        server.call("HSET", f"{{sseapp}}:facts:{runs[1]}", "meta", "{")
+        one._tops.clear()  # nobody works on them
+
+        async def left() -> list[str]:
+            return [stat.stream for stat in await one.unfinished()]
+
+        await until(left, lambda found: bool(found))
+        assert await left() == runs[2:]
+        assert [stat.stream for stat in await two.runs(None, 10)] == runs[2:]
+
+
 async def test_a_key_is_given_once_among_processes(server: RedisServer) -> None:
     async with logs(server, 4) as all_logs:
         made: list[tuple[str, bool]] = []

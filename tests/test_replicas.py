@@ -3,16 +3,21 @@
 import json
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
+import anyio
 import httpx
 import pytest
 
+import ssecore.runs
+from sseapp import GET, Request, Run, Settings, SSEApp
+from ssecore.errors import UpstreamError
 from ssecore.wire import Decoder, Event
 from tests import redis_server
+from tests.clients import ask, listening
 from tests.redis_server import RedisServer
 from tests.serving import Server, run_sseapp, serve, wait_until
 
@@ -237,3 +242,117 @@ def test_a_password_in_the_url_is_not_printed(tmp_path: Path) -> None:
     answer = run_sseapp("serve", "--log", "http://:secret@127.0.0.1:1/0")
     assert "expected sqlite, memory, or a Redis URL" in answer.stderr
     assert "secret" not in answer.stderr + answer.stdout
+
+
+# A run that fails in its first second, at one replica, while others ask for it
+
+
+class Replica:
+    """An app of its own on the same Redis, whose runs fail when they are told to."""
+
+    def __init__(self, redis: RedisServer) -> None:
+        self.app = SSEApp([GET("/work", self.work, run=Run())], Settings(log=redis.url))
+        self.runs: list[str] = []
+        self.started, self.fail = anyio.Event(), anyio.Event()
+
+    async def work(self, request: Request) -> AsyncIterator[Event]:
+        self.runs.append(request.run_id or "")
+        self.started.set()
+        await self.fail.wait()
+        raise UpstreamError("the model is away", code="away")
+        yield Event("never")
+
+    async def run(self) -> str:
+        """The first one's id, when it is at work."""
+        await self.started.wait()
+        return self.runs[0]
+
+
+@asynccontextmanager
+async def two_replicas(redis: RedisServer) -> AsyncIterator[tuple[Replica, Replica]]:
+    redis.call("FLUSHALL")
+    with anyio.fail_after(30):
+        async with AsyncExitStack() as stack:
+            one, two = Replica(redis), Replica(redis)
+            for replica in (one, two):
+                await stack.enter_async_context(replica.app.running())
+            yield one, two
+
+
+@pytest.fixture
+def a_long_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here depends on how fast this machine is."""
+    monkeypatch.setattr(ssecore.runs, "FIRST_ITEM_S", 25.0)
+
+
+def assert_stored_error(events: list[Event], run: str) -> None:
+    assert [(event.id, event.event, event.data) for event in events] == [
+        (f"{run}.1", "error", '{"error":"the model is away","code":"away"}')
+    ]
+
+
+@pytest.mark.parametrize("place", ["view", "key", "202"])
+async def test_who_was_told_of_a_run_elsewhere_reads_its_early_failure(
+    redis: RedisServer, a_long_second: None, place: str
+) -> None:
+    async with two_replicas(redis) as (one, two), anyio.create_task_group() as tasks:
+        tasks.start_soon(ask, one.app, f"/work?key={KEY}")
+        run = await one.run()
+        if place == "202":
+            answer = await ask(two.app, f"/work?key={KEY}", headers={"prefer": "respond-async"})
+            assert (answer.status, answer.json["run"]) == (202, run)
+            one.fail.set()
+            assert_stored_error((await ask(two.app, f"/runs/{run}/events")).events, run)
+        else:
+            target = f"/runs/{run}/events" if place == "view" else f"/work?key={KEY}"
+            async with listening(two.app, target) as reading:
+                assert (reading.exchange.status, reading.run) == (200, run)
+                one.fail.set()
+                assert_stored_error(await reading.rest(), run)
+        for replica in (one, two):
+            assert (await ask(replica.app, f"/runs/{run}")).json["state"] == "failed"
+            assert_stored_error((await ask(replica.app, f"/work?key={KEY}")).events, run)
+        assert (one.runs, two.runs) == ([run], [])
+
+
+async def test_a_run_that_failed_early_has_never_been_for_other_replicas(
+    redis: RedisServer, a_long_second: None
+) -> None:
+    async with two_replicas(redis) as (one, two), anyio.create_task_group() as tasks:
+        one.fail.set()
+        assert (await ask(one.app, f"/work?key={KEY}")).problem == (502, "away")
+        assert (await ask(two.app, "/runs")).json == {"runs": []}
+        # Its key is free: the other one starts a run of its own.
+        tasks.start_soon(ask, two.app, f"/work?key={KEY}")
+        assert await two.run() not in one.runs
+        two.fail.set()
+
+
+@pytest.mark.parametrize("place", ["view", "key"])
+async def test_who_finds_a_run_elsewhere_just_before_it_is_deleted_is_not_told_of_it(
+    redis: RedisServer, a_long_second: None, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two_replicas(redis) as (one, two), anyio.create_task_group() as tasks:
+        failed = anyio.Event()
+
+        async def ask_one() -> None:
+            assert (await ask(one.app, f"/work?key={KEY}")).problem == (502, "away")
+            failed.set()
+
+        tasks.start_soon(ask_one)
+        run = await one.run()
+        two.fail.set()
+        log = two.app._services.runs.log  # type: ignore[union-attr]
+        tell = log.tell
+
+        async def too_late(stream: str) -> None:
+            one.fail.set()
+            await failed.wait()
+            await tell(stream)
+
+        monkeypatch.setattr(log, "tell", too_late)
+        if place == "view":
+            assert (await ask(two.app, f"/runs/{run}/events")).problem == (404, "not_found")
+        else:
+            assert (await ask(two.app, f"/work?key={KEY}")).problem == (502, "away")
+        assert len(two.runs) == (place == "key")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ssecore.errors import MethodNotAllowed, NotFound
 from ssecore.request import Request
-from ssecore.routes import DELETE, GET, POST, Route, Table
+from ssecore.routes import DELETE, GET, POST, Route, Run, Table
 from ssecore.wire import Event
 
 
@@ -352,3 +352,31 @@ def test_the_table_answers_as_a_walk_over_its_routes_does(
     except MethodNotAllowed as error:
         answer = error.headers["allow"]
     assert answer == naive(routes, method, path)
+
+
+@pytest.mark.parametrize("run", [True, False, 60, Run, {}])
+def test_what_is_no_run_does_not_make_a_route_resumable(run: Any) -> None:
+    with pytest.raises(TypeError, match=r"^GET /work: run must be a Run, as in run=Run\(\)"):
+        GET("/work", stream, run=run)
+
+
+async def later(request: Request, run: str) -> None:
+    """Would have to be awaited."""
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"linger_s": "60"}, "linger_s"),
+        ({"linger_s": True}, "linger_s"),
+        ({"linger_s": -1}, "linger_s"),
+        ({"linger_s": float("nan")}, "linger_s"),
+        ({"linger_s": float("inf")}, "linger_s"),
+        ({"accepted": "text"}, "accepted"),
+        ({"accepted": later}, "accepted"),
+    ],
+    ids=str,
+)
+def test_a_run_with_options_that_no_run_can_use_is_refused(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be "):
+        Run(**options)

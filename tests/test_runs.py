@@ -6,7 +6,7 @@ the memory log alone, in virtual time: no test waits, and each moment is exact.
 
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ from ssecore.log.sqlite import SqliteLog
 from ssecore.request import EndReason, Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import GET, POST, Route, Run, Upload
+from ssecore.runs import DRAIN_CLOSE_S
 from ssecore.settings import Settings
 from ssecore.stream import CLOSE_S, FIRST_ITEM_S
 from ssecore.testing import VirtualClockLoop, connect
@@ -1212,7 +1213,7 @@ async def test_a_browser_that_is_cut_again_and_again_before_a_late_first_event_s
 
 
 @virtual
-async def test_who_reads_a_run_in_its_first_second_that_then_is_none_comes_to_an_end(house: House, work: Work) -> None:
+async def test_a_view_of_a_run_that_fails_in_its_first_second_gets_the_problem_too(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=Run())) as app, anyio.create_task_group() as tasks:
         tasks.start_soon(refused, app, "/work")
         await anyio.sleep(0.5)
@@ -1220,12 +1221,29 @@ async def test_who_reads_a_run_in_its_first_second_that_then_is_none_comes_to_an
 
         async def fail() -> None:
             await anyio.sleep(0.1)
-            work.say(NotFound("no"))
+            work.say(UpstreamError("the model is away", code="away"))
 
         tasks.start_soon(fail)
-        heard = await listen_like_a_browser(app, f"/runs/{run['run']}/events")
-        assert plainly(heard.events) == [("gap", {"reason": "expired", "from": 1, "to": None})]
-        assert heard.statuses == [200, 200, 204]
+        assert await refused(app, f"/runs/{run['run']}/events") == (502, "away")
+        assert await refused(app, f"/runs/{run['run']}/events") == (404, "not_found")
+
+
+@virtual
+async def test_a_view_that_comes_in_the_first_second_is_answered_with_the_first_event(house: House, work: Work) -> None:
+    async with house.open(GET("/work", work.handler, run=Run())) as app, anyio.create_task_group() as tasks:
+        tasks.start_soon(ask, app, "/work")
+        await anyio.sleep(0.25)
+        (run,) = (await ask(app, "/runs")).json["runs"]
+
+        async def speak() -> None:
+            await anyio.sleep(0.25)
+            work.say(Event("1"), None)
+
+        began = current_time()
+        tasks.start_soon(speak)
+        async with listening(app, f"/runs/{run['run']}/events") as reading:
+            assert current_time() - began == pytest.approx(0.25)
+            assert data(await reading.rest()) == ["1"]
 
 
 @virtual
@@ -1485,6 +1503,40 @@ async def test_a_run_that_is_too_large_ends(house: House, work: Work, limit: dic
         assert data(answer.events)[:3] == ["1", "2", "3"], "nothing was trimmed"
 
 
+@on_sqlite
+async def test_a_reader_of_a_run_that_is_being_deleted_hears_that_it_is_gone(house: House, work: Work) -> None:
+    """Its rows are gone, and its facts are still known: the moment between a deletion and its news."""
+    async with house.open(GET("/work", work.handler, run=Run())) as app:
+        work.say(*said("x" * 200_000, "y" * 200_000), None)  # more than a tail holds
+        run = (await ask(app, "/work")).headers["run-id"]
+        with closing(sqlite3.connect(house.path)) as db, db:
+            db.execute("DELETE FROM rows")
+        for headers in ({}, resuming(f"{run}.1")):
+            answer = await ask(app, f"/runs/{run}/events", headers=headers)
+            first = 2 if headers else 1
+            assert plainly(answer.events) == [("gap", {"reason": "expired", "from": first, "to": None})]
+
+
+@once
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [({"retention_events": 5}, 5), ({"retention_bytes": 50}, 5), ({"retention_bytes": 8}, 0)],
+    ids=str,
+)
+async def test_a_run_over_its_limit_keeps_what_fits_and_ends(
+    house: House, work: Work, limit: dict[str, int], kept: int
+) -> None:
+    """The events come together, so that the limit is passed in the middle of what would go in as one."""
+    async with house.open(GET("/work", work.handler, run=Run()), **limit) as app:
+        work.say(*said(*range(1, 9)), None)  # 9 bytes each
+        answer = await ask(app, "/work")
+        assert data(answer.events)[:-1] == [str(number) for number in range(1, kept + 1)]
+        assert msgspec.json.decode(answer.events[-1].data)["code"] == "too_large"
+        run = answer.headers["run-id"]
+        assert ids(answer.events) == numbered(run, 1, kept + 1)
+        assert await state_of(app, run) == "failed" and work.reasons == ["failed"]
+
+
 async def test_a_run_as_large_as_the_log_keeps_is_not_too_large(house: House) -> None:
     async with house.open(COUNT, retention_events=4) as app:
         answer = await ask(app, "/count")
@@ -1519,8 +1571,9 @@ async def test_one_event_that_the_log_does_not_take_ends_the_run(
         work.say(Event("1"))
         async with listening(app, "/work") as reading:
             await reading.event()
-            work.say(Event("x" * 1000))
-            (event,) = await reading.rest()
+            work.say(*said(2, 3, "x" * 1000))
+            two, three, event = await reading.rest()
+            assert data([two, three]) == ["2", "3"]
             assert event.event == "error" and msgspec.json.decode(event.data)["code"] == "too_large"
         assert await state_of(app, reading.run) == "failed"
         assert work.reasons == ["failed"]
@@ -2149,6 +2202,78 @@ async def test_in_a_drain_a_handler_may_clean_up(house: House) -> None:
         run = await start(app, "/work")
         await app.drain(2)
         assert reasons == ["drain"] and await state_of(app, run) == "interrupted"
+
+
+class Stubborn:
+    """A handler that swallows each cancellation, until the test is over."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self.ended = anyio.Event()
+
+    async def handler(self, request: Request) -> AsyncIterator[Event]:
+        yield Event("1")
+        while not self.over:
+            with suppress(BaseException):
+                await anyio.sleep(0.1)
+        self.ended.set()
+
+
+# Not on trio, where a task can't be left behind, and each wait after a cancellation is cancelled.
+@pytest.mark.parametrize("mode", MEMORY[:2], ids=str, indirect=True)
+@pytest.mark.parametrize("grace_s", [0, 8])
+async def test_a_drain_ends_although_a_handler_swallows_its_cancellation(
+    house: House, grace_s: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    stubborn = Stubborn()
+    async with house.open(GET("/work", stubborn.handler, run=Run()), COUNT) as app:
+        async with anyio.create_task_group() as tasks:
+            run = await start(app, "/work")
+            began = current_time()
+            tasks.start_soon(app.drain, grace_s)
+        assert current_time() - began == pytest.approx(grace_s + DRAIN_CLOSE_S)
+        await app.drain(0)
+        assert current_time() - began == pytest.approx(grace_s + DRAIN_CLOSE_S), "only one drain waits"
+        assert caplog.text.count(f"run {run}: its handler did not end") == 1
+        assert await state_of(app, run) == "running", "the next start closes it"
+        stubborn.over = True
+
+
+@pytest.mark.parametrize("mode", [MEMORY[0], *SQLITE], ids=str, indirect=True)
+async def test_an_app_ends_although_a_handler_swallows_its_cancellation(house: House) -> None:
+    stubborn = Stubborn()
+    async with house.open(GET("/work", stubborn.handler, run=Run())) as app:
+        run = await start(app, "/work")
+    assert not stubborn.ended.is_set()
+    if house.mode.name == "sqlite":
+        async with house.open(GET("/work", stubborn.handler, run=Run())) as app:
+            assert await state_of(app, run) == "interrupted"
+    stubborn.over = True
+    await stubborn.ended.wait()
+
+
+@pytest.mark.parametrize("mode", MEMORY[:2], ids=str, indirect=True)
+async def test_a_host_that_is_cancelled_interrupts_its_runs(house: House, work: Work) -> None:
+    with CancelScope() as scope:
+        async with house.open(GET("/work", work.handler, run=Run())) as app:
+            run = await start(app, "/work")
+            log = house.log
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert work.reasons == ["drain"]
+    stat = await log.stat(run)
+    assert stat is not None and stat.closed and stat.meta["state"] == "interrupted"
+
+
+@once
+async def test_a_run_that_can_not_be_made_leaves_nothing_that_a_drain_would_wait_for(house: House, work: Work) -> None:
+    route = GET("/work", work.handler, run=Run())
+    object.__setattr__(route, "run", True)  # a table refuses it
+    async with house.open(route) as app:
+        assert await refused(app, "/work") == (500, "internal_error")
+        began = current_time()
+        await app.drain(100)
+        assert current_time() == began
 
 
 @virtual

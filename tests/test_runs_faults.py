@@ -2,9 +2,11 @@
 
 import errno
 import os
+import sqlite3
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +23,7 @@ from ssecore.log.sqlite import SqliteLog
 from ssecore.wire import Decoder
 from tests.clients import BROWSER, Answer, ask, listen_like_a_browser, listening
 from tests.needs import needs
-from tests.serving import Server, serve_uvicorn
+from tests.serving import Server, serve_module, serve_uvicorn, wait_until
 
 #: Real seconds after which a test has hung.
 LIMIT_S: Final = 30
@@ -151,6 +153,52 @@ def test_a_second_kill_changes_nothing(tmp_path: Path) -> None:
         again = Stream(f"/runs/{stream.run}/events")
         again.read(server.client)
         assert again.told == stream.told
+
+
+def test_one_sigterm_ends_the_app_although_a_run_swallows_its_cancellation(tmp_path: Path) -> None:
+    with serve_module("tests.raising_app", tmp_path, {"SSEAPP_DRAIN_S": "0.5"}) as server:
+        run = server.client.get("/runs-of/stubborn", headers={"prefer": "respond-async"}).json()["run"]
+        began = time.monotonic()
+        server.process.terminate()
+        wait_until(lambda: f"run {run}: its handler did not end" in server.log())
+        assert time.monotonic() - began < 0.5 + ssecore.runs.DRAIN_CLOSE_S + 2
+        kill(server)
+    with serve_module("tests.raising_app", tmp_path) as server:
+        assert state(server, run) == "interrupted"
+
+
+def test_after_a_kill_a_run_with_a_very_large_last_event_is_closed_like_the_others(tmp_path: Path) -> None:
+    """Of 20 MiB: the log takes more, and the decoder by itself less."""
+    targets = {"open": "/named/open", "large": "/large/open", "large and complete": "/large/complete"}
+    with serve(tmp_path) as server:
+        started = {n: server.client.get(t, headers={"prefer": "respond-async"}).json() for n, t in targets.items()}
+        runs = {name: answer["run"] for name, answer in started.items()}
+        wait_until(lambda: all(server.client.get(f"/runs/{run}").json()["events"] for run in runs.values()))
+        kill(server)
+    with serve(tmp_path) as server:
+        states = {name: state(server, run) for name, run in runs.items()}
+        assert states == {"open": "interrupted", "large": "interrupted", "large and complete": "completed"}
+        whole = server.client.get(f"/runs/{runs['large']}/events").content
+        assert len(whole) > 20 * 1024 * 1024 and b'"code":"interrupted"' in whole[-200:]
+    assert "Traceback" not in server.log()
+
+
+def test_a_run_of_another_version_that_can_not_be_closed_does_not_stop_the_others(tmp_path: Path) -> None:
+    """What stands in the log of it is no JSON, or isn't what this version writes."""
+    with serve(tmp_path) as server:
+        streams = [Stream(f"/named/open?n={number}") for number in range(4)]
+        for stream in streams:
+            stream.read(server.client, 3)
+        kill(server)
+    with closing(sqlite3.connect(tmp_path / "log.db")) as db, db:
+        for stream, meta in zip(streams, ("{", '{"state": "running"}', "[1]"), strict=False):
+            db.execute("UPDATE streams SET meta = ? WHERE name = ?", (meta, stream.run))
+    with serve(tmp_path) as server:
+        assert state(server, streams[3].run) == "interrupted"
+        # Of the second enough is known to end it.
+        assert b'"code":"interrupted"' in server.client.get(f"/runs/{streams[1].run}/events").content
+        assert server.client.get(f"/runs/{streams[0].run}").status_code == 404
+        assert f"run {streams[2].run} was left behind, and can't be closed" in server.log()
 
 
 # A disk that is full, a folder that can't be written

@@ -23,10 +23,10 @@ import logging
 import re
 import secrets
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import accumulate, count
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import orjson
@@ -53,6 +53,7 @@ __all__ = [
     "appended",
     "framed",
     "joined",
+    "legible",
     "locate",
     "new_epoch",
     "opened",
@@ -64,6 +65,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger("sseapp")
+S = TypeVar("S")
+T = TypeVar("T")
 
 #: One append at most. It is held in memory as a whole, and SQLite stores no blob beyond 1 GB. An append over it is a
 #: bug of a source that doesn't bound its buffer (64 KiB by default).
@@ -253,8 +256,14 @@ class Log(Protocol):
     async def touched(self, stream: str) -> bool:
         """Whether somebody elsewhere is interested in the run."""
 
-    async def delete(self, stream: str) -> None:
-        """Deletes it, open or not; where there is none, nothing happens. Epochs of it are unknown from now on."""
+    async def tell(self, stream: str) -> None:
+        """Somebody here has been told that the run is there: see `delete`. Raises `NotFound`."""
+
+    async def delete(self, stream: str, *, unless_told: bool = False) -> bool:
+        """Deletes it, open or not; where there is none, nothing happens. Epochs of it are unknown from now on.
+
+        With `unless_told` a stream that `tell` was called for stays, and the answer is False.
+        """
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         """`watcher` gets each row that is appended from now on, in order, and the end; gives the un-watch (rule 7).
@@ -338,6 +347,17 @@ def unpacked(ends: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(ends) // 4}I", ends)
 
 
+def legible(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
+    """What `read` makes of each: one that another version, or a bad disk, has written is logged and left out."""
+    found = []
+    for one in stored:
+        try:
+            found.append(read(one))
+        except Exception:
+            logger.exception("the facts of a stream in the event log can't be read: %.100r", one)
+    return found
+
+
 def plain(meta: dict[str, Any] | None) -> dict[str, Any] | None:
     """A copy as JSON has it, so that no engine keeps more than another. Raises `EncodeError`."""
     if meta is None:
@@ -418,6 +438,9 @@ class Alone:
 
     async def touched(self, stream: str) -> bool:
         return False
+
+    async def tell(self, stream: str) -> None:
+        """Whoever reads is known here, and whoever works on it."""
 
 
 class Watchers:

@@ -178,9 +178,10 @@ class MemoryLog(Alone):
         await checkpoint()
         return [entry.stat for entry in self._streams.values() if entry.stat.kind == "run" and not entry.stat.closed]
 
-    async def delete(self, stream: str) -> None:
+    async def delete(self, stream: str, *, unless_told: bool = False) -> bool:
         await checkpoint()
         self._delete(stream)
+        return True
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         return self._watchers.add(stream, watcher)

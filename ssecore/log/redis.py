@@ -66,6 +66,7 @@ from ssecore.log import (
     Watcher,
     Watchers,
     joined,
+    legible,
     locate,
     new_epoch,
     packed,
@@ -490,7 +491,7 @@ class RedisLog:
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
         found = await self._reads.ask("runs", _maybe(owner), limit - 1)
-        return [stat for stat in map(_stat, found) if stat is not None]
+        return [stat for stat in legible(_stat, found) if stat is not None]
 
     async def unfinished(self) -> list[Stat]:
         """Those whose holder's lease has run out, and those that are held here and nobody works on (rule 6)."""
@@ -499,7 +500,7 @@ class RedisLog:
         left = await self._reads.ask("left", self._process)
         if self._cut_off():
             return []
-        return [stat for stat in map(_stat, left) if stat is not None and stat.stream not in self._tops]
+        return [stat for stat in legible(_stat, left) if stat is not None and stat.stream not in self._tops]
 
     def _cut_off(self) -> bool:
         """Whether others may have been cut off from Redis for so long that they lost their leases."""
@@ -538,10 +539,16 @@ class RedisLog:
     async def touched(self, stream: str) -> bool:
         return bool(await self._reads.ask("EXISTS", self._name(f"touched:{stream}")))
 
-    async def delete(self, stream: str) -> None:
-        await self._writes.ask("delete", stream)
+    async def tell(self, stream: str) -> None:
+        if not await self._writes.ask("tell", stream):
+            raise NotFound("no such stream")
+
+    async def delete(self, stream: str, *, unless_told: bool = False) -> bool:
+        if not await self._writes.ask("delete", stream, int(unless_told)):
+            return False
         self._tops.pop(stream, None)
         self._tell(stream, None, "deleted")
+        return True
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         unwatch = self._watchers.add(stream, watcher)

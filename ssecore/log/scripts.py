@@ -4,7 +4,8 @@ Keys, behind the prefix: `facts:<stream>` (hash), `rows:<stream>` (a stream of R
 last sequence), `touched:<stream>`; of a process `lease:`, `calls:` (list) and `process:` (its last answer); the index:
 `epochs` and `keys` (hashes, to the stream), `open` and `runs:<owner>` (sorted by `count`, the order of making), `due`
 (by the time when upkeep has to look). Channels: `appended:<stream>`, `called:<process>`.
-Facts: as `Stat` has them, and `epoch`, the newest; `writer`, who may append; `instance`, where that was last; `holder`.
+Facts: as `Stat` has them, and `epoch`, the newest; `writer`, who may append; `instance`, where that was last; `holder`;
+`told`, if another process has answered for it.
 """
 
 from typing import Final
@@ -182,7 +183,17 @@ end
 return #due
 """,
     # stream
-    "delete": "delete(ARGV[1])",
+    "tell": """
+if redis.call('EXISTS', facts(ARGV[1])) == 0 then return 0 end
+set(ARGV[1], 'told', 1)
+return 1
+""",
+    # stream, whether it stays where somebody was told of it
+    "delete": """
+if ARGV[2] == '1' and get(ARGV[1], 'told')[1] then return 0 end
+delete(ARGV[1])
+return 1
+""",
     # stream, after, bytes
     "read": """
 local first, found, size, from = tonumber(get(ARGV[1], 'first')[1]), {}, 0, nil

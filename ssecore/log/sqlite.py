@@ -53,6 +53,7 @@ from ssecore.log import (
     Watchers,
     appended,
     joined,
+    legible,
     opened,
     outlived,
     packed,
@@ -243,8 +244,9 @@ class SqliteLog(Alone):
         facts = plain(meta)
         return await self._submit(lambda turn: turn.append(stream, body, ends, epoch, close, facts), len(body))
 
-    async def delete(self, stream: str) -> None:
+    async def delete(self, stream: str, *, unless_told: bool = False) -> bool:
         await self._submit(lambda turn: turn.delete(stream))
+        return True
 
     async def upkeep(self) -> None:
         while await self._submit(_Transaction.upkeep):
@@ -377,7 +379,7 @@ class SqliteLog(Alone):
         return found[0] if found else None
 
     async def _all(self, where: str, *values: object) -> list[Stat]:
-        return await self._query(lambda db: [_entry(row).stat for row in db.execute(_SELECT + where, values)])
+        return await self._query(lambda db: legible(lambda row: _entry(row).stat, db.execute(_SELECT + where, values)))
 
     async def _query(self, select: Callable[[sqlite3.Connection], T]) -> T:
         if not self._running:
