@@ -1527,14 +1527,18 @@ async def test_a_run_over_its_limit_keeps_what_fits_and_ends(
     house: House, work: Work, limit: dict[str, int], kept: int
 ) -> None:
     """The events come together, so that the limit is passed in the middle of what would go in as one."""
-    async with house.open(GET("/work", work.handler, run=Run()), **limit) as app:
-        work.say(*said(*range(1, 9)), None)  # 9 bytes each
+
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        for number in range(1, 9):
+            yield Event(str(number))  # 9 bytes
+
+    async with house.open(GET("/work", handler, run=Run()), **limit) as app:
         answer = await ask(app, "/work")
         assert data(answer.events)[:-1] == [str(number) for number in range(1, kept + 1)]
         assert msgspec.json.decode(answer.events[-1].data)["code"] == "too_large"
         run = answer.headers["run-id"]
         assert ids(answer.events) == numbered(run, 1, kept + 1)
-        assert await state_of(app, run) == "failed" and work.reasons == ["failed"]
+        assert await state_of(app, run) == "failed"
 
 
 async def test_a_run_as_large_as_the_log_keeps_is_not_too_large(house: House) -> None:
@@ -1563,20 +1567,25 @@ async def test_a_run_that_never_waits_is_too_large_soon(house: House) -> None:
 
 
 @virtual
-async def test_one_event_that_the_log_does_not_take_ends_the_run(
-    house: House, work: Work, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_event_that_the_log_does_not_take_ends_the_run(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssecore.log, "MAX_APPEND_BYTES", 1000)
-    async with house.open(GET("/work", work.handler, run=Run()), retention_bytes=None) as app:
-        work.say(Event("1"))
+    reasons: list[EndReason] = []
+
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        try:
+            for text in ("1", "2", "3", "x" * 1000):
+                yield Event(text)
+            await anyio.sleep_forever()
+        finally:
+            reasons.append(request.end_reason)
+
+    async with house.open(GET("/work", handler, run=Run()), retention_bytes=None) as app:
         async with listening(app, "/work") as reading:
-            await reading.event()
-            work.say(*said(2, 3, "x" * 1000))
-            two, three, event = await reading.rest()
-            assert data([two, three]) == ["2", "3"]
+            *before, event = await reading.rest()
+            assert data(before) == ["1", "2", "3"]
             assert event.event == "error" and msgspec.json.decode(event.data)["code"] == "too_large"
         assert await state_of(app, reading.run) == "failed"
-        assert work.reasons == ["failed"]
+        assert reasons == ["failed"]
 
 
 # Readers come and go
