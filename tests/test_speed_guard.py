@@ -9,8 +9,9 @@ import gc
 import sys
 import tracemalloc
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from types import FrameType
 from typing import Any, Final
 
 import anyio
@@ -196,6 +197,47 @@ async def test_a_broadcast_is_framed_once_and_costs_each_reader_one_write(
         assert made == {"chunk": 10, "framed": 10}  # and no `step`, which goes through `send`
         # Not one for each of the thousand deliveries.
         assert counted["callbacks"] <= 10 * 20
+
+
+@contextmanager
+def lines_run() -> Iterator[Counter[str]]:
+    """Counts the lines of the engine that run in this thread; a loop's count each time."""
+    found: Counter[str] = Counter()
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if "ssecore" not in frame.f_code.co_filename:
+            return None
+        found[event] += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield found
+    finally:
+        sys.settrace(before)
+
+
+async def test_a_publication_costs_as_much_with_a_full_tail_as_with_an_empty_one() -> None:
+    async with audience() as (publish, wires):
+
+        async def cost() -> int:
+            """The least of three: a publication may meet the end of the round before it."""
+            costs = []
+            for n in range(3):
+                with lines_run() as found:
+                    await publish(f"counted {n}")
+                    await until(lambda n=n: all(f"counted {n}".encode() in wire.written[-1] for wire in wires))  # type: ignore[misc]
+                costs.append(found["line"])
+            return min(costs)
+
+        await publish("first")
+        await until(lambda: all(b"first" in wire.body for wire in wires))
+        empty = await cost()
+        for n in range(EVENTS):
+            await publish(f"event {n}")
+        await until(lambda: all(b"event 999" in wire.body for wire in wires))
+        assert await cost() < empty + 100
 
 
 async def test_a_delivery_makes_nothing_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

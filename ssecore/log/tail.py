@@ -111,9 +111,12 @@ class Tail:
             return None
         last = self._chunks[-1][0].last
         if self._since[:2] != (after, last):  # the same answer for all readers that are up to date
-            parts = [
-                frames if row.first > after else framed(row, after) for row, frames in self._chunks if row.last > after
-            ]
+            parts: list[bytes] = []
+            for row, frames in reversed(self._chunks):  # a full tail has thousands; most readers lack the newest alone
+                if row.last <= after:
+                    break
+                parts.append(frames if row.first > after else framed(row, after))
+            parts.reverse()
             self._since = (after, last, parts[0] if len(parts) == 1 else b"".join(parts))
         return self._since[2], last
 
