@@ -90,6 +90,7 @@ class _Audience:
             self._loop.call_soon(self._step)
             return
         self._round, self._done, self._planned = [], 0, False
+        self._batch = self._chunk = b""  # up to twice the tail's size, and what comes next is another one
         if self._seen != (tail.top, tail.ended):  # while the slices were on their way: who came first may not have it
             self.changed()
 

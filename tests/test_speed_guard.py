@@ -153,6 +153,41 @@ async def test_a_stream_whose_client_left_leaves_nothing_to_the_garbage_collecto
                 gc.enable()
 
 
+@pytest.mark.parametrize("size", [20, 10_000], ids=["small events", "large events"])
+async def test_idle_readers_keep_nothing_of_what_they_read_from_the_log(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def news(request: Request) -> Subscription:
+        return Subscription("news", Event("hello", "init"))
+
+    monkeypatch.setattr(Wire, "write", lambda wire, data: wire.written.append(bytes(data[-100:])))
+    async with running(news) as app:
+        assert app._services is not None
+        topics = app._services.topics
+        first = await topics.publish("news", Event("first"))
+        for _ in range(2_000_000 // size // 100):
+            await topics.publish("news", *[Event("x" * size)] * 100)
+        await topics.publish("news", Event("last"))
+        request = b"GET / HTTP/1.1\r\nhost: localhost\r\nlast-event-id: %b\r\n\r\n" % str(first).encode()
+
+        async def read() -> int:
+            """Traced memory in use when three readers at once have read all of it."""
+            with ExitStack() as stack:
+                readers = [stack.enter_context(connected(app, request)) for _ in range(3)]
+                await until(lambda: all(wire.written and b"data: last" in wire.written[-1] for _, wire in readers))
+                gc.collect()
+                return tracemalloc.get_traced_memory()[0]
+
+        await read()  # what is made once
+        await until(lambda: not app._streams)
+        tracemalloc.start()
+        try:
+            kept = await read()
+        finally:
+            tracemalloc.stop()
+    assert kept < 100 * 1024
+
+
 @asynccontextmanager
 async def audience() -> AsyncIterator[tuple[Callable[[str], Awaitable[Any]], list[Wire]]]:
     async def news(request: Request) -> Subscription:
