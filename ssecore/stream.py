@@ -518,12 +518,19 @@ class Stream:
         if self._scope is not None:
             self._scope.cancel()
 
-    def tick(self, now: float, round_s: float) -> None:
-        """The sweep's look at this stream (rule 7): late by one round of the sweep at most."""
+    def tick(self, now: float, round_s: float, late_s: float) -> None:
+        """The sweep's look at this stream (rule 7): `round_s` after the last one, and later by `late_s` than planned.
+
+        The loop was blocked or the process was stopped for `late_s`. That time doesn't count against the client's send
+        timeout, since the server didn't look whether the client reads, and not as part of the stream's life.
+        """
+        if self._deadline is not None:
+            self._deadline += late_s
         if self.progress != self._seen:
             self._seen, self._since = self.progress, now
         elif self.progress % 2:
             self.stalled_s += round_s
+            self._since += late_s
             limit = self._options.send_timeout_s
             if limit is not None and now - self._since >= limit:
                 self.abort("slow")
@@ -534,7 +541,7 @@ class Stream:
             self.stop("unauthorized")
         if self._pulse is not None and now >= self._pulse_at:
             event, every_s = self._pulse
-            self._pulse_at += every_s
+            self._pulse_at += every_s * ((now - self._pulse_at) // every_s + 1)  # those missed aren't made up for
             self.source.say(encode(event()))
         if self._deadline is not None and now >= self._deadline:
             self._deadline = None
@@ -643,9 +650,10 @@ class Timekeeper:
         while True:
             await anyio.sleep(self._tick_s)
             last, now = now, current_time()
+            late_s = max(0.0, now - last - self._tick_s)
             for stream in list(self.streams):
                 try:
-                    stream.tick(now, now - last)
+                    stream.tick(now, now - last - late_s, late_s)
                 except Exception:  # its pulse, say: its own trouble, not the next stream's
                     logger.exception("a stream's time could not be kept")
                     stream.abort("failed")

@@ -34,7 +34,7 @@ from ssecore.stream import CLOSE_S, FIRST_ITEM_S
 from ssecore.testing import VirtualClockLoop, connect
 from ssecore.topics import Subscription
 from ssecore.wire import Decoder, Event
-from tests.clients import BROWSER, Answer, AppWithCallers, ask, listen_like_a_browser, listening
+from tests.clients import BROWSER, Answer, AppWithCallers, ask, listen_like_a_browser, listening, stand_still
 
 START: Final = 1_700_000_000.0
 NEVER_S: Final = 10_000_000.0
@@ -1612,6 +1612,24 @@ async def state_of_log(house: House, run: str) -> Any:
     """As the log has it: asking the app counts as interest."""
     stat = await house.log.stat(run)
     return stat and stat.meta["state"]
+
+
+@virtual
+async def test_a_run_is_not_cancelled_as_unread_because_the_server_stood_still(house: House, work: Work) -> None:
+    async with house.open(GET("/work", work.handler, run=LINGERING)) as app:
+        work.say(Event("1"))
+        async with listening(app, "/work") as reading:
+            await reading.event()
+        await anyio.sleep(58)
+        stand_still(1000)
+        await anyio.sleep(5)  # its readers need a moment to come back
+        async with listening(app, "/work", headers=resuming(reading.last_event_id)):
+            await anyio.sleep(1000)
+            assert work.reasons == []
+        await anyio.sleep(30)
+        stand_still(1000)
+        await anyio.sleep(61)
+        assert work.reasons == ["cancelled"]
 
 
 @virtual
