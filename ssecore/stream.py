@@ -25,6 +25,8 @@ Rules, cited by number at the code:
     the cancellation again at each await: connection pools leak, since they don't get to give back what they hold.)
     On trio it does come again, as trio has it: there a `finally` that awaits shields itself.
 7.  No clock is read and no timer armed for an event or a send. `Stream.progress` counts; the sweep looks at the count.
+8.  A generator that never waits gives the loop a turn when its buffer is full, and each `TURN_S`. The pump looks at the
+    clock for that: at a write's first events, then after twice as many bytes each time, at last each `LOOK_BYTES`.
 """
 
 import logging
@@ -42,6 +44,7 @@ import anyio
 from anyio import CancelScope, current_time, get_cancelled_exc_class
 from anyio import Event as Signal
 from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
 
 from ssecore.errors import Draining, SSEAppError, Unavailable
 from ssecore.request import EndReason, Request
@@ -68,6 +71,10 @@ logger = logging.getLogger("sseapp")
 FIRST_ITEM_S: Final = 1.0
 #: Rule 6. What a generator may take to close; then it is cancelled at each await.
 CLOSE_S: Final = 5.0
+#: Rule 8. How long a generator may work before the other streams have their turn.
+TURN_S: Final = 0.01
+#: Rule 8. Some ten events: a look at the clock takes a twentieth of the time that an event takes.
+LOOK_BYTES: Final = 1024
 
 _DONE: Final = b"data: [DONE]\n\n"
 _END_ID: Final = b"id: end\n\n"
@@ -197,6 +204,8 @@ class Pump(Generic[T]):
     async def _run_ahead(self) -> None:
         """Hot path: an event costs one `anext`, one `frame`, one append; a signal only where somebody waits."""
         frame, frames, limit, size = self._frame, self._frames, self._limit, 0
+        look = step = 0  # rule 8, in bytes
+        turn_ends = 0.0
         async for item in self._generator:
             try:
                 framed = frame(item)
@@ -206,15 +215,22 @@ class Pump(Generic[T]):
                 if isinstance(error, AttributeError) and not isinstance(item, Event):
                     raise TypeError(f"a handler yields Event objects, not {type(item).__name__}") from None
                 raise
-            if not frames or size >= limit:
+            if not frames or size >= look:
                 if self._stopped:  # a generator that goes on after its cancellation
                     return
-                if frames:
-                    # Before the append, so that the last item is still here when the generator ends without a wait.
+                # Before the append, so that the last item is still here when the generator ends without a wait.
+                if frames and size >= limit:
                     await self._wait_for_room()
+                    size = 0
+                elif frames and monotonic() >= turn_ends:
+                    await checkpoint()
+                    step, turn_ends = 0, monotonic() + TURN_S
+                if not frames:  # what was there has been taken: the loop has had its turn
+                    size, step, turn_ends = 0, 0, monotonic() + TURN_S
                 if self._wanted is not None:
                     self._wanted.set()
-                size = 0
+                step = min(2 * step + 16, LOOK_BYTES)
+                look = min(size + step, limit)
             frames.append(framed)
             size += len(framed)
         self.exhausted = not self._stopped  # one that returned because it was cancelled is not

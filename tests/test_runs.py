@@ -5,6 +5,7 @@ the memory log alone, in virtual time: no test waits, and each moment is exact.
 """
 
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
@@ -1426,6 +1427,7 @@ async def test_the_cancelled_event_and_the_close_are_one_append(
 
 
 @virtual
+@pytest.mark.usefixtures("long_turns")
 async def test_events_that_are_ready_together_are_one_append(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     async def handler(request: Request) -> AsyncIterator[Event]:
         for number in range(1000):
@@ -1493,6 +1495,7 @@ async def test_a_run_as_large_as_the_log_keeps_is_not_too_large(house: House) ->
 
 
 @virtual
+@pytest.mark.usefixtures("long_turns")
 async def test_a_run_that_never_waits_is_too_large_soon(house: House) -> None:
     reasons: list[EndReason] = []
 
@@ -1581,6 +1584,21 @@ async def test_many_readers_get_the_same(house: House, work: Work) -> None:
         await settle()
         assert len(answers) == 49
         assert {answer.body for answer in answers} == {reading.raw}
+
+
+async def test_what_a_run_has_given_is_read_while_it_works_on_and_never_waits(house: House) -> None:
+    made = []
+
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        for number in range(60):
+            time.sleep(0.005)  # noqa: ASYNC251
+            made.append(number)
+            yield Event(f"{number}")
+
+    async with house.open(GET("/work", handler, run=Run())) as app, listening(app, "/work") as reading:
+        await reading.event()
+        assert len(made) < 60
+        await reading.rest()
 
 
 # Nobody reads

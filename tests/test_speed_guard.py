@@ -73,6 +73,7 @@ async def whole(app: SSEApp) -> Wire:
     return wire
 
 
+@pytest.mark.usefixtures("long_turns")
 async def test_events_that_are_ready_together_travel_together(counted: Counter[str]) -> None:
     async def handler(request: Request) -> AsyncIterator[Event]:
         for n in range(EVENTS):

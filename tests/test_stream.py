@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -1239,6 +1240,31 @@ async def test_a_source_runs_ahead_by_its_buffer_and_one_event_at_most(size: int
     assert (ahead - in_flight - 2) * frame < buffer_bytes
     numbers = [int(event.data.strip("x")) for event in Decoder().feed(first + answer.body)]
     assert numbers == list(range(total))
+
+
+async def test_a_generator_that_works_and_never_waits_gives_the_others_their_turns() -> None:
+    """Its events are few bytes, so the buffer doesn't fill. What it has given by then is sent."""
+    made, others = [], 0
+
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        for number in range(60):
+            time.sleep(0.005)  # noqa: ASYNC251
+            made.append(number)
+            yield Event(f"{number}")
+
+    async def another() -> None:
+        nonlocal others
+        while len(made) < 60:
+            others += 1
+            await anyio.lowlevel.checkpoint()
+
+    made_at_each_chunk = []
+    async with anyio.create_task_group() as tasks, opened(app_of(handler)) as exchange:
+        tasks.start_soon(another)
+        while await exchange.chunk() is not None:
+            made_at_each_chunk.append(len(made))
+    assert made_at_each_chunk[0] < 30 and len(made_at_each_chunk) > 5
+    assert others > 5
 
 
 async def test_a_reader_that_is_slow_holds_the_source_back() -> None:
