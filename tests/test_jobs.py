@@ -662,6 +662,8 @@ def refused(server: Server, response: httpx.Response, status: int, field: str | 
         ('{"kind": "sleep", "input": {"interval": 60.1}}', "input.interval"),
         ('{"kind": "sleep", "input": {"interval": "1"}}', "input.interval"),
         ('{"kind": "sleep", "input": {"pause": 1}}', "input.pause"),
+        ('{"kind": "sleep", "input": {"steps": 1000, "interval": 0.61}}', "input"),
+        ('{"kind": "sleep", "input": {"steps": 11, "interval": 60}}', "input"),
         ('{"kind": "digest", "input": {"folder": "/etc"}}', "input.folder"),
         ('{"kind": "report", "input": {"steps": 1}}', "input.steps"),
         ('{"kind": "report", "input": "x"}', "input"),
