@@ -27,6 +27,7 @@ from anyio import sleep, to_thread
 from msgspec import Meta
 
 from handlers.database import Status, Tasks
+from handlers.tasks import outcome
 from ssecore.errors import SSEAppError
 from ssecore.progress import LogLevel, ProgressLogger, Report, from_thread
 from ssecore.request import Request
@@ -339,16 +340,21 @@ async def process_stream(request: Request) -> AsyncIterator[Event]:
 
 async def process_items(request: Request) -> AsyncIterator[Event]:
     items: list[Any] = request.body
+    failed = 0
     for index, item in enumerate(items):
         if not isinstance(item, str):
             error = f"a string is expected, not {_JSON_NAMES.get(type(item), 'a number')}"
             yield Event({"index": index, "error": error}, "item_error")
+            failed += 1
             continue
         long = len(item) > LONG_TEXT_CHARS
         figures = {"sha256": await to_thread.run_sync(_hashed, item) if long else _hashed(item), "length": len(item)}
         percent = round(100 * (index + 1) / len(items), 1)
         yield Event({"current": index + 1, "total": len(items), "percent": percent, "item": figures}, "progress")
-    yield Event({"status": "success"}, "complete")
+    processed = len(items) - failed
+    status = outcome(processed, failed)
+    request.failed = status == "failed"
+    yield Event({"status": status, "processed": processed, "failed": failed}, "complete")
 
 
 def _hashed(text: str) -> str:

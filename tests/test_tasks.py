@@ -339,7 +339,7 @@ async def test_a_bad_row_is_told_with_its_line_and_the_others_go_on(tmp_path: Pa
     async with service(tmp_path) as s:
         events = await s.import_csv(HEADER.encode() + b"First,a,open,1,\n" + row + b"\nLast,a,open,1,\n")
         assert errors_of(events) == [(3, text)]
-        assert events[-1][1] == {"status": "success", "imported": 2, "failed": 1}
+        assert events[-1][1] == {"status": "partial", "imported": 2, "failed": 1}
         assert await s.titles() == ["First", "Last"]
 
 
@@ -367,9 +367,18 @@ async def test_bad_rows_count_as_read(tmp_path: Path) -> None:
         events = await s.import_csv("title,priority\n" + "good,1\nbad,6\n" * 75)
         assert [data["current"] for name, data in events if name == "progress"] == [100, 150]
         assert [line for line, _ in errors_of(events)] == list(range(3, 152, 2))
-        assert events[-1] == ("complete", {"status": "success", "imported": 75, "failed": 75})
+        assert events[-1] == ("complete", {"status": "partial", "imported": 75, "failed": 75})
         # What is told of a batch comes before its progress.
         assert [name for name, _ in events].index("progress") == 50
+
+
+async def test_an_import_of_which_nothing_can_be_used_has_failed(tmp_path: Path) -> None:
+    async with service(tmp_path) as s:
+        response = await s.client.post("/tasks/import", content='title\n" "\n" "\n', headers=CSV)
+        assert named(response)[-1] == ("complete", {"status": "failed", "imported": 0, "failed": 2})
+        run = await s.client.get(f"/runs/{response.headers['run-id']}")
+        assert run.json()["state"] == "failed"
+        assert not await s.titles()
 
 
 class Watched(io.BytesIO):
