@@ -32,6 +32,8 @@ from ssecore.errors import SSEAppError
 from ssecore.settings import Settings
 from ssecore.testing import Transport, connect
 from ssecore.wire import Decoder, Event
+from tests.needs import needs
+from tests.serving import serve
 
 ROOT: Final = Path(__file__).parent.parent
 CSV: Final = {"content-type": "text/csv"}
@@ -379,6 +381,29 @@ async def test_an_import_of_which_nothing_can_be_used_has_failed(tmp_path: Path)
         run = await s.client.get(f"/runs/{response.headers['run-id']}")
         assert run.json()["state"] == "failed"
         assert not await s.titles()
+
+
+@needs("tmpfs")
+@pytest.mark.parametrize("mib", [3, 20], ids=["full at its end", "full in the middle"])
+def test_an_import_that_the_temporary_folder_has_no_room_for_is_refused_whole(tmp_path: Path, mib: int) -> None:
+    """And what it took there is free again."""
+    row = "x" * 490 + "\n"
+    small = "title\n" + row * (2 * 1024 * 1024 // len(row))
+    large = "title\n" + row * (mib * 1024 * 1024 // len(row))
+    (disk := tmp_path / "disk").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3000k", "tmpfs", str(disk)], check=True)
+    try:
+        with serve(tmp_path / "data", env={"TMPDIR": str(disk)}) as server:
+            for _ in range(2):
+                refused = server.client.post("/tasks/import", content=large, headers=CSV)
+                assert (refused.status_code, refused.json()["code"]) == (503, "unavailable")
+                assert "No space left on device" in refused.json()["detail"] and "TMPDIR" in refused.json()["detail"]
+                assert server.client.get("/tasks/stream").text.count("event: task\n") == 0
+            imported = named(server.client.post("/tasks/import", content=small, headers=CSV))[-1]
+            assert imported == ("complete", {"status": "success", "imported": small.count("\n") - 1, "failed": 0})
+        assert "Traceback" not in server.log()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 class Watched(io.BytesIO):
