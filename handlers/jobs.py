@@ -27,6 +27,7 @@ from anyio import sleep, to_thread
 from msgspec import Meta
 
 from handlers.database import Status, Tasks
+from handlers.tasks import outcome
 from ssecore.errors import SSEAppError
 from ssecore.progress import LogLevel, ProgressLogger, Report, from_thread
 from ssecore.request import Request
@@ -48,6 +49,9 @@ CHUNK_BYTES: Final = 1024 * 1024
 STALE_S: Final = 7 * 86400.0
 #: Parts in which the tasks are read, as far as it is told: many enough to be watched.
 PARTS: Final = 9
+#: A `sleep` job only shows how a job looks, and takes a run's place while it sleeps. Where callers have no name,
+#: nothing else bounds how long one caller holds all of those places.
+MAX_SLEEP_S: Final = 600
 #: Items of one request: each costs an event or two, and a run has a limit of those.
 MAX_ITEMS: Final = 10_000
 #: A text longer than this is hashed in a worker thread: here it would hold up everybody for some 100 µs.
@@ -61,6 +65,10 @@ class _NoInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Pauses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps: Annotated[int, Meta(ge=1, le=1000)] = 10
     interval: Annotated[float, Meta(ge=0, le=60)] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps * self.interval > MAX_SLEEP_S:
+            raise ValueError(f"steps times interval may be {MAX_SLEEP_S} seconds at most")
 
 
 class _Digest(msgspec.Struct, tag_field="kind", tag="digest", forbid_unknown_fields=True):
@@ -332,16 +340,21 @@ async def process_stream(request: Request) -> AsyncIterator[Event]:
 
 async def process_items(request: Request) -> AsyncIterator[Event]:
     items: list[Any] = request.body
+    failed = 0
     for index, item in enumerate(items):
         if not isinstance(item, str):
             error = f"a string is expected, not {_JSON_NAMES.get(type(item), 'a number')}"
             yield Event({"index": index, "error": error}, "item_error")
+            failed += 1
             continue
         long = len(item) > LONG_TEXT_CHARS
         figures = {"sha256": await to_thread.run_sync(_hashed, item) if long else _hashed(item), "length": len(item)}
         percent = round(100 * (index + 1) / len(items), 1)
         yield Event({"current": index + 1, "total": len(items), "percent": percent, "item": figures}, "progress")
-    yield Event({"status": "success"}, "complete")
+    processed = len(items) - failed
+    status = outcome(processed, failed)
+    request.failed = status == "failed"
+    yield Event({"status": status, "processed": processed, "failed": failed}, "complete")
 
 
 def _hashed(text: str) -> str:

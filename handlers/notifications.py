@@ -1,12 +1,12 @@
 """Topics: what one program publishes, and every page that listens reads."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
-from ssecore.errors import BadRequest, Forbidden
+from ssecore.errors import BadRequest, Forbidden, TooLarge
 from ssecore.request import Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import GET, POST
@@ -15,6 +15,9 @@ from ssecore.wire import Event
 
 __all__ = ["ROUTES"]
 
+#: How many times `max_body_bytes` a publication's event may have. Each line break in the JSON's white space costs six
+#: bytes, `data: `. Pretty-printed JSON stays far below this; a body of line breaks would become seven times as large.
+MAX_GROWTH: Final = 2
 #: A name is kept with each stream of the log, and may come from anybody.
 MAX_NAME = 200
 
@@ -55,7 +58,16 @@ async def publish(request: Request, name: str) -> Response:
 
 async def _publish(request: Request, topic: str, event: str) -> str:
     # As posted, byte for byte: it has been read as JSON, so it is nothing else.
-    return str(await request.topics.publish(topic, Event(request.raw_body.strip(), event)))
+    data = request.raw_body.strip()
+    breaks = data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
+    max_bytes = MAX_GROWTH * request.runs.settings.max_body_bytes
+    size = len(data) + breaks * len(b"data: ")
+    if size > max_bytes:
+        raise TooLarge(
+            f"with its {breaks} line breaks the event would have {size} bytes, and may have {max_bytes}: "
+            "send the JSON without white space between its values"
+        )
+    return str(await request.topics.publish(topic, Event(data, event)))
 
 
 def _checked(name: str) -> str:

@@ -27,7 +27,7 @@ from ssecore.routes import GET, POST, Run, Upload
 from ssecore.stream import public_text
 from ssecore.wire import Event
 
-__all__ = ["ROUTES", "TaskFile", "Tasks", "open_tasks"]
+__all__ = ["ROUTES", "TaskFile", "Tasks", "open_tasks", "outcome"]
 
 #: One transaction, and one `progress`.
 BATCH_ROWS: Final = 100
@@ -73,7 +73,17 @@ async def import_tasks(request: Request) -> AsyncIterator[Event]:
             await request.state.tasks.insert(tasks)
         for event in events:
             yield event
-    yield Event({"status": "success", "imported": file.rows - file.failed, "failed": file.failed}, "complete")
+    imported = file.rows - file.failed
+    status = outcome(imported, file.failed)
+    request.failed = status == "failed"
+    yield Event({"status": status, "imported": imported, "failed": file.failed}, "complete")
+
+
+def outcome(done: int, failed: int) -> Literal["success", "partial", "failed"]:
+    """How work on many items has ended, of which so many could be used and so many could not."""
+    if not failed:
+        return "success"
+    return "partial" if done else "failed"
 
 
 async def stream_tasks(request: Request) -> AsyncIterator[Event]:

@@ -51,8 +51,9 @@ __all__ = ["DirectStream", "PumpStream"]
 
 logger = logging.getLogger("sseapp")
 
-#: Rule 4. About 3 ms of sends.
-SLICE: Final = 256
+#: Rule 4. About 1 ms of sends. Events published between two slices travel together in the next round, so a burst costs
+#: each reader fewer writes than it would with larger slices.
+SLICE: Final = 64
 #: Rule 8.
 CANCEL_EACH_S: Final = 0.1
 #: No reader is there: sequences begin at 1, cursors at 0.
@@ -89,6 +90,7 @@ class _Audience:
             self._loop.call_soon(self._step)
             return
         self._round, self._done, self._planned = [], 0, False
+        self._batch = self._chunk = b""  # up to twice the tail's size, and what comes next is another one
         if self._seen != (tail.top, tail.ended):  # while the slices were on their way: who came first may not have it
             self.changed()
 

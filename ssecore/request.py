@@ -11,6 +11,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from io import BytesIO
 from tempfile import SpooledTemporaryFile
@@ -20,7 +21,15 @@ from urllib.parse import parse_qsl
 import anyio
 import msgspec
 
-from ssecore.errors import BadRequest, ClientGone, NotRunning, SSEAppError, TooLarge, UnsupportedMediaType
+from ssecore.errors import (
+    BadRequest,
+    ClientGone,
+    NotRunning,
+    SSEAppError,
+    TooLarge,
+    Unavailable,
+    UnsupportedMediaType,
+)
 from ssecore.routes import Route, Upload
 from ssecore.tokens import Credential
 
@@ -193,7 +202,13 @@ class Request:
             self._check_media_type(route.body.media_type)
             # Without a name: gone with the last who holds it, after a crash too.
             self.body = self._upload = SpooledTemporaryFile(SPOOL_BYTES)
-            await self._read(route.body.max_bytes or max_upload_bytes, self._upload)
+            try:
+                await self._read(route.body.max_bytes or max_upload_bytes, self._upload)
+            except OSError as error:
+                raise Unavailable(
+                    f"the upload can't be stored ({error.strerror}) and was not used: free space in the server's "
+                    "folder for temporary files (TMPDIR), then send it again"
+                ) from error
         elif route.body is not None:
             self._check_media_type("application/json")
             body = BytesIO()
@@ -248,7 +263,8 @@ class Request:
     def close(self) -> None:
         """Give back what the request holds: the spooled body."""
         if self._upload is not None:
-            self._upload.close()
+            with suppress(OSError):  # of a full disk: it writes what is still buffered
+                self._upload.close()
 
     async def disconnect(self) -> None:
         """Wait until the client has left. Only after the body's end; what it still sends is thrown away."""

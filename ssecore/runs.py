@@ -80,6 +80,10 @@ RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 #: What handlers have to close in a drain, when their time to finish is over; then the app ends without them. `docker
 #: stop` kills the process 2 s after the default `drain_s`, and servers give an app's end little more.
 DRAIN_CLOSE_S: Final = 1.5
+#: The linger time is counted in so many steps. A step that ends this much later than planned is not counted: the
+#: process was stopped or its loop was blocked, so no reader could come back.
+LINGER_STEPS: Final = 8
+LATE_S: Final = 1.0
 #: The events that end a run in this service's two families; `[DONE]` on data-only routes. Not `result`: it also stands
 #: in the middle, and a run that is wrongly said to be interrupted is better than one wrongly said to be complete.
 _TERMINAL: Final = ("complete", "done", "error", "cancelled")
@@ -280,13 +284,22 @@ class Worker:
             self._unread = anyio.Event()
             while not self.readers:
                 self._read = anyio.Event()
-                with anyio.move_on_after(limit):
-                    await self._read.wait()
+                if not await self._is_unread_for(limit):
                     continue
                 with suppress(LogUnavailable):  # nobody is cancelled because it can't be asked who reads
                     if not await self._runs.log.touched(self.id):
                         self.cancel("linger")
                         return
+
+    async def _is_unread_for(self, limit_s: float) -> bool:
+        step_s, steps = limit_s / LINGER_STEPS, 0
+        while steps < LINGER_STEPS:
+            planned = current_time() + step_s
+            with anyio.move_on_after(step_s):
+                await self._read.wait()
+                return False
+            steps += current_time() < planned + LATE_S
+        return True
 
 
 async def _no_connection() -> Any:

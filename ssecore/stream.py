@@ -25,6 +25,8 @@ Rules, cited by number at the code:
     the cancellation again at each await: connection pools leak, since they don't get to give back what they hold.)
     On trio it does come again, as trio has it: there a `finally` that awaits shields itself.
 7.  No clock is read and no timer armed for an event or a send. `Stream.progress` counts; the sweep looks at the count.
+8.  A generator that never waits gives the loop a turn when its buffer is full, and each `TURN_S`. The pump looks at the
+    clock for that: at a write's first events, then after twice as many bytes each time, at last each `LOOK_BYTES`.
 """
 
 import logging
@@ -42,6 +44,7 @@ import anyio
 from anyio import CancelScope, current_time, get_cancelled_exc_class
 from anyio import Event as Signal
 from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
 
 from ssecore.errors import Draining, EncodeError, SSEAppError, Unavailable, failure_of
 from ssecore.request import EndReason, Request
@@ -69,6 +72,10 @@ logger = logging.getLogger("sseapp")
 FIRST_ITEM_S: Final = 1.0
 #: Rule 6. What a generator may take to close; then it is cancelled at each await.
 CLOSE_S: Final = 5.0
+#: Rule 8. How long a generator may work before the other streams have their turn.
+TURN_S: Final = 0.01
+#: Rule 8. Some ten events: a look at the clock takes a twentieth of the time that an event takes.
+LOOK_BYTES: Final = 1024
 
 _DONE: Final = b"data: [DONE]\n\n"
 #: In place of the blank line of a last event: a `Last-Event-ID` that is answered 204.
@@ -199,6 +206,8 @@ class Pump(Generic[T]):
     async def _run_ahead(self) -> None:
         """Hot path: an event costs one `anext`, one `frame`, one append; a signal only where somebody waits."""
         frame, frames, limit, size = self._frame, self._frames, self._limit, 0
+        look = step = 0  # rule 8, in bytes
+        turn_ends = 0.0
         async for item in self._generator:
             try:
                 framed = frame(item)
@@ -208,15 +217,22 @@ class Pump(Generic[T]):
                 if isinstance(error, AttributeError) and not isinstance(item, Event):
                     raise TypeError(f"a handler yields Event objects, not {type(item).__name__}") from None
                 raise
-            if not frames or size >= limit:
+            if not frames or size >= look:
                 if self._stopped:  # a generator that goes on after its cancellation
                     return
-                if frames:
-                    # Before the append, so that the last item is still here when the generator ends without a wait.
+                # Before the append, so that the last item is still here when the generator ends without a wait.
+                if frames and size >= limit:
                     await self._wait_for_room()
+                    size = 0
+                elif frames and monotonic() >= turn_ends:
+                    await checkpoint()
+                    step, turn_ends = 0, monotonic() + TURN_S
+                if not frames:  # what was there has been taken: the loop has had its turn
+                    size, step, turn_ends = 0, 0, monotonic() + TURN_S
                 if self._wanted is not None:
                     self._wanted.set()
-                size = 0
+                step = min(2 * step + 16, LOOK_BYTES)
+                look = min(size + step, limit)
             frames.append(framed)
             size += len(framed)
         self.exhausted = not self._stopped  # one that returned because it was cancelled is not
@@ -520,12 +536,19 @@ class Stream:
         if self._scope is not None:
             self._scope.cancel()
 
-    def tick(self, now: float, round_s: float) -> None:
-        """The sweep's look at this stream (rule 7): late by one round of the sweep at most."""
+    def tick(self, now: float, round_s: float, late_s: float) -> None:
+        """The sweep's look at this stream (rule 7): `round_s` after the last one, and later by `late_s` than planned.
+
+        The loop was blocked or the process was stopped for `late_s`. That time doesn't count against the client's send
+        timeout, since the server didn't look whether the client reads, and not as part of the stream's life.
+        """
+        if self._deadline is not None:
+            self._deadline += late_s
         if self.progress != self._seen:
             self._seen, self._since = self.progress, now
         elif self.progress % 2:
             self.stalled_s += round_s
+            self._since += late_s
             limit = self._options.send_timeout_s
             if limit is not None and now - self._since >= limit:
                 self.abort("slow")
@@ -536,7 +559,7 @@ class Stream:
             self.stop("unauthorized")
         if self._pulse is not None and now >= self._pulse_at:
             event, every_s = self._pulse
-            self._pulse_at += every_s
+            self._pulse_at += every_s * ((now - self._pulse_at) // every_s + 1)  # those missed aren't made up for
             self.source.say(encode(event()))
         if self._deadline is not None and now >= self._deadline:
             self._deadline = None
@@ -645,9 +668,10 @@ class Timekeeper:
         while True:
             await anyio.sleep(self._tick_s)
             last, now = now, current_time()
+            late_s = max(0.0, now - last - self._tick_s)
             for stream in list(self.streams):
                 try:
-                    stream.tick(now, now - last)
+                    stream.tick(now, now - last - late_s, late_s)
                 except BaseException:  # its pulse, say: its own trouble, not the next stream's; nothing awaits here
                     logger.exception("a stream's time could not be kept")
                     stream.abort("failed")

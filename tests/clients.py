@@ -1,5 +1,6 @@
 """Clients of an app in the same process: one that asks, one that reads along, and one that behaves as a browser."""
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -8,19 +9,44 @@ from typing import Any, Final
 
 import orjson
 import pytest
+import sniffio
+import trio.lowlevel
+from trio.testing import MockClock
 
 from sseapp import SSEApp
 from ssecore.request import Request
 from ssecore.responses import Send
-from ssecore.testing import Exchange, connect
+from ssecore.testing import Exchange, VirtualClockLoop, connect
 from ssecore.wire import Decoder, Event
 
-__all__ = ["BROWSER", "Answer", "AppWithCallers", "Heard", "Reading", "ask", "listen_like_a_browser", "listening"]
+__all__ = [
+    "BROWSER",
+    "Answer",
+    "AppWithCallers",
+    "Heard",
+    "Reading",
+    "ask",
+    "listen_like_a_browser",
+    "listening",
+    "stand_still",
+]
 
 #: What the Fetch standard makes a browser's `EventSource` send.
 BROWSER: Final = {"accept": "text/event-stream", "cache-control": "no-cache"}
 #: Connections after which a browser that is never told to stop has asked for ever.
 PATIENCE: Final = 20
+
+
+def stand_still(seconds: float) -> None:
+    """In virtual time: as if the process had been stopped, or its loop blocked, for so long."""
+    if sniffio.current_async_library() == "trio":
+        clock = trio.lowlevel.current_clock()
+        assert isinstance(clock, MockClock)
+        clock.jump(seconds)
+    else:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualClockLoop)
+        loop._now += seconds
 
 
 class AppWithCallers(SSEApp):

@@ -330,7 +330,7 @@ TASKS: Final = [
         {
             "item_error": {"line": 3, "error": TEXT},
             "progress": {"current": 3, "total": (int, None), "percent": (float, None)},
-            "complete": {"status": "success", "imported": 2, "failed": 1},
+            "complete": {"status": "partial", "imported": 2, "failed": 1},
         },
         body="title,priority\nWrite,1\nRead,ten\nSing,\n",
         bad=[
@@ -588,7 +588,7 @@ JOBS: Final = [
         {
             "progress": {"current": int, "total": 3, "percent": float, "item": {"sha256": SHA256, "length": int}},
             "item_error": {"index": 1, "error": TEXT},
-            "complete": {"status": "success"},
+            "complete": {"status": "partial", "processed": 2, "failed": 1},
         },
         body=["one", 2, "three"],
         bad=[Bad(body={}), Bad(body="one"), Bad(body=None)],

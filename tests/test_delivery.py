@@ -37,6 +37,7 @@ from ssecore.settings import Settings
 from ssecore.testing import Exchange, VirtualClockLoop
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import Event, encode
+from tests.clients import stand_still
 
 App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Any]
 
@@ -707,6 +708,20 @@ async def test_a_pulse_is_sent_each_5_s_without_an_id(way: Way, tmp_path: Path) 
         assert all(5 <= later - earlier <= 6.001 for earlier, later in pairwise(times))
         assert client.seqs == plain.seqs == [*range(1, 31)]
         assert b"pulse" not in plain.body
+
+
+@in_virtual_time
+async def test_pulses_that_were_missed_while_the_server_stood_still_are_not_made_up_for(
+    way: Way, tmp_path: Path
+) -> None:
+    async with house(way, tmp_path) as service:
+        client = await service.subscribe(target="/pulsing")
+        await anyio.sleep(12)
+        assert client.body.count(b"event: pulse\n") == 2
+        stand_still(100)
+        await anyio.sleep(20)
+        await settle()
+        assert 2 + 4 <= client.body.count(b"event: pulse\n") <= 2 + 5
 
 
 @in_virtual_time

@@ -616,8 +616,25 @@ def test_each_item_is_told_with_its_sum_and_length(server: Server) -> None:
     for index, (_, kind) in enumerate(others, 4):
         expected.append(("item_error", {"index": index, "error": f"a string is expected, not {kind}"}))
     expected.append(done(11, "b"))
-    assert told == [*expected, ("complete", {"status": "success"})]
+    assert told == [*expected, ("complete", {"status": "partial", "processed": 5, "failed": 6})]
     assert state(server, response.headers["run-id"]) == "completed"
+
+
+@pytest.mark.parametrize(
+    ("items", "complete", "end"),
+    [
+        (["a", "b"], {"status": "success", "processed": 2, "failed": 0}, "completed"),
+        ([1, None], {"status": "failed", "processed": 0, "failed": 2}, "failed"),
+        ([], {"status": "success", "processed": 0, "failed": 0}, "completed"),
+    ],
+)
+def test_the_end_says_how_many_items_failed(
+    server: Server, items: list[Any], complete: dict[str, Any], end: str
+) -> None:
+    response = server.client.post("/process", json=items)
+    last = events(response)[-1]
+    assert (last.event, json.loads(last.data)) == ("complete", complete)
+    assert state(server, response.headers["run-id"]) == end
 
 
 def test_no_items_and_the_most_items(server: Server) -> None:
@@ -662,6 +679,8 @@ def refused(server: Server, response: httpx.Response, status: int, field: str | 
         ('{"kind": "sleep", "input": {"interval": 60.1}}', "input.interval"),
         ('{"kind": "sleep", "input": {"interval": "1"}}', "input.interval"),
         ('{"kind": "sleep", "input": {"pause": 1}}', "input.pause"),
+        ('{"kind": "sleep", "input": {"steps": 1000, "interval": 0.61}}', "input"),
+        ('{"kind": "sleep", "input": {"steps": 11, "interval": 60}}', "input"),
         ('{"kind": "digest", "input": {"folder": "/etc"}}', "input.folder"),
         ('{"kind": "report", "input": {"steps": 1}}', "input.steps"),
         ('{"kind": "report", "input": "x"}', "input"),

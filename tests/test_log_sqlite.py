@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -449,6 +450,23 @@ async def test_a_reader_that_fails_says_so_and_the_next_one_works(path: Path) ->
             await log.read("run", 0, 1000)
         reader.execute("DROP TABLE temp.streams")
         assert await written(log, "run") == ["a"]
+
+
+async def test_a_file_that_another_program_locks_for_some_seconds_is_waited_for(path: Path) -> None:
+    log = SqliteLog(path)
+    async with log.running():
+        epoch = await run(log)
+        await log.append("run", [frame("a")], epoch=epoch)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            with anyio.fail_after(20):
+                async with anyio.create_task_group() as tasks:
+                    for text in ("b", "c"):
+                        tasks.start_soon(partial(log.append, "run", [frame(text)], epoch=epoch))
+                    await anyio.sleep(3.5)
+                    assert await written(log, "run") == ["a"]
+                    other.execute("ROLLBACK")
+        assert await written(log, "run") == ["a", "b", "c"]
 
 
 # Disks

@@ -19,7 +19,7 @@ import pytest
 from anyio import current_time
 from trio.testing import MockClock
 
-from handlers.notifications import MAX_NAME, ROUTES
+from handlers.notifications import MAX_GROWTH, MAX_NAME, ROUTES
 from sseapp import SSEApp
 from ssecore.settings import Settings
 from ssecore.testing import VirtualClockLoop, connect
@@ -260,6 +260,19 @@ def test_line_ends_of_posted_json_arrive_as_lines(server: Server, end: bytes) ->
         assert server.client.post("/topics/exact", content=body, headers=JSON).status_code == 202
         assert reader.next().data.encode() == PRETTY
         assert b"\r" not in reader.body
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_a_publication_that_grows_by_its_line_breaks_beyond_the_bound_is_refused(server: Server, end: bytes) -> None:
+    max_bytes = MAX_GROWTH * Settings().max_body_bytes
+    most = (max_bytes - 2) // (len(end) + len(b"data: "))
+    before = published(server, "/topics/lines")
+    for path in ("/topics/lines", "/users/lines/messages", "/users/lines/notifications"):
+        refused(server.client.post(path, content=b"[%b]" % (end * (most + 1)), headers=JSON), 413)
+        assert server.client.post(path, content=b"[%b]" % (end * most), headers=JSON).status_code == 202
+    assert published(server, "/topics/lines") == before + 2
+    pretty = b"[\n%b  123456\n]" % (b"  123456,\n" * 100_000)  # almost as large as a body may be
+    assert server.client.post("/topics/lines", content=pretty, headers=JSON).status_code == 202
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ the memory log alone, in virtual time: no test waits, and each moment is exact.
 """
 
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from ssecore.stream import CLOSE_S, FIRST_ITEM_S
 from ssecore.testing import VirtualClockLoop, connect
 from ssecore.topics import Subscription
 from ssecore.wire import Decoder, Event
-from tests.clients import BROWSER, Answer, AppWithCallers, ask, listen_like_a_browser, listening
+from tests.clients import BROWSER, Answer, AppWithCallers, ask, listen_like_a_browser, listening, stand_still
 
 START: Final = 1_700_000_000.0
 NEVER_S: Final = 10_000_000.0
@@ -1444,6 +1445,7 @@ async def test_the_cancelled_event_and_the_close_are_one_append(
 
 
 @virtual
+@pytest.mark.usefixtures("long_turns")
 async def test_events_that_are_ready_together_are_one_append(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     async def handler(request: Request) -> AsyncIterator[Event]:
         for number in range(1000):
@@ -1549,6 +1551,7 @@ async def test_a_run_as_large_as_the_log_keeps_is_not_too_large(house: House) ->
 
 
 @virtual
+@pytest.mark.usefixtures("long_turns")
 async def test_a_run_that_never_waits_is_too_large_soon(house: House) -> None:
     reasons: list[EndReason] = []
 
@@ -1645,6 +1648,21 @@ async def test_many_readers_get_the_same(house: House, work: Work) -> None:
         assert {answer.body for answer in answers} == {reading.raw}
 
 
+async def test_what_a_run_has_given_is_read_while_it_works_on_and_never_waits(house: House) -> None:
+    made = []
+
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        for number in range(60):
+            time.sleep(0.005)  # noqa: ASYNC251
+            made.append(number)
+            yield Event(f"{number}")
+
+    async with house.open(GET("/work", handler, run=Run())) as app, listening(app, "/work") as reading:
+        await reading.event()
+        assert len(made) < 60
+        await reading.rest()
+
+
 # Nobody reads
 
 
@@ -1674,6 +1692,24 @@ async def state_of_log(house: House, run: str) -> Any:
     """As the log has it: asking the app counts as interest."""
     stat = await house.log.stat(run)
     return stat and stat.meta["state"]
+
+
+@virtual
+async def test_a_run_is_not_cancelled_as_unread_because_the_server_stood_still(house: House, work: Work) -> None:
+    async with house.open(GET("/work", work.handler, run=LINGERING)) as app:
+        work.say(Event("1"))
+        async with listening(app, "/work") as reading:
+            await reading.event()
+        await anyio.sleep(58)
+        stand_still(1000)
+        await anyio.sleep(5)  # its readers need a moment to come back
+        async with listening(app, "/work", headers=resuming(reading.last_event_id)):
+            await anyio.sleep(1000)
+            assert work.reasons == []
+        await anyio.sleep(30)
+        stand_still(1000)
+        await anyio.sleep(61)
+        assert work.reasons == ["cancelled"]
 
 
 @virtual

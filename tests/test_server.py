@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,43 @@ def test_a_frozen_client_is_dropped_and_its_socket_freed(tmp_path: Path) -> None
         server.process.terminate()
         assert server.wait() == 0
     assert is_clean(server.log())
+
+
+def stalled(server: Server, route: str) -> bool:
+    """Whether the sweep has seen that a client of the route doesn't read."""
+    found = re.search(
+        rf'^sseapp_stalled_seconds_total{{route="{route}"}} (.*)$', server.client.get("/metrics").text, re.M
+    )
+    return found is not None and float(found[1]) > 0
+
+
+@linux
+def test_a_stop_of_the_process_drops_only_the_client_that_does_not_read(tmp_path: Path) -> None:
+    with serve(tmp_path, env={"SSEAPP_SEND_TIMEOUT_S": "2"}) as server, ExitStack() as stack:
+        before = open_sockets(server)
+        frozen = stack.enter_context(connect(server, receive_buffer_bytes=4096))
+        frozen.sendall(b"GET /stream/data?count=1000000&interval=0 HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        held = wait_until(lambda: open_sockets(server) - before)
+        healthy = stack.enter_context(reading(server, "/stream?count=50000&interval=0"))
+        wait_until(lambda: stalled(server, "/stream"))
+        server.process.send_signal(signal.SIGSTOP)
+        body = stack.enter_context(ThreadPoolExecutor(1)).submit(healthy.to_the_end)  # it reads on meanwhile
+        time.sleep(4)  # twice as long as a client may take
+        server.process.send_signal(signal.SIGCONT)
+        assert body.result().endswith("id: end\n\n")
+        wait_until(lambda: not held & open_sockets(server), 10)
+        server.process.terminate()
+        assert server.wait() == 0
+    assert is_clean(server.log())
+
+
+def test_a_stop_of_the_process_is_not_part_of_a_streams_life(tmp_path: Path) -> None:
+    with serve(tmp_path, env={"SSEAPP_MAX_STREAM_S": "3"}) as server:
+        with reading(server, "/countdown/2?interval=0.5") as stream:
+            server.process.send_signal(signal.SIGSTOP)
+            time.sleep(4)
+            server.process.send_signal(signal.SIGCONT)
+            assert "Countdown finished!" in stream.to_the_end()
 
 
 # Under plain uvicorn, which tells an app of its end only when all connections are closed

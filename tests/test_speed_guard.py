@@ -9,8 +9,9 @@ import gc
 import sys
 import tracemalloc
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from types import FrameType
 from typing import Any, Final
 
 import anyio
@@ -72,6 +73,7 @@ async def whole(app: SSEApp) -> Wire:
     return wire
 
 
+@pytest.mark.usefixtures("long_turns")
 async def test_events_that_are_ready_together_travel_together(counted: Counter[str]) -> None:
     async def handler(request: Request) -> AsyncIterator[Event]:
         for n in range(EVENTS):
@@ -152,6 +154,41 @@ async def test_a_stream_whose_client_left_leaves_nothing_to_the_garbage_collecto
                 gc.enable()
 
 
+@pytest.mark.parametrize("size", [20, 10_000], ids=["small events", "large events"])
+async def test_idle_readers_keep_nothing_of_what_they_read_from_the_log(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def news(request: Request) -> Subscription:
+        return Subscription("news", Event("hello", "init"))
+
+    monkeypatch.setattr(Wire, "write", lambda wire, data: wire.written.append(bytes(data[-100:])))
+    async with running(news) as app:
+        assert app._services is not None
+        topics = app._services.topics
+        first = await topics.publish("news", Event("first"))
+        for _ in range(2_000_000 // size // 100):
+            await topics.publish("news", *[Event("x" * size)] * 100)
+        await topics.publish("news", Event("last"))
+        request = b"GET / HTTP/1.1\r\nhost: localhost\r\nlast-event-id: %b\r\n\r\n" % str(first).encode()
+
+        async def read() -> int:
+            """Traced memory in use when three readers at once have read all of it."""
+            with ExitStack() as stack:
+                readers = [stack.enter_context(connected(app, request)) for _ in range(3)]
+                await until(lambda: all(wire.written and b"data: last" in wire.written[-1] for _, wire in readers))
+                gc.collect()
+                return tracemalloc.get_traced_memory()[0]
+
+        await read()  # what is made once
+        await until(lambda: not app._streams)
+        tracemalloc.start()
+        try:
+            kept = await read()
+        finally:
+            tracemalloc.stop()
+    assert kept < 100 * 1024
+
+
 @asynccontextmanager
 async def audience() -> AsyncIterator[tuple[Callable[[str], Awaitable[Any]], list[Wire]]]:
     async def news(request: Request) -> Subscription:
@@ -196,6 +233,47 @@ async def test_a_broadcast_is_framed_once_and_costs_each_reader_one_write(
         assert made == {"chunk": 10, "framed": 10}  # and no `step`, which goes through `send`
         # Not one for each of the thousand deliveries.
         assert counted["callbacks"] <= 10 * 20
+
+
+@contextmanager
+def lines_run() -> Iterator[Counter[str]]:
+    """Counts the lines of the engine that run in this thread; a loop's count each time."""
+    found: Counter[str] = Counter()
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if "ssecore" not in frame.f_code.co_filename:
+            return None
+        found[event] += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield found
+    finally:
+        sys.settrace(before)
+
+
+async def test_a_publication_costs_as_much_with_a_full_tail_as_with_an_empty_one() -> None:
+    async with audience() as (publish, wires):
+
+        async def cost() -> int:
+            """The least of three: a publication may meet the end of the round before it."""
+            costs = []
+            for n in range(3):
+                with lines_run() as found:
+                    await publish(f"counted {n}")
+                    await until(lambda n=n: all(f"counted {n}".encode() in wire.written[-1] for wire in wires))  # type: ignore[misc]
+                costs.append(found["line"])
+            return min(costs)
+
+        await publish("first")
+        await until(lambda: all(b"first" in wire.body for wire in wires))
+        empty = await cost()
+        for n in range(EVENTS):
+            await publish(f"event {n}")
+        await until(lambda: all(b"event 999" in wire.body for wire in wires))
+        assert await cost() < empty + 100
 
 
 async def test_a_delivery_makes_nothing_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

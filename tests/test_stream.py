@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from ssecore.settings import Settings
 from ssecore.stream import CLOSE_S, FIRST_ITEM_S
 from ssecore.testing import Exchange, VirtualClockLoop, connect
 from ssecore.wire import HEARTBEAT, Decoder, Event, encode
+from tests.clients import stand_still
 from tests.raising_app import KINDS
 
 App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Any]
@@ -1340,6 +1342,31 @@ async def test_a_source_runs_ahead_by_its_buffer_and_one_event_at_most(size: int
     assert numbers == list(range(total))
 
 
+async def test_a_generator_that_works_and_never_waits_gives_the_others_their_turns() -> None:
+    """Its events are few bytes, so the buffer doesn't fill. What it has given by then is sent."""
+    made, others = [], 0
+
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        for number in range(60):
+            time.sleep(0.005)  # noqa: ASYNC251
+            made.append(number)
+            yield Event(f"{number}")
+
+    async def another() -> None:
+        nonlocal others
+        while len(made) < 60:
+            others += 1
+            await anyio.lowlevel.checkpoint()
+
+    made_at_each_chunk = []
+    async with anyio.create_task_group() as tasks, opened(app_of(handler)) as exchange:
+        tasks.start_soon(another)
+        while await exchange.chunk() is not None:
+            made_at_each_chunk.append(len(made))
+    assert made_at_each_chunk[0] < 30 and len(made_at_each_chunk) > 5
+    assert others > 5
+
+
 async def test_a_reader_that_is_slow_holds_the_source_back() -> None:
     produced = 0
 
@@ -1832,6 +1859,49 @@ async def test_a_client_that_does_not_read_is_dropped(when: str) -> None:
         assert 30 <= current_time() - blocked_at <= 33
     trace.assert_closed("slow")
     assert not exchange.complete and exchange.failure is None
+
+
+async def test_a_client_is_not_dropped_because_the_server_stood_still() -> None:
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        for _ in range(3):
+            yield Event("x" * 1000)
+
+    async with opened(app_of(handler, send_timeout_s=10.0, buffer_bytes=1000), window=0) as exchange:
+        exchange.block()
+        await anyio.sleep(5)
+        stand_still(60)
+        await anyio.sleep(1)  # the sweep has looked
+        exchange.unblock()
+        answer = await rest(exchange)
+    assert (answer.body.count(b"data: "), answer.complete) == (3, True)
+
+
+async def test_a_client_that_does_not_read_after_the_server_stood_still_is_dropped() -> None:
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        while True:
+            yield Event("x" * 1000)
+
+    async with opened(app_of(handler, send_timeout_s=10.0, buffer_bytes=1000), window=0) as exchange:
+        exchange.block()
+        await anyio.sleep(5)
+        stand_still(60)
+        went_on_at = current_time()
+        await exchange.ended.wait()
+        assert 4 <= current_time() - went_on_at <= 8
+        assert not exchange.complete
+
+
+async def test_a_stream_does_not_reach_its_longest_life_while_the_server_stands_still() -> None:
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        for number in range(3):
+            yield Event(f"{number}")
+            await anyio.sleep(1)
+
+    async with opened(app_of(handler, max_stream_s=10.0)) as exchange:
+        assert await exchange.chunk()
+        stand_still(60)
+        answer = await rest(exchange)
+    assert answer.body.endswith(b"data: 2\n\nid: end\n\n") and b"timeout" not in answer.body
 
 
 async def test_a_client_that_reads_slowly_but_steadily_is_not_dropped() -> None:

@@ -32,6 +32,8 @@ from ssecore.errors import SSEAppError
 from ssecore.settings import Settings
 from ssecore.testing import Transport, connect
 from ssecore.wire import Decoder, Event
+from tests.needs import needs
+from tests.serving import serve
 
 ROOT: Final = Path(__file__).parent.parent
 CSV: Final = {"content-type": "text/csv"}
@@ -339,7 +341,7 @@ async def test_a_bad_row_is_told_with_its_line_and_the_others_go_on(tmp_path: Pa
     async with service(tmp_path) as s:
         events = await s.import_csv(HEADER.encode() + b"First,a,open,1,\n" + row + b"\nLast,a,open,1,\n")
         assert errors_of(events) == [(3, text)]
-        assert events[-1][1] == {"status": "success", "imported": 2, "failed": 1}
+        assert events[-1][1] == {"status": "partial", "imported": 2, "failed": 1}
         assert await s.titles() == ["First", "Last"]
 
 
@@ -367,9 +369,41 @@ async def test_bad_rows_count_as_read(tmp_path: Path) -> None:
         events = await s.import_csv("title,priority\n" + "good,1\nbad,6\n" * 75)
         assert [data["current"] for name, data in events if name == "progress"] == [100, 150]
         assert [line for line, _ in errors_of(events)] == list(range(3, 152, 2))
-        assert events[-1] == ("complete", {"status": "success", "imported": 75, "failed": 75})
+        assert events[-1] == ("complete", {"status": "partial", "imported": 75, "failed": 75})
         # What is told of a batch comes before its progress.
         assert [name for name, _ in events].index("progress") == 50
+
+
+async def test_an_import_of_which_nothing_can_be_used_has_failed(tmp_path: Path) -> None:
+    async with service(tmp_path) as s:
+        response = await s.client.post("/tasks/import", content='title\n" "\n" "\n', headers=CSV)
+        assert named(response)[-1] == ("complete", {"status": "failed", "imported": 0, "failed": 2})
+        run = await s.client.get(f"/runs/{response.headers['run-id']}")
+        assert run.json()["state"] == "failed"
+        assert not await s.titles()
+
+
+@needs("tmpfs")
+@pytest.mark.parametrize("mib", [3, 20], ids=["full at its end", "full in the middle"])
+def test_an_import_that_the_temporary_folder_has_no_room_for_is_refused_whole(tmp_path: Path, mib: int) -> None:
+    """And what it took there is free again."""
+    row = "x" * 490 + "\n"
+    small = "title\n" + row * (2 * 1024 * 1024 // len(row))
+    large = "title\n" + row * (mib * 1024 * 1024 // len(row))
+    (disk := tmp_path / "disk").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3000k", "tmpfs", str(disk)], check=True)
+    try:
+        with serve(tmp_path / "data", env={"TMPDIR": str(disk)}) as server:
+            for _ in range(2):
+                refused = server.client.post("/tasks/import", content=large, headers=CSV)
+                assert (refused.status_code, refused.json()["code"]) == (503, "unavailable")
+                assert "No space left on device" in refused.json()["detail"] and "TMPDIR" in refused.json()["detail"]
+                assert server.client.get("/tasks/stream").text.count("event: task\n") == 0
+            imported = named(server.client.post("/tasks/import", content=small, headers=CSV))[-1]
+            assert imported == ("complete", {"status": "success", "imported": small.count("\n") - 1, "failed": 0})
+        assert "Traceback" not in server.log()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 class Watched(io.BytesIO):

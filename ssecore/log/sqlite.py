@@ -106,8 +106,9 @@ _STEP_PAGES: Final = 256
 _CHECKPOINT_PAGES: Final = 512
 #: Readers can keep the WAL from starting over. Beyond this it is made to.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
-#: How long SQLite waits for somebody who looks into the file from outside.
-_BUSY_S: Final = 2.0
+#: How long SQLite waits while another program (a backup, a person with `sqlite3`) locks the file. As long as the Redis
+#: log waits for Redis.
+_BUSY_S: Final = 5.0
 _LOCK_POLL_S: Final = 0.05
 
 _SELECT: Final = """

@@ -7,7 +7,8 @@ the log keeps, it is told by a `gap`. So a slow reader costs its cursor, whateve
 1.  A tail watches before it asks for the top, so between the two nothing is missed.
 2.  What the tail holds ends with the newest row that was announced. The top may be beyond it for a moment, when the
     log was asked after a commit and before its announcement; a reader then reads the log, and skips what comes twice.
-3.  Readers that are behind at the same place (many clients that come back at once) share one reading of the log.
+3.  Readers that are behind at the same place (many clients that come back at once) share one reading of the log. A
+    reading is kept only if others are behind at that moment, and until the last of them has caught up.
 4.  A reader may be given a `Translate`. What it makes keeps the event's id, so that cursors mean the same everywhere.
 """
 
@@ -30,8 +31,8 @@ __all__ = ["Attached", "Reader", "Tail", "Tails", "Translate", "gap_frame"]
 TAIL_BYTES: Final = 256 * 1024
 #: What is read from the log at once for a reader that is behind.
 READ_BYTES: Final = 256 * 1024
-#: How many readings of the log are kept for others at the same place.
-KEPT_READS: Final = 4
+#: What is kept of such readings for others at the same place (rule 3), and at least the newest one.
+KEPT_BYTES: Final = 1024 * 1024
 
 
 #: Says an event of the log in other words, or leaves it out (`None`). It is asked for an event as often as that is
@@ -61,6 +62,8 @@ class Tail:
         self.guests = 0
         #: Those of the readers that wait in `batch`.
         self.waiting: dict[Reader, None] = {}
+        #: Readers that read the log, because the tail doesn't hold what they need next.
+        self.behind: set[Reader] = set()
         #: Called after each change, besides, and who it is that is called; see `direct`.
         self.on_change: Callable[[], None] | None = None
         self.audience: object = None
@@ -112,9 +115,12 @@ class Tail:
             return None
         last = self._chunks[-1][0].last
         if self._since[:2] != (after, last):  # the same answer for all readers that are up to date
-            parts = [
-                frames if row.first > after else framed(row, after) for row, frames in self._chunks if row.last > after
-            ]
+            parts: list[bytes] = []
+            for row, frames in reversed(self._chunks):  # a full tail has thousands; most readers lack the newest alone
+                if row.last <= after:
+                    break
+                parts.append(frames if row.first > after else framed(row, after))
+            parts.reverse()
             self._since = (after, last, parts[0] if len(parts) == 1 else b"".join(parts))
         return self._since[2], last
 
@@ -141,10 +147,17 @@ class Tail:
             return b"", top, Gap("trimmed", after + 1, top)
         gap = Gap("trimmed", after + 1, rows[0].first - 1) if rows[0].first > after + 1 else None
         result = (b"".join([framed(row, after) for row in rows]), rows[-1].last, gap)
-        while len(self._reads) >= KEPT_READS:
-            del self._reads[next(iter(self._reads))]
-        self._reads[after] = result
+        if len(self.behind) > 1:
+            self._reads[after] = result
+            while len(self._reads) > 1 and sum(len(frames) for frames, _, _ in self._reads.values()) > KEPT_BYTES:
+                del self._reads[next(iter(self._reads))]
         return result
+
+    def caught_up(self, reader: "Reader") -> None:
+        """The reader doesn't need the log any more, for now; the last one of them leaves no reading behind."""
+        self.behind.discard(reader)
+        if not self.behind:
+            self._reads.clear()
 
 
 class Reader:
@@ -226,6 +239,8 @@ class Reader:
             if self._translate is not None:
                 batch = self._say_otherwise(batch, self._translate)
             before = before + batch if before else batch
+        if tail.behind:
+            tail.caught_up(self)
         if tail.ended is not None and self.after >= tail.top:
             self.finished = True
             last_words = tail.last_words
@@ -262,6 +277,7 @@ class Reader:
 
     async def from_log(self) -> bytes:
         """What `ready` doesn't have."""
+        self.tail.behind.add(self)
         try:
             frames, last, gap = await self.tail.read(self.after)
         except (LogUnavailable, LogError) as error:
@@ -312,6 +328,7 @@ class Reader:
     def close(self) -> None:
         """A second time it does nothing."""
         self.tail.readers.pop(self, None)
+        self.tail.caught_up(self)
         if self.on_close is not None:
             self.on_close()
             self.on_close = None

@@ -191,10 +191,10 @@ const BY_ROUTE = {
   "GET /process/stream": STEPS,
   "POST /tasks/import": {
     progress: (show, data) => show.bar(percentOf(data), `${data.current} rows`),
-    complete: (show, { imported, failed }) => {
+    complete: (show, { status, imported, failed }) => {
       show.bar(100, "Imported")
       show.facts({ imported, failed })
-      return "completed"
+      return status === "failed" ? "failed" : "completed"
     },
   },
   "GET /tasks/stream": { task: (show, row) => show.row(row) },
@@ -224,7 +224,10 @@ const BY_ROUTE = {
       show.bar(percentOf(count), counted(count))
       show.line("info", item.sha256, { label: `${item.length}` })
     },
-    complete: () => "completed",
+    complete: (show, { status, processed, failed }) => {
+      show.facts({ processed, failed })
+      return status === "failed" ? "failed" : "completed"
+    },
   },
   "GET /users/{user_id}/stream": {
     message: (show, data) => show.note("message", data),
