@@ -368,7 +368,7 @@ def test_a_line_that_would_fail_later_is_refused_at_the_start(change: dict[str, 
         app_of(tokens_file=path)
 
 
-ENTRY = {
+ENTRY: dict[str, Any] = {
     "id": "0" * 16,
     "name": "ann",
     "hash": "0" * 64,
