@@ -50,7 +50,7 @@ from ssecore.runs import Runs
 from ssecore.settings import Settings, describe
 from ssecore.signals import chained
 from ssecore.stream import EventPump, Pump, Source, Stream, StreamOptions, Timekeeper, merge, public_text, spread
-from ssecore.tokens import add_token, parse_expiry, read_tokens, revoke_tokens
+from ssecore.tokens import add_token, parse_expiry, read_tokens, revoke_tokens, set_rights
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
@@ -312,6 +312,8 @@ class SSEApp:
         route, params = self._table.match(request.method, request.path)
         if not route.open:
             await self.guard.enter(request)
+            if route.may:
+                self.guard.permit(request, route.may.format(**params))
         if route.publishes:
             self.guard.spend(request)
         await request.decode(route, params, settings.max_body_bytes, settings.max_import_bytes)
@@ -531,8 +533,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     actions = token.add_subparsers(dest="action", required=True)
     add = actions.add_parser("add", help="make a token and print it, this once")
     add.add_argument("name", help="whose it is: the caller's name")
-    add.add_argument("--expires", metavar="WHEN", help="90d, 12h, 30m, or a date as 2030-12-31; default: never")
-    actions.add_parser("list", help="all tokens: id, name, created, expires")
+    add.add_argument("--expires", metavar="WHEN", help="90d, 12h, 30m, or a date such as 2030-12-31; default: never")
+    actions.add_parser("list", help="all tokens: id, name, created, expires, rights")
+    change = actions.add_parser("set", help="give a token other rights in place of its own; its open streams end")
+    change.add_argument("which", help="a name, for all of its tokens, or a token's id")
+    for command in (add, change):
+        command.add_argument(
+            "--may",
+            metavar="RIGHT",
+            action="append",
+            default=[],
+            help="publish, subscribe (every topic), publish:PATTERN, subscribe:PATTERN (such as "
+            "publish:topics/orders-* or publish:users/*), or metrics; several add up. "
+            "Without one a token starts work and reads what is its caller's own",
+        )
     revoke = actions.add_parser("revoke", help="a token no longer holds, and its streams end")
     revoke.add_argument("which", help="a name, for all of its tokens, or a token's id")
     listening.configure(commands.add_parser("listen", help="read a stream, from here or anywhere"))
@@ -552,25 +566,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _token(action: str, tokens_file: str | None, name: str = "", expires: str | None = None, which: str = "") -> int:
+def _token(
+    action: str,
+    tokens_file: str | None,
+    name: str = "",
+    expires: str | None = None,
+    which: str = "",
+    may: Sequence[str] = (),
+) -> int:
     """`sseapp token …`: what a program may want goes to stdout, remarks go to stderr."""
     path = Settings.from_env(tokens_file=tokens_file).tokens_file
     if path is None:
         raise SettingsError("where are the tokens? name the file in SSEAPP_TOKENS_FILE, or by --tokens-file")
+    _check_patterns(may)
     if action == "add":
         expiry = parse_expiry(expires) if expires is not None else None
-        print(add_token(path, name, expiry))
+        print(add_token(path, name, expiry, may))
         until = f"until {expiry.isoformat()}" if expiry is not None else "until it is revoked"
-        print(f"{name}'s token, which holds {until}; it is not kept anywhere: keep it now", file=sys.stderr)
+        rights = ", ".join(may) or "none besides starting work (see --may)"
+        print(f"token for {name}, valid {until}; rights: {rights}", file=sys.stderr)
+        print("it is not stored and won't be shown again: save it now", file=sys.stderr)
     elif action == "list":
         for entry in read_tokens(path):
             until = entry.expires.isoformat() if entry.expires is not None else "never"
-            print(entry.id, entry.name, entry.created.isoformat(), until, sep="\t")
+            rights = ", ".join(entry.rights) or "-"
+            print(entry.id, entry.name, entry.created.isoformat(), until, rights, sep="\t")
+    elif action == "set":
+        changed = set_rights(path, which, may)
+        print(f"{len(changed)} of {which}'s tokens changed", file=sys.stderr)
+        return 0 if changed else 1
     else:
         revoked = revoke_tokens(path, which)
         print(f"{len(revoked)} of {which}'s tokens revoked", file=sys.stderr)
         return 0 if revoked else 1
     return 0
+
+
+def _check_patterns(may: Sequence[str]) -> None:
+    """Refuse a pattern that fits none of the service's routes, such as `publish:orders-*`, which lacks `topics/`."""
+    patterns = [right for right in may if ":" in right]
+    if not patterns:
+        return
+    try:
+        from handlers import ROUTES
+    except ModuleNotFoundError:  # not the service's checkout: the routes are those of another program
+        return
+    kinds = sorted({route.may.partition("{")[0] for route in ROUTES if ":" in route.may})
+    for right in patterns:
+        if not right.startswith(tuple(kinds)):
+            raise SettingsError(f"{right!r:.60} fits no route: a pattern begins with {', '.join(kinds)}", field="may")
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def _checked(name: str) -> str:
 
 ROUTES = [
     GET("/users/{user_id}/stream", user_stream),
-    POST("/users/{user_id}/notifications", notify, body=Any, publishes=True),
-    POST("/users/{user_id}/messages", message, body=Any, publishes=True),
-    GET("/topics/{name}", topic),
-    POST("/topics/{name}", publish, body=Any, query=Publication, publishes=True),
+    POST("/users/{user_id}/notifications", notify, body=Any, publishes=True, may="publish:users/{user_id}"),
+    POST("/users/{user_id}/messages", message, body=Any, publishes=True, may="publish:users/{user_id}"),
+    GET("/topics/{name}", topic, may="subscribe:topics/{name}"),
+    POST("/topics/{name}", publish, body=Any, query=Publication, publishes=True, may="publish:topics/{name}"),
 ]

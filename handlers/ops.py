@@ -28,10 +28,17 @@ async def readyz(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """For Prometheus. Where callers have names it is for the one called `metrics` only: it tells of all the others."""
-    if request.caller not in (None, METRICS_CALLER):
-        raise Forbidden(f"the metrics are for the caller {METRICS_CALLER!r}: `sseapp token add {METRICS_CALLER}`")
+    """For Prometheus. A token needs the right to read it, since it tells of all callers.
+
+    In a program with a `caller=` of its own, it is for the caller called `metrics`.
+    """
+    if request.credential is None and request.caller not in (None, METRICS_CALLER):
+        raise Forbidden(f"the metrics are for the caller {METRICS_CALLER!r} only")
     return Response(request.metrics.text(), media_type=MEDIA_TYPE)
 
 
-ROUTES = [GET("/healthz", healthz, open=True), GET("/readyz", readyz, open=True), GET("/metrics", metrics)]
+ROUTES = [
+    GET("/healthz", healthz, open=True),
+    GET("/readyz", readyz, open=True),
+    GET("/metrics", metrics, may="metrics"),
+]

@@ -9,19 +9,35 @@ What is configured makes the mode:
 - `private`: none of these. For programs and pages of this machine only.
 
 1.  *Private* means: the peer, the `Host` and the `Origin` are loopback (a name that was rebound to 127.0.0.1 is still
-    another `Host`), nothing says that somebody forwarded the request (an nginx here would publish the service): no
-    header, and not HTTP/1.0; and no page of another origin starts work, by GET either.
+    another `Host`), no header says that a proxy forwarded the request, it is not HTTP/1.0 (nginx's default), and no
+    page of another origin starts work, by GET either. A proxy that adds nothing (a TCP proxy, an nginx with no more
+    than `proxy_http_version 1.1`) can't be detected: only credentials protect a service behind one.
 2.  Which page a request comes from only browsers say, and no page can make them lie: first by `Sec-Fetch-Site`, else
     by `Origin`, which is then compared with `Host`. (Go's `CrossOriginProtection` has the same order, for the same
-    reason: behind a proxy `Host` may be another.) Whoever says nothing is no browser.
+    reason: behind a proxy `Host` may be another.)
 3.  A page of another origin may not use an unsafe method (403), and with a cookie none at all. An origin that is named
     in `SSEAPP_CORS_ORIGINS` is not another; `*` is none, and lets in only who brings a token along by itself.
-4.  A token in a URL is refused even where it is right: it is in somebody's log or history already.
+4.  A request with neither of these headers comes from a program, or from a browser by a GET of a page (an image, a
+    frame, a link, `fetch` with `no-cors`), of whichever origin. Browsers leave `Sec-Fetch-Site` out where the address
+    is not "potentially trustworthy" (Secure Contexts, 3.1): on plain HTTP, unless the host is `localhost`, a name
+    below it, in 127.0.0.0/8, or `[::1]`. Chromium leaves it out for `[::ffff:127.0.0.1]`, `0.0.0.0` and `[::]`, which
+    all reach a service on loopback; so these are not loopback to `Host` and `Origin` here. Safari before 16.4 and
+    Firefox before 90 never send it. So such a request is refused, on a private service or with a cookie, if its
+    `User-Agent` begins with `Mozilla/`, as that of every browser does. A page can't change it in such a request:
+    `fetch` sets it only after a preflight, and then sends `Origin`. The rule needs this one direction only: a program
+    that sends `Mozilla/` is refused (the answer says what to send instead), and one that sends something else gains
+    nothing that it hasn't: it runs on this machine, or has the cookie.
+5.  The cookie needs HTTPS, or loopback. Cookies don't separate ports, and without HTTPS a page of another port of the
+    host is the same site. On loopback `Sec-Fetch-Site` tells such a page; elsewhere on plain HTTP nothing does.
+6.  A token in a URL is refused even where it is right: it is in somebody's log or history already.
+7.  A token does what its rights say (`Route.may`), and anything that needs none. Callers of a `caller=` function are
+    unrestricted here: that program's own routes decide.
 """
 
 import ipaddress
 import math
 import re
+import shlex
 from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from typing import Final, Literal
@@ -33,7 +49,7 @@ from ssecore.request import Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import DELETE, POST, Route
 from ssecore.settings import Settings
-from ssecore.tokens import Credential, Tokens, session_of
+from ssecore.tokens import MAX_RIGHT_CHARS, Credential, Tokens, session_of
 
 __all__ = ["Caller", "Guard"]
 
@@ -51,11 +67,16 @@ PREFLIGHT_S: Final = 7200
 #: Callers whose rate is kept in mind; those that have been quiet are forgotten first.
 MAX_RATES: Final = 10_000
 
-_FORWARDED: Final = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
+#: Names of headers that proxies and CDNs add. Nothing else has a reason to send them to this machine.
+_FORWARDED: Final = re.compile(
+    "via|cdn-loop|front-end-https|surrogate-capability|x-(url-)?scheme"
+    "|(x-)?(forwarded|original|proxy|proxied|real|remote|rewrite|envoy|azure|arr|amzn?|appengine|vercel|nf|varnish)"
+    "(-.+)?|(cf|cloudfront|fly|fastly|akamai|tailscale)-.+|(.+-)?(client|connecting)-ip"
+)
 _TOKEN_IN_URL: Final = re.compile(rb"(?:^|&)(?:access_token|api_key|token)=|[0-9a-f]{16}\.[A-Za-z0-9_-]{43}")
 _TO_OPEN_IT: Final = (
-    "nobody is asked for credentials here, so it answers only its own machine: configure tokens "
-    "(SSEAPP_TOKENS_FILE; in a program of your own, caller=), or say SSEAPP_AUTH=off if everybody may use it"
+    "no authentication is configured, so only requests from this machine are accepted: configure tokens "
+    "(SSEAPP_TOKENS_FILE; in a program of your own, caller=), or set SSEAPP_AUTH=off if everybody may use it"
 )
 
 
@@ -113,14 +134,14 @@ class Guard:
     def _check_private(self, request: Request) -> None:
         """Rule 1."""
         headers, peer, origin = request.headers, request.scope.get("client"), request.headers.get("origin")
-        forwarded = [name for name in _FORWARDED if name in headers]
+        forwarded = [name for name in headers if _FORWARDED.fullmatch(name)]
         if forwarded or request.scope.get("http_version") == "1.0":  # which nobody speaks but a proxy told nothing
             raise Forbidden(
-                f"this request was forwarded ({[*forwarded, 'HTTP/1.0'][0]}); {_TO_OPEN_IT}", code="private"
+                f"this request was forwarded ({[*forwarded, 'HTTP/1.0'][0]:.80}); {_TO_OPEN_IT}", code="private"
             )
         if "host" in headers and not _is_loopback(headers["host"]):
             raise Forbidden(f"Host {headers['host']!r:.80} is not this machine; {_TO_OPEN_IT}", code="private")
-        if peer is not None and peer[0] and not _is_loopback_address(peer[0]):
+        if peer is not None and peer[0] and not _is_loopback_address(peer[0].removeprefix("::ffff:")):
             raise Forbidden(f"this request comes from another machine; {_TO_OPEN_IT}", code="private")
         if origin is not None and origin not in self._origins and not _is_loopback(origin.partition("://")[2]):
             raise Forbidden("this page is not one of this machine; name its origin in SSEAPP_CORS_ORIGINS")
@@ -134,6 +155,8 @@ class Guard:
         brings_token = self._any_origin and "authorization" in request.headers
         if foreign and (self.mode == "private" or not (safe or brings_token)):
             raise _foreign()
+        if self.mode == "private":
+            _check_browser(request)
         if self._caller is not None:
             name = self._caller(request)
             name = await name if isawaitable(name) else name
@@ -142,9 +165,26 @@ class Guard:
             request.caller = name
         elif self.tokens is not None:
             credential, by_cookie = self._shown(request, self.tokens)
-            if foreign and by_cookie:
-                raise _foreign()
+            if by_cookie:
+                if foreign:
+                    raise _foreign()
+                _check_browser(request)
             request.caller, request.credential = credential.name, credential
+
+    def permit(self, request: Request, right: str) -> None:
+        """Rule 7: refuse a token that hasn't this right. Raises `Forbidden`."""
+        credential = request.credential
+        if credential is None or credential.may(right):
+            return
+        action = right.partition(":")[0]
+        granting = right if len(right) <= MAX_RIGHT_CHARS else action  # a longer name is refused by its route
+        command = f"sseapp token add {shlex.quote(credential.name)} --may {shlex.quote(granting)}"
+        raise Forbidden(
+            f"this token lacks the right {granting!r}; `{command}` makes one that has it",
+            code="insufficient_scope",
+            # RFC 6750, 3.1. Without the topic's name, which may have characters that this field can't.
+            headers={"www-authenticate": f'Bearer error="insufficient_scope", scope="{action}"'},
+        )
 
     def _is_foreign(self, request: Request) -> bool:
         """Rule 2."""
@@ -175,13 +215,21 @@ class Guard:
 
     async def _log_in(self, request: Request) -> Response:
         """Change a token for the cookie. `enter` has looked at it."""
-        credential, authorization = request.credential, request.headers.get("authorization")
+        credential, headers = request.credential, request.headers
+        authorization = headers.get("authorization")
         if authorization is None or credential is None:
             raise BadRequest("send the token as `Authorization: Bearer …`", field="authorization")
         value = session_of(authorization.partition(" ")[2].strip())
         # Behind a proxy that ends TLS only the client's side knows of it. Who lies gets a cookie that it can't use.
-        schemes = (request.scope.get("scheme"), request.headers.get("x-forwarded-proto"))
-        secure = "https" in schemes or request.headers.get("origin", "").startswith("https:")
+        schemes = (request.scope.get("scheme"), headers.get("x-forwarded-proto"))
+        secure = "https" in schemes or headers.get("origin", "").startswith("https:")
+        if not secure and not _is_loopback(headers.get("host", "")):
+            raise Forbidden(
+                "the cookie needs HTTPS, or a loopback address: on plain HTTP any page of this host, on whichever "
+                "port, could use it. Serve the page over HTTPS (a proxy in front sends X-Forwarded-Proto: https), "
+                "or send the token itself as `Authorization: Bearer …`",
+                code="https_required",
+            )
         data = {"caller": credential.name, "expires": credential.entry.expires}
         return JSON(data, headers=_cookie(request, value, "; Secure" if secure else ""))
 
@@ -243,6 +291,18 @@ def _foreign() -> Forbidden:
     return Forbidden("this page is of another origin; name its origin in SSEAPP_CORS_ORIGINS if it may ask")
 
 
+def _check_browser(request: Request) -> None:
+    """Rule 4: refuse a browser that doesn't tell which page a request comes from. Raises `Forbidden`."""
+    headers = request.headers
+    if "sec-fetch-site" in headers or "origin" in headers:
+        return
+    if headers.get("user-agent", "").startswith("Mozilla/"):
+        raise Forbidden(
+            "this browser sends neither Sec-Fetch-Site nor Origin, so this may be a page of another origin: use HTTPS "
+            "or a loopback address, and a newer browser; a program sends another User-Agent, or Sec-Fetch-Site: none"
+        )
+
+
 def _no_token(detail: str) -> Unauthorized:
     text = f"{detail}; send a token as `Authorization: Bearer …`, or change it for a cookie by POST /session"
     return Unauthorized(text, headers={"www-authenticate": "Bearer"})
@@ -270,9 +330,9 @@ def _is_loopback(authority: str) -> bool:
 
 
 def _is_loopback_address(text: str) -> bool:
+    """Not an IPv4 address in IPv6 (`::ffff:127.0.0.1`): see rule 4."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
+    return address.is_loopback and getattr(address, "ipv4_mapped", None) is None

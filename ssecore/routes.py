@@ -80,6 +80,8 @@ class Route:
     open: bool = False
     #: Counts against the caller's rate of publications.
     publishes: bool = False
+    #: The right that a token needs for it, with path parameters: `publish:topics/{name}`. Empty: any token will do.
+    may: str = ""
     streams: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,13 +89,19 @@ class Route:
             raise ValueError(f"{self.path!r}: a path begins with /")
         if self.run is not None and not isinstance(self.run, Run):
             raise TypeError(f"{self.method} {self.path}: run must be a Run, as in run=Run(), not {self.run!r}")
+        names = {name: name for name, _ in _PARAMETER.findall(self.path)}
+        try:
+            self.may.format(**names)
+        except (KeyError, IndexError, ValueError):
+            text = f"{self.method} {self.path}: may={self.may!r} has a parameter that is not in the path"
+            raise ValueError(text) from None
         handler = self.handler
         streams = inspect.isasyncgenfunction(handler)
         if not streams and (self.run is not None or not inspect.iscoroutinefunction(handler)):
             what = "an async generator" if self.run is not None else "an async generator or an async function"
             raise TypeError(f"{self.method} {self.path}: the handler must be {what}")
         try:
-            inspect.signature(handler).bind(None, **{name: None for name, _ in _PARAMETER.findall(self.path)})
+            inspect.signature(handler).bind(None, **names)
         except TypeError as error:
             raise TypeError(
                 f"{self.method} {self.path}: the handler doesn't take its path parameters: {error}"

@@ -1,24 +1,38 @@
 """A real browser's own `EventSource`: Chromium, over a line that breaks, and through nginx."""
 
 import json
+import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
 import httpx
+import pytest
 from playwright.sync_api import Page
 
+from ssecore.tokens import add_token
 from tests import chromium, upstream
 from tests.chromium import LISTEN, Seen, seen
 from tests.needs import needs
 from tests.nginx import nginx
 from tests.relay import relay
-from tests.serving import free_port, is_clean, serve
+from tests.serving import Server, free_port, is_clean, serve, wait_until
 
 pytestmark = needs("chromium")
 
 browser, page = chromium.browser, chromium.page
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
+    """A private service, and a server on another port of the machine, for its pages."""
+    with (
+        serve(tmp_path_factory.mktemp("private"), env={"SSEAPP_MOCK_DELAY_S": "0"}) as server,
+        serve(tmp_path_factory.mktemp("other")) as other,
+    ):
+        yield server, other
 
 
 def listen(page: Page, origin: str, path: str, *, limit_s: float = 30) -> Seen:
@@ -149,6 +163,98 @@ def test_a_slow_first_event_behind_an_impatient_proxy_is_one_run(page: Page, tmp
     assert heard.data == ['{"content":"late "}', '{"content":"but whole"}', "[DONE]"]
     assert heard.errors >= 3, "the proxy was patient: this test shows nothing"
     assert run["state"] == "completed"
+
+
+# Pages of another port
+
+#: Tries all that a page may do without asking first, each with its own address, and waits for their ends.
+ATTACK: Final = """
+async (target) => {
+  let number = 0
+  const url = () => `${target}${target.includes("?") ? "&" : "?"}key=0123456789abcdef01234${10 + number++}`
+  const put = (tag, set) => new Promise((resolve) => {
+    const element = document.createElement(tag)
+    element.onload = element.onerror = resolve
+    setTimeout(resolve, 2000)
+    document.documentElement.append(element)
+    set(element)
+  })
+  const submit = (frame) => {
+    frame.name = `frame${number++}`
+    const form = document.createElement("form")
+    Object.assign(form, { action: target, target: frame.name })
+    document.documentElement.append(form)
+    form.submit()
+  }
+  const get = (options) => fetch(url(), { credentials: "include", ...options }).catch(() => {})
+  const source = new EventSource(url(), { withCredentials: true })
+  source.onopen = source.onerror = () => source.close()
+  await Promise.all([
+    put("img", (img) => { img.src = url() }),
+    put("iframe", (frame) => { frame.src = url() }),
+    put("iframe", (frame) => { frame.referrerPolicy = "no-referrer"; frame.src = url() }),
+    put("script", (script) => { script.src = url() }),
+    put("video", (video) => { video.src = url() }),
+    put("iframe", submit),
+    get({ mode: "no-cors" }),
+    get({ mode: "no-cors", referrerPolicy: "no-referrer" }),
+    get({ mode: "no-cors", headers: { "user-agent": "curl/8", "sec-fetch-site": "none" } }),
+    get({}),
+  ])
+  return number
+}
+"""
+
+
+def refused(server: Server) -> int:
+    """Requests that were answered 403 so far."""
+    match = re.search(r'^sseapp_refused_total\{status="403"\} (\d+)', server.client.get("/metrics").text, re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
+def attack(page: Page, other: Server, server: Server, host: str, path: str) -> None:
+    """All of `ATTACK`, and a link that is followed, from a page of the other server's port."""
+    before = refused(server)
+    target = f"http://{host}:{server.port}{path}"
+    page.goto(f"{other.url}/healthz")
+    tries = page.evaluate(ATTACK, target) + 1
+    page.evaluate("(url) => { const a = document.createElement('a'); a.href = url; a.click() }", target)
+    wait_until(lambda: refused(server) >= before + tries)
+
+
+@pytest.mark.parametrize("path", ["/chat?prompt=hi", "/stream/hello?interval=0"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]"])
+def test_a_page_of_another_port_starts_nothing_on_a_private_service(
+    host: str, path: str, page: Page, private: tuple[Server, Server]
+) -> None:
+    server, other = private
+    attack(page, other, server, host, path)
+    assert server.client.get("/runs").json()["runs"] == []
+    assert "ended" not in server.log()
+
+
+@pytest.mark.parametrize("path", ["/chat?prompt=hi", "/stream/hello?interval=0"])
+def test_a_page_of_another_port_starts_nothing_by_the_cookie(path: str, page: Page, tmp_path: Path) -> None:
+    """To the browser it is the same site, so the cookie goes along: it would be 401 without."""
+    token = add_token(tmp_path / "tokens", "ann", may=["metrics"])
+    environ = {"SSEAPP_TOKENS_FILE": str(tmp_path / "tokens"), "SSEAPP_MOCK_DELAY_S": "0"}
+    with serve(tmp_path / "data", env=environ) as server, serve(tmp_path / "other") as other:
+        server.client.headers["authorization"] = f"Bearer {token}"
+        page.goto(f"{server.url}/healthz")
+        log_in = "(token) => fetch('/session', {method: 'POST', headers: {authorization: `Bearer ${token}`}})"
+        assert page.evaluate(f"(token) => ({log_in})(token).then((answer) => answer.status)", token) == 200
+        attack(page, other, server, "127.0.0.1", path)
+        assert server.client.get("/runs").json()["runs"] == []
+        assert "ended" not in server.log()
+        assert listen(page, server.url, path).events, "its own page may"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_private_services_own_page_works_under_each_of_its_names(host: str, page: Page, tmp_path: Path) -> None:
+    address = "::1" if host == "[::1]" else "127.0.0.1"
+    with serve(tmp_path, "--host", address, env={"SSEAPP_MOCK_DELAY_S": "0"}) as server:
+        heard = listen(page, f"http://{host}:{server.port}", "/chat?prompt=hi")
+    assert heard.data[-1] == "[DONE]"
 
 
 # Downloads

@@ -181,7 +181,7 @@ class Running:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("data")
-    token = add_token(folder / "tokens", "ann")
+    token = add_token(folder / "tokens", "ann", may=["publish", "subscribe", "metrics"])
     common: dict[str, Any] = {"mock_delay_s": 0, "linger_s": 0.1, "cors_origins": ("https://listed.example",)}
     private = create_app(Settings(data_dir=folder / "private", max_runs=None, **common))
     guarded = create_app(Settings(data_dir=folder / "guarded", tokens_file=folder / "tokens", **common))

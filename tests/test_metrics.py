@@ -210,9 +210,9 @@ def test_as_json_each_fact_stands_by_itself(tmp_path: Path) -> None:
     )
 
 
-def test_the_metrics_are_for_their_own_caller(tmp_path: Path) -> None:
+def test_the_metrics_are_for_a_token_that_may_read_them(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
-    named = {name: add_token(tokens, name) for name in ("ann", "metrics")}
+    named = {name: add_token(tokens, name, may=may) for name, may in (("ann", ["publish"]), ("metrics", ["metrics"]))}
     with serve(tmp_path / "data", env={"SSEAPP_TOKENS_FILE": str(tokens)}) as server:
         statuses = [
             server.client.get("/metrics", headers=headers).status_code

@@ -23,6 +23,7 @@ from handlers.notifications import MAX_GROWTH, MAX_NAME, ROUTES
 from sseapp import SSEApp
 from ssecore.settings import Settings
 from ssecore.testing import VirtualClockLoop, connect
+from ssecore.tokens import add_token
 from ssecore.wire import Decoder, Event
 from tests import serving
 from tests.serving import Server, serve
@@ -484,3 +485,53 @@ async def test_a_frozen_client_is_dropped_and_delays_nobody(tmp_path: Path) -> N
             assert not body.endswith(b"\r\n0\r\n\r\n")  # cut, not ended
     assert done == READERS
     assert "Traceback" not in server.log() and "ERROR" not in server.log()
+
+
+# What a token may
+
+#: A short word for each request, for the table below.
+REQUESTS: Final = {
+    "notify": ("POST", "/users/ann/notifications"),
+    "message": ("POST", "/users/ann/messages"),
+    "publish": ("POST", "/topics/orders-1"),
+    "publish other": ("POST", "/topics/news"),
+    "subscribe": ("GET", "/topics/orders-1"),
+    "subscribe other": ("GET", "/topics/news"),
+    "metrics": ("GET", "/metrics"),
+    "own stream": ("GET", "/users/shop/stream"),
+    "another's stream": ("GET", "/users/ann/stream"),
+    "work": ("GET", "/chat?prompt=hi"),
+}
+ALWAYS: Final = {"own stream", "work"}
+RIGHTS: Final = [
+    ([], set()),
+    (["publish"], {"notify", "message", "publish", "publish other"}),
+    (["publish:topics/orders-*"], {"publish"}),
+    (["publish:users/*"], {"notify", "message"}),
+    (["publish:users/bo"], set()),
+    (["publish:users/ann", "publish:topics/n*"], {"notify", "message", "publish other"}),
+    (["subscribe"], {"subscribe", "subscribe other"}),
+    (["subscribe:topics/orders-*"], {"subscribe"}),
+    (["metrics"], {"metrics"}),
+    (["metrics", "subscribe", "publish"], REQUESTS.keys() - {"another's stream"}),
+]
+
+
+def test_a_token_reaches_what_its_rights_name_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    tokens = [add_token(path, "shop", may=may) for may, _ in RIGHTS]
+    with serve(tmp_path / "data", env={"SSEAPP_TOKENS_FILE": str(path), "SSEAPP_MOCK_DELAY_S": "0"}) as server:
+        for token, (may, allowed) in zip(tokens, RIGHTS, strict=True):
+            reached = set()
+            for name, (method, target) in REQUESTS.items():
+                headers = {"authorization": f"Bearer {token}"}
+                content = b"1" if method == "POST" else None
+                with server.client.stream(
+                    method, target, headers=headers | (JSON if content else {}), content=content
+                ) as response:
+                    if response.status_code != 403:
+                        assert response.is_success
+                        reached.add(name)
+                    elif name != "another's stream":
+                        assert 'error="insufficient_scope"' in response.headers["www-authenticate"]
+            assert reached == allowed | ALWAYS, may

@@ -8,6 +8,7 @@ from typing import Any, Final
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from handlers import ROUTES
 from sseapp import Settings, SSEApp
 from ssecore.errors import SSEAppError
 
@@ -44,6 +45,13 @@ def test_a_setting_is_there_with_its_default(field: "dataclasses.Field[Any]") ->
 def test_nothing_else_is_called_a_setting() -> None:
     known = {variable(field) for field in dataclasses.fields(Settings)}
     assert set(re.findall(r"`((?:SSEAPP|OPENAI)_[A-Z_]+)", PAGE)) <= known
+
+
+def test_a_route_that_needs_a_right_is_in_the_table_of_rights_and_no_other() -> None:
+    for action in ("publish", "subscribe", "metrics"):
+        (row,) = [row for row in ROWS if row.startswith(f"| `{action}` |")]
+        needed = {f"{route.method} {route.path}" for route in ROUTES if route.may.partition(":")[0] == action}
+        assert set(re.findall(r"`((?:GET|POST) /[^`]*)`", row)) == needed
 
 
 def test_a_metric_is_there_and_no_other() -> None:

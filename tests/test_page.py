@@ -13,6 +13,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, expect
 
+from ssecore.tokens import add_token
 from tests import chromium
 from tests.needs import needs
 from tests.relay import relay
@@ -606,3 +607,25 @@ def test_a_service_that_restarts_is_found_again(shared: BrowserContext, tmp_path
         wait_until(lambda: server.client.post("/topics/news", json="back").json()["subscribers"])
         expect(view.locator(".notes li")).to_contain_text("back")
         tab.page.close()
+
+
+@needs("chromium")
+def test_what_a_token_may_not_is_said_where_it_was_tried(shared: BrowserContext, tmp_path: Path) -> None:
+    token = add_token(tmp_path / "tokens", "ann", may=["subscribe:topics/news"])
+    with serve(tmp_path / "data", env={"SSEAPP_TOKENS_FILE": str(tmp_path / "tokens")}) as server:
+        tab = Tab(shared, server.url)
+        log_in = "(token) => fetch('/session', {method: 'POST', headers: {authorization: `Bearer ${token}`}})"
+        tab.page.evaluate(f"async (token) => {{ await ({log_in})(token) }}", token)
+        tab.choose("Topics", "Topic")
+        tab.fill(name="orders")
+        tab.page.get_by_role("button", name="Start").click()
+        expect(tab.page.get_by_text("subscribe:topics/orders").first).to_be_visible()
+        view = tab.start("Topics", "Topic", name="news")
+        becomes(view, "open")
+        view.get_by_label("Text or JSON to publish").fill("hi")
+        view.get_by_role("button", name="Publish").click()
+        expect(view.get_by_role("alert")).to_contain_text("publish:topics/news")
+        becomes(view, "open")
+        tab.page.evaluate("fetch('/session', {method: 'DELETE'})")
+        tab.page.close()
+        assert tab.complaints == []

@@ -33,7 +33,8 @@ def app(path: Path, token: str) -> SSEApp:
 
 
 async def log_in(app: SSEApp, token: str, **headers: str) -> Answer:
-    return await ask(app, "/session", "POST", headers={"authorization": f"Bearer {token}"} | headers)
+    given = {"host": "localhost:8000", "authorization": f"Bearer {token}"}
+    return await ask(app, "/session", "POST", headers=given | headers)
 
 
 def cookie_of(answer: Answer) -> tuple[str, Any]:
@@ -77,6 +78,7 @@ async def test_it_outlives_a_restart_and_holds_on_every_replica(app: SSEApp, pat
         ({}, False),
         ({"origin": "https://testserver", "host": "testserver"}, True),
         ({"x-forwarded-proto": "https"}, True),
+        ({"x-forwarded-proto": "https", "host": "app.example"}, True),
     ],
 )
 async def test_over_https_it_goes_over_https_only(
@@ -86,8 +88,41 @@ async def test_over_https_it_goes_over_https_only(
     assert bool(attributes["secure"]) == secure
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "app.example"},
+        {"host": "192.168.0.1:8000", "origin": "http://192.168.0.1:8000"},
+        {"host": "app.example", "x-forwarded-proto": "http"},
+        {"host": "[::ffff:127.0.0.1]:8000"},
+        {"host": "0.0.0.0:8000"},
+    ],
+    ids=str,
+)
+async def test_without_https_there_is_no_cookie_but_on_loopback(
+    headers: dict[str, str], app: SSEApp, token: str
+) -> None:
+    """A page of another port of the host is the same site: the browser would send the cookie along."""
+    answer = await log_in(app, token, **headers)
+    assert answer.problem == (403, "https_required")
+    assert "set-cookie" not in answer.headers
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "app.localhost"):
+        assert (await log_in(app, token, host=host)).status == 200
+
+
+async def test_with_a_cookie_a_browser_says_which_page_asks(app: SSEApp, token: str) -> None:
+    cookie, _ = cookie_of(await log_in(app, token))
+    browser = {"cookie": cookie, "host": "localhost:8000", "user-agent": "Mozilla/5.0 (X11; Linux x86_64)"}
+    for method in ("GET", "HEAD"):
+        assert (await ask(app, "/me", method, headers=browser)).status == 403
+        assert (await ask(app, "/me", method, headers=browser | {"sec-fetch-site": "same-origin"})).status == 200
+        assert (await ask(app, "/me", method, headers=browser | {"origin": "http://localhost:8000"})).status == 200
+        assert (await ask(app, "/me", method, headers=browser | {"origin": "http://localhost:9000"})).status == 403
+        assert (await ask(app, "/me", method, headers={"cookie": cookie})).status == 200, "a program"
+
+
 async def test_under_a_mount_path_it_is_for_that_path_only(app: SSEApp, token: str) -> None:
-    headers = {"authorization": f"Bearer {token}"}
+    headers = {"host": "localhost", "authorization": f"Bearer {token}"}
     async with connect(app, "POST", "/session", headers=headers, root_path="/stream") as exchange:
         await exchange.ended.wait()
     assert "; Path=/stream;" in exchange.headers["set-cookie"]
@@ -136,7 +171,7 @@ async def test_without_tokens_there_is_nothing_to_log_in_to() -> None:
 
 def test_a_served_page_logs_in_and_reads_its_own_feed(tmp_path: Path) -> None:
     """The whole way over a socket, with a client that keeps cookies as a browser does."""
-    token = add_token(tmp_path / "tokens", "ann")
+    token = add_token(tmp_path / "tokens", "ann", may=["publish:users/*"])
     with serve(tmp_path / "data", env={"SSEAPP_TOKENS_FILE": str(tmp_path / "tokens")}) as server:
         client = server.client
         assert client.get("/users/ann/stream").status_code == 401
