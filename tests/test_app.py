@@ -1,11 +1,8 @@
 """The front door: from a request to an answer, or to the problem that says why not. In-process, no sockets."""
 
-import asyncio
 import json
 import logging
-import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -41,7 +38,6 @@ from ssecore.errors import BadRequest, NotFound, SettingsError, SSEAppError, Una
 from ssecore.guard import MAX_HEADER_LINES
 from ssecore.request import (
     BODY_TIMEOUT_S,
-    LATE_S,
     MAX_QUERY_FIELDS,
     MAX_UNREAD_BYTES,
     MIN_BODY_BYTES_PER_S,
@@ -519,33 +515,6 @@ async def test_a_body_that_trickles_is_given_up(parts: list[bytes], calls: Recor
     wire.answer.problem(408, "request_timeout")
     assert BODY_TIMEOUT_S <= anyio.current_time() - begin < BODY_TIMEOUT_S + 1
     assert calls.requests == []
-
-
-@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
-async def test_the_time_in_which_the_server_stands_still_is_not_the_clients(
-    calls: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """uvloop's timers fire before it reads what has come meanwhile."""
-    monkeypatch.setattr("ssecore.request.BODY_TIMEOUT_S", 0.1)
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-
-    class Stopped(Wire):
-        async def receive(self) -> Message:
-            loop = asyncio.get_running_loop()
-            loop.call_later(0, self.stop)
-            return part(await loop.sock_recv(ours, 100), more=False)
-
-        def stop(self) -> None:
-            if self.received == 0:
-                self.received = 1
-                time.sleep(0.2 + LATE_S)
-                theirs.send(b"[]")
-
-    with ours, theirs, anyio.fail_after(10):
-        wire = Stopped()
-        await wire.run(body_app(calls), "POST", "/any", JSON_TYPE)
-    assert wire.answer.json()["body"] == []
 
 
 @pytest.mark.parametrize("path", ["/stream", "/unread"])

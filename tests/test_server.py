@@ -455,29 +455,38 @@ async def test_a_head_that_does_not_come_to_its_end_is_waited_for_so_long(
         writer.close()
 
 
-on_uvloop = pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
+HEALTH = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
+PUBLISH = (
+    b"POST /topics/a HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 4\r\n\r\n1234"
+)
 
 
-@on_uvloop
-@pytest.mark.parametrize("first", [True, False], ids=["the first", "a later one"])
-async def test_a_request_that_came_while_the_server_stood_still_is_answered(
-    first: bool, monkeypatch: pytest.MonkeyPatch
+@linux
+@pytest.mark.parametrize(
+    ("before", "meanwhile", "status"),
+    [(HEALTH[:20], HEALTH[20:], b"200"), (HEALTH, HEALTH, b"200"), (PUBLISH[:-3], PUBLISH[-3:], b"202")],
+    ids=["a head", "the next request", "a body"],
+)
+def test_what_came_while_the_process_stood_still_is_in_time(
+    before: bytes, meanwhile: bytes, status: bytes, tmp_path: Path
 ) -> None:
-    """uvloop's timers fire before it reads what has come meanwhile."""
-    monkeypatch.setattr("ssecore.server.HEAD_S", 0.1)
-    async with bounded() as (address, made):
-        reader, writer = await asyncio.open_connection(*address)
-        with anyio.fail_after(10):
-            if not first:
-                writer.write(b"GET / HTTP/1.1\r\n\r\n")  # it is kept for a second after the answer
-                assert await reader.readuntil(b"\r\n\r\n")
-            while not made or made[0].transport is None:  # noqa: ASYNC110 - uvicorn's own sign that it is there
-                await asyncio.sleep(0)
-            writer.write(b"GET / HTTP/1.1\r\n\r\n")
-            time.sleep(LATE_S + (0.3 if first else 1.2))  # noqa: ASYNC251 - as SIGSTOP would
-            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204 ")
-            assert await reader.read() == b"", "and what is idle is closed in time, as ever"
-        writer.close()
+    """Timers fire before what has come meanwhile is read."""
+    with serve(tmp_path, module="tests.impatient") as server, connect(server) as sock:
+        sock.sendall(before)
+        if before == HEALTH:
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += sock.recv(4096)
+        else:
+            time.sleep(0.3)  # it has been read
+        server.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: ") T " in Path(f"/proc/{server.process.pid}/stat").read_text())
+        sock.sendall(meanwhile)
+        time.sleep(2.5 + LATE_S)
+        server.process.send_signal(signal.SIGCONT)
+        assert sock.recv(4096).startswith(b"HTTP/1.1 %b " % status)
+        while sock.recv(4096):
+            pass  # and an idle connection is closed in time, as ever
 
 
 # Requests behind one that is not answered yet
