@@ -42,7 +42,7 @@ from ssecore.log.sqlite import SqliteLog
 from ssecore.log.tail import Attached, Reader, Tails
 from ssecore.metrics import Facts, Metrics
 from ssecore.progress import LogLevel, ProgressLogger, from_thread
-from ssecore.request import Receive, Request, Services
+from ssecore.request import Receive, Request, Room, Services
 from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, response_start, send_response
 from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
@@ -90,6 +90,12 @@ _EVENT_STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
+#: Of bodies that requests and runs hold in memory at once: so many of the largest, and of one caller's.
+BODIES: Final = 64
+BODIES_PER_CALLER: Final = 16
+#: The same for uploads, which hold `SPOOL_BYTES` each in memory and up to `max_import_bytes` on the disk.
+UPLOADS: Final = 32
+UPLOADS_PER_CALLER: Final = 8
 #: How long a client may take to read a farewell.
 FAREWELL_S: Final = 1.0
 
@@ -125,6 +131,9 @@ class SSEApp:
         self._streams: set[Stream] = set()
         self._taken = 0  # places of streams, from the decision that there is room for one to its end
         self._places: Counter[str] = Counter()  # the same by caller
+        largest = self.settings.max_body_bytes
+        self._body_bytes = Room("bytes of request bodies", BODIES * largest, BODIES_PER_CALLER * largest)
+        self._uploads = Room("uploads", UPLOADS, UPLOADS_PER_CALLER)
         self._idle: anyio.Event | None = None
         self._timekeeper: Timekeeper | None = None
         self._services: Services | None = None
@@ -316,7 +325,11 @@ class SSEApp:
                 self.guard.permit(request, route.may.format(**params))
         if route.publishes:
             self.guard.spend(request)
-        await request.decode(route, params, settings.max_body_bytes, settings.max_import_bytes)
+        if route.streams and route.body is not None:
+            self._take_place(request)  # before its body is read: a refusal costs nothing then
+        await request.decode(
+            route, params, settings.max_body_bytes, settings.max_import_bytes, self._body_bytes, self._uploads
+        )
         if not route.streams:
             answer = await route.handler(request, **params)
             return await self._send_answer(request, send, answer, head=head)
@@ -324,7 +337,8 @@ class SSEApp:
             return Response(status=204)  # it has ended for good: an `EventSource` stops here
         if head:
             return await self._send_head(request, send, _EVENT_STREAM_HEADERS)
-        self._take_place(request)
+        if not request.has_place:
+            self._take_place(request)
         if route.run is not None:
             answer = await request.runs.respond(request, route, params)
             if isinstance(answer, Response):

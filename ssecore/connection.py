@@ -34,8 +34,9 @@ def connection_of(send: Any) -> Connection | None:
     cycle = getattr(send, "__self__", None)
     if type(cycle) is not RequestResponseCycle or not uvicorn.__version__.startswith(KNOWN):
         return None
-    chunked = cycle.chunked_encoding and cycle.scope["method"] != "HEAD"
-    return cycle if chunked and cycle.response_started and not cycle.response_complete else None
+    if not cycle.response_started or cycle.response_complete:
+        return None
+    return cycle if cycle.chunked_encoding and cycle.scope["method"] != "HEAD" else None
 
 
 def chunk(body: bytes) -> bytes:

@@ -64,6 +64,8 @@ EXPOSED: Final = (
 )
 #: How long a browser may keep a preflight's answer: Chromium's own limit.
 PREFLIGHT_S: Final = 7200
+#: Apache's and Tomcat's limit. Browsers send some twenty.
+MAX_HEADER_LINES: Final = 100
 #: Callers whose rate is kept in mind; those that have been quiet are forgotten first.
 MAX_RATES: Final = 10_000
 
@@ -73,7 +75,9 @@ _FORWARDED: Final = re.compile(
     "|(x-)?(forwarded|original|proxy|proxied|real|remote|rewrite|envoy|azure|arr|amzn?|appengine|vercel|nf|varnish)"
     "(-.+)?|(cf|cloudfront|fly|fastly|akamai|tailscale)-.+|(.+-)?(client|connecting)-ip"
 )
-_TOKEN_IN_URL: Final = re.compile(rb"(?:^|&)(?:access_token|api_key|token)=|[0-9a-f]{16}\.[A-Za-z0-9_-]{43}")
+# Of a token first the dot: from every digit on it would be looked for sixteen times (21 ms for 60 KiB of them).
+_TOKEN_IN_URL: Final = re.compile(rb"(?:^|&)(?:access_token|api_key|token)=|\.(?<=[0-9a-f]{16}\.)[A-Za-z0-9_-]{43}")
+_OUR_COOKIE: Final = re.compile(rf"(?:^|[;,] *){COOKIE}=([^;,]*)")
 _TO_OPEN_IT: Final = (
     "no authentication is configured, so only requests from this machine are accepted: configure tokens "
     "(SSEAPP_TOKENS_FILE; in a program of your own, caller=), or set SSEAPP_AUTH=off if everybody may use it"
@@ -87,7 +91,7 @@ class TargetTooLong(SSEAppError):
 
 
 class HeadersTooLarge(SSEAppError):
-    """Headers over `max_header_bytes`."""
+    """Headers over `max_header_bytes`, or more lines than `MAX_HEADER_LINES`."""
 
     status, code = 431, "headers_too_large"
 
@@ -125,6 +129,8 @@ class Guard:
         target_bytes = len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b""))
         if settings.max_target_bytes is not None and target_bytes > settings.max_target_bytes:
             raise TargetTooLong(f"path and query may have {settings.max_target_bytes} bytes at most")
+        if len(scope["headers"]) > MAX_HEADER_LINES:
+            raise HeadersTooLarge(f"a request may have {MAX_HEADER_LINES} header lines at most")
         header_bytes = sum([len(name) + len(value) for name, value in scope["headers"]])
         if settings.max_header_bytes is not None and header_bytes > settings.max_header_bytes:
             raise HeadersTooLarge(f"the headers may have {settings.max_header_bytes} bytes at most")
@@ -310,8 +316,7 @@ def _no_token(detail: str) -> Unauthorized:
 
 def _cookies(header: str) -> set[str]:
     """All values of our cookie. (HTTP/2 may split the header, which is then joined by commas.)"""
-    pairs = (pair.partition("=") for pair in re.split("[;,] *", header))
-    return {value for name, _, value in pairs if name == COOKIE}
+    return set(_OUR_COOKIE.findall(header))
 
 
 def _cookie(request: Request, value: str, more: str) -> dict[str, str]:

@@ -8,8 +8,10 @@ types that the route declares before a handler sees them; `BadRequest` names the
 """
 
 import hashlib
+import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -27,19 +29,26 @@ from ssecore.errors import (
     NotRunning,
     SSEAppError,
     TooLarge,
+    TooManyRequests,
     Unavailable,
     UnsupportedMediaType,
 )
 from ssecore.routes import Route, Upload
 from ssecore.tokens import Credential
 
-__all__ = ["EndReason", "Receive", "Request", "Services"]
+__all__ = ["EndReason", "Receive", "Request", "Room", "Services"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", "cancelled", "unauthorized"]
 
-#: How long a client may pause in the middle of its body. nginx's client_body_timeout is 60.
+#: How long a client may pause within its body, if it was fast enough before. nginx's client_body_timeout is 60.
 BODY_TIMEOUT_S: Final = 30.0
+#: What a body must bring on average: one as slow as this has no second to spare. Apache's MinRate is 500, too.
+MIN_BODY_BYTES_PER_S: Final = 500
+#: A timer that fires so late means that the process stood still; what has come meanwhile is not read yet.
+LATE_S: Final = 1.0
+#: What may come of a body that no handler reads. A client that sends more is disconnected.
+MAX_UNREAD_BYTES: Final = 1024 * 1024
 #: More names than any form of ours has; each one costs memory before it is looked at.
 MAX_QUERY_FIELDS: Final = 100
 #: Of what is told about a value that can't be used, and quotes it.
@@ -51,9 +60,38 @@ _MISSING_FIELD: Final = re.compile(r"Object (?:missing required|contains unknown
 
 
 class RequestTimeout(SSEAppError):
-    """The body stopped coming for `BODY_TIMEOUT_S`."""
+    """The body stopped coming for `BODY_TIMEOUT_S`, or came more slowly than `MIN_BODY_BYTES_PER_S`."""
 
     status, code = 408, "request_timeout"
+
+
+class Room:
+    """How much of something (`what`, in the plural) requests may hold at once: in all, and those of one caller."""
+
+    def __init__(self, what: str, limit: int, limit_per_caller: int) -> None:
+        self._what = what
+        self._limit = limit
+        self._limit_per_caller = limit_per_caller
+        self._taken = 0
+        self._taken_by: Counter[str] = Counter()
+
+    def take(self, caller: str | None, amount: int) -> None:
+        """Raises `TooManyRequests` if the caller would have more than its share, `Unavailable` if there is no more."""
+        wait_s = random.randint(1, 5)
+        if self._taken + amount > self._limit:
+            raise Unavailable(f"too many {self._what} at once; try again", retry_after_s=wait_s)
+        if caller is not None:
+            if self._taken_by[caller] + amount > self._limit_per_caller:
+                raise TooManyRequests(f"too many {self._what} of yours at once; try again", retry_after_s=wait_s)
+            self._taken_by[caller] += amount
+        self._taken += amount
+
+    def give_back(self, caller: str | None, amount: int) -> None:
+        self._taken -= amount
+        if caller is not None:
+            self._taken_by[caller] -= amount
+            if not self._taken_by[caller]:
+                del self._taken_by[caller]
 
 
 class Services(NamedTuple):
@@ -74,6 +112,8 @@ class Request:
     credential: Credential | None = None  #: what it showed, where that may end before the request does
     answer_headers: Sequence[tuple[bytes, bytes]] = ()  #: what every answer to it carries besides its own headers
     has_place = False  #: counted as a stream
+    _room: Room | None = None  # where its body is counted, until `close`
+    _held = 0  # how much of it
 
     def __init__(
         self,
@@ -138,17 +178,13 @@ class Request:
             path = path[len(root) :]
         return path or "/"
 
-    @property
+    @cached_property
     def headers(self) -> Mapping[str, str]:
-        """Names in lower case; several headers of one name are joined by a comma (RFC 9110, 5.2).
-
-        Made anew each time: a stream that is open for hours would keep 0.5 KiB of it.
-        """
-        headers: dict[str, str] = {}
-        for raw_name, raw_value in self.scope["headers"]:
-            name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
-        return headers
+        """Names in lower case; several headers of one name are joined by a comma (RFC 9110, 5.2)."""
+        values: dict[str, list[str]] = {}
+        for name, value in self.scope["headers"]:
+            values.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        return {name: ", ".join(several) for name, several in values.items()}
 
     @cached_property
     def query_params(self) -> Mapping[str, str]:
@@ -193,13 +229,26 @@ class Request:
             return self._end_reason
         return "finished" if sys.exc_info()[0] in (None, GeneratorExit) else "failed"
 
-    async def decode(self, route: Route, params: Mapping[str, Any], max_body_bytes: int, max_upload_bytes: int) -> None:
-        """Take the route's path parameters, and read query and body as it declares. Raises the 4xx that fits."""
+    async def decode(
+        self,
+        route: Route,
+        params: Mapping[str, Any],
+        max_body_bytes: int,
+        max_upload_bytes: int,
+        body_bytes: Room,
+        uploads: Room,
+    ) -> None:
+        """Take the route's path parameters, and read query and body as it declares. Raises the 4xx that fits.
+
+        The body is counted in its `Room` before it is read: an upload as one, of another the bytes as they come.
+        """
         self.route, self.path_params = route, params
         if route.query is not None:
             self.query = _convert(dict(self.query_params), route.query)
         if isinstance(route.body, Upload):
             self._check_media_type(route.body.media_type)
+            self._room = uploads
+            self._hold(1)
             # Without a name: gone with the last who holds it, after a crash too.
             self.body = self._upload = SpooledTemporaryFile(SPOOL_BYTES)
             try:
@@ -211,6 +260,7 @@ class Request:
                 ) from error
         elif route.body is not None:
             self._check_media_type("application/json")
+            self._room = body_bytes
             body = BytesIO()
             await self._read(max_body_bytes, body)
             self.raw_body = body.getvalue()
@@ -221,39 +271,54 @@ class Request:
         if given != expected:
             raise UnsupportedMediaType(f"the body must be {expected}, not {given or 'without a content-type'}")
 
-    async def _part(self) -> tuple[bytes, bool]:
-        """The body's next part, and whether more follows."""
+    def _hold(self, amount: int) -> None:
+        if self._room is not None:
+            self._room.take(self.caller, amount)
+            self._held += amount
+
+    async def _part(self, wait_s: float) -> tuple[bytes, bool, float]:
+        """The body's next part, whether more follows, and how long that may take: only waiting for it counts."""
         message = None
-        with anyio.move_on_after(BODY_TIMEOUT_S):
-            message = await self._receive()
-        if message is None:
-            raise RequestTimeout("the body stopped coming")
+        while message is None:
+            began = anyio.current_time()
+            with anyio.move_on_after(wait_s):
+                message = await self._receive()
+            waited_s = anyio.current_time() - began
+            if message is None:
+                if waited_s < wait_s + LATE_S:
+                    raise RequestTimeout("the body stopped coming, or came too slowly")
+                wait_s = LATE_S
         if message["type"] == "http.disconnect":
             raise ClientGone("the client left before its request was complete")
-        return message.get("body", b""), message.get("more_body", False)
+        body: bytes = message.get("body", b"")
+        wait_s = min(max(wait_s - waited_s, 0) + len(body) / MIN_BODY_BYTES_PER_S, BODY_TIMEOUT_S)
+        return body, message.get("more_body", False), wait_s
 
     async def _read(self, limit: int, file: IO[bytes]) -> None:
         """Write the body into `file`, at most `limit` bytes of it; off the loop where that may mean the disk."""
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and len(declared) < 20 and int(declared) > limit:
             raise TooLarge(f"the body may have {limit} bytes at most")
-        size, more, digest = 0, True, hashlib.sha256()
+        size, more, wait_s, digest = 0, True, BODY_TIMEOUT_S, hashlib.sha256()
         while more:
-            part, more = await self._part()
+            part, more, wait_s = await self._part(wait_s)
             size += len(part)
             digest.update(part)
             if size > limit:
                 raise TooLarge(f"the body may have {limit} bytes at most")
-            if size <= SPOOL_BYTES:
+            if self._upload is None:
+                self._hold(len(part))
+            if self._upload is None or size <= SPOOL_BYTES:
                 file.write(part)
             else:
                 await anyio.to_thread.run_sync(file.write, part)
+            del part  # not for as long as the next one takes
         file.seek(0)
         self.body_digest = digest.hexdigest()
 
     def hand_over(self) -> None:
         """A run has taken what the request holds: its own copy of it will give it back."""
-        self._upload = None
+        self._upload = self._room = None
 
     def forget(self) -> None:
         """What was decoded of the head is decoded again if somebody asks: 0.5 KiB for each connection that stays."""
@@ -261,15 +326,22 @@ class Request:
             self.__dict__.pop(name, None)
 
     def close(self) -> None:
-        """Give back what the request holds: the spooled body."""
+        """Give back what the request holds: the spooled body, and its body's room."""
         if self._upload is not None:
             with suppress(OSError):  # of a full disk: it writes what is still buffered
                 self._upload.close()
+        if self._room is not None:
+            self._room.give_back(self.caller, self._held)
+            self._room = None
 
     async def disconnect(self) -> None:
-        """Wait until the client has left. Only after the body's end; what it still sends is thrown away."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        """Wait until the client has left, or has sent more than `MAX_UNREAD_BYTES`, which are thrown away.
+
+        Only after the body's end.
+        """
+        unread = 0
+        while unread <= MAX_UNREAD_BYTES and (message := await self._receive())["type"] != "http.disconnect":
+            unread += len(message.get("body", b""))
 
 
 def _convert(values: Mapping[str, str], kind: Any) -> Any:

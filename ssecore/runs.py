@@ -127,6 +127,7 @@ class Worker:
         self.began = current_time()
         self._reason: Literal["asked", "linger", "drain"] | None = None
         self._request = copy.copy(request)
+        self._request.forget()
         self._request.run_id = id
         self._request._receive = _no_connection
         self._pump: Pump[Event] = Pump(

@@ -101,9 +101,11 @@ class Server:
         self._whole_log = self.log()
 
 
-def serve(data_dir: Path, *options: str, env: Mapping[str, str] | None = None) -> AbstractContextManager[Server]:
+def serve(
+    data_dir: Path, *options: str, env: Mapping[str, str] | None = None, module: str = "sseapp"
+) -> AbstractContextManager[Server]:
     """Our runner on a free port, `options` as of `sseapp serve`."""
-    command = ["sseapp", "serve", "--port", "0", "--data-dir", str(data_dir), *options]
+    command = [module, "serve", "--port", "0", "--data-dir", str(data_dir), *options]
     return _serving(command, env or {}, _told_its_address)
 
 

@@ -3,8 +3,8 @@
 import json
 import logging
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -16,10 +16,34 @@ import msgspec
 import pytest
 from msgspec import Meta
 
-from sseapp import GET, JSON, POST, ByteStream, Event, Response, Settings, SSEApp, Upload, create_app
+from sseapp import (
+    BODIES,
+    BODIES_PER_CALLER,
+    GET,
+    JSON,
+    POST,
+    UPLOADS,
+    UPLOADS_PER_CALLER,
+    ByteStream,
+    Event,
+    Response,
+    Run,
+    Settings,
+    SSEApp,
+    Upload,
+    create_app,
+)
 from ssecore import errors
 from ssecore.errors import BadRequest, NotFound, SettingsError, SSEAppError, Unavailable
-from ssecore.request import BODY_TIMEOUT_S, MAX_QUERY_FIELDS, SPOOL_BYTES, Request
+from ssecore.guard import MAX_HEADER_LINES
+from ssecore.request import (
+    BODY_TIMEOUT_S,
+    MAX_QUERY_FIELDS,
+    MAX_UNREAD_BYTES,
+    MIN_BODY_BYTES_PER_S,
+    SPOOL_BYTES,
+    Request,
+)
 from ssecore.testing import Transport, VirtualClockLoop, connect
 
 
@@ -458,16 +482,196 @@ async def test_a_body_that_stops_coming_is_given_up(parts: list[Message], calls:
     assert calls.requests == []
 
 
-@virtual_time
-async def test_a_body_that_comes_slowly_is_waited_for(calls: Recorder) -> None:
-    class SlowWire(Wire):
-        async def receive(self) -> Message:
-            await anyio.sleep(BODY_TIMEOUT_S - 1)
-            return await super().receive()
+class SlowWire(Wire):
+    """Each part comes so long after the one before."""
 
-    wire = SlowWire(*[part(bytes([byte])) for byte in b'[{"title": "a"}'], part(b"]", more=False))
-    await wire.run(body_app(calls), "POST", "/items", JSON_TYPE)
-    assert wire.answer.json()["body"] == [{"title": "a", "tags": []}]
+    def __init__(self, pauses_s: Iterable[float], *messages: Message) -> None:
+        super().__init__(*messages)
+        self._pauses_s = iter(pauses_s)
+
+    async def receive(self) -> Message:
+        await anyio.sleep(next(self._pauses_s, 0))
+        return await super().receive()
+
+
+@virtual_time
+@pytest.mark.parametrize("pause_s", [1, BODY_TIMEOUT_S - 1])
+async def test_a_body_that_comes_slowly_is_waited_for(pause_s: float, calls: Recorder) -> None:
+    parts = [part(b" " * int(MIN_BODY_BYTES_PER_S * pause_s)) for _ in range(50)]
+    wire = SlowWire([0, *[pause_s] * 50], part(b"[]"), *parts, part(b"", more=False))
+    await wire.run(body_app(calls), "POST", "/any", JSON_TYPE)
+    assert wire.answer.json()["body"] == []
+    assert anyio.current_time() >= 50 * pause_s
+
+
+@virtual_time
+@pytest.mark.parametrize("parts", [[b"["] * 1000, [b" " * 500_000, *[b" "] * 1000]], ids=["all", "its end"])
+async def test_a_body_that_trickles_is_given_up(parts: list[bytes], calls: Recorder) -> None:
+    """However much of it came in time: what was fast at first keeps its place for no longer."""
+    wire = SlowWire([0, *[20.0] * 1000], *map(part, parts))
+    begin = anyio.current_time()
+    with anyio.fail_after(10 * BODY_TIMEOUT_S):
+        await wire.run(body_app(calls), "POST", "/any", JSON_TYPE)
+    wire.answer.problem(408, "request_timeout")
+    assert BODY_TIMEOUT_S <= anyio.current_time() - begin < BODY_TIMEOUT_S + 1
+    assert calls.requests == []
+
+
+@pytest.mark.parametrize("path", ["/stream", "/unread"])
+async def test_a_body_that_no_handler_reads_is_not_read_for_ever(path: str, calls: Recorder) -> None:
+    async def endless(request: Request) -> AsyncIterator[Event]:
+        yield Event("first")
+        await anyio.sleep_forever()
+
+    app = SSEApp([GET("/unread", endless), POST("/stream", endless)])
+    piece = part(b"x" * 65536)
+    wire = Wire(*[piece] * (2 * MAX_UNREAD_BYTES // 65536))
+    with anyio.fail_after(10):
+        await wire.run(app, "GET" if path == "/unread" else "POST", path, {})
+    assert wire.received == MAX_UNREAD_BYTES // 65536 + 1
+    assert not app._streams
+
+
+# What bodies may hold in all
+
+
+@asynccontextmanager
+async def sending(
+    app: ASGIApp, path: str, *parts: bytes, user: str = "", content_type: str = "application/json"
+) -> AsyncIterator[Answer | None]:
+    """A request whose body stands still after these parts, while the block runs; with its answer if it has one."""
+    wire = Wire(*map(part, parts))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wire.run, app, "POST", path, {"content-type": content_type, "x-user": user})
+        await anyio.wait_all_tasks_blocked()
+        yield wire.answer if wire.sent else None
+        tasks.cancel_scope.cancel()
+
+
+#: The largest body that this app takes.
+LARGEST = b'"%b"' % (b"x" * 98)
+
+
+def holding_app(calls: Recorder, *, named: bool, **settings: Any) -> SSEApp:
+    routes = [
+        POST("/any", calls.unary, body=Any),
+        POST("/stream", calls.stream, body=Any),
+        POST("/upload", calls.unary, body=Upload("text/csv")),
+    ]
+    caller = (lambda request: request.headers["x-user"] or "somebody") if named else None
+    return SSEApp(routes, Settings(max_body_bytes=100, **settings), caller=caller)
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_bodies_that_are_not_complete_hold_a_bounded_part_of_the_memory(named: bool, calls: Recorder) -> None:
+    app = holding_app(calls, named=named)
+    limit = BODIES_PER_CALLER if named else BODIES
+    async with AsyncExitStack() as held:
+        for _ in range(limit):
+            assert await held.enter_async_context(sending(app, "/any", b"1" * 50, b"1" * 50, user="ann")) is None
+        answer = await ask(app, "POST", "/any", headers={**JSON_TYPE, "x-user": "ann"}, body=b"1")
+        answer.problem(*((429, "too_many_requests") if named else (503, "unavailable")))
+        assert 1 <= int(answer.headers["retry-after"]) <= 5
+        other = await ask(app, "POST", "/any", headers={**JSON_TYPE, "x-user": "ben"}, body=b"1")
+        assert other.status == (200 if named else 503)
+    # Not a few of them for ever: each gives back what it held.
+    for _ in range(2 * limit):
+        assert (await ask(app, "POST", "/any", headers=JSON_TYPE | {"x-user": "ann"}, body=LARGEST)).status == 200
+
+
+async def test_small_bodies_are_counted_by_their_size(calls: Recorder) -> None:
+    app = holding_app(calls, named=True)
+    async with AsyncExitStack() as held:
+        for _ in range(5 * BODIES_PER_CALLER):
+            assert await held.enter_async_context(sending(app, "/any", b"[", user="ann")) is None
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_uploads_that_are_not_complete_are_so_many(named: bool, calls: Recorder) -> None:
+    app = holding_app(calls, named=named)
+    limit = UPLOADS_PER_CALLER if named else UPLOADS
+    async with AsyncExitStack() as held:
+        for _ in range(limit):
+            assert await held.enter_async_context(sending(app, "/upload", user="ann", content_type="text/csv")) is None
+        async with sending(app, "/upload", user="ann", content_type="text/csv") as answer:
+            assert answer is not None
+            answer.problem(*((429, "too_many_requests") if named else (503, "unavailable")))
+        async with sending(app, "/upload", user="ben", content_type="text/csv") as other:
+            assert (other is None) == named
+        async with sending(app, "/any", b"[", user="ann") as body:
+            assert body is None
+    async with sending(app, "/upload", user="ann", content_type="text/csv") as again:
+        assert again is None
+
+
+async def test_a_streams_place_is_taken_before_its_body_is_read(calls: Recorder) -> None:
+    app = holding_app(calls, named=True, max_streams_per_caller=2)
+    async with sending(app, "/stream", b"[", user="ann") as one, sending(app, "/stream", user="ann") as two:
+        assert one is two is None
+        wire = Wire(part(b"[]", more=False))
+        await wire.run(app, "POST", "/stream", {**JSON_TYPE, "x-user": "ann"})
+        wire.answer.problem(429, "too_many_requests")
+        assert wire.received == 0
+        assert (await ask(app, "POST", "/stream", headers={**JSON_TYPE, "x-user": "ben"}, body=b"1")).status == 200
+    assert (await ask(app, "POST", "/stream", headers={**JSON_TYPE, "x-user": "ann"}, body=b"1")).status == 200
+    wrong = await ask(app, "POST", "/stream", headers={**JSON_TYPE, "x-user": "ann"}, body=b"[")
+    wrong.problem(400, "bad_request")
+
+
+async def test_a_runs_body_is_counted_until_the_run_ends() -> None:
+    go_on = anyio.Event()
+
+    async def work(request: Request) -> AsyncIterator[Event]:
+        yield Event("first")
+        await go_on.wait()
+
+    app = SSEApp([POST("/run", work, body=Any, run=Run())], Settings(log="memory", max_body_bytes=100))
+    headers = {**JSON_TYPE, "prefer": "respond-async"}
+    async with app.running():
+        for _ in range(BODIES):
+            assert (await ask(app, "POST", "/run", headers=headers, body=LARGEST)).status == 202
+        (await ask(app, "POST", "/run", headers=headers, body=b"1")).problem(503, "unavailable")
+        go_on.set()
+        await anyio.wait_all_tasks_blocked()
+        assert (await ask(app, "POST", "/run", headers=headers, body=LARGEST)).status == 202
+
+
+# The head
+
+
+@pytest.mark.parametrize("names", [["x"], [f"x-{number}" for number in range(10)]], ids=["one name", "ten names"])
+async def test_a_head_has_so_many_lines_at_most(names: list[str], calls: Recorder) -> None:
+    app = SSEApp([GET("/unary", calls.unary)])
+
+    async def asked(lines: int) -> Wire:
+        wire = Wire()
+        headers = [(names[number % len(names)].encode(), b"%d" % number) for number in range(lines)]
+        scope = {"type": "http", "method": "GET", "path": "/unary", "query_string": b"", "headers": headers}
+        await app(scope, wire.receive, wire.send)
+        return wire
+
+    assert (await asked(MAX_HEADER_LINES)).answer.status == 200
+    read = ", ".join(calls.requests[0].headers[name] for name in names).split(", ")
+    assert sorted(map(int, read)) == list(range(MAX_HEADER_LINES)), "none of them is lost"
+    assert str(MAX_HEADER_LINES) in (await asked(MAX_HEADER_LINES + 1)).answer.problem(431, "headers_too_large")
+
+
+async def test_a_head_is_decoded_once() -> None:
+    class Counted(list[tuple[bytes, bytes]]):
+        read = 0
+
+        def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+            self.read += 1
+            return super().__iter__()
+
+    async def unary(request: Request) -> Response:
+        return JSON([request.headers["x"] for _ in range(10)])
+
+    headers, wire = Counted([(b"x", b"y"), (b"accept", b"text/event-stream")]), Wire()
+    scope = {"type": "http", "method": "GET", "path": "/unary", "query_string": b"", "headers": headers}
+    await SSEApp([GET("/unary", unary)])(scope, wire.receive, wire.send)
+    assert wire.answer.json() == ["y"] * 10
+    assert headers.read <= 2, "once to be decoded, once for its size"
 
 
 # An upload

@@ -5,13 +5,17 @@ import hmac
 import json
 import os
 import re
+import selectors
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import StringIO
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
@@ -19,12 +23,14 @@ import httpx
 import pytest
 
 from handlers import ROUTES
+from sseapp import BODIES, UPLOADS_PER_CALLER
 from ssecore.errors import Unauthorized
+from ssecore.guard import MAX_HEADER_LINES
 from ssecore.routes import Route
 from ssecore.tokens import Tokens, add_token, revoke_tokens, session_of
 from ssecore.wire import Decoder, Event
 from tests.needs import find, needs
-from tests.serving import Server, free_port, serve, wait_until
+from tests.serving import Server, free_port, serve, serve_hypercorn, serve_uvicorn, wait_until
 
 FAST: Final = {"SSEAPP_MOCK_DELAY_S": "0", "SSEAPP_HEARTBEAT_S": "1"}
 #: What would become a field, an event or a header of its own wherever it is written out as it came.
@@ -542,6 +548,189 @@ def test_a_bomb_of_json_is_refused_or_an_event_like_any_other(body: bytes, statu
 def test_a_compressed_body_is_not_unpacked(private: Server) -> None:
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
     assert private.client.post("/topics/a", content=b"\x1f\x8b" + b"\x00" * 1000, headers=headers).status_code == 400
+
+
+# What one client may take from all others
+
+#: What looks into /proc.
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+
+MIB: Final = 1024 * 1024
+UPLOAD: Final = b"POST /tasks/import HTTP/1.1\r\nhost: localhost\r\ncontent-type: text/csv\r\n"
+
+
+def memory(server: Server, kind: str = "VmRSS") -> int:
+    """The process's memory in bytes; `VmHWM` is the most that it ever had."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.partition(f"{kind}:")[2].split()[0]) * 1024
+
+
+def cpu_s(server: Server) -> float:
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def connections(server: Server, *sent: bytes) -> Iterator[list[socket.socket]]:
+    """One for each of these, which are sent by a thread as far as the server takes them, while the block runs."""
+    socks = [socket.create_connection(("127.0.0.1", server.port)) for _ in sent]
+    left = {sock.fileno(): memoryview(data) for sock, data in zip(socks, sent, strict=True)}
+    over = threading.Event()
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for sock in socks:
+            stack.enter_context(sock).setblocking(False)
+            selector.register(sock, selectors.EVENT_WRITE)
+
+        def send() -> None:
+            while not over.is_set() and selector.get_map():
+                for key, _ in selector.select(0.05):
+                    try:
+                        left[key.fd] = left[key.fd][os.write(key.fd, left[key.fd][:65536]) :]
+                    except BlockingIOError:
+                        continue
+                    except OSError:
+                        left[key.fd] = left[key.fd][:0]
+                    if not left[key.fd]:
+                        selector.unregister(key.fileobj)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            yield socks
+        finally:
+            over.set()
+            thread.join()
+
+
+def settled(server: Server) -> bool:
+    """It does nothing any more."""
+    before = cpu_s(server)
+    time.sleep(0.1)
+    return cpu_s(server) == before
+
+
+SHORT: Final = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
+LONG: Final = b"GET /nothing HTTP/1.1\r\nhost: localhost\r\nx: " + b"x" * 60_000 + b"\r\n\r\n"
+WITH_BODY: Final = POST + b"content-length: 30000\r\n\r\n" + b" " * 29_999 + b"1"
+IDLE: Final = b"GET /countdown/3600?interval=3600 HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+@linux
+@pytest.mark.parametrize("front", [b"", IDLE], ids=["by itself", "behind a stream"])
+@pytest.mark.parametrize("request_", [SHORT, LONG, WITH_BODY], ids=["short", "long", "with a body"])
+def test_pipelined_requests_cost_others_neither_memory_nor_time(front: bytes, request_: bytes, tmp_path: Path) -> None:
+    with serve(tmp_path, env=FAST) as server:
+        for _ in range(20):
+            server.client.get("/healthz")
+        before = memory(server)
+        waited: list[float] = []
+        with connections(server, *[front + request_ * (MIB // len(request_))] * 100):
+            while len(waited) < 50 or not settled(server):
+                began = time.monotonic()
+                assert server.client.get("/healthz").is_success
+                waited.append(time.monotonic() - began)
+        assert memory(server, "VmHWM") - before < 50 * MIB
+        assert median(waited) < 0.1
+        assert "Traceback" not in server.log()
+
+
+def test_a_stream_whose_client_pipelined_and_left_ends(tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            sock.sendall(IDLE)
+            assert b"remaining" in sock.recv(65536) + sock.recv(65536)
+            sock.sendall(HIDDEN)
+        wait_until(lambda: "ended: client" in server.log(), 5)
+
+
+@linux
+@pytest.mark.parametrize("start", [serve, serve_uvicorn, serve_hypercorn], ids=["sseapp", "uvicorn", "hypercorn"])
+def test_a_head_of_very_many_lines_is_refused_at_little_cost(start: Any, tmp_path: Path) -> None:
+    def asked(lines: int) -> bytes:
+        return exchange(server.port, b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n" + b"a:\r\n" * lines + b"\r\n")
+
+    with start(tmp_path, env=FAST) as server:
+        assert statuses(asked(MAX_HEADER_LINES - 1)) == [200]
+        for lines in (MAX_HEADER_LINES, 5000):
+            answer = asked(lines)
+            assert statuses(answer) == [431] and b"headers_too_large" in answer
+        before = cpu_s(server)
+        for _ in range(10):
+            assert statuses(asked(26_000)) in ([431], [400], []), "or by the server, or cut off by it"
+        if start is serve:
+            assert cpu_s(server) - before < 10 * 0.045
+
+
+@linux
+def test_trickled_uploads_of_one_caller_hold_little(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    ann = b"authorization: Bearer %b\r\n" % add_token(tokens, "ann").encode()
+    upload = UPLOAD + ann + b"content-length: 2000000\r\n\r\ntitle\n" + b"x" * 1_100_000
+    ben = {"authorization": f"Bearer {add_token(tokens, 'ben')}", "content-type": "text/csv"}
+    with serve(tmp_path / "data", env={**FAST, "SSEAPP_TOKENS_FILE": str(tokens)}) as server:
+        before = memory(server)
+        with connections(server, *[upload] * 400) as socks:
+            wait_until(lambda: len(answered(socks)) == 400 - UPLOADS_PER_CALLER)
+            wait_until(lambda: settled(server))
+            assert answered(socks) == [429] * (400 - UPLOADS_PER_CALLER)
+            assert memory(server, "VmHWM") - before < 60 * MIB
+            answer = server.client.post("/tasks/import", headers=ben, content=b"title\nx\n")
+            assert answer.status_code == 200 and "success" in answer.text
+
+
+@linux
+def test_trickled_bodies_hold_little_where_nobody_has_a_name(tmp_path: Path) -> None:
+    with serve(tmp_path, env=FAST) as server:
+        before = memory(server)
+        with connections(server, *[POST + b"content-length: 1000000\r\n\r\n" + b" " * 999_999] * 400) as socks:
+            wait_until(lambda: len(answered(socks)) > 400 - 1.1 * BODIES)
+            wait_until(lambda: settled(server))
+            assert set(answered(socks)) == {503}
+            assert memory(server, "VmHWM") - before < 250 * MIB, "of 400 MB"
+        wait_until(lambda: server.client.post("/topics/a", json="x" * 900_000).status_code == 202)
+
+
+def answered(socks: list[socket.socket]) -> list[int]:
+    """The statuses that have come by now."""
+    found: list[int] = []
+    for sock in socks:
+        with suppress(BlockingIOError):
+            found += statuses(sock.recv(65536, socket.MSG_PEEK))
+    return found
+
+
+@linux
+def test_an_idle_connection_keeps_nothing_of_what_it_sent(guarded: Guarded) -> None:
+    head = b"POST /%b HTTP/1.1\r\nhost: localhost\r\nx: %b\r\n" % (b"a" * 50_000, b"x" * 30_000)
+    whole = head + b"content-length: 60000\r\n\r\n" + b" " * 60_000
+    before = memory(guarded.server)
+    with ExitStack() as stack:
+        for _ in range(300):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", guarded.server.port)))
+            sock.sendall(whole)
+            assert statuses(sock.recv(65536)) == [404]
+        assert memory(guarded.server) - before < 20 * MIB
+
+
+def test_a_body_in_tiny_chunks_is_cut_off_and_one_in_small_chunks_is_not(private: Server) -> None:
+    def chunked(size: int) -> bytes:
+        chunk = b"%x\r\n%b\r\n" % (size, b" " * size)
+        return POST + b"transfer-encoding: chunked\r\n\r\n" + chunk * (400_000 // size) + b"1\r\n1\r\n0\r\n\r\n"
+
+    assert statuses(exchange(private.port, chunked(8))) == [202]
+    with socket.create_connection(("127.0.0.1", private.port), 10) as sock, suppress(ConnectionError):
+        sock.sendall(chunked(1))
+        assert sock.recv(65536) == b""
+
+
+def test_a_body_that_is_not_wanted_is_refused_before_it_is_asked_for(guarded: Guarded) -> None:
+    """Without a `100 Continue`."""
+    expect = b"expect: 100-continue\r\ncontent-length: 5\r\n"
+    ann = b"authorization: Bearer %b\r\n" % guarded.token.encode()
+    assert statuses(exchange(guarded.server.port, POST + expect + b"\r\n")) == [401]
+    too_large = expect.replace(b"5", b"5000000")
+    assert statuses(exchange(guarded.server.port, POST + ann + too_large + b"\r\n")) == [413]
+    assert statuses(exchange(guarded.server.port, POST + ann + expect + b"\r\n")) == [100]
 
 
 def test_all_that_was_tried_has_left_no_stream_open(private: Server, guarded: Guarded) -> None:

@@ -27,7 +27,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from sseapp import GET, Event, Request, Settings, SSEApp
-from ssecore.server import BoundedProtocol
+from ssecore.server import LATE_S, MAX_AHEAD_BYTES, MAX_PIPELINED, BoundedProtocol
 from tests import serving
 from tests.clients import listening
 from tests.needs import find, needs
@@ -454,14 +454,15 @@ async def ticks(request: Request) -> AsyncIterator[Event]:
 # A client that sends half a head
 
 
-@asynccontextmanager
-async def bounded() -> AsyncIterator[tuple[tuple[str, int], list[BoundedProtocol]]]:
-    """A server of nothing; gives its address, and the connections that it got."""
-    made: list[BoundedProtocol] = []
+async def nothing(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body"})
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body"})
+
+@asynccontextmanager
+async def bounded(app: Any = nothing) -> AsyncIterator[tuple[tuple[str, int], list[BoundedProtocol]]]:
+    """A server of this app; gives its address, and the connections that it got."""
+    made: list[BoundedProtocol] = []
 
     config = uvicorn.Config(app, http=BoundedProtocol, ws="none", log_config=None, timeout_keep_alive=1)
     config.load()
@@ -490,6 +491,190 @@ async def test_a_head_that_does_not_come_to_its_end_is_waited_for_so_long(
             writer.write(head)
             assert await reader.read() == b""
         writer.close()
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
+PUBLISH = (
+    b"POST /topics/a HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 4\r\n\r\n1234"
+)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("before", "meanwhile", "status"),
+    [(HEALTH[:20], HEALTH[20:], b"200"), (HEALTH, HEALTH, b"200"), (PUBLISH[:-3], PUBLISH[-3:], b"202")],
+    ids=["a head", "the next request", "a body"],
+)
+def test_what_came_while_the_process_stood_still_is_in_time(
+    before: bytes, meanwhile: bytes, status: bytes, tmp_path: Path
+) -> None:
+    """Timers fire before what has come meanwhile is read."""
+    with serve(tmp_path, module="tests.impatient") as server, connect(server) as sock:
+        sock.sendall(before)
+        if before == HEALTH:
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += sock.recv(4096)
+        else:
+            time.sleep(0.3)  # it has been read
+        server.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: ") T " in Path(f"/proc/{server.process.pid}/stat").read_text())
+        sock.sendall(meanwhile)
+        time.sleep(2.5 + LATE_S)
+        server.process.send_signal(signal.SIGCONT)
+        assert sock.recv(4096).startswith(b"HTTP/1.1 %b " % status)
+        while sock.recv(4096):
+            pass  # and an idle connection is closed in time, as ever
+
+
+# Requests behind one that is not answered yet
+
+
+class Gate:
+    """An app whose `/gate` is answered when it is opened; all others at once, with their paths."""
+
+    def __init__(self) -> None:
+        self.opened = anyio.Event()
+        self.left = anyio.Event()  #: the client of `/gate` has left
+        self.asked: list[str] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.asked.append(scope["path"])
+        if scope["path"] == "/gate":
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._watch, receive)
+                await self.opened.wait()
+                tasks.cancel_scope.cancel()
+        body = scope["path"].encode() + b" "
+        headers = [(b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _watch(self, receive: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.left.set()
+        self.opened.set()
+
+    @asynccontextmanager
+    async def asked_for(self, behind: bytes) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        """A connection with `/gate` in front, and these bytes behind, which the server has had."""
+        async with bounded(self) as (address, _):
+            reader, writer = await asyncio.open_connection(*address)
+            with anyio.fail_after(10):
+                writer.write(get("/gate") + behind)
+                await anyio.wait_all_tasks_blocked()
+                while not self.asked:  # noqa: ASYNC110 - what it waits for is bytes in a socket
+                    await asyncio.sleep(0.01)
+                yield reader, writer
+            writer.close()
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
+
+
+def paths(answers: bytes) -> list[str]:
+    assert answers.count(b"HTTP/1.1 200 OK") == answers.count(b"HTTP/1.1"), answers
+    return re.findall(r"/\w*(?= )", answers.decode().replace("HTTP/1.1", ""))
+
+
+async def test_a_handful_of_requests_waits_for_its_turn() -> None:
+    gate = Gate()
+    async with gate.asked_for(b"".join(get(f"/{number}") for number in range(MAX_PIPELINED))) as (reader, writer):
+        assert gate.asked == ["/gate"]
+        gate.opened.set()
+        answers = await reader.readuntil(f"/{MAX_PIPELINED - 1} ".encode())
+        assert paths(answers) == ["/gate", *[f"/{number}" for number in range(MAX_PIPELINED)]]
+        writer.write(get("/again"))
+        assert paths(await reader.readuntil(b"/again ")) == ["/again"], "the connection goes on"
+
+
+@pytest.mark.parametrize(
+    ("behind", "answered"),
+    [
+        (b"".join(get(f"/{number}") for number in range(MAX_PIPELINED + 1)), MAX_PIPELINED),
+        (b"".join(get(f"/{number}") for number in range(3000)), MAX_PIPELINED),
+        (get("/0") + b"POST /1 HTTP/1.1\r\ncontent-length: x\r\n\r\n" + get("/2"), 1),
+        (b"\x16\x03\x01" + get("/0"), 0),
+        (b"GET / HTTP/9.9\r\n\r\n", 0),
+    ],
+    ids=["one too many", "thousands", "a bad length", "TLS", "a version"],
+)
+async def test_what_is_too_much_or_no_request_ends_the_connection_after_the_answers(
+    behind: bytes, answered: int
+) -> None:
+    """No 400 in the place of an answer, or in the middle of one."""
+    gate = Gate()
+    async with gate.asked_for(behind) as (reader, writer):
+        writer.write(get("/late"))
+        await anyio.wait_all_tasks_blocked()
+        gate.opened.set()
+        answers = await reader.read()
+        assert paths(answers) == ["/gate", *[f"/{number}" for number in range(answered)]]
+        assert answers.count(b"connection: close") == 1
+
+
+async def test_only_so_many_bytes_may_come_behind_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssecore.server.HEAD_S", 0.3)
+    gate = Gate()
+    async with gate.asked_for(b"") as (_, writer):
+        writer.write(b"POST /1 HTTP/1.1\r\ncontent-length: 100000000\r\n\r\n")
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(OSError):
+            while True:
+                writer.write(b"x" * MAX_AHEAD_BYTES)
+                await writer.drain()
+        await gate.left.wait()
+        assert gate.asked == ["/gate"]
+
+
+@pytest.mark.parametrize("behind", [b"", get("/1"), get("/1") * MAX_PIPELINED, get("/1") * 3000, b"GET /1"])
+@pytest.mark.parametrize("later", [False, True], ids=["with it", "later"])
+async def test_a_client_that_leaves_with_requests_waiting_is_noticed(behind: bytes, later: bool) -> None:
+    gate = Gate()
+    async with gate.asked_for(b"" if later else behind) as (_, writer):
+        if later:
+            writer.write(behind)
+            await anyio.wait_all_tasks_blocked()
+        writer.close()
+        await gate.left.wait()
+        await anyio.wait_all_tasks_blocked()
+    assert gate.asked == ["/gate"], "what waited is not begun"
+
+
+async def test_half_a_head_behind_an_answer_is_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssecore.server.HEAD_S", 0.2)
+    gate = Gate()
+    async with gate.asked_for(b"GET /1 HTTP/1.1\r\nhost: loc") as (reader, _):
+        gate.opened.set()
+        begin = time.monotonic()
+        assert paths(await reader.read()) == ["/gate"]
+        assert time.monotonic() - begin < 0.8, "not for as long as an idle connection, a second here"
+
+
+# What a body brings along
+
+
+async def test_a_trailer_is_not_a_header() -> None:
+    heads: list[list[tuple[bytes, bytes]]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        heads.append(scope["headers"])
+        await nothing(scope, receive, send)
+
+    async with bounded(app) as (address, _):
+        reader, writer = await asyncio.open_connection(*address)
+        with anyio.fail_after(3):
+            for _ in range(2):
+                writer.write(b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\n1\r\n")
+                await anyio.wait_all_tasks_blocked()
+                writer.write(b"0\r\nauthorization: Bearer x\r\nidempotency-key: y\r\n\r\n")
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204 ")
+        writer.close()
+    assert heads == [[(b"transfer-encoding", b"chunked")]] * 2
 
 
 async def test_a_connection_that_is_reset_is_not_kept_for_a_next_request() -> None:

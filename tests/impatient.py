@@ -1,0 +1,12 @@
+"""`sseapp` with clocks of a second for a head, a body and an idle connection: for tests that stop its process."""
+
+import sys
+
+from sseapp import main
+from ssecore import request, server
+
+if __name__ == "__main__":
+    server.HEAD_S = 1.0
+    server.KEEP_ALIVE_S = 1
+    request.BODY_TIMEOUT_S = 1.0  # type: ignore[misc]
+    sys.exit(main())
