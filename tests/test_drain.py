@@ -64,7 +64,7 @@ async def test_a_thousand_streams_of_every_kind_see_a_farewell_and_a_proper_end(
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "large").write_bytes(bytes(4_000_000))
     with serve(tmp_path, env={"SSEAPP_DRAIN_S": str(DRAIN_S)}) as server:
-        endless, short = started(server, steps=1000, interval=60), started(server, steps=3, interval=0.5)
+        endless, short = started(server, steps=10, interval=60), started(server, steps=3, interval=0.5)
         targets = [target.replace("{endless}", endless) for target in ENDLESS]
         streams = [await opened(server, targets[number % len(targets)]) for number in range(STREAMS)]
         streams += [await opened(server, "/stream?count=10&interval=0.1"), await opened(server, "/download/large")]

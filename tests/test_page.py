@@ -450,7 +450,7 @@ def test_a_finished_run_is_opened_again_and_deleted(tab: Tab) -> None:
 
 @needs("chromium")
 def test_a_run_is_cancelled_from_the_list(tab: Tab) -> None:
-    view = tab.start("Jobs", "Job", steps="1000", interval="1")
+    view = tab.start("Jobs", "Job", steps="600", interval="1")
     expect(view.locator(".bar")).to_be_visible()
     tab.run_in_list(run_of(view)).get_by_role("button", name="Cancel").click()
     ends(view, "cancelled")

@@ -141,7 +141,7 @@ export const GROUPS = [
       },
       {
         id: "job", name: "Job", route: "POST /jobs", life: "run",
-        says: "Goes on whoever listens. digest: the files' SHA-256; report: figures into a file; sleep: steps to watch.",
+        says: "Goes on whoever listens. digest: the files' SHA-256; report: figures into a file; sleep: steps to watch, for 10 minutes at most.",
         fields: [
           { name: "kind", label: "Kind", kind: "select", options: ["sleep", "report", "digest"] },
           number("steps", "Steps (sleep)", "20"),
