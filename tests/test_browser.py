@@ -218,7 +218,8 @@ def attack(page: Page, other: Server, server: Server, host: str, path: str) -> N
     target = f"http://{host}:{server.port}{path}"
     page.goto(f"{other.url}/healthz")
     tries = page.evaluate(ATTACK, target) + 1
-    page.evaluate("(url) => { const a = document.createElement('a'); a.href = url; a.click() }", target)
+    with page.expect_navigation():
+        page.evaluate("(url) => { const a = document.createElement('a'); a.href = url; a.click() }", target)
     wait_until(lambda: refused(server) >= before + tries)
 
 

@@ -31,7 +31,7 @@ from ssecore.tokens import (
     set_rights,
 )
 from tests.clients import ask, listening
-from tests.serving import run_sseapp
+from tests.serving import run_sseapp, serve, wait_until
 
 
 async def me(request: Request) -> Response:
@@ -331,6 +331,15 @@ async def test_a_deeply_nested_line_does_not_end_the_watch(path: Path, caplog: p
             write(path, b"\n")
             *_, last = await reading.rest()
     assert "token_revoked" in last.data, "the watch goes on"
+
+
+def test_a_service_whose_tokens_file_gets_a_deeply_nested_line_goes_on(path: Path) -> None:
+    token = add_token(path, "ann")
+    with serve(path.parent / "data", env={"SSEAPP_TOKENS_FILE": str(path)}) as server:
+        append(path, '{"x":' + "[" * 100_000 + "\n")
+        wait_until(lambda: "line 3 is not a token" in server.log())  # by the watch: no request has come
+        assert server.client.get("/stream/hello?interval=0", headers=bearer(token)).status_code == 200
+        assert "Traceback" not in server.log()
 
 
 def test_a_deeply_nested_line_is_refused_at_the_start(path: Path) -> None:
