@@ -119,7 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     # More in its dictionary would make that one of its own, for each connection: a KiB.
-    __slots__ = ("_ahead", "_answering", "_barren", "_deaf", "_overdue")
+    __slots__ = ("_ahead", "_answering", "_barren", "_ignoring", "_overdue")
     max_head_bytes: int | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -128,7 +128,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._overdue: asyncio.TimerHandle | None = None
         self._answering: RequestResponseCycle | None = None  # `cycle` is the last one that came, and may have to wait
         self._ahead = 0  # bytes that came while a request waited for this one's answer
-        self._deaf = False
+        self._ignoring = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -148,8 +148,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.pipeline:
             self._ahead += len(data)
             if self._ahead > MAX_AHEAD_BYTES:
-                self._be_deaf()
-        if self._deaf:
+                self._ignore_rest()
+        if self._ignoring:
             return
         if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
             self._await_head()
@@ -209,12 +209,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if cycle is None or cycle.response_complete or in_its_body:
             super().send_400_response(msg)
         else:  # a 400 would be taken for the answer to a request before
-            self._be_deaf()
+            self._ignore_rest()
 
-    def _be_deaf(self) -> None:
+    def _ignore_rest(self) -> None:
         """Read no request any more: the connection ends after the last answer that is due, or after `HEAD_S`."""
-        if not self._deaf:
-            self._deaf = True
+        if not self._ignoring:
+            self._ignoring = True
             self.cycle.keep_alive = False
             self._head_is_here()
             self._await_head()
