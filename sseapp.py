@@ -32,7 +32,6 @@ from ssecore.errors import (
     SSEAppError,
     TooManyRequests,
     Unavailable,
-    failure_of,
 )
 from ssecore.guard import Caller, Guard
 from ssecore.log import Log
@@ -49,7 +48,18 @@ from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
 from ssecore.settings import Settings, describe
 from ssecore.signals import chained
-from ssecore.stream import EventPump, Pump, Source, Stream, StreamOptions, Timekeeper, merge, public_text, spread
+from ssecore.stream import (
+    EventPump,
+    Pump,
+    Source,
+    Stream,
+    StreamOptions,
+    Timekeeper,
+    failure_of,
+    merge,
+    public_text,
+    spread,
+)
 from ssecore.tokens import add_token, parse_expiry, read_tokens, revoke_tokens, set_rights
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode

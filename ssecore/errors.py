@@ -35,7 +35,6 @@ __all__ = [
     "UnsupportedMediaType",
     "UpstreamError",
     "WriterFenced",
-    "failure_of",
 ]
 
 
@@ -212,17 +211,3 @@ class ClientGone(SSEAppError):
     """The client left before its request was complete. Never seen by a client; ends the request quietly."""
 
     code = "client_gone"
-
-
-def failure_of(error: BaseException, what: str = "a handler") -> Exception:
-    """What a user's code raised, as a failure of that code alone.
-
-    An `Exception` stays as it is. Anything else (`SystemExit`, `GeneratorExit`, a Rust panic, a group of such) becomes
-    a `RuntimeError` with the original as its cause: raised on, it would end the event loop or the app's task group.
-    The caller has sorted out cancellations of its own before.
-    """
-    if isinstance(error, Exception):
-        return error
-    failure = RuntimeError(f"{what} raised {type(error).__name__}")
-    failure.__cause__ = error
-    return failure

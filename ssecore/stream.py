@@ -46,7 +46,7 @@ from anyio import Event as Signal
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from ssecore.errors import Draining, EncodeError, SSEAppError, Unavailable, failure_of
+from ssecore.errors import Draining, EncodeError, SSEAppError, Unavailable
 from ssecore.request import EndReason, Request
 from ssecore.responses import Send
 from ssecore.wire import HEARTBEAT, Event, encode
@@ -61,6 +61,7 @@ __all__ = [
     "Timekeeper",
     "engine_frames",
     "error_frames",
+    "failure_of",
     "merge",
     "public_text",
     "spread",
@@ -701,6 +702,20 @@ def public_text(error: Exception) -> str:
     if isinstance(error, SSEAppError):
         return error.detail
     return f"internal error (reference {_log_failure(error)})"
+
+
+def failure_of(error: BaseException, what: str = "a handler") -> Exception:
+    """What a user's code raised, as a failure of that code alone.
+
+    An `Exception` stays as it is. Anything else (`SystemExit`, `GeneratorExit`, a Rust panic, a group of such) becomes
+    a `RuntimeError` with the original as its cause: raised on, it would end the event loop or the app's task group.
+    The caller has sorted out cancellations of its own before.
+    """
+    if isinstance(error, Exception):
+        return error
+    failure = RuntimeError(f"{what} raised {type(error).__name__}")
+    failure.__cause__ = error
+    return failure
 
 
 def _log_failure(error: Exception) -> str:

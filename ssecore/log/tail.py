@@ -19,10 +19,10 @@ from typing import Final, NamedTuple
 
 import anyio
 
-from ssecore.errors import LogError, LogUnavailable, failure_of
+from ssecore.errors import LogError, LogUnavailable
 from ssecore.log import Ended, Gap, Log, Row, Stat, framed
 from ssecore.request import EndReason
-from ssecore.stream import END_ID, error_frames
+from ssecore.stream import END_ID, error_frames, failure_of
 from ssecore.wire import Decoder, Event, encode
 
 __all__ = ["Attached", "Reader", "Tail", "Tails", "Translate", "gap_frame"]
