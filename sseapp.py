@@ -11,6 +11,7 @@ async generator yields, or send what a coroutine returned; and any error on this
 import argparse
 import logging
 import random
+import secrets
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
@@ -420,7 +421,10 @@ class SSEApp:
 
     def _note(self, stream: Stream) -> None:
         """A stream's end, in the metrics and in one line of the log. Of a caller the name, of a payload nothing."""
-        request, reason = stream.request, stream.end_reason
+        request, failure = stream.request, stream.source.failure
+        reason: str = stream.end_reason
+        if reason == "failed" and isinstance(failure, SSEAppError) and failure.status < 500 and not stream.events:
+            reason = "refused"  # by its handler, before it gave anything: the client's mistake
         self.metrics.ended(stream, reason)
         if logger.isEnabledFor(logging.INFO):
             seconds = round(monotonic() - stream.began, 3)
@@ -465,14 +469,29 @@ class SSEApp:
             return answer, response_start(answer)
 
     def _refusal(self, request: Request, error: Exception) -> Response:
+        reference: str | None = None
         if not isinstance(error, SSEAppError):
-            error = SSEAppError(public_text(error))
+            error = SSEAppError(public_text(error))  # with a reference in it, and logged
+        else:
+            reference = self._log_refusal(request, error)
         self.metrics.refused.labels(error.status).inc()
         # What will pass must not kill a browser's `EventSource`.
         if isinstance(error, Unavailable) and request.method == "GET" and request.is_event_source:
             body = b"retry: %d\n" % spread(self._options.retry_ms)
             return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
-        return problem(error)
+        return problem(error, reference)
+
+    def _log_refusal(self, request: Request, error: SSEAppError) -> str | None:
+        """Gives the reference of a 5xx, which its client gets too."""
+        route = request.route.path if request.route is not None else "none"
+        text = "%s %s answered %d %s: %r"  # `%r`: a text may quote the client, line ends included
+        facts = (request.method, route, error.status, error.code, error.detail)
+        if error.status < 500:
+            logger.debug(text, *facts)
+            return None
+        reference, level = secrets.token_hex(6), logging.ERROR if error.status == 500 else logging.WARNING
+        logger.log(level, f"reference %s: {text}", reference, *facts)
+        return reference
 
 
 def _chunk(item: bytes | bytearray | memoryview) -> bytes:
