@@ -8,6 +8,11 @@ One request goes through here as: match the table, read and decode query and bod
 async generator yields, or send what a coroutine returned; and any error on this way becomes a problem (RFC 9457).
 """
 
+if __name__ == "__main__":
+    from ssecore.command import prepare
+
+    prepare()
+
 import argparse
 import logging
 import random
@@ -50,6 +55,7 @@ from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
 from ssecore.settings import Settings, describe
 from ssecore.signals import chained
+from ssecore.stderr import dropped_lines
 from ssecore.stream import EventPump, Pump, Source, Stream, StreamOptions, Timekeeper, merge, public_text, spread
 from ssecore.tokens import add_token, parse_expiry, read_tokens, revoke_tokens, set_rights
 from ssecore.topics import Subscription, Topics
@@ -118,6 +124,8 @@ class SSEApp:
         self.guard = Guard(self.settings, caller)
         self.state: Any = None
         self.draining = False
+        #: It has ended by itself, since it started: our runner ends the process then.
+        self.failed = False
         self._running = False
         #: Set by our runner, which knows its server: see `ssecore.direct`.
         self.direct = False
@@ -129,6 +137,7 @@ class SSEApp:
         self._idle: anyio.Event | None = None
         self._timekeeper: Timekeeper | None = None
         self._services: Services | None = None
+        self._runs: Runs | None = None
         self._tasks: TaskGroup | None = None
         self.metrics = Metrics(self._facts)
         self._options = StreamOptions(
@@ -213,7 +222,7 @@ class SSEApp:
             await stack.enter_async_context(log.running())
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tails = Tails(log)
-            runs = Runs(log, tails, self.settings, tasks)
+            runs = self._runs = Runs(log, tails, self.settings, tasks)
             stack.push_async_callback(runs.close)
             await runs.recover()
             self._services = Services(runs, Topics(log, tails, self.settings), self.metrics)
@@ -223,7 +232,7 @@ class SSEApp:
                 tasks.start_soon(self.guard.tokens.watch)
             if log.shared:
                 tasks.start_soon(runs.keep_watch)
-            self.draining = False
+            self.draining = self.failed = False
             told = anyio.Event()
             if not self.direct:  # our runner drains by itself
                 stack.enter_context(chained(told.set))
@@ -233,7 +242,10 @@ class SSEApp:
             except Exception as error:
                 failure = error
             finally:
-                await self.drain(0)
+                if tasks.cancel_scope.cancel_called:  # one of its tasks failed
+                    self.failed, self._services = True, None
+                with anyio.CancelScope(shield=self.failed):  # streams get their farewell all the same
+                    await self.drain(0)
                 tasks.cancel_scope.cancel()
                 self._timekeeper = self._services = self._tasks = self.state = None
         if failure is not None:
@@ -241,9 +253,14 @@ class SSEApp:
 
     def _facts(self) -> Facts:
         if self._services is None:
-            return Facts(self._streams)
+            return Facts(self._streams, dropped_lines=dropped_lines())
         runs = self._services.runs
-        return Facts(self._streams, runs.at_work, runs.tails.gaps)
+        return Facts(self._streams, runs.at_work, runs.tails.gaps, dropped_lines())
+
+    def at_work(self) -> list[str]:
+        """The streams and runs that haven't ended, for the log: by their routes, a run by its id too. Thread-safe."""
+        runs = self._runs.names() if self._runs is not None else []
+        return [*runs, *(f"{stream.request.method} {stream.route}" for stream in list(self._streams))]
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new streams from now on; give fleeting ones and runs `grace_s` to finish, then end them.
@@ -295,12 +312,14 @@ class SSEApp:
                 started = True
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
-        except Exception as error:
+        except (Exception, BaseExceptionGroup) as error:
             stage = "shutdown" if started else "startup"
+            what = "the app" if self.failed else stage
             if isinstance(error, SSEAppError):
-                logger.error("%s failed: %s", stage, error)
+                logger.error("%s failed: %s", what, error)
             else:
-                logger.exception("%s failed", stage)
+                logger.exception("%s failed", what)
+            self.failed = started
             await send({"type": f"lifespan.{stage}.failed", "message": str(error)})
         else:
             await send({"type": "lifespan.shutdown.complete"})
