@@ -421,11 +421,11 @@ class Runs:
             await self._no_workers()
         for worker in list(self._workers.values()):
             logger.error(
-                "run %s of %s: its handler did not end %s s after it was cancelled; the run stays open in the log, "
+                "run %s: its handler did not end %s s after it was cancelled (%s); the run stays open in the log, "
                 "and will be closed as interrupted",
                 worker.id,
-                worker.route,
                 DRAIN_CLOSE_S,
+                worker.route,
             )
             self._ended(worker)
 

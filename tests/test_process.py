@@ -103,7 +103,7 @@ async def test_in_a_program_of_its_own_an_app_that_fails_ends_the_block(monkeypa
     ("target", "named"),
     [
         ("/swallow", "GET /swallow"),
-        ("/swallow/run", "run {run} of GET /swallow/run"),
+        ("/swallow/run", "GET /swallow/run"),
         ("/asleep", "GET /asleep"),
         ("/compute", None),
     ],
@@ -117,8 +117,7 @@ def test_one_sigterm_ends_the_process_whatever_a_handler_does(target: str, named
             server.process.terminate()
             assert server.wait(0.5 + BOUND_S) == 1
         run = reader.response.headers.get("run-id")
-        if named is not None:
-            assert named.format(run=run) in server.log()
+        assert (named or "") in server.log() and (run or "") in server.log()
         if target == "/asleep":
             assert "time.sleep(3600)" in server.log()
     if run is not None:
