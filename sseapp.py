@@ -8,9 +8,15 @@ One request goes through here as: match the table, read and decode query and bod
 async generator yields, or send what a coroutine returned; and any error on this way becomes a problem (RFC 9457).
 """
 
+if __name__ == "__main__":
+    from ssecore.command import prepare
+
+    prepare()
+
 import argparse
 import logging
 import random
+import secrets
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
@@ -48,6 +54,7 @@ from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
 from ssecore.settings import Settings, describe
 from ssecore.signals import chained
+from ssecore.stderr import dropped_lines
 from ssecore.stream import (
     EventPump,
     Pump,
@@ -133,6 +140,8 @@ class SSEApp:
         self.guard = Guard(self.settings, caller)
         self.state: Any = None
         self.draining = False
+        #: It has ended by itself, since it started: our runner ends the process then.
+        self.failed = False
         self._running = False
         #: Set by our runner, which knows its server: see `ssecore.direct`.
         self.direct = False
@@ -147,6 +156,7 @@ class SSEApp:
         self._idle: anyio.Event | None = None
         self._timekeeper: Timekeeper | None = None
         self._services: Services | None = None
+        self._runs: Runs | None = None
         self._tasks: TaskGroup | None = None
         self.metrics = Metrics(self._facts)
         self._options = StreamOptions(
@@ -231,7 +241,7 @@ class SSEApp:
             await stack.enter_async_context(log.running())
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tails = Tails(log)
-            runs = Runs(log, tails, self.settings, tasks)
+            runs = self._runs = Runs(log, tails, self.settings, tasks)
             stack.push_async_callback(runs.close)
             await runs.recover()
             self._services = Services(runs, Topics(log, tails, self.settings), self.metrics)
@@ -241,7 +251,7 @@ class SSEApp:
                 tasks.start_soon(self.guard.tokens.watch)
             if log.shared:
                 tasks.start_soon(runs.keep_watch)
-            self.draining = False
+            self.draining = self.failed = False
             told = anyio.Event()
             if not self.direct:  # our runner drains by itself
                 stack.enter_context(chained(told.set))
@@ -251,7 +261,10 @@ class SSEApp:
             except Exception as error:
                 failure = error
             finally:
-                await self.drain(0)
+                if tasks.cancel_scope.cancel_called:  # one of its tasks failed
+                    self.failed, self._services = True, None
+                with anyio.CancelScope(shield=self.failed):  # streams get their farewell all the same
+                    await self.drain(0)
                 tasks.cancel_scope.cancel()
                 self._timekeeper = self._services = self._tasks = self.state = None
         if failure is not None:
@@ -259,9 +272,14 @@ class SSEApp:
 
     def _facts(self) -> Facts:
         if self._services is None:
-            return Facts(self._streams)
+            return Facts(self._streams, dropped_lines=dropped_lines())
         runs = self._services.runs
-        return Facts(self._streams, runs.at_work, runs.tails.gaps)
+        return Facts(self._streams, runs.at_work, runs.tails.gaps, dropped_lines())
+
+    def at_work(self) -> list[str]:
+        """The streams and runs that haven't ended, for the log: by their routes, a run by its id too. Thread-safe."""
+        runs = self._runs.names() if self._runs is not None else []
+        return [*runs, *(f"{stream.request.method} {stream.route}" for stream in list(self._streams))]
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new streams from now on; give fleeting ones and runs `grace_s` to finish, then end them.
@@ -313,12 +331,14 @@ class SSEApp:
                 started = True
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
-        except Exception as error:
+        except (Exception, BaseExceptionGroup) as error:
             stage = "shutdown" if started else "startup"
+            what = "the app" if self.failed else stage
             if isinstance(error, SSEAppError):
-                logger.error("%s failed: %s", stage, error)
+                logger.error("%s failed: %s", what, error)
             else:
-                logger.exception("%s failed", stage)
+                logger.exception("%s failed", what)
+            self.failed = started
             await send({"type": f"lifespan.{stage}.failed", "message": str(error)})
         else:
             await send({"type": "lifespan.shutdown.complete"})
@@ -444,7 +464,10 @@ class SSEApp:
 
     def _note(self, stream: Stream) -> None:
         """A stream's end, in the metrics and in one line of the log. Of a caller the name, of a payload nothing."""
-        request, reason = stream.request, stream.end_reason
+        request, failure = stream.request, stream.source.failure
+        reason: str = stream.end_reason
+        if reason == "failed" and isinstance(failure, SSEAppError) and failure.status < 500 and not stream.events:
+            reason = "refused"  # by its handler, before it gave anything: the client's mistake
         self.metrics.ended(stream, reason)
         if logger.isEnabledFor(logging.INFO):
             seconds = round(monotonic() - stream.began, 3)
@@ -489,14 +512,29 @@ class SSEApp:
             return answer, response_start(answer)
 
     def _refusal(self, request: Request, error: Exception) -> Response:
+        reference: str | None = None
         if not isinstance(error, SSEAppError):
-            error = SSEAppError(public_text(error))
+            error = SSEAppError(public_text(error))  # with a reference in it, and logged
+        else:
+            reference = self._log_refusal(request, error)
         self.metrics.refused.labels(error.status).inc()
         # What will pass must not kill a browser's `EventSource`.
         if isinstance(error, Unavailable) and request.method == "GET" and request.is_event_source:
             body = b"retry: %d\n" % spread(self._options.retry_ms)
             return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
-        return problem(error)
+        return problem(error, reference)
+
+    def _log_refusal(self, request: Request, error: SSEAppError) -> str | None:
+        """Gives the reference of a 5xx, which its client gets too."""
+        route = request.route.path if request.route is not None else "none"
+        text = "%s %s answered %d %s: %r"  # `%r`: a text may quote the client, line ends included
+        facts = (request.method, route, error.status, error.code, error.detail)
+        if error.status < 500:
+            logger.debug(text, *facts)
+            return None
+        reference, level = secrets.token_hex(6), logging.ERROR if error.status == 500 else logging.WARNING
+        logger.log(level, f"reference %s: {text}", reference, *facts)
+        return reference
 
 
 def _chunk(item: bytes | bytearray | memoryview) -> bytes:

@@ -324,7 +324,8 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
     except httpx.InvalidURL:
         url = httpx.URL()
     if url.scheme not in ("http", "https") or not url.host:
-        raise SettingsError(f"OPENAI_BASE_URL={base!r}: expected local, or http:// or https:// and a host")
+        # Not as it is: there may be a password in it, or a key that was meant for the next variable.
+        raise SettingsError("OPENAI_BASE_URL: expected local, or http:// or https:// and a host")
     if not (key.isascii() and key.isprintable()):  # httpx' own error would print it
         raise SettingsError("OPENAI_API_KEY: expected printable ASCII")
     headers = {"accept": CONTENT_TYPE, "accept-encoding": "identity", "content-type": "application/json"}

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from ssecore.errors import Forbidden
+from ssecore.errors import Forbidden, NotRunning
 from ssecore.metrics import MEDIA_TYPE
 from ssecore.request import Request
 from ssecore.responses import JSON, Response
@@ -14,7 +14,9 @@ METRICS_CALLER: Final = "metrics"
 
 
 async def healthz(request: Request) -> Response:
-    """The process answers: that is all. Restart it when it doesn't."""
+    """The process answers, and the app in it runs: that is all. Restart it otherwise."""
+    if not request.running:  # it failed, under a server that doesn't end with it
+        raise NotRunning
     return JSON({"status": "ok"})
 
 

@@ -40,7 +40,8 @@ __all__ = [
 
 _NOT_RUNNING: Final = (
     "the app isn't running, so it has no runs and no topics: serve it with its lifespan, or, where it is "
-    "mounted in another program, enter `async with app.running():` in that program's own"
+    "mounted in another program, enter `async with app.running():` in that program's own. If it was running before, "
+    "it has stopped or failed, and the log says why"
 )
 
 

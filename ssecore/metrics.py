@@ -56,6 +56,7 @@ class Facts(NamedTuple):
     streams: Collection[Measurable] = ()
     runs: int = 0
     gaps: Mapping[str, int] = {}
+    dropped_lines: int = 0
 
 
 class Metrics:
@@ -107,7 +108,7 @@ class Metrics:
 
     def collect(self) -> Iterable[Metric]:
         """What is asked for at a scrape."""
-        streams, runs, gaps = self._facts()
+        streams, runs, gaps, dropped_lines = self._facts()
         open_streams = GaugeMetricFamily("sseapp_streams_open", "Open streams, by route", labels=["route"])
         for route, count in Sums(stream.route for stream in streams).items():
             open_streams.add_metric([route], count)
@@ -125,6 +126,9 @@ class Metrics:
         for reason, count in gaps.items():
             announced.add_metric([reason], count)
         yield announced
+        yield CounterMetricFamily(
+            "sseapp_dropped_lines", "Lines for a standard error that was not read in time", value=dropped_lines
+        )
 
     def text(self) -> bytes:
         """All of it, as `MEDIA_TYPE`."""

@@ -150,6 +150,11 @@ class Request:
         return self.route is not None and self.route.data_only
 
     @property
+    def running(self) -> bool:
+        """Whether the app ran when the request came."""
+        return self._services is not None
+
+    @property
     def runs(self) -> Any:
         """The app's `Runs`."""
         return self._running().runs

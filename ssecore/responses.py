@@ -47,12 +47,14 @@ class ByteStream:
     status: int = 200
 
 
-def problem(error: SSEAppError) -> Response:
-    """The answer to a request that failed before its first byte."""
+def problem(error: SSEAppError, reference: str | None = None) -> Response:
+    """The answer to a request that failed before its first byte. `reference` finds it in the log."""
     data = {"type": "about:blank", "title": HTTPStatus(error.status).phrase, "status": error.status}
     data |= {"detail": error.detail, "code": error.code}
     if error.field is not None:
         data["field"] = error.field
+    if reference is not None:
+        data["reference"] = reference
     return Response(encode_json(data), error.status, "application/problem+json", error.headers)
 
 

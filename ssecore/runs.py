@@ -140,6 +140,10 @@ class Worker:
         self._read = anyio.Event()
         self._unread = anyio.Event()
 
+    @property
+    def route(self) -> str:
+        return f"{self._route.method} {self._route.path}"
+
     async def run(self) -> None:
         try:
             async with anyio.create_task_group() as tasks:
@@ -418,10 +422,11 @@ class Runs:
             await self._no_workers()
         for worker in list(self._workers.values()):
             logger.error(
-                "run %s: its handler did not end %s s after it was cancelled; the run stays open in the log, "
+                "run %s: its handler did not end %s s after it was cancelled (%s); the run stays open in the log, "
                 "and will be closed as interrupted",
                 worker.id,
                 DRAIN_CLOSE_S,
+                worker.route,
             )
             self._ended(worker)
 
@@ -661,6 +666,10 @@ class Runs:
     def at_work(self) -> int:
         """How many work in this process."""
         return len(self._workers)
+
+    def names(self) -> list[str]:
+        """Those at work in this process, for the log. Thread-safe."""
+        return [f"run {worker.id} of {worker.route}" for worker in list(self._workers.values())]
 
     async def run_of(self, last_event_id: str) -> str | None:
         """The run that an event's id belongs to, whoever's it is. Raises `BadRequest` for what is no event id."""

@@ -1,25 +1,31 @@
 """Our runner: uvicorn with a drain, and with the socket options that free a frozen client.
 
 uvicorn tells an app of its end only after all connections are closed, which a stream never does by itself. So this
-server drains the app first, and shuts down then. SIGTERM gives streams `drain_s` to finish, SIGINT (Ctrl-C) no time;
-a second signal ends at once.
+server drains the app first, and shuts down then. SIGTERM and SIGHUP give streams `drain_s` to finish, SIGINT (Ctrl-C)
+no time; a second signal ends at once. The end has a bound, whatever handlers do: END_S after that time.
 """
 
 import asyncio
-import contextlib
+import faulthandler
 import gc
 import ipaddress
 import logging
 import os
 import signal
 import socket
+import sys
+import threading
+import time
+import traceback
 from datetime import UTC, datetime
+from queue import SimpleQueue
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from ssecore import stderr
 from ssecore.errors import SettingsError
 from ssecore.guard import MAX_HEADER_LINES, Guard
 from ssecore.settings import Settings
@@ -34,6 +40,13 @@ SEND_BUFFER_BYTES = 256 * 1024
 BACKLOG = 4096
 #: What is left of requests when all streams have ended: uvicorn then cancels them. Whole seconds, for uvicorn.
 SHUTDOWN_S = 1
+#: From the end of the drain's time to the process's own, at most: a second for farewells, SHUTDOWN_S, and a second for
+#: what is left, such as the event log's last commit. A handler that ignores its cancellation is cut off here.
+END_S = 3.0
+#: The exit codes, besides 0 and (of the command) 2: the app failed while it served, or something ignored END_S.
+FAILED: Final = 1
+#: The app did not start.
+NOT_STARTED: Final = 3
 #: How long a client may take to send the head of a request. nginx's client_header_timeout is 60.
 HEAD_S = 30.0
 #: On top of path, query and headers: the method, the version, colons and line ends.
@@ -50,6 +63,9 @@ TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\
 #: request that comes on a connection just as it is closed here is a 502 to its client.
 KEEP_ALIVE_S = 620
 
+#: How many of those still at work a cut-off end names in the log.
+MAX_NAMED: Final = 20
+
 #: The garbage collector's first generation, of 700 by default: a connection is some 60 objects that it looks at, and
 #: where thousands of them wait it would look at them again and again. Much higher, and what connections leave behind
 #: in cycles (13 objects of uvicorn's each) stays for long.
@@ -61,6 +77,9 @@ class Drainable(Protocol):
 
     direct: bool
     guard: Guard
+    failed: bool
+
+    def at_work(self) -> list[str]: ...
 
     async def drain(self, grace_s: float) -> None: ...
 
@@ -73,17 +92,57 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._grace_s = drain_s
+        self._bounded = False
+        #: How long the end may take. A queue, because a signal's handler may put into it whatever it interrupts.
+        self._bound_s: SimpleQueue[float] = SimpleQueue()
+        self._thread = threading.get_ident()
+        self._nowhere = open(os.devnull, "wb")  # now, since a signal may come when all descriptors are taken
+        threading.Thread(target=self._cut_off, name="end", daemon=True).start()
+
+    @property
+    def exit_code(self) -> int:
+        if not self.started:
+            return NOT_STARTED
+        return 0 if self.should_exit and not self._app.failed else FAILED
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's own: it raises the signal again at the end, and the exit code would not be 0.
         if self.should_exit:
             # At once: whatever else would have to be cancelled, and each task would say so in the log. Nothing is lost
             # by it: the event log withstands it, and runs are closed as interrupted at the next start.
-            logging.shutdown()
-            os._exit(0)
+            _exit(FAILED if self._app.failed else 0)
         if sig == signal.SIGINT:
             self._grace_s = 0
         self.should_exit = True
+        self._bound(self._grace_s if self.started else 0)
+
+    def _bound(self, grace_s: float) -> None:
+        """From now on the end takes `grace_s` and END_S at most."""
+        if not self._bounded:
+            self._bounded = True
+            self._bound_s.put(grace_s + END_S)
+            # For what holds the interpreter's lock, so that no other thread of Python's runs. Exits with 1. It writes
+            # into nothing: a write to a standard error that is not read would not return.
+            faulthandler.dump_traceback_later(grace_s + END_S + 1, exit=True, file=self._nowhere)
+
+    def _cut_off(self) -> None:
+        """In a thread of its own: it may be the event loop that stands still. The event log withstands this as well."""
+        bound_s = self._bound_s.get()
+        time.sleep(bound_s)
+        working = self._app.at_work()
+        stack = "".join(traceback.format_stack(sys._current_frames().get(self._thread)))
+        logger.error(
+            "the process ends now, %g s after it was told to; requests still open: %d; still at work: %s\n"
+            "the event loop is in:\n%s",
+            bound_s,
+            len(self.server_state.tasks),
+            "; ".join(working[:MAX_NAMED]) + (f"; and {len(working) - MAX_NAMED} more" if working[MAX_NAMED:] else ""),
+            stack,
+        )
+        _exit(FAILED)
+
+    async def on_tick(self, counter: int) -> bool:
+        return self._app.failed or await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -94,6 +153,7 @@ class _Server(uvicorn.Server):
         gc.set_threshold(COLLECT_EACH, 10, 10)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._bound(self._grace_s)  # not yet, where the app has failed
         await self._app.drain(self._grace_s)
         self._app.abort()
         loop = asyncio.get_running_loop()
@@ -105,6 +165,12 @@ class _Server(uvicorn.Server):
         """Who has not taken its last bytes by now won't. uvicorn would wait for that, and then speak of an error."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+
+def _exit(code: int) -> NoReturn:
+    """Without waiting for anything but, for a moment, the log's last lines."""
+    stderr.drain()
+    os._exit(code)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -264,7 +330,13 @@ class _JSONLines(logging.Formatter):
 
 
 def serve(app: Drainable, settings: Settings) -> int:
-    """Serve until a signal comes. Returns the exit code. Raises `SettingsError` where it can't or must not listen."""
+    """Serve until a signal comes. Returns the exit code. Raises `SettingsError` where it can't or must not listen.
+
+    It ends the process by itself (`os._exit`) where the end takes longer than `drain_s` and END_S: what the caller does
+    behind it has to be done by then. Lines for a standard error that is not read are dropped, unless the program has
+    set up logging itself.
+    """
+    stderr.unblock()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     if settings.log_format == "json":
         for handler in logging.getLogger().handlers:
@@ -293,9 +365,14 @@ def serve(app: Drainable, settings: Settings) -> int:
     app.direct = True  # its `send` is uvicorn's
     server = _Server(config, app, settings.drain_s)
     logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    with contextlib.suppress(KeyboardInterrupt):
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, server.handle_exit)  # the other two are uvicorn's
+    try:
         server.run(sockets=[sock])
-    return 0 if server.started else 3
+    except (KeyboardInterrupt, SystemExit) as error:
+        if server.started and not server.should_exit:
+            logger.error("the server was ended by %r", error)
+    return server.exit_code
 
 
 def _listen(settings: Settings, *, private: bool) -> socket.socket:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -88,9 +89,15 @@ class Settings:
         None,
         "the language model's server, or 'local': a small model on this machine; default with a key: OpenAI's own",
         variable="OPENAI_BASE_URL",
+        secret=True,
     )
     openai_api_key: str | None = _setting(None, "its key", variable="OPENAI_API_KEY", secret=True)
     openai_model: str = _setting("gpt-4o-mini", "its model", variable="OPENAI_MODEL")
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError`."""
+        _check_url("SSEAPP_LOG", self.log)
+        _check_url("OPENAI_BASE_URL", self.openai_base_url or "")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: str | None) -> "Settings":
@@ -125,6 +132,25 @@ def describe() -> str:
         default = "none" if field.default is None else field.default
         lines.append(f"  {_variable(field):<24} {field.metadata['help']} (default: {default})")
     return "\n".join(lines)
+
+
+def _check_url(variable: str, url: str) -> None:
+    """Refuse a URL whose password ends too early: its rest would be taken for a port or a path, and would be logged.
+
+    No part of the URL goes into the error.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is not a number
+        wrong = "#" in url or "@" in parts.path + parts.query
+    except ValueError:
+        wrong = True
+    if wrong:
+        raise SettingsError(
+            f"{variable}: the URL can't be read. In a user name, a password or a path write / ? # [ ] @ and % as "
+            "%2F %3F %23 %5B %5D %40 and %25",
+            field=variable,
+        )
 
 
 def _variable(field: "dataclasses.Field[Any]") -> str:

@@ -30,6 +30,7 @@ _PLACES: Final = {
     "redis": ("redis-server",),
     "runc": ("runc",),
     "tmpfs": ("mount",),
+    "unshare": ("unshare",),
 }
 
 #: nginx is where a user's own path doesn't lead.
@@ -45,7 +46,7 @@ def needs(name: str) -> pytest.MarkDecorator:
 
 def find(name: str) -> str:
     """The path of the program or file. Raises `LookupError` where there is none: mark the test with `needs`."""
-    if name in ("buildah", "tmpfs") and not _may_mount():
+    if name in ("buildah", "tmpfs", "unshare") and not _may_mount():
         raise LookupError(f"needs {name}: only root may mount, and not in every container")
     if name == "local-model" and (package := importlib.util.find_spec("xllamacpp")) and package.origin:
         return package.origin

@@ -102,16 +102,32 @@ class Server:
 
 
 def serve(
-    data_dir: Path, *options: str, env: Mapping[str, str] | None = None, module: str = "sseapp"
+    data_dir: Path,
+    *options: str,
+    env: Mapping[str, str] | None = None,
+    module: str = "sseapp",
+    stderr: int | None = None,
 ) -> AbstractContextManager[Server]:
-    """Our runner on a free port, `options` as of `sseapp serve`."""
-    command = [module, "serve", "--port", "0", "--data-dir", str(data_dir), *options]
-    return _serving(command, env or {}, _told_its_address)
+    """Our runner on a free port, `options` as of `sseapp serve`.
+
+    With `stderr`, a file descriptor, its log goes there and can't be read here.
+    """
+    return _run([module, "serve", *options], data_dir, env, stderr)
 
 
-def serve_module(module: str, data_dir: Path, env: Mapping[str, str] | None = None) -> AbstractContextManager[Server]:
+def serve_module(
+    module: str, data_dir: Path, env: Mapping[str, str] | None = None, stderr: int | None = None
+) -> AbstractContextManager[Server]:
     """A program of its own that serves another app with our runner."""
-    return _serving([module], {"SSEAPP_PORT": "0", "SSEAPP_DATA_DIR": str(data_dir), **(env or {})}, _told_its_address)
+    return _run([module], data_dir, env, stderr)
+
+
+def _run(
+    command: Sequence[str], data_dir: Path, env: Mapping[str, str] | None, stderr: int | None
+) -> AbstractContextManager[Server]:
+    port = 0 if stderr is None else free_port()
+    env = {"SSEAPP_PORT": str(port), "SSEAPP_DATA_DIR": str(data_dir), **(env or {})}
+    return _serving(command, env, _told_its_address if stderr is None else _answering_on(port), stderr)
 
 
 def serve_uvicorn(
@@ -162,7 +178,12 @@ def wait_until(condition: Callable[[], T], timeout_s: float = _TIMEOUT_S) -> T:
 
 
 @contextmanager
-def _serving(command: Sequence[str], env: Mapping[str, str], started: Callable[[Server], bool]) -> Iterator[Server]:
+def _serving(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    started: Callable[[Server], bool],
+    stderr: int | None = None,
+) -> Iterator[Server]:
     """Run a module of Python's as a server, until the block is left."""
     # A file, not a pipe: nobody has to read it for the server to go on.
     with tempfile.TemporaryFile() as log:
@@ -172,7 +193,7 @@ def _serving(command: Sequence[str], env: Mapping[str, str], started: Callable[[
             env=_environment(env),
             stdin=subprocess.DEVNULL,
             stdout=log,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT if stderr is None else stderr,
         )
         server = Server(process, log)
         try:

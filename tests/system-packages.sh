@@ -29,6 +29,7 @@ missing() { # the Debian packages whose program or file (the same as in tests/ne
     present node || echo nodejs
     present npm || echo npm
     present mount || echo mount
+    present unshare || echo util-linux
 }
 
 packages=$(missing)

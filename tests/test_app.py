@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -77,9 +78,11 @@ class Answer:
         return json.loads(self.body)
 
     def problem(self, status: int, code: str, field: str | None = None) -> str:
-        """It is this problem and has nothing else in it. Its detail."""
+        """It is this problem and has nothing else in it, but a 5xx its reference. Its detail."""
         problem = json.loads(self.body)
         detail = problem.pop("detail")
+        if status >= 500 and "(reference " not in detail:
+            assert re.fullmatch("[0-9a-f]{12}", problem.pop("reference"))
         wanted = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "code": code}
         assert problem == wanted | ({"field": field} if field else {})
         assert self.status == status
@@ -813,6 +816,22 @@ async def test_an_error_of_ours_is_a_problem_with_its_own_text(path: str, kind: 
     answer = await ask(raising(error), "GET", path)
     assert answer.problem(kind.status, kind.code, "name") == "the text"
     assert answer.headers["retry-after"] == "3"
+
+
+@pytest.mark.parametrize("path", ["/unary", "/stream"])
+@pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
+async def test_a_5xx_is_logged_with_the_reference_that_its_client_gets_and_a_4xx_for_debugging(
+    path: str, kind: type[SSEAppError], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, "sseapp"):
+        answer = await ask(raising(kind("the\ntext")), "GET", f"{path}?a=hidden")
+    (record,) = [record for record in caplog.records if "answered" in record.getMessage()]
+    assert f"GET {path} answered {kind.status} {kind.code}: 'the\\ntext'" in record.getMessage(), "in one line"
+    assert "hidden" not in caplog.text
+    if kind.status >= 500:
+        assert json.loads(answer.body)["reference"] in record.getMessage()
+    expected = logging.DEBUG if kind.status < 500 else logging.ERROR if kind.status == 500 else logging.WARNING
+    assert record.levelno == expected
 
 
 async def test_an_error_without_a_text_says_its_title() -> None:

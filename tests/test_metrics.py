@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sseapp import GET, POST, ByteStream, Event, NotFound, Request, Response, Run, Settings, SSEApp, Subscription
+from ssecore.errors import BadRequest, Unavailable
 from ssecore.testing import connect
 from ssecore.tokens import add_token
 from tests.clients import BROWSER, ask, listening
@@ -153,6 +154,31 @@ async def test_refusals_are_counted_by_their_status(app: SSEApp) -> None:
     assert (await ask(app, "/two", headers=BROWSER)).status == 200, "softly"
     assert value(app, "sseapp_refused_total", status="404") == 2
     assert value(app, "sseapp_refused_total", status="503") == 1
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(("error", "reason"), [(BadRequest, "refused"), (Unavailable, "failed"), (KeyError, "failed")])
+async def test_what_its_client_did_wrong_is_no_failure_of_a_stream(
+    error: type[Exception], reason: str, direct: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(request: Request) -> AsyncIterator[Event]:
+        raise error("count: too many")
+        yield
+
+    async def refuse_late(request: Request) -> AsyncIterator[Event]:
+        await anyio.sleep(1.1)  # the answer has begun
+        raise error("count: too many")
+        yield
+
+    app = SSEApp([GET("/refuse", refuse), GET("/late", refuse_late)], Settings(log="memory"))
+    app.direct = direct
+    with caplog.at_level(logging.INFO):
+        async with app.running():
+            await ask(app, "/refuse")
+            await ask(app, "/late")
+    for route in ("/refuse", "/late"):
+        assert value(app, "sseapp_streams_ended_total", route=route, reason=reason) == 1
+        assert f"GET {route} ended: {reason}" in caplog.text
 
 
 async def test_time_with_a_client_that_does_not_read_is_seen() -> None:

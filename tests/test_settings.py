@@ -5,8 +5,11 @@ import logging
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ssecore.errors import SettingsError
 from ssecore.settings import Settings
@@ -172,6 +175,53 @@ def test_a_secret_is_not_in_the_repr() -> None:
     settings = Settings.from_env({"OPENAI_API_KEY": "the-secret"})
     assert settings.openai_api_key == "the-secret"
     assert "the-secret" not in f"{settings!r} {settings}"
+
+
+#: Passwords with characters that end them too early: what is behind would be taken for a port, a path or a fragment.
+CUT_URLS = [
+    "{scheme}://:S3cret/W0rd@host:6379/0",
+    "{scheme}://user:1234/W0rd@host:6379/0",
+    "{scheme}://user:S3cret#W0rd@host",
+    "{scheme}://user:1234#W0rd@host",
+    "{scheme}://user:S3cret?W0rd@host",
+    "{scheme}://user:1234?W0rd@host",
+    "{scheme}://user:[S3cret@host",
+    "{scheme}://user:S3cret\u2100@host",
+    "{scheme}://S3cret:W0rd/host",
+]
+
+
+@pytest.mark.parametrize("url", CUT_URLS)
+@pytest.mark.parametrize(
+    ("variable", "scheme"), [("SSEAPP_LOG", "redis"), ("SSEAPP_LOG", "rediss"), ("OPENAI_BASE_URL", "https")]
+)
+def test_a_password_that_ends_too_early_is_refused_and_no_part_of_it_said(variable: str, scheme: str, url: str) -> None:
+    result = run_sseapp("serve", "--port", "0", env={variable: url.format(scheme=scheme)})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"sseapp: {variable}: ")
+    assert not re.search("S3cret|W0rd|1234", result.stderr)
+
+
+@pytest.mark.parametrize("url", ["S3cret", "S3cret://W0rd", "https//user:S3cret@host", "https://"])
+def test_a_base_url_that_is_none_is_not_said(url: str, tmp_path: Path) -> None:
+    result = run_sseapp("serve", "--port", "0", "--data-dir", str(tmp_path), env={"OPENAI_BASE_URL": url})
+    assert result.returncode not in (0, 1)
+    assert "OPENAI_BASE_URL: " in result.stderr
+    assert not re.search("S3cret|W0rd", result.stderr)
+
+
+@given(middle=st.text())
+def test_a_password_is_taken_whole_or_refused_and_never_shown(middle: str) -> None:
+    password = f"S3cret{middle}W0rd"
+    for written in (password, quote(password, safe="", errors="surrogatepass")):
+        try:
+            settings = Settings(log=f"redis://u:{written}@host:1/0", openai_base_url=f"https://u:{written}@host:1/v1")
+        except SettingsError as refused:
+            assert written == password and not re.search("S3cret|W0rd", str(refused))
+            assert refused.__context__ is None, "its traceback would show it"
+        else:
+            assert [urlsplit(url).hostname for url in (settings.log, settings.openai_base_url)] == ["host", "host"]
+            assert not re.search("S3cret|W0rd", repr(settings))
 
 
 # The command
