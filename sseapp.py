@@ -224,11 +224,13 @@ class SSEApp:
             runs = Runs(log, tails, self.settings, tasks)
             stack.push_async_callback(runs.close)
             await runs.recover()
-            self._services = Services(runs, Topics(log, tails, self.settings), self.metrics)
+            topics = Topics(log, tails, self.settings)
+            self._services = Services(runs, topics, self.metrics)
             self._timekeeper, self._tasks = Timekeeper(self._options), tasks
             tasks.start_soon(self._timekeeper.run)
             if self.guard.tokens is not None:
                 tasks.start_soon(self.guard.tokens.watch)
+            tasks.start_soon(topics.keep)
             if log.shared:
                 tasks.start_soon(runs.keep_watch)
             self.draining = False

@@ -823,6 +823,35 @@ async def test_a_topic_drops_what_is_older_than_its_age_and_keeps_its_numbers(lo
     assert texts(await log.read("topic", 10, 1000)) == ["11"]
 
 
+async def test_a_topic_without_events_is_deleted_when_it_has_not_been_written_to_for_a_while(
+    log: Log, clock: Clock
+) -> None:
+    kept_s = ssecore.log.EMPTY_TOPIC_S
+    epoch, old = await topic(log), await topic(log, "old", age_s=60.0)
+    await log.append("old", [frame("a")], epoch=old)
+    forever = await topic(log, "forever")
+    await log.append("forever", [frame("a")], epoch=forever)
+    clock.now += kept_s - 1
+    await log.upkeep()
+    assert (await facts(log, "old")).first == 2, "it has been empty from now on"
+    await log.append("topic", [], epoch=epoch, meta={})
+    clock.now += kept_s - 1
+    await log.upkeep()
+    assert await log.stat("topic") and await log.stat("old")
+    watched = Watched(log, "old")
+    clock.now += 1
+    await log.upkeep()
+    with anyio.fail_after(10):  # over Redis it is a message
+        await watched.ended.wait()
+    assert watched.ends == ["deleted"]
+    assert await log.stat("topic") is await log.find(epoch) is await log.stat("old") is None
+    assert texts(await everything(log, "forever")) == ["a"]
+
+    again = await topic(log)
+    assert await log.append("topic", [frame("b")], epoch=again) == 1
+    assert locate(await facts(log, "topic"), Cursor(epoch, 0)) == (0, Gap("expired", 1))
+
+
 async def test_retention_can_be_changed_when_a_writer_takes_over(log: Log) -> None:
     epoch = await topic(log)
     await log.append("topic", [frame("old")] * 3, epoch=epoch)

@@ -15,7 +15,8 @@ The engines (`memory`, `sqlite`) keep these rules, cited by number at the code; 
 5.  Stored bodies hold no `id:` line. With many publishers an id is known only after the append; `framed` puts it in.
 6.  Retention trims topics while they are open. `first` is exact by count, so a row may be expired in part; by bytes
     and age whole rows go, and by bytes the newest row stays. A run is not trimmed: its `retention` is its owner's
-    limit. `age_s` after its close a stream is deleted. An open topic whose events have all gone keeps its numbers.
+    limit. `age_s` after its close a stream is deleted. An open topic whose events have all gone keeps its numbers; if
+    it isn't written to (or opened) for `EMPTY_TOPIC_S` after the last one has gone, it is deleted, too.
 7.  Who watches first and then looks (`stat`, `read`) misses nothing. What it has twice then, it tells by the sequence.
 """
 
@@ -23,11 +24,12 @@ import logging
 import re
 import secrets
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import accumulate, count
-from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, Protocol, TypeVar
 
+import anyio
 import msgspec
 import orjson
 from msgspec.structs import replace
@@ -36,6 +38,7 @@ from ssecore.errors import BadRequest, TooLarge, WriterFenced
 from ssecore.wire import encode_json
 
 __all__ = [
+    "EMPTY_TOPIC_S",
     "MAX_APPEND_BYTES",
     "MAX_EPOCHS",
     "MAX_ROW_BYTES",
@@ -47,10 +50,12 @@ __all__ = [
     "Log",
     "Retention",
     "Row",
+    "Shared",
     "Stat",
     "Watcher",
     "Watchers",
     "appended",
+    "deleted_at",
     "framed",
     "joined",
     "legible",
@@ -65,6 +70,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger("sseapp")
+K = TypeVar("K", bound=Hashable)
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -76,6 +82,10 @@ MAX_ROW_BYTES: Final = 64 * 1024
 #: Epochs that a stream remembers beyond those of the events it keeps. A topic gets one more with each start of the
 #: process; a cursor of a forgotten one is answered `expired`.
 MAX_EPOCHS: Final = 1000
+
+#: How long an open topic without events is kept: somebody who subscribed may have been disconnected, and resume. The
+#: app writes to the topics that have readers more often than that.
+EMPTY_TOPIC_S: Final = 900.0
 
 Kind = Literal["run", "topic"]
 #: What ended a stream for its watchers.
@@ -116,7 +126,8 @@ class Stat(msgspec.Struct, frozen=True):
     kind: Kind
     #: (epoch, its first sequence), oldest first.
     epochs: tuple[tuple[str, int], ...]
-    #: When it was created, and when something was last appended, opened, set or closed; Unix time.
+    #: When it was created, and when something was last appended, opened, set or closed, or an open topic's last event
+    #: was trimmed; Unix time.
     created: float
     updated: float
     #: Oldest sequence kept; `last + 1` when nothing is.
@@ -420,6 +431,13 @@ def outlived(stat: Stat, last: int, at: float, now: float) -> bool:
     )
 
 
+def deleted_at(stat: Stat) -> float | None:
+    """When the upkeep deletes the whole stream, if it stays as it is (rule 6)."""
+    if stat.closed:
+        return None if stat.retention.age_s is None else stat.updated + stat.retention.age_s
+    return stat.updated + EMPTY_TOPIC_S if stat.kind == "topic" and stat.first > stat.last else None
+
+
 class Alone:
     """What an engine for one process says of other processes: there are none."""
 
@@ -441,6 +459,44 @@ class Alone:
 
     async def tell(self, stream: str) -> None:
         """Whoever reads is known here, and whoever works on it."""
+
+
+class Shared(Generic[K, T]):
+    """One call for all who ask for the same thing at the same moment: they share its result, and its failure.
+
+    If the task that makes the call is cancelled, the next one makes it again.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[K, _SharedCall[T]] = {}
+
+    async def do(self, key: K, call: Callable[[], Awaitable[T]]) -> T:
+        while (other := self._calls.get(key)) is not None:
+            await other.done.wait()
+            if other.failure is not None:
+                raise other.failure
+            if other.finished:
+                return other.result
+        mine = self._calls[key] = _SharedCall[T]()
+        try:
+            mine.result = await call()
+            mine.finished = True
+            return mine.result
+        except Exception as error:
+            mine.failure = error
+            raise
+        finally:
+            del self._calls[key]
+            mine.done.set()
+
+
+class _SharedCall(Generic[T]):
+    result: T
+    failure: Exception | None = None
+    finished = False
+
+    def __init__(self) -> None:
+        self.done = anyio.Event()
 
 
 class Watchers:

@@ -27,6 +27,7 @@ from ssecore.log import (
     Watcher,
     Watchers,
     appended,
+    deleted_at,
     joined,
     opened,
     outlived,
@@ -192,12 +193,10 @@ class MemoryLog(Alone):
                 await checkpoint()
             if self._streams.get(name) is not entry:
                 continue
-            stat = entry.stat
-            age_s = stat.retention.age_s
-            if stat.closed and age_s is not None and stat.updated + age_s <= self._clock():
+            self._trim(entry)
+            due = deleted_at(entry.stat)
+            if due is not None and due <= self._clock():
                 self._delete(name)
-            else:
-                self._trim(entry)
 
     async def _keep_up(self) -> None:
         while True:
@@ -224,6 +223,8 @@ class MemoryLog(Alone):
         while rows and outlived(stat, rows[0].row.last, rows[0].at, now):
             gone = rows.popleft().row
             stat = replace(stat, first=max(stat.first, gone.last + 1), size=stat.size - len(gone.body))
+            if not rows:
+                stat = replace(stat, updated=now)
         entry.stat = stat
 
     def _delete(self, stream: str) -> None:

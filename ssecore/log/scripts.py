@@ -62,7 +62,7 @@ if kind == 'run' then
   local order = redis.call('INCR', prefix .. 'count')
   redis.call('ZADD', prefix .. 'open', order, stream)
   redis.call('ZADD', prefix .. 'runs:' .. owner, order, stream)
-elseif age_s ~= '' then
+else
   redis.call('ZADD', prefix .. 'due', now, stream)
 end
 return whole(stream)
@@ -98,7 +98,7 @@ if f[6] == 'topic' then
   if tonumber(r[1]) then first = math.max(first, last - tonumber(r[1]) + 1) end
   first, size = trim(stream, first, last, size, tonumber(r[2]), tonumber(r[3]), now)
   set(stream, 'first', num(first), 'size', num(size))
-  if tonumber(r[3]) then redis.call('ZADD', prefix .. 'due', ARGV[3], stream) end
+  redis.call('ZADD', prefix .. 'due', ARGV[3], stream)
 end
 return whole(stream)
 """,
@@ -157,20 +157,29 @@ end
 redis.pcall('SET', process, cmsgpack.pack({number, answers}), 'EX', ARGV[5])
 return answers
 """,
-    # now, how many: looks at the streams that are due, and gives how many there were
+    # now, how many, how long a topic without events is kept: looks at the streams that are due, and gives how many
+    # there were
     "upkeep": """
 local now = tonumber(ARGV[1])
 local due = redis.call('ZRANGE', prefix .. 'due', '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[2])
 for _, stream in ipairs(due) do
   local f = get(stream, 'first', 'last', 'size', 'closed', 'kind', 'max_bytes', 'age_s', 'updated')
-  local age_s, at = tonumber(f[7]), nil
-  if age_s and f[4] == '1' then
-    at = tonumber(f[8]) + age_s
-  elseif age_s and f[5] == 'topic' then
-    local first, size = trim(stream, tonumber(f[1]), tonumber(f[2]), tonumber(f[3]), tonumber(f[6]), age_s, now)
+  local last, age_s, updated, at = tonumber(f[2]), tonumber(f[7]), tonumber(f[8]), nil
+  if f[4] == '1' then
+    at = age_s and updated + age_s
+  elseif f[5] == 'topic' then
+    local first, size = trim(stream, tonumber(f[1]), last, tonumber(f[3]), tonumber(f[6]), age_s, now)
+    if first > last and tonumber(f[1]) <= last then
+      updated = now
+      set(stream, 'updated', ARGV[1])
+    end
     set(stream, 'first', num(first), 'size', num(size))
-    local oldest = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 1)[1]
-    at = (oldest and tonumber(oldest[2][6]) or now) + age_s
+    if first > last then
+      at = updated + tonumber(ARGV[3])
+    elseif age_s then
+      local oldest = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 1)[1]
+      at = (oldest and tonumber(oldest[2][6]) or now) + age_s
+    end
   end
   if at and at <= now then
     delete(stream)

@@ -52,6 +52,7 @@ from ssecore.log import (
     Watcher,
     Watchers,
     appended,
+    deleted_at,
     joined,
     legible,
     opened,
@@ -89,6 +90,8 @@ _MIGRATIONS: Final = (
     CREATE UNIQUE INDEX rows_last ON rows (stream, last);
     CREATE TABLE garbage (stream INTEGER PRIMARY KEY);
     """,
+    # Topics without events were kept for ever: the upkeep looks at them once.
+    "UPDATE streams SET due = 0 WHERE kind = 'topic' AND closed = 0 AND due IS NULL",
 )
 
 #: Bodies in one transaction: about 10 ms of work, which a small append may have to wait for.
@@ -118,8 +121,8 @@ _SELECT: Final = """
         created, updated, first, last, size, closed, owner, meta, key, retention
     FROM streams """
 _INSERT: Final = """
-    INSERT INTO streams (name, kind, owner, key, created, updated, first, last, size, closed, meta, retention)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    INSERT INTO streams (name, kind, owner, key, created, due, updated, first, last, size, closed, meta, retention)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _UPDATE: Final = """
     UPDATE streams SET updated = ?, first = ?, last = ?, size = ?, closed = ?, meta = ?, retention = ?, due = ?
     WHERE id = ?"""
@@ -184,6 +187,8 @@ class SqliteLog(Alone):
         self._writer: sqlite3.Connection | None = None
         self._running = False
         self._failing = False
+        self._committing: list[_Operation[Any]] = []
+        self._stuck = False  # `give_up` was called, and the transaction of that moment isn't over yet
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -279,8 +284,8 @@ class SqliteLog(Alone):
     # The writer
 
     async def _submit(self, apply: Callable[["_Transaction"], T], size: int = 0) -> T:
-        if not self._running:
-            raise LogUnavailable("the event log is closed")
+        if not self._running or self._stuck:
+            raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
         operation = _Operation(apply, size)
         self._queue.append(operation)
         self._wake.set()
@@ -288,6 +293,14 @@ class SqliteLog(Alone):
         if operation.error:
             raise operation.error
         return operation.result
+
+    def give_up(self) -> None:
+        """Another program may hold the file's lock: a transaction waits for it, and all others for the transaction."""
+        for operation in (*self._committing, *self._queue):
+            operation.error = LogUnavailable("the service is about to stop")
+            operation.done.set()
+        self._queue.clear()
+        self._stuck = bool(self._committing)
 
     async def _write(self) -> None:
         """The writer's task. It ends when `running` is left and nothing is queued any more, and not before."""
@@ -314,6 +327,7 @@ class SqliteLog(Alone):
         return operations
 
     async def _commit(self, operations: list[_Operation[Any]]) -> None:
+        self._committing = operations
         try:
             transaction = await run_sync(self._transact, operations, limiter=self._writing)
         except Exception as error:  # SQLite's, or a bug of ours: nobody waits for ever, and the next one may work
@@ -336,6 +350,7 @@ class SqliteLog(Alone):
                 self._watchers.notify(*notice)
         for operation in operations:
             operation.done.set()
+        self._committing, self._stuck = [], False
 
     def _transact(self, operations: list[_Operation[Any]]) -> "_Transaction":
         """In the thread. Each operation has its result or its refusal then."""
@@ -520,9 +535,10 @@ class _Transaction:
             return there.stat, False
         ((epoch, first),) = stat.epochs
         self.check_new(epoch)
-        values = (stat.stream, stat.kind, stat.owner, stat.key, stat.created, *_changing(stat))
+        due = deleted_at(stat)
+        values = (stat.stream, stat.kind, stat.owner, stat.key, stat.created, due, *_changing(stat))
         id = self.insert(_INSERT, values)
-        self.entries[stat.stream] = _Entry(stat, id, None, self.insert_epoch(id, epoch, first))
+        self.entries[stat.stream] = _Entry(stat, id, due, self.insert_epoch(id, epoch, first))
         return stat, True
 
     def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
@@ -573,7 +589,8 @@ class _Transaction:
         ).fetchall()
         for (stream,) in due:
             entry = self.entry(stream)
-            if entry.stat.closed:
+            at = deleted_at(entry.stat)
+            if at is not None and at <= self.now:
                 self.delete(stream)
             else:
                 entry.changed = True  # `finish` trims it
@@ -604,9 +621,7 @@ class _Transaction:
     def trim(self, entry: _Entry) -> None:
         """Takes the oldest rows that have to go, at most a step; `due` says when to look again."""
         stat, age_s = entry.stat, entry.stat.retention.age_s
-        entry.due = None
-        if stat.closed and age_s is not None:
-            entry.due = stat.updated + age_s
+        entry.due = deleted_at(stat)
         if stat.closed or stat.kind == "run":
             return
         oldest = "SELECT last, at, length(body) FROM rows WHERE stream = ? ORDER BY last LIMIT ?"
@@ -618,11 +633,14 @@ class _Transaction:
                     break
                 stat = replace(stat, first=max(stat.first, last + 1), size=stat.size - size)
                 gone, count = last, count + 1
-        if count == _STEP_ROWS:
-            entry.due = 0.0
         if gone:
             self.db.execute("DELETE FROM rows WHERE stream = ? AND last <= ?", (entry.id, gone))
+            if stat.first > stat.last:
+                stat = replace(stat, updated=self.now)
+                entry.due = deleted_at(stat)
             entry.stat = stat
+        if count == _STEP_ROWS:
+            entry.due = 0.0
 
     def entry(self, stream: str) -> _Entry:
         entry = self.look_up(stream)
