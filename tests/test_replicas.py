@@ -178,7 +178,7 @@ def test_while_redis_is_away_readers_stay_and_go_on_when_it_is_back(tmp_path: Pa
         assert [event.event for event in decoder.feed(next(chunks))] == ["init"]
         redis.stop(signal.SIGKILL)
         wait_until(lambda: server.client.get("/readyz").status_code == 503)
-        assert server.client.get("/readyz").json() == {"status": "the event log is away"}
+        assert server.client.get("/readyz").json() == {"status": "the event log can't be reached or written"}
         assert server.client.get("/healthz").status_code == 200
         refused = server.client.post("/topics/news", json=1)
         assert (refused.status_code, refused.json()["code"]) == (503, "log_unavailable")

@@ -19,6 +19,9 @@ way and commits them in one, in a worker thread; each caller goes on after the c
 5.  Nothing takes longer because of how much is to be deleted: a deleted stream's rows are `garbage` first, and the
     upkeep takes a bounded step in a transaction of its own, as often as there is something to do.
 6.  A file that isn't ours is never written to; the application id stands in its first bytes from the first commit on.
+7.  Before each transaction the writer checks that the file and its WAL are the ones that it opened: SQLite would go on
+    writing to a deleted file. After a failure the log is `away` until a transaction has written to the file; the upkeep
+    tries that from time to time.
 """
 
 import fcntl
@@ -67,6 +70,8 @@ __all__ = ["SqliteLog"]
 
 logger = logging.getLogger("sseapp")
 T = TypeVar("T")
+#: Device and inode of the file and of its WAL; `None`: not there.
+_Files = tuple[tuple[int, int] | None, tuple[int, int] | None]
 
 _APPLICATION_ID: Final = int.from_bytes(b"SSEL")
 #: Script number n makes version n + 1 of the file out of version n.
@@ -109,6 +114,9 @@ _STEP_PAGES: Final = 256
 _CHECKPOINT_PAGES: Final = 512
 #: Readers can keep the WAL from starting over. Beyond this it is made to.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
+#: What the upkeep writes after a failure, to find out whether there is room again: a row of a stream that never exists.
+_PROBE_STREAM: Final = 0
+_PROBE_BYTES: Final = 64 * 1024
 #: How long SQLite waits while another program (a backup, a person with `sqlite3`) locks the file. As long as the Redis
 #: log waits for Redis.
 _BUSY_S: Final = 5.0
@@ -186,7 +194,8 @@ class SqliteLog(Alone):
         self._idle: list[sqlite3.Connection] = []  # readers
         self._writer: sqlite3.Connection | None = None
         self._running = False
-        self._failing = False
+        self.away = False
+        self._files: _Files = (None, None)
         self._committing: list[_Operation[Any]] = []
         self._stuck = False  # `give_up` was called, and the transaction of that moment isn't over yet
 
@@ -198,6 +207,7 @@ class SqliteLog(Alone):
         self._writing, self._reading = CapacityLimiter(1), CapacityLimiter(_READERS)
         try:
             self._writer = await run_sync(self._open_file)
+            self._files, self.away = self._present(), False
             async with anyio.create_task_group() as group:
                 group.start_soon(self._write)
                 self._running = True
@@ -314,6 +324,8 @@ class SqliteLog(Alone):
                 if operations := self._take():
                     await self._commit(operations)
                 if self._running and current_time() >= due:
+                    if self.away:
+                        await self._commit([_Operation(_Transaction.probe)])
                     step = _Operation(_Transaction.upkeep)
                     await self._commit([step])
                     due = current_time() + (0.0 if not step.error and step.result else self._upkeep_s)
@@ -331,15 +343,16 @@ class SqliteLog(Alone):
         try:
             transaction = await run_sync(self._transact, operations, limiter=self._writing)
         except Exception as error:  # SQLite's, or a bug of ours: nobody waits for ever, and the next one may work
-            if not self._failing:
-                logger.error("the event log %s can't be written", self.path, exc_info=error)
-            self._failing = True
+            if not self.away:
+                why = None if isinstance(error, _Replaced) else error
+                logger.error("can't write the event log %s%s", self.path, error if why is None else "", exc_info=why)
+            self.away = True
             for operation in operations:
                 operation.error = _failure("written", error)
         else:
-            if self._failing:
+            if self.away and transaction.wrote:
                 logger.warning("the event log %s is written again", self.path)
-            self._failing = False
+                self.away = False
             for stream, entry in transaction.entries.items():
                 self._known.pop(stream, None)
                 if entry:
@@ -355,9 +368,15 @@ class SqliteLog(Alone):
     def _transact(self, operations: list[_Operation[Any]]) -> "_Transaction":
         """In the thread. Each operation has its result or its refusal then."""
         try:
-            if self._writer is None:
-                self._writer = self._connect()
+            file, wal = self._present()
+            if file != self._files[0] or (self._writer and wal != self._files[1]):
+                raise _Replaced
+            reopened = self._writer is None
+            self._writer = self._writer or self._connect()
             self._writer.execute("BEGIN IMMEDIATE")
+            if reopened:
+                self._files = self._present()
+            changes = self._writer.total_changes
             transaction = _Transaction(self._writer, self._known, self._clock())
             for operation in operations:
                 try:
@@ -365,12 +384,17 @@ class SqliteLog(Alone):
                 except SSEAppError as refusal:
                     operation.error = refusal
             transaction.finish()
+            transaction.wrote = self._writer.total_changes > changes
             self._writer.execute("COMMIT")
         except BaseException:
             self._roll_back()
             raise
         self._bound_wal()
         return transaction
+
+    def _present(self) -> "_Files":
+        """The file and the WAL that are there by these names now."""
+        return _inode(self.path), _inode(f"{self.path}-wal")
 
     def _roll_back(self) -> None:
         db = self._writer
@@ -524,6 +548,7 @@ class _Transaction:
         self.db = db
         self.known = known
         self.now = now
+        self.wrote = False
         #: The streams that it has to do with, as they will be; None: deleted.
         self.entries: dict[str, _Entry | None] = {}
         #: What watchers will be told.
@@ -601,6 +626,14 @@ class _Transaction:
             if gone.rowcount < _STEP_ROWS:
                 self.db.execute("DELETE FROM garbage WHERE stream = ?", garbage)
         return bool(due or garbage) or self.give_back()
+
+    def probe(self) -> None:
+        """Write something that the upkeep deletes."""
+        self.db.execute("INSERT OR IGNORE INTO garbage VALUES (?)", (_PROBE_STREAM,))
+        row = (_PROBE_STREAM, self.now, _PROBE_BYTES)  # its number is the time: there may be one already
+        self.db.execute(
+            "INSERT INTO rows (stream, last, epoch, at, ends, body) VALUES (?, ?, 0, 0, x'', zeroblob(?))", row
+        )
 
     def give_back(self) -> bool:
         """Free pages to the file system, once they are a quarter of the file; until then they are used again."""
@@ -716,6 +749,24 @@ def _changing(stat: Stat) -> tuple[object, ...]:
     return stat.updated, stat.first, stat.last, stat.size, stat.closed, meta, retention
 
 
+def _inode(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+class _Replaced(Exception):
+    """For the operator's log, behind the path."""
+
+    def __str__(self) -> str:
+        return (
+            ": the file or its -wal was deleted or replaced while this process uses it, and what is appended would be"
+            " lost. Stop the service, put the files back if you have them, and start it again"
+        )
+
+
 def _damaged(error: BaseException) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -725,6 +776,8 @@ def _failure(doing: str, error: Exception) -> SSEAppError:
     if _damaged(error):
         return LogError("the event log's file is damaged")
     reason = error if isinstance(error, sqlite3.Error) else "internal error"
+    if isinstance(error, _Replaced):
+        reason = "its file was deleted or replaced"
     text = f"the event log can't be {doing} at the moment: {reason}"
     return LogUnavailable(text)
 
