@@ -297,11 +297,29 @@ async def test_topics_without_events_of_a_file_that_kept_them_for_ever_are_forgo
         await log.append("kept", [frame("a")], epoch=epoch)
         await run(log)
     with closing(sqlite3.connect(path)) as db:
-        db.executescript("UPDATE streams SET due = NULL; PRAGMA user_version = 1")
+        db.executescript("UPDATE streams SET due = NULL; DROP TABLE accounts; PRAGMA user_version = 1")
     clock.now += ssecore.log.EMPTY_TOPIC_S
     async with log.running():
         await log.upkeep()
         assert [await log.stat(name) is not None for name in ("empty", "kept", "run")] == [False, True, True]
+
+
+async def test_what_owners_use_is_counted_in_a_file_that_did_not_count_it(path: Path) -> None:
+    log = SqliteLog(path)
+    async with log.running():
+        for number in range(3):
+            epoch = await run(log, f"run {number}", owner="ann")
+            await log.append(f"run {number}", [frame("x" * 100_000)], epoch=epoch, close=True)
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("DROP TABLE accounts; PRAGMA user_version = 1")
+    log = SqliteLog(path, max_bytes=2_500_000)
+    async with log.running():
+        await log.upkeep()
+        assert [await log.stat(f"run {number}") is not None for number in range(3)] == [False, True, True]
+        for number in range(3):
+            await log.delete(f"run {number}")
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM accounts").fetchone() == (0,)
 
 
 async def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,11 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, Red
 import ssecore.log
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, WriterFenced
 from ssecore.log import (
+    EVENT_BYTES,
+    FOREVER_S,
     MAX_ROW_BYTES,
+    OWNERS,
+    STREAM_BYTES,
     Cursor,
     Ended,
     Gap,
@@ -66,11 +70,13 @@ from ssecore.log import (
     Stat,
     Watcher,
     Watchers,
+    full,
     joined,
     legible,
     locate,
     new_epoch,
     packed,
+    share_full,
     unpacked,
 )
 from ssecore.log.scripts import COMMON, SCRIPTS
@@ -293,7 +299,7 @@ class RedisLog:
     `wait_s`: how long a call waits for a Redis that is away, half of `lease_s` at most. `lease_s`: how long a process
     may be silent before its runs are closed. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what
     age has ended, and `look_s` that between two at the watched streams (rule 5). `prefix` begins the name of every key.
-    On asyncio only.
+    `max_bytes` is a bound in all (rule 7 of `ssecore.log`). On asyncio only.
     """
 
     shared = True
@@ -309,6 +315,7 @@ class RedisLog:
         clock: Callable[[], float] = time.time,
         upkeep_s: float = 5.0,
         look_s: float = 2.0,
+        max_bytes: int | None = None,
     ) -> None:
         self.away = False
         self.wait_s = min(wait_s, lease_s / 2)  # a lease outlasts its holder's own waiting
@@ -319,6 +326,7 @@ class RedisLog:
         self._clock = clock
         self._upkeep_s = upkeep_s
         self._look_s = look_s
+        self._max_bytes = max_bytes
         self._process = new_epoch()
         self._watchers = Watchers()
         #: Of each watched stream: what watchers were told last; else what somebody saw first; else None.
@@ -406,7 +414,7 @@ class RedisLog:
             instance = info["run_id"]
             if policy != "noeviction" and not self.instance:
                 logger.warning("the event log's Redis drops data when it is full (maxmemory-policy %s)", policy)
-            head = f"local instance, prefix = '{instance}', [==[{self._prefix}]==]\n{COMMON}"
+            head = f"local instance, prefix = '{instance}', [==[{self._prefix}]==]\n{self._constants()}\n{COMMON}"
             shas = await _exchange(connection, *[("SCRIPT", "LOAD", head + text) for text in SCRIPTS.values()])
             session = _Session(connection, instance, dict(zip(SCRIPTS, map(bytes.decode, shas), strict=True)))
             if self.instance not in ("", instance):
@@ -416,6 +424,12 @@ class RedisLog:
             await _disconnect(connection)
             raise
         return session
+
+    def _constants(self) -> str:
+        """For the scripts."""
+        bound = "math.huge" if self._max_bytes is None else self._max_bytes
+        values = (STREAM_BYTES, EVENT_BYTES, OWNERS, FOREVER_S, ssecore.log.EMPTY_TOPIC_S, bound)
+        return f"local stream_bytes, event_bytes, owners, forever_s, empty_s, bound = {', '.join(map(str, values))}"
 
     async def _check_all(self, session: _Session) -> None:
         """Rule 3: before anybody can read from the new instance."""
@@ -598,8 +612,7 @@ class RedisLog:
         return done
 
     async def upkeep(self) -> None:
-        kept_s = ssecore.log.EMPTY_TOPIC_S
-        while await self._writes.ask("upkeep", repr(self._clock()), _STEP_STREAMS, kept_s) == _STEP_STREAMS:
+        while await self._writes.ask("upkeep", repr(self._clock()), _STEP_STREAMS) >= _STEP_STREAMS:
             pass
 
     async def _keep_up(self) -> None:
@@ -673,7 +686,7 @@ class RedisLog:
                     logger.error("the event log's Redis refuses to append: %s", facts[0].decode(errors="replace"))
                 elif said == b"lost" and batch.stream in self._tops:
                     self._tops[batch.stream] = 0  # it is at work still: with what it says of it
-                else:
+                elif said != b"full":
                     self._tops.pop(batch.stream, None)
                 self._settle(batch, _refusal(said, *facts))
         return again
@@ -899,6 +912,8 @@ def _refusal(said: bytes, text: bytes = b"") -> SSEAppError:
         b"fenced": WriterFenced("another writer has taken over the stream"),
         b"conflict": Conflict("this epoch has been opened before"),
         b"lost": LogError("the event log lost some of this run's events"),
+        b"full": full(),
+        b"share": share_full(),
     }
     return refusals[said]
 

@@ -17,7 +17,8 @@ way and commits them in one, in a worker thread; each caller goes on after the c
     works only while the writer task waits for it. What a transaction changes are copies.
 4.  A reader's transaction is one SELECT: none holds the WAL back, and each sees every commit before it.
 5.  Nothing takes longer because of how much is to be deleted: a deleted stream's rows are `garbage` first, and the
-    upkeep takes a bounded step in a transaction of its own, as often as there is something to do.
+    upkeep takes a bounded step in a transaction of its own, as often as there is something to do. For `max_bytes` the
+    pages in use count, garbage too; so it is taken away before anything more is deleted for the sake of room.
 6.  A file that isn't ours is never written to; the application id stands in its first bytes from the first commit on.
 7.  Before each transaction the writer checks that the file and its WAL are the ones that it opened: SQLite would go on
     writing to a deleted file. After a failure the log is `away` until a transaction has written to the file; the upkeep
@@ -28,10 +29,12 @@ import fcntl
 import logging
 import os
 import sqlite3
+import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -43,9 +46,11 @@ from anyio import Event as Signal
 from anyio.to_thread import run_sync
 from msgspec.structs import replace
 
+import ssecore.log
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError
 from ssecore.log import (
     MAX_ROW_BYTES,
+    OWNERS,
     Alone,
     Ended,
     Kind,
@@ -55,13 +60,18 @@ from ssecore.log import (
     Watcher,
     Watchers,
     appended,
+    cost,
     deleted_at,
+    due,
+    full,
     joined,
     legible,
     opened,
     outlived,
+    over,
     packed,
     plain,
+    share_full,
     unpacked,
 )
 from ssecore.wire import encode_json
@@ -95,8 +105,13 @@ _MIGRATIONS: Final = (
     CREATE UNIQUE INDEX rows_last ON rows (stream, last);
     CREATE TABLE garbage (stream INTEGER PRIMARY KEY);
     """,
-    # Topics without events were kept for ever: the upkeep looks at them once.
-    "UPDATE streams SET due = 0 WHERE kind = 'topic' AND closed = 0 AND due IS NULL",
+    # What owners use, as `cost` says. Topics without events were kept for ever: the upkeep looks at them once.
+    """
+    UPDATE streams SET due = 0 WHERE kind = 'topic' AND closed = 0 AND due IS NULL;
+    CREATE TABLE accounts (owner TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
+    INSERT INTO accounts SELECT owner, sum(6144 + size + 64 * (last - first + 1))
+        FROM streams WHERE owner IS NOT NULL GROUP BY owner;
+    """,
 )
 
 #: Bodies in one transaction: about 10 ms of work, which a small append may have to wait for.
@@ -134,6 +149,8 @@ _INSERT: Final = """
 _UPDATE: Final = """
     UPDATE streams SET updated = ?, first = ?, last = ?, size = ?, closed = ?, meta = ?, retention = ?, due = ?
     WHERE id = ?"""
+_CHARGE: Final = """
+    INSERT INTO accounts VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET bytes = bytes + excluded.bytes"""
 _SELECT_ROWS: Final = """
     SELECT epochs.epoch, rows.last, rows.ends, rows.body
     FROM streams CROSS JOIN rows ON rows.stream = streams.id CROSS JOIN epochs ON epochs.id = rows.epoch
@@ -154,13 +171,14 @@ class _Operation(Generic[T]):
 class _Entry:
     """A stream's facts, as the file has them, and in a transaction the row that is being gathered."""
 
-    __slots__ = ("changed", "due", "ends", "epoch", "id", "parts", "size", "stat")
+    __slots__ = ("changed", "cost", "due", "ends", "epoch", "id", "parts", "size", "stat")
 
     def __init__(self, stat: Stat, id: int, due: float | None, epoch: int) -> None:
         self.stat = stat
         self.id = id
         self.due = due
         self.epoch = epoch  # the id of the newest
+        self.cost = 0 if stat.owner is None else cost(stat)  # as it is in the owner's account
         self.parts: list[bytes] = []
         self.ends: list[int] = []
         self.size = 0
@@ -171,7 +189,8 @@ class SqliteLog(Alone):
     """`Log` in the file `path`, whose folder is made if need be.
 
     `full_sync`: see above. `lock_wait_s`: how long to wait for another process to let go of the file. `clock` gives
-    Unix time; `upkeep_s` is the pause between two looks at what age has ended.
+    Unix time; `upkeep_s` is the pause between two looks at what age has ended; `max_bytes` is a bound in all (rule 7 of
+    `ssecore.log`).
     """
 
     def __init__(
@@ -182,12 +201,14 @@ class SqliteLog(Alone):
         lock_wait_s: float = 0.0,
         clock: Callable[[], float] = time.time,
         upkeep_s: float = 5.0,
+        max_bytes: int | None = None,
     ) -> None:
         self.path = Path(path)
         self._full_sync = full_sync
         self._lock_wait_s = lock_wait_s
         self._clock = clock
         self._upkeep_s = upkeep_s
+        self._max_bytes = sys.maxsize if max_bytes is None else max_bytes
         self._watchers = Watchers()
         self._queue: deque[_Operation[Any]] = deque()
         self._known: dict[str, _Entry] = {}  # rule 3; the longest unused first
@@ -195,6 +216,7 @@ class SqliteLog(Alone):
         self._writer: sqlite3.Connection | None = None
         self._running = False
         self.away = False
+        self._crowded = False  # over `max_bytes`
         self._files: _Files = (None, None)
         self._committing: list[_Operation[Any]] = []
         self._stuck = False  # `give_up` was called, and the transaction of that moment isn't over yet
@@ -323,7 +345,8 @@ class SqliteLog(Alone):
                 self._wake = Signal()
                 if operations := self._take():
                     await self._commit(operations)
-                if self._running and current_time() >= due:
+                if self._running and (self._crowded or current_time() >= due):
+                    self._crowded = False
                     if self.away:
                         await self._commit([_Operation(_Transaction.probe)])
                     step = _Operation(_Transaction.upkeep)
@@ -353,6 +376,7 @@ class SqliteLog(Alone):
             if self.away and transaction.wrote:
                 logger.warning("the event log %s is written again", self.path)
                 self.away = False
+            self._crowded = transaction.crowded
             for stream, entry in transaction.entries.items():
                 self._known.pop(stream, None)
                 if entry:
@@ -377,7 +401,7 @@ class SqliteLog(Alone):
             if reopened:
                 self._files = self._present()
             changes = self._writer.total_changes
-            transaction = _Transaction(self._writer, self._known, self._clock())
+            transaction = _Transaction(self._writer, self._known, self._clock(), self._max_bytes)
             for operation in operations:
                 try:
                     operation.result = operation.apply(transaction)
@@ -544,11 +568,15 @@ class SqliteLog(Alone):
 class _Transaction:
     """What happens between BEGIN and COMMIT, in the writer's thread."""
 
-    def __init__(self, db: sqlite3.Connection, known: dict[str, _Entry], now: float) -> None:
+    def __init__(self, db: sqlite3.Connection, known: dict[str, _Entry], now: float, max_bytes: int) -> None:
         self.db = db
         self.known = known
         self.now = now
+        self.max_bytes = max_bytes
         self.wrote = False
+        self.crowded = False
+        #: How much more the owners use.
+        self.charges: Counter[str] = Counter()
         #: The streams that it has to do with, as they will be; None: deleted.
         self.entries: dict[str, _Entry | None] = {}
         #: What watchers will be told.
@@ -558,12 +586,19 @@ class _Transaction:
         same_key = self.db.execute("SELECT name FROM streams WHERE key = ?", (stat.key,)).fetchone()
         if there := self.look_up(same_key[0] if same_key else stat.stream):
             return there.stat, False
+        if self.full:
+            raise full()
+        if stat.owner is not None:
+            account = self.db.execute("SELECT bytes FROM accounts WHERE owner = ?", (stat.owner,)).fetchone()
+            if account and over(account[0], self.max_bytes // OWNERS):
+                raise share_full()
         ((epoch, first),) = stat.epochs
         self.check_new(epoch)
-        due = deleted_at(stat)
-        values = (stat.stream, stat.kind, stat.owner, stat.key, stat.created, due, *_changing(stat))
+        at = deleted_at(stat)
+        values = (stat.stream, stat.kind, stat.owner, stat.key, stat.created, at, *_changing(stat))
         id = self.insert(_INSERT, values)
-        self.entries[stat.stream] = _Entry(stat, id, due, self.insert_epoch(id, epoch, first))
+        entry = self.entries[stat.stream] = _Entry(stat, id, at, self.insert_epoch(id, epoch, first))
+        self.charge(entry, entry.cost)
         return stat, True
 
     def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
@@ -583,6 +618,8 @@ class _Transaction:
         self, stream: str, body: bytes, ends: tuple[int, ...], epoch: str, close: bool, meta: dict[str, Any] | None
     ) -> int:
         entry = self.entry(stream)
+        if ends and not close and self.full:
+            raise full()
         stat = appended(entry.stat, epoch, len(ends), len(body), close, meta, self.now)
         if entry.size + len(body) > MAX_ROW_BYTES:
             self.write_row(entry)
@@ -604,28 +641,81 @@ class _Transaction:
         self.db.execute("DELETE FROM streams WHERE id = ?", (entry.id,))
         self.db.execute("DELETE FROM epochs WHERE stream = ?", (entry.id,))
         self.db.execute("INSERT INTO garbage VALUES (?)", (entry.id,))  # rule 5
+        self.charge(entry, -entry.cost)
         self.entries[stream] = None
         self.notices.append((stream, None, "deleted"))
 
     def upkeep(self) -> bool:
         """One step (rule 5). False where there was nothing to do."""
-        due = self.db.execute(
+        overdue = self.db.execute(
             "SELECT name FROM streams WHERE due <= ? ORDER BY due LIMIT ?", (self.now, _STEP_STREAMS)
         ).fetchall()
-        for (stream,) in due:
+        for (stream,) in overdue:
             entry = self.entry(stream)
             at = deleted_at(entry.stat)
             if at is not None and at <= self.now:
                 self.delete(stream)
             else:
                 entry.changed = True  # `finish` trims it
-        garbage = self.db.execute("SELECT stream FROM garbage LIMIT 1").fetchone()
-        if garbage:
+        garbage = self.db.execute("SELECT stream FROM garbage LIMIT ?", (_STEP_ROWS,)).fetchall()
+        rows = _STEP_ROWS
+        for stream in garbage:
             oldest = "SELECT rowid FROM rows WHERE stream = ? ORDER BY last LIMIT ?"
-            gone = self.db.execute(f"DELETE FROM rows WHERE rowid IN ({oldest})", (*garbage, _STEP_ROWS))
-            if gone.rowcount < _STEP_ROWS:
-                self.db.execute("DELETE FROM garbage WHERE stream = ?", garbage)
-        return bool(due or garbage) or self.give_back()
+            gone = self.db.execute(f"DELETE FROM rows WHERE rowid IN ({oldest})", (*stream, rows))
+            rows -= gone.rowcount
+            if not rows:
+                break
+            self.db.execute("DELETE FROM garbage WHERE stream = ?", stream)
+        return bool(overdue or garbage) or self.make_room() or self.give_back()
+
+    def make_room(self) -> bool:
+        """One step of what a bound asks for. False where there was nothing to do, or nothing can be done."""
+        share = self.max_bytes // OWNERS
+        account = self.db.execute("SELECT owner, bytes - ? FROM accounts WHERE bytes > ?", (share, share))
+        for owner, excess in account.fetchall():
+            oldest = "SELECT name FROM streams WHERE kind = 'run' AND owner = ? AND closed ORDER BY id LIMIT ?"
+            if self.take(self.db.execute(oldest, (owner, _STEP_STREAMS)).fetchall(), excess):
+                return True
+        excess = self.used() - self.max_bytes
+        if excess <= 0:
+            return False
+        spared = self.now + ssecore.log.EMPTY_TOPIC_S
+        oldest = "SELECT name FROM streams WHERE due > ? ORDER BY due LIMIT ?"
+        return self.take(self.db.execute(oldest, (spared, _STEP_STREAMS)).fetchall(), excess)
+
+    def take(self, streams: list[tuple[str]], excess: int) -> bool:
+        """Deletes these, or of topics the oldest rows, until so much is gone."""
+        for (stream,) in streams:
+            entry = self.entry(stream)
+            before = cost(entry.stat)
+            if entry.stat.closed:
+                self.delete(stream)
+                excess -= before
+            else:
+                self.trim(entry, forced=True)
+                entry.changed = True
+                excess -= before - cost(entry.stat)
+            if excess <= 0:
+                break
+        return bool(streams)
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether nothing new is taken. Asked once for all of a transaction."""
+        used = self.used()
+        self.crowded = used > self.max_bytes
+        return over(used, self.max_bytes)
+
+    def used(self) -> int:
+        """The bytes of the pages in use."""
+        pages, free, size = (
+            self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def charge(self, entry: _Entry, bytes: int) -> None:
+        if entry.stat.owner is not None:
+            self.charges[entry.stat.owner] += bytes
 
     def probe(self) -> None:
         """Write something that the upkeep deletes."""
@@ -650,10 +740,17 @@ class _Transaction:
                 self.write_row(entry)
                 self.trim(entry)
                 self.db.execute(_UPDATE, (*_changing(entry.stat), entry.due, entry.id))
+                if entry.stat.owner is not None:
+                    before, entry.cost = entry.cost, cost(entry.stat)
+                    self.charge(entry, entry.cost - before)
+        for owner, bytes in self.charges.items():
+            self.db.execute(_CHARGE, (owner, bytes))
+            if bytes < 0:
+                self.db.execute("DELETE FROM accounts WHERE owner = ? AND bytes <= 0", (owner,))
 
-    def trim(self, entry: _Entry) -> None:
-        """Takes the oldest rows that have to go, at most a step; `due` says when to look again."""
-        stat, age_s = entry.stat, entry.stat.retention.age_s
+    def trim(self, entry: _Entry, *, forced: bool = False) -> None:
+        """Takes the oldest rows that have to go, or all (`forced`), at most a step; `due` says when to look again."""
+        stat = entry.stat
         entry.due = deleted_at(stat)
         if stat.closed or stat.kind == "run":
             return
@@ -661,8 +758,8 @@ class _Transaction:
         gone = count = 0
         with closing(self.db.execute(oldest, (entry.id, _STEP_ROWS))) as rows:
             for last, at, size in rows:
-                if not outlived(stat, last, at, self.now):
-                    entry.due = None if age_s is None else at + age_s
+                if not forced and not outlived(stat, last, at, self.now):
+                    entry.due = due(stat, at)
                     break
                 stat = replace(stat, first=max(stat.first, last + 1), size=stat.size - size)
                 gone, count = last, count + 1
