@@ -244,11 +244,13 @@ class SSEApp:
             runs = self._runs = Runs(log, tails, self.settings, tasks)
             stack.push_async_callback(runs.close)
             await runs.recover()
-            self._services = Services(runs, Topics(log, tails, self.settings), self.metrics)
+            topics = Topics(log, tails, self.settings)
+            self._services = Services(runs, topics, self.metrics)
             self._timekeeper, self._tasks = Timekeeper(self._options), tasks
             tasks.start_soon(self._timekeeper.run)
             if self.guard.tokens is not None:
                 tasks.start_soon(self.guard.tokens.watch)
+            tasks.start_soon(topics.keep)
             if log.shared:
                 tasks.start_soon(runs.keep_watch)
             self.draining = self.failed = False
@@ -547,14 +549,19 @@ def _chunk(item: bytes | bytearray | memoryview) -> bytes:
 def open_log(settings: Settings) -> Log:
     """The event log's engine that the settings name."""
     if settings.log == "memory":
-        return MemoryLog()
+        return MemoryLog(max_bytes=settings.log_max_bytes)
     if settings.log != "sqlite":
         try:
             from ssecore.log.redis import RedisLog
         except ModuleNotFoundError:
             raise SettingsError("the Redis log needs redis-py: pip install 'sseapp[redis]'", field="log") from None
-        return RedisLog(settings.log, lease_s=settings.lease_s)
-    return SqliteLog(settings.data_dir / "log.db", full_sync=settings.log_full_sync, lock_wait_s=settings.drain_s)
+        return RedisLog(settings.log, lease_s=settings.lease_s, max_bytes=settings.log_max_bytes)
+    return SqliteLog(
+        settings.data_dir / "log.db",
+        full_sync=settings.log_full_sync,
+        lock_wait_s=settings.drain_s,
+        max_bytes=settings.log_max_bytes,
+    )
 
 
 def create_app(settings: Settings | None = None) -> SSEApp:

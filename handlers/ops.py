@@ -21,11 +21,11 @@ async def healthz(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """Whether to send requests here: not once the service is about to stop, nor while its event log is away."""
+    """Whether to send requests here: not once the service is about to stop, nor while its event log can't be used."""
     if request.draining:
         return JSON({"status": "draining"}, status=503)
     if request.runs.log.away:
-        return JSON({"status": "the event log is away"}, status=503)
+        return JSON({"status": "the event log can't be reached or written"}, status=503)
     return JSON({"status": "ready"})
 
 

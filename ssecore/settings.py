@@ -64,11 +64,16 @@ class Settings:
     retention_s: _Seconds | None = _setting(86400.0, "how long the log keeps events, and runs after their end")
     retention_events: _Bytes | None = _setting(100_000, "events of one stream that the log keeps; a run ends over it")
     retention_bytes: _Bytes | None = _setting(64 * 1024 * 1024, "bytes of one stream that the log keeps; likewise")
+    log_max_bytes: _Bytes | None = _setting(
+        10 * 1024**3, "what the log keeps in all; over it the oldest goes sooner, of one caller over a tenth of it"
+    )
     log_full_sync: bool = _setting(False, "sqlite: withstand a lost power supply too, at the price of slower appends")
     max_runs: Annotated[int, Meta(ge=1)] | None = _setting(1000, "runs at work at once; more are refused")
     max_runs_per_caller: Annotated[int, Meta(ge=1)] | None = _setting(100, "the same for one caller, if it has a name")
     max_subscribers: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open subscriptions to one topic")
-    max_topics: Annotated[int, Meta(ge=1)] = _setting(10_000, "topics that one process opens; more are refused")
+    max_topics: Annotated[int, Meta(ge=1)] = _setting(
+        10_000, "topics that one process keeps open; of more, those unused the longest are closed until they are needed"
+    )
     max_streams: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open streams in all; more are refused")
     max_streams_per_caller: Annotated[int, Meta(ge=1)] | None = _setting(
         1000, "the same for one caller, if it has a name: a tenth, so that one alone doesn't fill the house"

@@ -2,26 +2,41 @@
 
 Publishing appends; every event that an append brings is framed once for all readers of this process (`log.tail`). Each
 process opens an epoch of its own on a topic before it first writes there or lets somebody read; where processes share
-the log, they share the epoch too.
+the log, they share the epoch too. The process keeps the epochs of the topics that were used last, and asks the log for
+the others: so any number of topics can be used one after another.
+
+The log deletes a topic that holds no events and was not written to for `EMPTY_TOPIC_S`. `keep` writes to the topics
+that have readers here, so that none of them is deleted; a reader that was disconnected has most of that time to resume.
 
 A fresh subscription begins with `init`, whose id is the top that it reads from: a cut before the first event loses
 nothing. A resumed one has no `init`; what it can't be given is announced by a `gap` first. Where its cursor means
 nothing to this log any more (`expired`), a topic goes on with all that it keeps: there is no end to send it to.
 """
 
+import secrets
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
 import anyio
 
-from ssecore.errors import EncodeError, NotFound, Unavailable, WriterFenced
-from ssecore.log import Cursor, Log, Retention, Stat, locate, new_epoch, parse_cursor
+import ssecore.log
+from ssecore.errors import EncodeError, LogError, LogUnavailable, NotFound, Unavailable, WriterFenced
+from ssecore.log import Cursor, Log, Retention, Shared, Stat, locate, parse_cursor
 from ssecore.log.tail import Attached, Reader, Tail, Tails, gap_frame
 from ssecore.request import Request
 from ssecore.settings import Settings
 from ssecore.wire import Event, encode
 
 __all__ = ["Subscription", "Topics"]
+
+#: How many topics are written to at once by `Topics.keep`: what goes into one commit, or one call of Redis.
+KEEP_STEP: Final = 100
+#: All topics with readers are written to so often in the time after which the log would delete them.
+KEEPS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +61,10 @@ class Topics:
         self._tails = tails
         self._settings = settings
         self._retention = Retention(settings.retention_events, settings.retention_bytes, settings.retention_s)
-        self._epochs: dict[str, str] = {}
-        self._opening: dict[str, anyio.Event] = {}
+        self._epochs: dict[str, str] = {}  # the longest unused first
+        self._opening: Shared[str, str] = Shared()
+        #: The first half of the epochs that this process opens: in the log it recognizes them again.
+        self._process = secrets.token_urlsafe(8)
 
     async def publish(self, topic: str, *events: Event) -> Cursor:
         """Append the events, all or none; returns when they are in the log, with the last one's id.
@@ -55,15 +72,17 @@ class Topics:
         Raises `EncodeError`, `LogUnavailable`.
         """
         frames = [_stored(event) for event in events]
-        stream = _stream(topic)
+        return await self._append(_stream(topic), frames)
+
+    async def _append(self, stream: str, frames: list[bytes], meta: dict[str, Any] | None = None) -> Cursor:
         epoch = await self._epoch(stream)
         try:
-            return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch))
+            return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch, meta=meta))
         except (WriterFenced, NotFound):  # another process has opened the topic (it may be shared), or it was deleted
             if self._epochs.get(stream) == epoch:  # else another publisher of ours has been here already
                 del self._epochs[stream]
             epoch = await self._epoch(stream)
-            return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch))
+            return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch, meta=meta))
 
     def subscribers(self, topic: str) -> int:
         """How many read the topic here at the moment."""
@@ -78,7 +97,10 @@ class Topics:
         tail = self._tails.enter(stream)
         try:
             stat = await self._log.stat(stream)
-            if stat is None:  # deleted between two awaits
+            if stat is None or _is_stale(stat):
+                await self._touch(stream)
+                stat = await self._log.stat(stream)
+            if stat is None or tail.ended == "deleted":  # deleted between two awaits
                 self._epochs.pop(stream, None)
                 raise Unavailable("the topic is being deleted; try again", retry_after_s=1)
             self._check_room(subscription.topic)  # many may have come at the same moment
@@ -110,26 +132,47 @@ class Topics:
 
     async def _epoch(self, stream: str) -> str:
         """This process's epoch on the stream, opened when it is first needed."""
-        while (opening := self._opening.get(stream)) is not None:
-            await opening.wait()
-        epoch = self._epochs.get(stream)
+        epoch = self._epochs.pop(stream, None)
         if epoch is None:
-            # A name may come from anybody, and each leaves its facts in the log.
-            if len(self._epochs) >= self._settings.max_topics:
-                raise Unavailable("too many topics", retry_after_s=60)
-            done = self._opening[stream] = anyio.Event()
-            try:
-                epoch = new_epoch()
-                stat, created = await self._log.create(stream, epoch=epoch, kind="topic", retention=self._retention)
-                if not created and self._log.shared:
-                    epoch = stat.epochs[-1][0]
-                elif not created:
-                    await self._log.open(stream, epoch, retention=self._retention)
-                self._epochs[stream] = epoch
-            finally:
-                del self._opening[stream]
-                done.set()
+            epoch = await self._opening.do(stream, partial(self._open, stream))
+        self._epochs[stream] = epoch
+        while len(self._epochs) > self._settings.max_topics:
+            del self._epochs[next(iter(self._epochs))]
         return epoch
+
+    async def _open(self, stream: str) -> str:
+        epoch = self._process + secrets.token_urlsafe(8)
+        stat, created = await self._log.create(stream, epoch=epoch, kind="topic", retention=self._retention)
+        if created:
+            return epoch
+        newest = stat.epochs[-1][0]
+        if self._log.shared or newest.startswith(self._process):
+            return newest
+        await self._log.open(stream, epoch, retention=self._retention)
+        return epoch
+
+    async def _touch(self, stream: str) -> None:
+        """Write to the topic, but no event: the log counts that as use. Creates the topic if it was deleted."""
+        await self._append(stream, [], meta={})
+
+    async def keep(self) -> None:
+        """Write to the topics that have readers here, from time to time, so that the log doesn't delete them."""
+        while True:
+            await anyio.sleep(ssecore.log.EMPTY_TOPIC_S / KEEPS)
+            streams = [stream for stream in self._tails.streams() if stream.startswith(_stream(""))]
+            for start in range(0, len(streams), KEEP_STEP):
+                async with anyio.create_task_group() as tasks:
+                    for stream in streams[start : start + KEEP_STEP]:
+                        tasks.start_soon(self._keep, stream)
+
+    async def _keep(self, stream: str) -> None:
+        with suppress(LogUnavailable, LogError):
+            await self._touch(stream)
+
+
+def _is_stale(stat: Stat) -> bool:
+    """Whether the log may soon delete the topic."""
+    return stat.first > stat.last and time.time() - stat.updated > ssecore.log.EMPTY_TOPIC_S / KEEPS
 
 
 def _stored(event: Event) -> bytes:

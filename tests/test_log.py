@@ -15,7 +15,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import ssecore.log
-from ssecore.errors import BadRequest, Conflict, EncodeError, NotFound, SSEAppError, TooLarge, WriterFenced
+from ssecore.errors import (
+    BadRequest,
+    Conflict,
+    EncodeError,
+    LogUnavailable,
+    NotFound,
+    SSEAppError,
+    TooLarge,
+    TooManyRequests,
+    WriterFenced,
+)
 from ssecore.log import (
     Cursor,
     Ended,
@@ -79,13 +89,13 @@ def redis_urls() -> Iterator[Callable[[Kind], str]]:
 def make(request: pytest.FixtureRequest, engine: str, tmp_path: Path, clock: Clock) -> Callable[..., Log]:
     """Makes a log; a second one is on the same data."""
 
-    def make(upkeep_s: float = NEVER_S) -> Log:
+    def make(upkeep_s: float = NEVER_S, max_bytes: int | None = None) -> Log:
         if engine.startswith("memory"):
-            return MemoryLog(clock=clock, upkeep_s=upkeep_s)
+            return MemoryLog(clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
         if engine.startswith(("redis", "valkey")):
             url = request.getfixturevalue("redis_urls")(engine.partition("-")[0])
-            return RedisLog(url, prefix=str(tmp_path), clock=clock, upkeep_s=upkeep_s)
-        return SqliteLog(tmp_path / "log.sqlite", clock=clock, upkeep_s=upkeep_s)
+            return RedisLog(url, prefix=str(tmp_path), clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
+        return SqliteLog(tmp_path / "log.sqlite", clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
 
     return make
 
@@ -823,6 +833,35 @@ async def test_a_topic_drops_what_is_older_than_its_age_and_keeps_its_numbers(lo
     assert texts(await log.read("topic", 10, 1000)) == ["11"]
 
 
+async def test_a_topic_without_events_is_deleted_when_it_has_not_been_written_to_for_a_while(
+    log: Log, clock: Clock
+) -> None:
+    kept_s = ssecore.log.EMPTY_TOPIC_S
+    epoch, old = await topic(log), await topic(log, "old", age_s=60.0)
+    await log.append("old", [frame("a")], epoch=old)
+    forever = await topic(log, "forever")
+    await log.append("forever", [frame("a")], epoch=forever)
+    clock.now += kept_s - 1
+    await log.upkeep()
+    assert (await facts(log, "old")).first == 2, "it has been empty from now on"
+    await log.append("topic", [], epoch=epoch, meta={})
+    clock.now += kept_s - 1
+    await log.upkeep()
+    assert await log.stat("topic") and await log.stat("old")
+    watched = Watched(log, "old")
+    clock.now += 1
+    await log.upkeep()
+    with anyio.fail_after(10):  # over Redis it is a message
+        await watched.ended.wait()
+    assert watched.ends == ["deleted"]
+    assert await log.stat("topic") is await log.find(epoch) is await log.stat("old") is None
+    assert texts(await everything(log, "forever")) == ["a"]
+
+    again = await topic(log)
+    assert await log.append("topic", [frame("b")], epoch=again) == 1
+    assert locate(await facts(log, "topic"), Cursor(epoch, 0)) == (0, Gap("expired", 1))
+
+
 async def test_retention_can_be_changed_when_a_writer_takes_over(log: Log) -> None:
     epoch = await topic(log)
     await log.append("topic", [frame("old")] * 3, epoch=epoch)
@@ -910,3 +949,158 @@ async def test_a_cancelled_program_leaves_in_order(make: Callable[..., Log]) -> 
             await anyio.sleep_forever()
     async with log.running():
         assert texts(await everything(log, "run")) == ["a"]
+
+
+# A bound in all
+
+#: Of a run: its events are nearly all that it costs, in every engine.
+RUN_BYTES: Final = 100_000
+MIB: Final = 1024 * 1024
+
+
+async def closed_run(log: Log, name: str, owner: str | None = None) -> None:
+    epoch = await run(log, name, owner=owner, retention=Retention(age_s=86400.0))
+    await log.append(name, [frame("x" * (RUN_BYTES // 2))], epoch=epoch)
+    await log.append(name, [frame("x" * (RUN_BYTES // 2))], epoch=epoch, close=True)
+
+
+async def kept(log: Log, names: list[str]) -> list[str]:
+    return [name for name in names if await log.stat(name) is not None]
+
+
+@pytest.fixture
+async def small(make: Callable[..., Log]) -> AsyncIterator[Log]:
+    """A log that keeps 2 MiB, and 0.2 of each owner."""
+    log = make(max_bytes=2 * MIB)
+    with anyio.fail_after(60):
+        async with log.running():
+            yield log
+
+
+async def test_over_its_bound_the_log_keeps_the_newest_of_what_is_finished(small: Log, clock: Clock) -> None:
+    at_work = await run(small, "at work")
+    await small.append("at work", [frame("x" * RUN_BYTES)], epoch=at_work)
+    names = [f"run {number}" for number in range(60)]
+    for name in names:
+        clock.now += 1
+        await closed_run(small, name)
+        await small.upkeep()
+    left = await kept(small, names)
+    assert left == names[-len(left) :], "the oldest have gone"
+    assert 10 <= len(left) <= 20
+    for name in left:
+        assert [len(text) for text in texts(await everything(small, name))] == [RUN_BYTES // 2] * 2
+    assert await small.append("at work", [frame("end")], epoch=at_work, close=True) == 2
+    assert len(texts(await everything(small, "at work"))) == 2
+
+
+async def test_over_its_bound_the_log_drops_the_oldest_events_of_topics_too(small: Log, clock: Clock) -> None:
+    epoch = await topic(small)
+    for _ in range(60):
+        clock.now += 1
+        await small.append("topic", [frame("x" * RUN_BYTES)], epoch=epoch)
+        await small.upkeep()
+    stat = await facts(small, "topic")
+    assert stat.last == 60 and 0 < stat.size <= 2 * MIB
+    assert len(await everything(small, "topic", max_bytes=MIB)) == stat.last - stat.first + 1
+    assert locate(stat, Cursor(epoch, 1)) == (stat.first - 1, Gap("trimmed", 2, stat.first - 1))
+
+
+async def test_an_owner_over_its_share_loses_its_own_oldest_runs(small: Log, clock: Clock) -> None:
+    others = ["bob's", "nobody's"]
+    await closed_run(small, "bob's", "bob")
+    await closed_run(small, "nobody's")
+    names = [f"ann's {number}" for number in range(10)]
+    for name in names:
+        clock.now += 1
+        await closed_run(small, name, "ann")
+        await small.upkeep()
+    assert await kept(small, others) == others
+    left = await kept(small, names)
+    assert left in (names[-1:], names[-2:])
+    for name in left:
+        await small.delete(name)
+    await closed_run(small, "again", "ann")
+    await closed_run(small, "and again", "ann")
+    await small.upkeep()
+    assert "and again" in await kept(small, ["and again"])
+
+
+async def test_an_owner_whose_runs_at_work_fill_its_share_starts_no_more(small: Log) -> None:
+    epochs = {name: await run(small, name, owner="ann") for name in ("one", "two", "three")}
+    for name, epoch in epochs.items():
+        await small.append(name, [frame("x" * RUN_BYTES)], epoch=epoch)
+    await small.upkeep()
+    with pytest.raises(TooManyRequests) as caught:
+        await run(small, "four", owner="ann")
+    assert "your share of the event log" in caught.value.detail
+    assert await small.stat("four") is None
+    await run(small, "bob's", owner="bob")
+    await run(small, "nobody's")
+    for name, epoch in epochs.items():
+        await small.append(name, [frame("end")], epoch=epoch, close=True)
+    await small.upkeep()
+    await run(small, "four", owner="ann")
+
+
+async def test_a_log_full_of_runs_at_work_takes_nothing_new_until_there_is_room(small: Log) -> None:
+    epochs = {f"run {number}": await run(small, f"run {number}") for number in range(60)}
+    refused: list[str] = []
+    for name, epoch in epochs.items():
+        try:
+            await small.append(name, [frame("x" * RUN_BYTES)], epoch=epoch)
+        except LogUnavailable as error:
+            assert error.detail == "the event log is full; try again later"
+            refused.append(name)
+    assert 30 < len(refused) < 45 and refused[0] == f"run {60 - len(refused)}"
+    await small.upkeep()
+    with pytest.raises(LogUnavailable, match="is full"):
+        await run(small, "new")
+    assert len(await small.unfinished()) in (0, 60), "no run at work is touched; over Redis their process is alive"
+    # They can say how they end, and then there is room.
+    for name, epoch in epochs.items():
+        await small.append(name, [frame("end")], epoch=epoch, close=True)
+    await small.upkeep()
+    epoch = await run(small, "new")
+    assert await small.append("new", [frame("x" * RUN_BYTES)], epoch=epoch) == 1
+
+
+async def test_many_small_runs_are_bounded_as_well(make: Callable[..., Log], clock: Clock) -> None:
+    """What a stream costs besides its bodies counts: of these, 30 bytes each, 60,000 would fit."""
+    log = make(max_bytes=2 * MIB)
+    names = [f"run {number}" for number in range(2000)]
+
+    async def some(names: list[str]) -> None:
+        for name in names:
+            epoch = await run(log, name, retention=Retention(age_s=86400.0), meta={"of": "x" * 1000})
+            await log.append(name, [frame("x" * 30)], epoch=epoch, close=True)
+
+    async with log.running():
+        for start in range(0, len(names), 20):
+            clock.now += 1
+            async with anyio.create_task_group() as group:
+                for first in range(start, start + 20, 2):
+                    group.start_soon(some, names[first : first + 2])
+            await log.upkeep()
+        left = await kept(log, names)
+        assert 250 < len(left) < 1700
+        assert set(names[20 - len(left) :]) <= set(left), "of those who ended in one second any may have gone"
+
+
+async def test_what_is_counted_is_the_same_after_a_restart(make: Callable[..., Log], clock: Clock) -> None:
+    log = make(max_bytes=2 * MIB)
+    with anyio.fail_after(60):
+        async with log.running():
+            await closed_run(log, "one", "ann")
+            epoch = await run(log, "two", owner="ann")
+            await log.append("two", [frame("x" * RUN_BYTES)], epoch=epoch)
+        async with log.running():
+            clock.now += 1
+            await log.append("two", [frame("x" * RUN_BYTES)], epoch=epoch, close=True)
+            await log.upkeep()
+            assert await kept(log, ["one", "two"]) == ["two"]
+            await log.delete("two")
+            await closed_run(log, "three", "ann")
+            await closed_run(log, "four", "ann")
+            await log.upkeep()
+            assert await kept(log, ["three", "four"]) in (["three", "four"], ["four"])

@@ -17,6 +17,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
+import ssecore.log
 import ssecore.log.sqlite
 from ssecore.errors import LogError, LogUnavailable, WriterFenced
 from ssecore.log import Cursor, Gap, Log, Retention, framed, locate, new_epoch
@@ -240,7 +241,7 @@ def truncated(path: Path) -> None:
         (lambda path: path.write_bytes(b"SQLite format 3\0"), "is another program's database: move it away"),
         (foreign, "is another program's database: move it away"),
         (lambda path: foreign(path, 0x12345678), "is another program's database: move it away"),
-        (newer, "has version 99, and this program knows up to 1: start the newer program"),
+        (newer, "has version 99, and this program knows up to 2: start the newer program"),
         (damaged, r"is damaged \(.+\): put a copy of it back"),
         (truncated, r"is damaged \(.+\): put a copy of it back"),
     ],
@@ -283,8 +284,42 @@ async def test_an_empty_file_becomes_a_log_and_an_older_version_the_newest(
         assert await log.stat("run")
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT n FROM added").fetchall() == [(7,)]
-        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert db.execute("PRAGMA user_version").fetchone() == (len(steps),)
         assert db.execute("PRAGMA quick_check").fetchall() == [("ok",)]
+
+
+async def test_topics_without_events_of_a_file_that_kept_them_for_ever_are_forgotten(path: Path) -> None:
+    clock = Clock()
+    log = SqliteLog(path, clock=clock)
+    async with log.running():
+        await topic(log, "empty")
+        epoch = await topic(log, "kept")
+        await log.append("kept", [frame("a")], epoch=epoch)
+        await run(log)
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("UPDATE streams SET due = NULL; DROP TABLE accounts; PRAGMA user_version = 1")
+    clock.now += ssecore.log.EMPTY_TOPIC_S
+    async with log.running():
+        await log.upkeep()
+        assert [await log.stat(name) is not None for name in ("empty", "kept", "run")] == [False, True, True]
+
+
+async def test_what_owners_use_is_counted_in_a_file_that_did_not_count_it(path: Path) -> None:
+    log = SqliteLog(path)
+    async with log.running():
+        for number in range(3):
+            epoch = await run(log, f"run {number}", owner="ann")
+            await log.append(f"run {number}", [frame("x" * 100_000)], epoch=epoch, close=True)
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("DROP TABLE accounts; PRAGMA user_version = 1")
+    log = SqliteLog(path, max_bytes=2_500_000)
+    async with log.running():
+        await log.upkeep()
+        assert [await log.stat(f"run {number}") is not None for number in range(3)] == [False, True, True]
+        for number in range(3):
+            await log.delete(f"run {number}")
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM accounts").fetchone() == (0,)
 
 
 async def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,6 +502,32 @@ async def test_a_file_that_another_program_locks_for_some_seconds_is_waited_for(
                     assert await written(log, "run") == ["a"]
                     other.execute("ROLLBACK")
         assert await written(log, "run") == ["a", "b", "c"]
+
+
+async def test_who_waits_for_a_locked_file_while_the_service_stops_is_told(path: Path) -> None:
+    log = SqliteLog(path)
+    failures: list[LogUnavailable] = []
+
+    async def append() -> None:
+        with pytest.raises(LogUnavailable, match="about to stop") as caught:
+            await log.append("run", [frame("lost")], epoch=epoch)
+        failures.append(caught.value)
+
+    with anyio.fail_after(30):
+        async with log.running():
+            epoch = await run(log)
+            with closing(sqlite3.connect(path, isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                async with anyio.create_task_group() as group:
+                    group.start_soon(append)
+                    await anyio.wait_all_tasks_blocked()
+                    for _ in range(3):  # behind the transaction that waits for the lock
+                        group.start_soon(append)
+                    await anyio.wait_all_tasks_blocked()
+                    log.give_up()
+                assert len(failures) == 4
+                await append()
+                other.execute("ROLLBACK")
 
 
 # Disks

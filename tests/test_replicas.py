@@ -3,10 +3,13 @@
 import json
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import anyio
 import httpx
@@ -175,7 +178,7 @@ def test_while_redis_is_away_readers_stay_and_go_on_when_it_is_back(tmp_path: Pa
         assert [event.event for event in decoder.feed(next(chunks))] == ["init"]
         redis.stop(signal.SIGKILL)
         wait_until(lambda: server.client.get("/readyz").status_code == 503)
-        assert server.client.get("/readyz").json() == {"status": "the event log is away"}
+        assert server.client.get("/readyz").json() == {"status": "the event log can't be reached or written"}
         assert server.client.get("/healthz").status_code == 200
         refused = server.client.post("/topics/news", json=1)
         assert (refused.status_code, refused.json()["code"]) == (503, "log_unavailable")
@@ -208,6 +211,70 @@ def test_who_waits_for_the_log_while_the_service_stops_is_told(tmp_path: Path) -
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b'"code":"log_unavailable"' in answer
     assert "graceful shutdown exceeded" not in server.log()
+
+
+def statuses(server: Server, requests: Sequence[Callable[[], httpx.Response]]) -> tuple[list[int], float]:
+    """What they are answered who ask at the same moment, and how long the last one waits."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(len(requests)) as threads:
+        answers = [threads.submit(request) for request in requests]
+        found = [answer.result().status_code for answer in answers]
+    return found, time.monotonic() - began
+
+
+def waiters(server: Server) -> list[Callable[[], httpx.Response]]:
+    """For topics that nobody has opened, for one that is open, and for runs with a key."""
+
+    def open(method: str, path: str, **options: Any) -> httpx.Response:
+        return httpx.request(method, f"{server.url}{path}", timeout=60, trust_env=False, verify=False, **options)
+
+    return [
+        *[partial(open, "POST", "/topics/new", json=1)] * 6,
+        *[partial(open, "GET", "/topics/new")] * 6,
+        *[partial(open, "POST", f"/topics/new-{number}", json=1) for number in range(3)],
+        *[partial(open, "POST", "/topics/old", json=1)] * 3,
+        *[partial(open, "GET", "/topics/old")] * 3,
+        *[partial(open, "GET", "/chat?prompt=hi", headers={"idempotency-key": KEY})] * 3,
+    ]
+
+
+def test_all_who_wait_for_a_frozen_redis_wait_once(tmp_path: Path) -> None:
+    with redis_server.serving("valkey") as redis:
+        wait_s = 3.0  # half a lease
+        with serve(tmp_path, env={"SSEAPP_LOG": redis.url, "SSEAPP_LEASE_S": str(2 * wait_s)}) as server:
+            assert server.client.post("/topics/old", json=1).status_code == 202
+            redis.freeze()
+            for _ in range(2):
+                found, seconds = statuses(server, waiters(server))
+                assert set(found) == {503}
+                assert seconds < 2 * wait_s
+            redis.freeze(signal.SIGCONT)
+            wait_until(lambda: server.client.post("/topics/new", json=1).status_code == 202)
+
+
+def test_all_who_wait_for_a_frozen_redis_while_the_service_stops_are_told(tmp_path: Path) -> None:
+    with redis_server.serving("valkey") as redis:
+        with serve(tmp_path, env={"SSEAPP_LOG": redis.url, "SSEAPP_DRAIN_S": "0.1", "SSEAPP_LEASE_S": "60"}) as server:
+            assert server.client.post("/topics/old", json=1).status_code == 202
+            redis.freeze()
+            requests = waiters(server)
+            with ThreadPoolExecutor() as threads:
+                answers = threads.submit(statuses, server, requests)
+                log = server.log()
+                wait_until(lambda: connections(server) >= len(requests))
+                time.sleep(0.2)  # they are connected, and now have to be read
+                server.process.terminate()
+                found, _ = answers.result()
+            assert set(found) == {503}
+            assert server.wait() == 0
+            assert "Traceback" not in server.log().removeprefix(log)
+        redis.freeze(signal.SIGCONT)
+
+
+def connections(server: Server) -> int:
+    """How many the server has accepted."""
+    table = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return sum(row.split()[1].endswith(f":{server.port:04X}") and row.split()[3] == "01" for row in table)
 
 
 def test_a_full_redis_is_said_to_who_publishes_and_ends_a_run_with_a_reason(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ import sniffio
 from trio.testing import MockClock
 
 import sseapp
+import ssecore.log
 from sseapp import SSEApp
-from ssecore.errors import EncodeError, LogError
+from ssecore.errors import EncodeError, LogError, LogUnavailable
 from ssecore.log import Cursor, Stat, new_epoch
 from ssecore.log.memory import MemoryLog
 from ssecore.request import Request
@@ -632,8 +633,6 @@ async def test_a_topic_deleted_under_its_readers_is_there_again_for_whoever_come
             await take(exchange, 1)
             await topics_of(app)._log.delete("topic:news")
             assert await exchange.body() == b"" and exchange.complete
-        exchange, _ = await refusal(app)
-        assert exchange.status == 503 and exchange.headers["retry-after"]
         assert sequences(await read(app, 1)) == [0]
 
 
@@ -698,12 +697,118 @@ async def test_the_limit_holds_for_those_who_come_at_the_same_moment(way: Way) -
 
 
 @once
-async def test_topics_are_bounded_and_those_that_are_open_go_on(way: Way) -> None:
+async def test_any_number_of_topics_can_be_used_one_after_another(way: Way) -> None:
     async with running(way, max_topics=2) as app:
-        await publish(app, name="one")
+        first = await publish(app, name="one")
         async with connect(app, target="/two") as reader:
             await take(reader, 1)
-        async with connect(app, target="/three") as refused:
-            assert b'"unavailable"' in await refused.body()
-            assert refused.status == 503
-        await publish(app, name="one")
+            for number in range(10):
+                await read(app, 1, target=f"/read-{number}")
+                await publish(app, name=f"published-{number}")
+            two = await publish(app, name="two")
+            assert await take(reader, 1) == [Event("x", None, str(two))]
+        # The process has closed topic one meanwhile. It opens no further epoch: each is kept in the log.
+        assert await publish(app, name="one") == Cursor(first.epoch, 2)
+        assert sequences(await read(app, 1, first, target="/one")) == [2]
+
+
+@with_sqlite
+@once
+async def test_a_topic_without_events_is_deleted_unless_somebody_reads_it(
+    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssecore.log, "EMPTY_TOPIC_S", 1.5)
+    async with running(way, log="sqlite", data_dir=tmp_path) as app:
+        log = topics_of(app)._log
+        async with connect(app, target="/read") as reader:
+            (init,) = await take(reader, 1)
+            (left,) = await read(app, 1, target="/left")
+            assert sequences(await read(app, 1, target="/left")) == [0], "it is there still"
+            while await log.stat("topic:left") is not None:
+                await log.upkeep()
+                await anyio.sleep(0.05)
+            await anyio.sleep(1.5)
+            await log.upkeep()
+            new = await publish(app, name="read")
+            assert new == Cursor(str(init.id).partition(".")[0], 1), "the same topic"
+            assert sequences(await take(reader, 1)) == [1]
+
+        # Whoever comes finds it there again, and the client that had it before is told.
+        async with connect(app, target="/left", headers={"last-event-id": str(left.id)}) as reader:
+            assert gap_of((await take(reader, 1))[0])["reason"] == "expired"
+            await publish(app, name="left")
+            assert sequences(await take(reader, 1)) == [1]
+        assert sequences(await read(app, 1, target="/left")) == [1]
+
+
+class OpeningLog(MemoryLog):
+    """Creates a topic when it is told to, and how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.creations: list[anyio.Event] = []
+        self.failing = True
+
+    async def create(self, stream: str, **options: Any) -> tuple[Stat, bool]:
+        self.creations.append(anyio.Event())
+        await self.creations[-1].wait()
+        if self.failing:
+            raise LogUnavailable("it can't be reached")
+        return await super().create(stream, **options)
+
+
+@pytest.fixture
+def opening(monkeypatch: pytest.MonkeyPatch) -> OpeningLog:
+    log = OpeningLog()
+    monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
+    return log
+
+
+async def test_a_topic_that_cant_be_opened_fails_all_who_wait_for_it(way: Way, opening: OpeningLog) -> None:
+    failed: list[int] = []
+
+    async def subscriber() -> None:
+        exchange, _ = await refusal(app)
+        failed.append(exchange.status)
+
+    async def publisher() -> None:
+        with pytest.raises(LogUnavailable):
+            await publish(app)
+        failed.append(0)
+
+    async with running(way) as app:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(5):
+                tasks.start_soon(subscriber)
+                tasks.start_soon(publisher)
+            await anyio.sleep(0.001)
+            (creation,) = opening.creations
+            creation.set()
+        assert sorted(failed) == [0] * 5 + [503] * 5
+        assert len(opening.creations) == 1, "one attempt for all of them"
+        async with anyio.create_task_group() as tasks:  # the next ones try again
+            opening.failing = False
+            tasks.start_soon(publish, app)
+            await anyio.sleep(0.001)
+            opening.creations[-1].set()
+
+
+async def test_a_subscriber_who_leaves_while_it_opens_the_topic_fails_nobody_else(
+    way: Way, opening: OpeningLog
+) -> None:
+    opening.failing = False
+    async with running(way) as app:
+        async with anyio.create_task_group() as tasks:
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as opener:
+                    opener.start_soon(publish, app)
+                    await anyio.sleep(0.001)
+                    tasks.start_soon(publish, app)
+                    tasks.start_soon(publish, app)
+                    await anyio.sleep(0.001)
+                    assert len(opening.creations) == 1
+                    scope.cancel()
+            await anyio.sleep(0.001)
+            assert len(opening.creations) == 2, "another one has taken over"
+            opening.creations[1].set()
+        assert await publish(app) == Cursor((await publish(app)).epoch, 3)

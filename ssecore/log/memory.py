@@ -5,9 +5,10 @@ changes everything in one such step. The step comes after the call's only await,
 that never waits lets the others run); who is cancelled there has changed nothing.
 """
 
+import sys
 import time
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from operator import attrgetter
@@ -17,8 +18,10 @@ import anyio
 from anyio.lowlevel import checkpoint
 from msgspec.structs import replace
 
+import ssecore.log
 from ssecore.errors import Conflict, NotFound
 from ssecore.log import (
+    OWNERS,
     Alone,
     Kind,
     Retention,
@@ -27,10 +30,16 @@ from ssecore.log import (
     Watcher,
     Watchers,
     appended,
+    cost,
+    deleted_at,
+    due,
+    full,
     joined,
     opened,
     outlived,
+    over,
     plain,
+    share_full,
 )
 
 __all__ = ["MemoryLog"]
@@ -57,11 +66,16 @@ class _Stream:
 
 
 class MemoryLog(Alone):
-    """`Log` in memory. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what age has ended."""
+    """`Log` in memory. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what age has ended, and
+    `max_bytes` a bound in all (rule 7 of `ssecore.log`)."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.time, upkeep_s: float = 5.0) -> None:
+    def __init__(
+        self, *, clock: Callable[[], float] = time.time, upkeep_s: float = 5.0, max_bytes: int | None = None
+    ) -> None:
         self._clock = clock
         self._upkeep_s = upkeep_s
+        self._max_bytes = sys.maxsize if max_bytes is None else max_bytes
+        self._used: Counter[str | None] = Counter()  # by owner; `None`: in all
         self._streams: dict[str, _Stream] = {}  # oldest first
         self._keys: dict[str, str] = {}
         self._epochs: dict[str, str] = {}
@@ -70,6 +84,7 @@ class MemoryLog(Alone):
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         failure = None
+        self._crowded = anyio.Event()
         async with anyio.create_task_group() as group:
             group.start_soon(self._keep_up)
             try:
@@ -95,10 +110,14 @@ class MemoryLog(Alone):
         there = self._keys.get(key, stream) if key is not None else stream
         if there in self._streams:
             return self._streams[there].stat, False
+        self._check_room()
+        if owner is not None and over(self._used[owner], self._max_bytes // OWNERS):
+            raise share_full()
         now, facts, keep = self._clock(), plain(meta) or {}, retention or Retention()
         stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
         self._claim(epoch, stream)
         self._streams[stream] = _Stream(stat)
+        self._charge(owner, cost(stat))
         if key is not None:
             self._keys[key] = stream
         return stat, True
@@ -110,7 +129,7 @@ class MemoryLog(Alone):
         self._claim(epoch, stream)
         for forgotten, _ in entry.stat.epochs[: len(entry.stat.epochs) + 1 - len(stat.epochs)]:
             del self._epochs[forgotten]
-        entry.stat = stat
+        self._change(entry, stat)
         self._trim(entry)
         return entry.stat
 
@@ -126,8 +145,10 @@ class MemoryLog(Alone):
         await checkpoint()
         body, ends = joined(frames)
         entry, now = self._entry(stream), self._clock()
+        if ends and not close:
+            self._check_room()
         first = entry.stat.last + 1
-        entry.stat = appended(entry.stat, epoch, len(ends), len(body), close, plain(meta), now)
+        self._change(entry, appended(entry.stat, epoch, len(ends), len(body), close, plain(meta), now))
         row = Row(epoch, first, body, ends) if ends else None
         if row:
             entry.rows.append(_Kept(row, now))
@@ -192,16 +213,49 @@ class MemoryLog(Alone):
                 await checkpoint()
             if self._streams.get(name) is not entry:
                 continue
-            stat = entry.stat
-            age_s = stat.retention.age_s
-            if stat.closed and age_s is not None and stat.updated + age_s <= self._clock():
+            self._trim(entry)
+            at = deleted_at(entry.stat)
+            if at is not None and at <= self._clock():
                 self._delete(name)
-            else:
-                self._trim(entry)
+        self._make_room()
+
+    def _check_room(self) -> None:
+        if self._used[None] > self._max_bytes:
+            self._crowded.set()
+            if over(self._used[None], self._max_bytes):
+                raise full()
+
+    def _make_room(self) -> None:
+        """Rule 7."""
+        share = self._max_bytes // OWNERS
+        closed = [entry.stat for entry in self._streams.values() if entry.stat.closed]
+        for stat in closed:
+            if stat.owner is not None and self._used[stat.owner] > share:
+                self._delete(stat.stream)
+        if self._used[None] <= self._max_bytes:
+            return
+        spared = self._clock() + ssecore.log.EMPTY_TOPIC_S
+        queue = [(due(stat, stat.updated), stat.stream) for stat in closed]
+        queue += [
+            (due(entry.stat, kept.at), name)
+            for name, entry in self._streams.items()
+            if entry.stat.kind == "topic" and not entry.stat.closed
+            for kept in entry.rows
+        ]
+        for at, name in sorted(queue):
+            if self._used[None] <= self._max_bytes:
+                return
+            if at > spared and (entry := self._streams.get(name)):
+                if entry.stat.closed:
+                    self._delete(name)
+                else:
+                    self._drop_row(entry)
 
     async def _keep_up(self) -> None:
         while True:
-            await anyio.sleep(self._upkeep_s)
+            with anyio.move_on_after(self._upkeep_s):
+                await self._crowded.wait()
+            self._crowded = anyio.Event()
             await self.upkeep()
 
     def _entry(self, stream: str) -> _Stream:
@@ -220,16 +274,31 @@ class MemoryLog(Alone):
         self._epochs[epoch] = stream
 
     def _trim(self, entry: _Stream) -> None:
-        rows, stat, now = entry.rows, entry.stat, self._clock()
-        while rows and outlived(stat, rows[0].row.last, rows[0].at, now):
-            gone = rows.popleft().row
-            stat = replace(stat, first=max(stat.first, gone.last + 1), size=stat.size - len(gone.body))
+        rows, now = entry.rows, self._clock()
+        while rows and outlived(entry.stat, rows[0].row.last, rows[0].at, now):
+            self._drop_row(entry)
+
+    def _drop_row(self, entry: _Stream) -> None:
+        """The oldest one."""
+        gone, stat = entry.rows.popleft().row, entry.stat
+        stat = replace(stat, first=max(stat.first, gone.last + 1), size=stat.size - len(gone.body))
+        self._change(entry, stat if entry.rows else replace(stat, updated=self._clock()))
+
+    def _change(self, entry: _Stream, stat: Stat) -> None:
+        self._charge(stat.owner, cost(stat) - cost(entry.stat))
         entry.stat = stat
+
+    def _charge(self, owner: str | None, bytes: int) -> None:
+        for account in {None, owner}:
+            self._used[account] += bytes
+            if not self._used[account]:
+                del self._used[account]
 
     def _delete(self, stream: str) -> None:
         entry = self._streams.pop(stream, None)
         if entry is None:
             return
+        self._charge(entry.stat.owner, -cost(entry.stat))
         for epoch, _ in entry.stat.epochs:
             del self._epochs[epoch]
         if entry.stat.key is not None:

@@ -27,7 +27,8 @@ third connection hears of every append to the streams that are watched here:
 6.  Each process has a lease, and each run a holder, the process that created it. `unfinished` are the open runs whose
     holder's lease has run out. Whoever was cut off from Redis doesn't look before a whole lease has passed: the others
     may have been cut off too. It is the epoch that fences a holder that comes back, not the lease.
-7.  While Redis is away, calls wait: for `wait_s`, and whoever reads for as long as it likes.
+7.  While Redis can't be reached, calls wait: `wait_s` each, however many wait, and reads for as long as their reader
+    likes. After `give_up` no call waits.
 """
 
 import asyncio
@@ -55,7 +56,11 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, Red
 import ssecore.log
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, WriterFenced
 from ssecore.log import (
+    EVENT_BYTES,
+    FOREVER_S,
     MAX_ROW_BYTES,
+    OWNERS,
+    STREAM_BYTES,
     Cursor,
     Ended,
     Gap,
@@ -65,11 +70,13 @@ from ssecore.log import (
     Stat,
     Watcher,
     Watchers,
+    full,
     joined,
     legible,
     locate,
     new_epoch,
     packed,
+    share_full,
     unpacked,
 )
 from ssecore.log.scripts import COMMON, SCRIPTS
@@ -86,6 +93,8 @@ _MAX_CALL_BYTES: Final = 4 * 1024 * 1024
 _MAX_CALL_STREAMS: Final = 100
 #: Calls in one pipeline.
 _MAX_PIPELINE: Final = 64
+#: What is left for a call once the service is about to stop: its caller is cancelled soon after.
+_LAST_S: Final = 0.4
 #: How long Redis remembers its last answer to a process, and the calls to one that is gone.
 _REMEMBER_S: Final = 3600
 #: What breaks a connection, and passes. RuntimeError: uvloop's, about a transport that is closed.
@@ -134,24 +143,43 @@ class _Line:
         self._wake = Signal()
         self._scope = CancelScope(shield=True)
         self._closed = False
+        self._stopping = False  # `give_up` was called …
+        self._stuck = False  # … and Redis hasn't answered since
+        self._failure: Exception | None = None  # of the last attempt
 
     async def ask(self, *command: Any, wait_s: float | None = None) -> Any:
-        """`wait_s`: how long to wait for a Redis that is away, if not as the engine is set."""
-        if self._closed:
+        """`wait_s`: how long to wait for the answer, if not as the engine is set; 0 tries once."""
+        if self._closed or self._stuck:
             await checkpoint()
-            raise LogUnavailable("the event log is closed")
-        until = current_time() + (self._log.wait_s if wait_s is None else wait_s)
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._calls.append(_Call(command, until, answer))
+            raise LogUnavailable("the event log is closed") if self._closed else _stopping()
+        wait_s = self._log.wait_s if wait_s is None else wait_s
+        loop = asyncio.get_running_loop()
+        call = _Call(command, current_time() + wait_s, loop.create_future())
+        self._calls.append(call)
         self._wake.set()
-        said = await answer
+        # By the clock: a call in the queue must not wait for those before it to fail, and then for its own failure.
+        if self._stopping:
+            wait_s = _LAST_S
+        timer = loop.call_later(wait_s, self._overdue, call, wait_s) if 0 < wait_s < math.inf else None
+        try:
+            said = await call.answer
+        finally:
+            if timer is not None:
+                timer.cancel()
         if isinstance(said, Exception):
             raise said
         return said
 
+    def _overdue(self, call: _Call, wait_s: float) -> None:
+        error = self._failure or RedisConnectionError(f"no answer within {wait_s:g} s")
+        self._log.heard_of(error)
+        call.say(_away(error))
+
     def give_up(self) -> None:
+        self._stopping = True
+        self._stuck = bool(self._asked or self._calls)
         for call in (*self._asked, *self._calls):
-            call.say(LogUnavailable("the service is about to stop"))
+            call.say(_stopping())
 
     def close(self) -> None:
         self._closed = True
@@ -168,6 +196,8 @@ class _Line:
                         await self._wake.wait()
                     self._wake = Signal()
                     self._asked = self._take()
+                    if not self._asked:
+                        continue
                     try:
                         if session is not None and session.instance != self._log.instance:
                             await session.drop()
@@ -175,11 +205,13 @@ class _Line:
                         session = session or await self._log.connect()
                         await _talk(session, self._asked)
                         self._log.heard_of(None)
+                        self._asked, self._stuck, self._failure = [], False, None
                         pause = _PAUSES_S[0]
                     except Exception as error:
                         if session is not None:
                             await session.drop()
                         session = None
+                        self._stuck = self._stopping
                         self._lost(error, pause)
                         await anyio.sleep(pause * random.uniform(0.5, 1))
                         pause = min(2 * pause, _PAUSES_S[1])
@@ -201,6 +233,7 @@ class _Line:
         """Ask again (rule 2), unless it can't help, or has to end."""
         passing = isinstance(error, _BROKEN)
         if passing:
+            self._failure = error
             self._log.heard_of(error)
         elif not isinstance(error, SSEAppError):
             logger.exception("the event log's connection failed", exc_info=error)
@@ -240,6 +273,7 @@ class _Batch:
         self.size = 0
         self.meta = b""
         self.closes = False
+        self.since = current_time()
         self.done = Signal()
         self.last = 0
         self.error: SSEAppError | None = None
@@ -265,7 +299,7 @@ class RedisLog:
     `wait_s`: how long a call waits for a Redis that is away, half of `lease_s` at most. `lease_s`: how long a process
     may be silent before its runs are closed. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what
     age has ended, and `look_s` that between two at the watched streams (rule 5). `prefix` begins the name of every key.
-    On asyncio only.
+    `max_bytes` is a bound in all (rule 7 of `ssecore.log`). On asyncio only.
     """
 
     shared = True
@@ -281,6 +315,7 @@ class RedisLog:
         clock: Callable[[], float] = time.time,
         upkeep_s: float = 5.0,
         look_s: float = 2.0,
+        max_bytes: int | None = None,
     ) -> None:
         self.away = False
         self.wait_s = min(wait_s, lease_s / 2)  # a lease outlasts its holder's own waiting
@@ -291,6 +326,7 @@ class RedisLog:
         self._clock = clock
         self._upkeep_s = upkeep_s
         self._look_s = look_s
+        self._max_bytes = max_bytes
         self._process = new_epoch()
         self._watchers = Watchers()
         #: Of each watched stream: what watchers were told last; else what somebody saw first; else None.
@@ -303,6 +339,7 @@ class RedisLog:
         #: The top of the runs at work here (rules 4 and 6).
         self._tops: dict[str, int] = {}
         self._running = False
+        self._stopping = False
         self._back_at = self._held_at = 0.0
 
     @asynccontextmanager
@@ -377,7 +414,7 @@ class RedisLog:
             instance = info["run_id"]
             if policy != "noeviction" and not self.instance:
                 logger.warning("the event log's Redis drops data when it is full (maxmemory-policy %s)", policy)
-            head = f"local instance, prefix = '{instance}', [==[{self._prefix}]==]\n{COMMON}"
+            head = f"local instance, prefix = '{instance}', [==[{self._prefix}]==]\n{self._constants()}\n{COMMON}"
             shas = await _exchange(connection, *[("SCRIPT", "LOAD", head + text) for text in SCRIPTS.values()])
             session = _Session(connection, instance, dict(zip(SCRIPTS, map(bytes.decode, shas), strict=True)))
             if self.instance not in ("", instance):
@@ -387,6 +424,12 @@ class RedisLog:
             await _disconnect(connection)
             raise
         return session
+
+    def _constants(self) -> str:
+        """For the scripts."""
+        bound = "math.huge" if self._max_bytes is None else self._max_bytes
+        values = (STREAM_BYTES, EVENT_BYTES, OWNERS, FOREVER_S, ssecore.log.EMPTY_TOPIC_S, bound)
+        return f"local stream_bytes, event_bytes, owners, forever_s, empty_s, bound = {', '.join(map(str, values))}"
 
     async def _check_all(self, session: _Session) -> None:
         """Rule 3: before anybody can read from the new instance."""
@@ -399,6 +442,9 @@ class RedisLog:
 
     def give_up(self) -> None:
         self.wait_s = 0
+        self._stopping = True
+        for subscribed in self._subscribed.values():
+            subscribed.set()
         for line in (self._reads, self._writes):
             line.give_up()
 
@@ -524,6 +570,7 @@ class RedisLog:
                             self.on_call(stream, word)
                     await self._writes.ask("LTRIM", calls, len(called), -1)
             except SSEAppError:
+                await anyio.sleep(_PAUSES_S[0])
                 continue
             with anyio.move_on_after(self._lease_s / 3):
                 await self._called.wait()
@@ -565,7 +612,7 @@ class RedisLog:
         return done
 
     async def upkeep(self) -> None:
-        while await self._writes.ask("upkeep", repr(self._clock()), _STEP_STREAMS) == _STEP_STREAMS:
+        while await self._writes.ask("upkeep", repr(self._clock()), _STEP_STREAMS) >= _STEP_STREAMS:
             pass
 
     async def _keep_up(self) -> None:
@@ -622,6 +669,10 @@ class RedisLog:
             least = self._tops.get(batch.stream, 0)
             values += (batch.stream, batch.epoch, int(batch.closes), batch.meta, len(ends), packed(ends), body, least)
         wait_s = self.wait_s if self._running else 0
+        if self.away:  # what waited behind a call that failed has waited as long
+            wait_s += min(batch.since for batch in batches) - current_time()
+            if wait_s <= 0:
+                raise _away(RedisConnectionError())
         common = (self._process, self._number, repr(self._clock()), MAX_ROW_BYTES, _REMEMBER_S)
         answers = await self._writes.ask("append", *common, *values, wait_s=wait_s)
         again = []
@@ -635,7 +686,7 @@ class RedisLog:
                     logger.error("the event log's Redis refuses to append: %s", facts[0].decode(errors="replace"))
                 elif said == b"lost" and batch.stream in self._tops:
                     self._tops[batch.stream] = 0  # it is at work still: with what it says of it
-                else:
+                elif said != b"full":
                     self._tops.pop(batch.stream, None)
                 self._settle(batch, _refusal(said, *facts))
         return again
@@ -706,6 +757,8 @@ class RedisLog:
         if (subscribed := self._subscribed.get(stream)) is not None and not subscribed.is_set():
             with anyio.move_on_after(self.wait_s):
                 await subscribed.wait()
+                if self._stopping:
+                    raise _stopping()
                 return
             raise _away(RedisConnectionError())
 
@@ -797,6 +850,7 @@ class RedisLog:
             except SSEAppError:
                 self._dirty.update(dict.fromkeys(streams))
                 self._look.set()
+                await anyio.sleep(_PAUSES_S[0])
 
     async def _news(self, streams: list[str]) -> list[str]:
         told = [(stream, *cursor) for stream in streams if (cursor := self._told.get(stream)) is not None]
@@ -858,6 +912,8 @@ def _refusal(said: bytes, text: bytes = b"") -> SSEAppError:
         b"fenced": WriterFenced("another writer has taken over the stream"),
         b"conflict": Conflict("this epoch has been opened before"),
         b"lost": LogError("the event log lost some of this run's events"),
+        b"full": full(),
+        b"share": share_full(),
     }
     return refusals[said]
 
@@ -897,6 +953,10 @@ def _rows(entries: list[Any]) -> list[Row]:
 
 def _maybe(text: str | None) -> str:
     return "" if text is None else f"={text}"
+
+
+def _stopping() -> LogUnavailable:
+    return LogUnavailable("the service is about to stop")
 
 
 def _away(error: Exception | None) -> LogUnavailable:

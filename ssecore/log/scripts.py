@@ -3,17 +3,19 @@
 Keys, behind the prefix: `facts:<stream>` (hash), `rows:<stream>` (a stream of Redis'; an entry is a row, its id the
 last sequence), `touched:<stream>`; of a process `lease:`, `calls:` (list) and `process:` (its last answer); the index:
 `epochs` and `keys` (hashes, to the stream), `open` and `runs:<owner>` (sorted by `count`, the order of making), `due`
-(by the time when upkeep has to look). Channels: `appended:<stream>`, `called:<process>`.
+(by the time when upkeep has to look), `bytes` (a hash: what counts for each owner's share, and in all by the name '').
+Channels: `appended:<stream>`, `called:<process>`.
 Facts: as `Stat` has them, and `epoch`, the newest; `writer`, who may append; `instance`, where that was last; `holder`;
-`told`, if another process has answered for it.
+`told`, if another process has answered for it; `cost`, what it counts in `bytes`.
 """
 
 from typing import Final
 
 __all__ = ["COMMON", "SCRIPTS"]
 
-#: What each script begins with, besides `instance` and `prefix`. `trim` does what `ssecore.log.outlived` says, for as
-#: long as it says so, and gives first and size.
+#: What each script begins with, besides `instance`, `prefix`, constants of `ssecore.log`, and `bound`, the engine's
+#: `max_bytes`. `trim` does what `ssecore.log.outlived` says, for as long as it says so, and gives first and size.
+#: `recharge` sets what changed, and what it costs.
 COMMON: Final = """
 local function num(n) return string.format('%.0f', n) end
 local function facts(stream) return prefix .. 'facts:' .. stream end
@@ -35,9 +37,24 @@ local function trim(stream, first, last, size, max_bytes, age_s, now)
   if cut then redis.call('XTRIM', rows(stream), 'MINID', num(cut + 1)) end
   return first, size
 end
+local function used(owner) return tonumber(redis.call('HGET', prefix .. 'bytes', owner) or 0) end
+local function charge(stream, owner, known, cost)
+  if cost == known then return end
+  for _, account in ipairs(owner == '' and {''} or {'', owner}) do
+    if redis.call('HINCRBY', prefix .. 'bytes', account, num(cost - known)) <= 0 then
+      redis.call('HDEL', prefix .. 'bytes', account)
+    end
+  end
+end
+local function recharge(stream, first, last, size)
+  local f, cost = get(stream, 'owner', 'cost'), stream_bytes + size + event_bytes * (last - first + 1)
+  charge(stream, f[1], tonumber(f[2] or 0), cost)
+  set(stream, 'first', num(first), 'last', num(last), 'size', num(size), 'cost', num(cost))
+end
 local function delete(stream)
-  local f = get(stream, 'owner', 'key', 'epochs')
+  local f = get(stream, 'owner', 'key', 'epochs', 'cost')
   if not f[1] then return end
+  charge(stream, f[1], tonumber(f[4] or 0), 0)
   redis.call('DEL', facts(stream), rows(stream), prefix .. 'touched:' .. stream)
   redis.call('ZREM', prefix .. 'open', stream)
   redis.call('ZREM', prefix .. 'due', stream)
@@ -46,6 +63,26 @@ local function delete(stream)
   for name in string.gmatch(f[3], '([^ :]+):') do redis.call('HDEL', prefix .. 'epochs', name) end
   redis.call('PUBLISH', prefix .. 'appended:' .. stream, '0 0 2 - ')
 end
+local function take(stream, now)
+  local f = get(stream, 'last', 'size', 'closed')
+  if f[3] ~= '0' then return delete(stream) end
+  local some, last = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 32), tonumber(f[1])
+  local after = some[1] and tonumber(string.match(some[#some][1], '^%d+')) or last
+  local first, size = trim(stream, after + 1, last, tonumber(f[2]), nil, nil, tonumber(now))
+  recharge(stream, first, last, size)
+  if first > last then set(stream, 'updated', now) end
+  redis.call('ZADD', prefix .. 'due', now, stream)
+end
+local function make_room(many, now)
+  if used('') <= bound then return 0 end
+  local from = string.format('(%.6f', now + empty_s)
+  local next = redis.call('ZRANGE', prefix .. 'due', from, '+inf', 'BYSCORE', 'LIMIT', 0, many)
+  for _, stream in ipairs(next) do
+    if used('') <= bound then return 0 end
+    take(stream, now)
+  end
+  return #next
+end
 """
 SCRIPTS: Final = {
     # stream, epoch, kind, owner, key (both '' or '=…'), now, meta, process, limits: events, bytes, age
@@ -53,16 +90,20 @@ SCRIPTS: Final = {
 local stream, epoch, kind, owner, key, now, meta, process, max_events, max_bytes, age_s = unpack(ARGV)
 local named = key ~= '' and redis.call('HGET', prefix .. 'keys', key) or stream
 if redis.call('EXISTS', facts(named)) == 1 then return whole(named) end
+make_room(4, now)
+if used('') > 1.1 * bound then return 'full' end
+if owner ~= '' and used(owner) > 1.1 * bound / owners then return 'share' end
 if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
 set(stream, 'kind', kind, 'owner', owner, 'key', key, 'created', now, 'updated', now, 'meta', meta, 'holder', process,
   'first', 1, 'last', 0, 'size', 0, 'closed', 0, 'epochs', epoch .. ':1', 'epoch', epoch, 'writer', epoch,
   'instance', instance, 'max_events', max_events, 'max_bytes', max_bytes, 'age_s', age_s)
+recharge(stream, 1, 0, 0)
 if key ~= '' then redis.call('HSET', prefix .. 'keys', key, stream) end
 if kind == 'run' then
   local order = redis.call('INCR', prefix .. 'count')
   redis.call('ZADD', prefix .. 'open', order, stream)
   redis.call('ZADD', prefix .. 'runs:' .. owner, order, stream)
-elseif age_s ~= '' then
+else
   redis.call('ZADD', prefix .. 'due', now, stream)
 end
 return whole(stream)
@@ -97,8 +138,8 @@ if f[6] == 'topic' then
   local r = get(stream, 'max_events', 'max_bytes', 'age_s')
   if tonumber(r[1]) then first = math.max(first, last - tonumber(r[1]) + 1) end
   first, size = trim(stream, first, last, size, tonumber(r[2]), tonumber(r[3]), now)
-  set(stream, 'first', num(first), 'size', num(size))
-  if tonumber(r[3]) then redis.call('ZADD', prefix .. 'due', ARGV[3], stream) end
+  recharge(stream, first, last, size)
+  redis.call('ZADD', prefix .. 'due', ARGV[3], stream)
 end
 return whole(stream)
 """,
@@ -112,9 +153,10 @@ if known then
   if known[1] == number then return known[2] end
   if known[1] > number then return 'late' end
 end
+local crowded = used('') > 1.1 * bound
 local function append(stream, epoch, closes, meta, events, ends, body, least)
   local f = get(stream, 'last', 'closed', 'writer', 'instance', 'first', 'size', 'kind', 'max_events', 'max_bytes',
-    'age_s', 'epoch')
+    'age_s', 'epoch', 'owner', 'cost')
   if not f[1] then return {'none'} end
   if f[2] == '1' then return {'closed'} end
   if f[3] ~= epoch then return {'fenced'} end
@@ -122,6 +164,7 @@ local function append(stream, epoch, closes, meta, events, ends, body, least)
   local last = tonumber(f[1])
   if last < tonumber(least) then return {'lost'} end
   if events == '0' and closes == '0' and meta == '' then return {'ok', f[1], f[11]} end
+  if crowded and events ~= '0' and closes == '0' then return {'full'} end
   local from, first, size, age_s = last + 1, tonumber(f[5]), tonumber(f[6]), tonumber(f[10])
   if events ~= '0' then
     last = last + tonumber(events)
@@ -132,11 +175,14 @@ local function append(stream, epoch, closes, meta, events, ends, body, least)
     if tonumber(f[8]) then first = math.max(first, last - tonumber(f[8]) + 1) end
     if closes == '0' then first, size = trim(stream, first, last, size, tonumber(f[9]), age_s, tonumber(now)) end
   end
-  set(stream, 'first', num(first), 'last', num(last), 'size', num(size), 'closed', closes, 'updated', now)
+  local cost = stream_bytes + size + event_bytes * (last - first + 1)
+  charge(stream, f[12], tonumber(f[13] or 0), cost)
+  set(stream, 'first', num(first), 'last', num(last), 'size', num(size), 'closed', closes, 'updated', now,
+    'cost', num(cost))
   if meta ~= '' then set(stream, 'meta', meta) end
   if closes == '1' then
     redis.call('ZREM', prefix .. 'open', stream)
-    if age_s then redis.call('ZADD', prefix .. 'due', string.format('%.6f', tonumber(now) + age_s), stream) end
+    redis.call('ZADD', prefix .. 'due', string.format('%.6f', tonumber(now) + (age_s or forever_s)), stream)
   end
   if events ~= '0' or closes == '1' then
     local told = #body <= most and ends .. body or ''
@@ -157,20 +203,28 @@ end
 redis.pcall('SET', process, cmsgpack.pack({number, answers}), 'EX', ARGV[5])
 return answers
 """,
-    # now, how many: looks at the streams that are due, and gives how many there were
+    # now, how many: looks at the streams that are due, and takes what is over a bound; gives how many there were
     "upkeep": """
 local now = tonumber(ARGV[1])
 local due = redis.call('ZRANGE', prefix .. 'due', '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[2])
 for _, stream in ipairs(due) do
   local f = get(stream, 'first', 'last', 'size', 'closed', 'kind', 'max_bytes', 'age_s', 'updated')
-  local age_s, at = tonumber(f[7]), nil
-  if age_s and f[4] == '1' then
-    at = tonumber(f[8]) + age_s
-  elseif age_s and f[5] == 'topic' then
-    local first, size = trim(stream, tonumber(f[1]), tonumber(f[2]), tonumber(f[3]), tonumber(f[6]), age_s, now)
-    set(stream, 'first', num(first), 'size', num(size))
-    local oldest = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 1)[1]
-    at = (oldest and tonumber(oldest[2][6]) or now) + age_s
+  local last, age_s, updated, at = tonumber(f[2]), tonumber(f[7]) or forever_s, tonumber(f[8]), nil
+  if f[4] == '1' then
+    at = updated + age_s
+  elseif f[5] == 'topic' then
+    local first, size = trim(stream, tonumber(f[1]), last, tonumber(f[3]), tonumber(f[6]), age_s, now)
+    if first > last and tonumber(f[1]) <= last then
+      updated = now
+      set(stream, 'updated', ARGV[1])
+    end
+    recharge(stream, first, last, size)
+    if first > last then
+      at = updated + empty_s
+    else
+      local oldest = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 1)[1]
+      at = (oldest and tonumber(oldest[2][6]) or now) + age_s
+    end
   end
   if at and at <= now then
     delete(stream)
@@ -180,7 +234,21 @@ for _, stream in ipairs(due) do
     redis.call('ZREM', prefix .. 'due', stream)
   end
 end
-return #due
+if bound == math.huge then return #due end
+local accounts, taken = redis.call('HGETALL', prefix .. 'bytes'), 0
+for n = 1, #accounts, 2 do
+  local owner, share = accounts[n], bound / owners
+  if owner ~= '' and tonumber(accounts[n + 1]) > share then
+    for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'runs:' .. owner, 0, 4 * ARGV[2])) do
+      if taken >= tonumber(ARGV[2]) or used(owner) <= share then break end
+      if get(stream, 'closed')[1] == '1' then
+        delete(stream)
+        taken = taken + 1
+      end
+    end
+  end
+end
+return math.max(#due, taken, make_room(tonumber(ARGV[2]), ARGV[1]))
 """,
     # stream
     "tell": """

@@ -17,18 +17,24 @@ way and commits them in one, in a worker thread; each caller goes on after the c
     works only while the writer task waits for it. What a transaction changes are copies.
 4.  A reader's transaction is one SELECT: none holds the WAL back, and each sees every commit before it.
 5.  Nothing takes longer because of how much is to be deleted: a deleted stream's rows are `garbage` first, and the
-    upkeep takes a bounded step in a transaction of its own, as often as there is something to do.
+    upkeep takes a bounded step in a transaction of its own, as often as there is something to do. For `max_bytes` the
+    pages in use count, garbage too; so it is taken away before anything more is deleted for the sake of room.
 6.  A file that isn't ours is never written to; the application id stands in its first bytes from the first commit on.
+7.  Before each transaction the writer checks that the file and its WAL are the ones that it opened: SQLite would go on
+    writing to a deleted file. After a failure the log is `away` until a transaction has written to the file; the upkeep
+    tries that from time to time.
 """
 
 import fcntl
 import logging
 import os
 import sqlite3
+import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -40,9 +46,11 @@ from anyio import Event as Signal
 from anyio.to_thread import run_sync
 from msgspec.structs import replace
 
+import ssecore.log
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError
 from ssecore.log import (
     MAX_ROW_BYTES,
+    OWNERS,
     Alone,
     Ended,
     Kind,
@@ -52,12 +60,18 @@ from ssecore.log import (
     Watcher,
     Watchers,
     appended,
+    cost,
+    deleted_at,
+    due,
+    full,
     joined,
     legible,
     opened,
     outlived,
+    over,
     packed,
     plain,
+    share_full,
     unpacked,
 )
 from ssecore.wire import encode_json
@@ -66,6 +80,8 @@ __all__ = ["SqliteLog"]
 
 logger = logging.getLogger("sseapp")
 T = TypeVar("T")
+#: Device and inode of the file and of its WAL; `None`: not there.
+_Files = tuple[tuple[int, int] | None, tuple[int, int] | None]
 
 _APPLICATION_ID: Final = int.from_bytes(b"SSEL")
 #: Script number n makes version n + 1 of the file out of version n.
@@ -89,6 +105,13 @@ _MIGRATIONS: Final = (
     CREATE UNIQUE INDEX rows_last ON rows (stream, last);
     CREATE TABLE garbage (stream INTEGER PRIMARY KEY);
     """,
+    # What owners use, as `cost` says. Topics without events were kept for ever: the upkeep looks at them once.
+    """
+    UPDATE streams SET due = 0 WHERE kind = 'topic' AND closed = 0 AND due IS NULL;
+    CREATE TABLE accounts (owner TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
+    INSERT INTO accounts SELECT owner, sum(6144 + size + 64 * (last - first + 1))
+        FROM streams WHERE owner IS NOT NULL GROUP BY owner;
+    """,
 )
 
 #: Bodies in one transaction: about 10 ms of work, which a small append may have to wait for.
@@ -106,6 +129,9 @@ _STEP_PAGES: Final = 256
 _CHECKPOINT_PAGES: Final = 512
 #: Readers can keep the WAL from starting over. Beyond this it is made to.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
+#: What the upkeep writes after a failure, to find out whether there is room again: a row of a stream that never exists.
+_PROBE_STREAM: Final = 0
+_PROBE_BYTES: Final = 64 * 1024
 #: How long SQLite waits while another program (a backup, a person with `sqlite3`) locks the file. As long as the Redis
 #: log waits for Redis.
 _BUSY_S: Final = 5.0
@@ -118,11 +144,13 @@ _SELECT: Final = """
         created, updated, first, last, size, closed, owner, meta, key, retention
     FROM streams """
 _INSERT: Final = """
-    INSERT INTO streams (name, kind, owner, key, created, updated, first, last, size, closed, meta, retention)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    INSERT INTO streams (name, kind, owner, key, created, due, updated, first, last, size, closed, meta, retention)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _UPDATE: Final = """
     UPDATE streams SET updated = ?, first = ?, last = ?, size = ?, closed = ?, meta = ?, retention = ?, due = ?
     WHERE id = ?"""
+_CHARGE: Final = """
+    INSERT INTO accounts VALUES (?, ?) ON CONFLICT (owner) DO UPDATE SET bytes = bytes + excluded.bytes"""
 _SELECT_ROWS: Final = """
     SELECT epochs.epoch, rows.last, rows.ends, rows.body
     FROM streams CROSS JOIN rows ON rows.stream = streams.id CROSS JOIN epochs ON epochs.id = rows.epoch
@@ -143,13 +171,14 @@ class _Operation(Generic[T]):
 class _Entry:
     """A stream's facts, as the file has them, and in a transaction the row that is being gathered."""
 
-    __slots__ = ("changed", "due", "ends", "epoch", "id", "parts", "size", "stat")
+    __slots__ = ("changed", "cost", "due", "ends", "epoch", "id", "parts", "size", "stat")
 
     def __init__(self, stat: Stat, id: int, due: float | None, epoch: int) -> None:
         self.stat = stat
         self.id = id
         self.due = due
         self.epoch = epoch  # the id of the newest
+        self.cost = 0 if stat.owner is None else cost(stat)  # as it is in the owner's account
         self.parts: list[bytes] = []
         self.ends: list[int] = []
         self.size = 0
@@ -160,7 +189,8 @@ class SqliteLog(Alone):
     """`Log` in the file `path`, whose folder is made if need be.
 
     `full_sync`: see above. `lock_wait_s`: how long to wait for another process to let go of the file. `clock` gives
-    Unix time; `upkeep_s` is the pause between two looks at what age has ended.
+    Unix time; `upkeep_s` is the pause between two looks at what age has ended; `max_bytes` is a bound in all (rule 7 of
+    `ssecore.log`).
     """
 
     def __init__(
@@ -171,19 +201,25 @@ class SqliteLog(Alone):
         lock_wait_s: float = 0.0,
         clock: Callable[[], float] = time.time,
         upkeep_s: float = 5.0,
+        max_bytes: int | None = None,
     ) -> None:
         self.path = Path(path)
         self._full_sync = full_sync
         self._lock_wait_s = lock_wait_s
         self._clock = clock
         self._upkeep_s = upkeep_s
+        self._max_bytes = sys.maxsize if max_bytes is None else max_bytes
         self._watchers = Watchers()
         self._queue: deque[_Operation[Any]] = deque()
         self._known: dict[str, _Entry] = {}  # rule 3; the longest unused first
         self._idle: list[sqlite3.Connection] = []  # readers
         self._writer: sqlite3.Connection | None = None
         self._running = False
-        self._failing = False
+        self.away = False
+        self._crowded = False  # over `max_bytes`
+        self._files: _Files = (None, None)
+        self._committing: list[_Operation[Any]] = []
+        self._stuck = False  # `give_up` was called, and the transaction of that moment isn't over yet
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -193,6 +229,7 @@ class SqliteLog(Alone):
         self._writing, self._reading = CapacityLimiter(1), CapacityLimiter(_READERS)
         try:
             self._writer = await run_sync(self._open_file)
+            self._files, self.away = self._present(), False
             async with anyio.create_task_group() as group:
                 group.start_soon(self._write)
                 self._running = True
@@ -279,8 +316,8 @@ class SqliteLog(Alone):
     # The writer
 
     async def _submit(self, apply: Callable[["_Transaction"], T], size: int = 0) -> T:
-        if not self._running:
-            raise LogUnavailable("the event log is closed")
+        if not self._running or self._stuck:
+            raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
         operation = _Operation(apply, size)
         self._queue.append(operation)
         self._wake.set()
@@ -288,6 +325,14 @@ class SqliteLog(Alone):
         if operation.error:
             raise operation.error
         return operation.result
+
+    def give_up(self) -> None:
+        """Another program may hold the file's lock: a transaction waits for it, and all others for the transaction."""
+        for operation in (*self._committing, *self._queue):
+            operation.error = LogUnavailable("the service is about to stop")
+            operation.done.set()
+        self._queue.clear()
+        self._stuck = bool(self._committing)
 
     async def _write(self) -> None:
         """The writer's task. It ends when `running` is left and nothing is queued any more, and not before."""
@@ -300,7 +345,10 @@ class SqliteLog(Alone):
                 self._wake = Signal()
                 if operations := self._take():
                     await self._commit(operations)
-                if self._running and current_time() >= due:
+                if self._running and (self._crowded or current_time() >= due):
+                    self._crowded = False
+                    if self.away:
+                        await self._commit([_Operation(_Transaction.probe)])
                     step = _Operation(_Transaction.upkeep)
                     await self._commit([step])
                     due = current_time() + (0.0 if not step.error and step.result else self._upkeep_s)
@@ -314,18 +362,21 @@ class SqliteLog(Alone):
         return operations
 
     async def _commit(self, operations: list[_Operation[Any]]) -> None:
+        self._committing = operations
         try:
             transaction = await run_sync(self._transact, operations, limiter=self._writing)
         except Exception as error:  # SQLite's, or a bug of ours: nobody waits for ever, and the next one may work
-            if not self._failing:
-                logger.error("the event log %s can't be written", self.path, exc_info=error)
-            self._failing = True
+            if not self.away:
+                why = None if isinstance(error, _Replaced) else error
+                logger.error("can't write the event log %s%s", self.path, error if why is None else "", exc_info=why)
+            self.away = True
             for operation in operations:
                 operation.error = _failure("written", error)
         else:
-            if self._failing:
+            if self.away and transaction.wrote:
                 logger.warning("the event log %s is written again", self.path)
-            self._failing = False
+                self.away = False
+            self._crowded = transaction.crowded
             for stream, entry in transaction.entries.items():
                 self._known.pop(stream, None)
                 if entry:
@@ -336,26 +387,38 @@ class SqliteLog(Alone):
                 self._watchers.notify(*notice)
         for operation in operations:
             operation.done.set()
+        self._committing, self._stuck = [], False
 
     def _transact(self, operations: list[_Operation[Any]]) -> "_Transaction":
         """In the thread. Each operation has its result or its refusal then."""
         try:
-            if self._writer is None:
-                self._writer = self._connect()
+            file, wal = self._present()
+            if file != self._files[0] or (self._writer and wal != self._files[1]):
+                raise _Replaced
+            reopened = self._writer is None
+            self._writer = self._writer or self._connect()
             self._writer.execute("BEGIN IMMEDIATE")
-            transaction = _Transaction(self._writer, self._known, self._clock())
+            if reopened:
+                self._files = self._present()
+            changes = self._writer.total_changes
+            transaction = _Transaction(self._writer, self._known, self._clock(), self._max_bytes)
             for operation in operations:
                 try:
                     operation.result = operation.apply(transaction)
                 except SSEAppError as refusal:
                     operation.error = refusal
             transaction.finish()
+            transaction.wrote = self._writer.total_changes > changes
             self._writer.execute("COMMIT")
         except BaseException:
             self._roll_back()
             raise
         self._bound_wal()
         return transaction
+
+    def _present(self) -> "_Files":
+        """The file and the WAL that are there by these names now."""
+        return _inode(self.path), _inode(f"{self.path}-wal")
 
     def _roll_back(self) -> None:
         db = self._writer
@@ -505,10 +568,15 @@ class SqliteLog(Alone):
 class _Transaction:
     """What happens between BEGIN and COMMIT, in the writer's thread."""
 
-    def __init__(self, db: sqlite3.Connection, known: dict[str, _Entry], now: float) -> None:
+    def __init__(self, db: sqlite3.Connection, known: dict[str, _Entry], now: float, max_bytes: int) -> None:
         self.db = db
         self.known = known
         self.now = now
+        self.max_bytes = max_bytes
+        self.wrote = False
+        self.crowded = False
+        #: How much more the owners use.
+        self.charges: Counter[str] = Counter()
         #: The streams that it has to do with, as they will be; None: deleted.
         self.entries: dict[str, _Entry | None] = {}
         #: What watchers will be told.
@@ -518,11 +586,19 @@ class _Transaction:
         same_key = self.db.execute("SELECT name FROM streams WHERE key = ?", (stat.key,)).fetchone()
         if there := self.look_up(same_key[0] if same_key else stat.stream):
             return there.stat, False
+        if self.full:
+            raise full()
+        if stat.owner is not None:
+            account = self.db.execute("SELECT bytes FROM accounts WHERE owner = ?", (stat.owner,)).fetchone()
+            if account and over(account[0], self.max_bytes // OWNERS):
+                raise share_full()
         ((epoch, first),) = stat.epochs
         self.check_new(epoch)
-        values = (stat.stream, stat.kind, stat.owner, stat.key, stat.created, *_changing(stat))
+        at = deleted_at(stat)
+        values = (stat.stream, stat.kind, stat.owner, stat.key, stat.created, at, *_changing(stat))
         id = self.insert(_INSERT, values)
-        self.entries[stat.stream] = _Entry(stat, id, None, self.insert_epoch(id, epoch, first))
+        entry = self.entries[stat.stream] = _Entry(stat, id, at, self.insert_epoch(id, epoch, first))
+        self.charge(entry, entry.cost)
         return stat, True
 
     def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
@@ -542,6 +618,8 @@ class _Transaction:
         self, stream: str, body: bytes, ends: tuple[int, ...], epoch: str, close: bool, meta: dict[str, Any] | None
     ) -> int:
         entry = self.entry(stream)
+        if ends and not close and self.full:
+            raise full()
         stat = appended(entry.stat, epoch, len(ends), len(body), close, meta, self.now)
         if entry.size + len(body) > MAX_ROW_BYTES:
             self.write_row(entry)
@@ -563,27 +641,89 @@ class _Transaction:
         self.db.execute("DELETE FROM streams WHERE id = ?", (entry.id,))
         self.db.execute("DELETE FROM epochs WHERE stream = ?", (entry.id,))
         self.db.execute("INSERT INTO garbage VALUES (?)", (entry.id,))  # rule 5
+        self.charge(entry, -entry.cost)
         self.entries[stream] = None
         self.notices.append((stream, None, "deleted"))
 
     def upkeep(self) -> bool:
         """One step (rule 5). False where there was nothing to do."""
-        due = self.db.execute(
+        overdue = self.db.execute(
             "SELECT name FROM streams WHERE due <= ? ORDER BY due LIMIT ?", (self.now, _STEP_STREAMS)
         ).fetchall()
-        for (stream,) in due:
+        for (stream,) in overdue:
             entry = self.entry(stream)
-            if entry.stat.closed:
+            at = deleted_at(entry.stat)
+            if at is not None and at <= self.now:
                 self.delete(stream)
             else:
                 entry.changed = True  # `finish` trims it
-        garbage = self.db.execute("SELECT stream FROM garbage LIMIT 1").fetchone()
-        if garbage:
+        garbage = self.db.execute("SELECT stream FROM garbage LIMIT ?", (_STEP_ROWS,)).fetchall()
+        rows = _STEP_ROWS
+        for stream in garbage:
             oldest = "SELECT rowid FROM rows WHERE stream = ? ORDER BY last LIMIT ?"
-            gone = self.db.execute(f"DELETE FROM rows WHERE rowid IN ({oldest})", (*garbage, _STEP_ROWS))
-            if gone.rowcount < _STEP_ROWS:
-                self.db.execute("DELETE FROM garbage WHERE stream = ?", garbage)
-        return bool(due or garbage) or self.give_back()
+            gone = self.db.execute(f"DELETE FROM rows WHERE rowid IN ({oldest})", (*stream, rows))
+            rows -= gone.rowcount
+            if not rows:
+                break
+            self.db.execute("DELETE FROM garbage WHERE stream = ?", stream)
+        return bool(overdue or garbage) or self.make_room() or self.give_back()
+
+    def make_room(self) -> bool:
+        """One step of what a bound asks for. False where there was nothing to do, or nothing can be done."""
+        share = self.max_bytes // OWNERS
+        account = self.db.execute("SELECT owner, bytes - ? FROM accounts WHERE bytes > ?", (share, share))
+        for owner, excess in account.fetchall():
+            oldest = "SELECT name FROM streams WHERE kind = 'run' AND owner = ? AND closed ORDER BY id LIMIT ?"
+            if self.take(self.db.execute(oldest, (owner, _STEP_STREAMS)).fetchall(), excess):
+                return True
+        excess = self.used() - self.max_bytes
+        if excess <= 0:
+            return False
+        spared = self.now + ssecore.log.EMPTY_TOPIC_S
+        oldest = "SELECT name FROM streams WHERE due > ? ORDER BY due LIMIT ?"
+        return self.take(self.db.execute(oldest, (spared, _STEP_STREAMS)).fetchall(), excess)
+
+    def take(self, streams: list[tuple[str]], excess: int) -> bool:
+        """Deletes these, or of topics the oldest rows, until so much is gone."""
+        for (stream,) in streams:
+            entry = self.entry(stream)
+            before = cost(entry.stat)
+            if entry.stat.closed:
+                self.delete(stream)
+                excess -= before
+            else:
+                self.trim(entry, forced=True)
+                entry.changed = True
+                excess -= before - cost(entry.stat)
+            if excess <= 0:
+                break
+        return bool(streams)
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether nothing new is taken. Asked once for all of a transaction."""
+        used = self.used()
+        self.crowded = used > self.max_bytes
+        return over(used, self.max_bytes)
+
+    def used(self) -> int:
+        """The bytes of the pages in use."""
+        pages, free, size = (
+            self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def charge(self, entry: _Entry, bytes: int) -> None:
+        if entry.stat.owner is not None:
+            self.charges[entry.stat.owner] += bytes
+
+    def probe(self) -> None:
+        """Write something that the upkeep deletes."""
+        self.db.execute("INSERT OR IGNORE INTO garbage VALUES (?)", (_PROBE_STREAM,))
+        row = (_PROBE_STREAM, self.now, _PROBE_BYTES)  # its number is the time: there may be one already
+        self.db.execute(
+            "INSERT INTO rows (stream, last, epoch, at, ends, body) VALUES (?, ?, 0, 0, x'', zeroblob(?))", row
+        )
 
     def give_back(self) -> bool:
         """Free pages to the file system, once they are a quarter of the file; until then they are used again."""
@@ -600,29 +740,37 @@ class _Transaction:
                 self.write_row(entry)
                 self.trim(entry)
                 self.db.execute(_UPDATE, (*_changing(entry.stat), entry.due, entry.id))
+                if entry.stat.owner is not None:
+                    before, entry.cost = entry.cost, cost(entry.stat)
+                    self.charge(entry, entry.cost - before)
+        for owner, bytes in self.charges.items():
+            self.db.execute(_CHARGE, (owner, bytes))
+            if bytes < 0:
+                self.db.execute("DELETE FROM accounts WHERE owner = ? AND bytes <= 0", (owner,))
 
-    def trim(self, entry: _Entry) -> None:
-        """Takes the oldest rows that have to go, at most a step; `due` says when to look again."""
-        stat, age_s = entry.stat, entry.stat.retention.age_s
-        entry.due = None
-        if stat.closed and age_s is not None:
-            entry.due = stat.updated + age_s
+    def trim(self, entry: _Entry, *, forced: bool = False) -> None:
+        """Takes the oldest rows that have to go, or all (`forced`), at most a step; `due` says when to look again."""
+        stat = entry.stat
+        entry.due = deleted_at(stat)
         if stat.closed or stat.kind == "run":
             return
         oldest = "SELECT last, at, length(body) FROM rows WHERE stream = ? ORDER BY last LIMIT ?"
         gone = count = 0
         with closing(self.db.execute(oldest, (entry.id, _STEP_ROWS))) as rows:
             for last, at, size in rows:
-                if not outlived(stat, last, at, self.now):
-                    entry.due = None if age_s is None else at + age_s
+                if not forced and not outlived(stat, last, at, self.now):
+                    entry.due = due(stat, at)
                     break
                 stat = replace(stat, first=max(stat.first, last + 1), size=stat.size - size)
                 gone, count = last, count + 1
-        if count == _STEP_ROWS:
-            entry.due = 0.0
         if gone:
             self.db.execute("DELETE FROM rows WHERE stream = ? AND last <= ?", (entry.id, gone))
+            if stat.first > stat.last:
+                stat = replace(stat, updated=self.now)
+                entry.due = deleted_at(stat)
             entry.stat = stat
+        if count == _STEP_ROWS:
+            entry.due = 0.0
 
     def entry(self, stream: str) -> _Entry:
         entry = self.look_up(stream)
@@ -698,6 +846,24 @@ def _changing(stat: Stat) -> tuple[object, ...]:
     return stat.updated, stat.first, stat.last, stat.size, stat.closed, meta, retention
 
 
+def _inode(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+class _Replaced(Exception):
+    """For the operator's log, behind the path."""
+
+    def __str__(self) -> str:
+        return (
+            ": the file or its -wal was deleted or replaced while this process uses it, and what is appended would be"
+            " lost. Stop the service, put the files back if you have them, and start it again"
+        )
+
+
 def _damaged(error: BaseException) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -707,6 +873,8 @@ def _failure(doing: str, error: Exception) -> SSEAppError:
     if _damaged(error):
         return LogError("the event log's file is damaged")
     reason = error if isinstance(error, sqlite3.Error) else "internal error"
+    if isinstance(error, _Replaced):
+        reason = "its file was deleted or replaced"
     text = f"the event log can't be {doing} at the moment: {reason}"
     return LogUnavailable(text)
 

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import anyio
 
 from ssecore.errors import LogError, LogUnavailable
-from ssecore.log import Ended, Gap, Log, Row, Stat, framed
+from ssecore.log import Ended, Gap, Log, Row, Shared, Stat, framed
 from ssecore.request import EndReason
 from ssecore.stream import END_ID, error_frames, failure_of
 from ssecore.wire import Decoder, Event, encode
@@ -72,7 +72,7 @@ class Tail:
         self._size = 0
         self._since: tuple[int, int, bytes] = (-1, -1, b"")
         self._reads: dict[int, tuple[bytes, int, Gap | None]] = {}
-        self._reading: dict[int, anyio.Event] = {}
+        self._reading: Shared[int, tuple[bytes, int, Gap | None]] = Shared()
         self.close = log.watch(stream, self._changed)
         #: For `Reader.on_close`: one for all readers, not one each.
         self.leave: Callable[[], None] = lambda: None
@@ -126,18 +126,14 @@ class Tail:
 
     async def read(self, after: int) -> tuple[bytes, int, Gap | None]:
         """The next events from the log: their frames, the last one's sequence, and the gap before them (rule 3)."""
-        while (reading := self._reading.get(after)) is not None:
-            await reading.wait()
         if (known := self._reads.get(after)) is not None:
             return known
-        done = self._reading[after] = anyio.Event()
+        return await self._reading.do(after, partial(self._read, after))
+
+    async def _read(self, after: int) -> tuple[bytes, int, Gap | None]:
         top = self.top
-        try:
-            rows = await self._log.read(self.stream, after, READ_BYTES)
-            stat = None if rows else await self._log.stat(self.stream)
-        finally:
-            del self._reading[after]
-            done.set()
+        rows = await self._log.read(self.stream, after, READ_BYTES)
+        stat = None if rows else await self._log.stat(self.stream)
         # A run is kept whole: without rows it is being deleted, whatever its facts still say. And what stands under the
         # name of a deleted stream now is another stream.
         gone = not rows and (stat is None or stat.kind == "run")
@@ -358,6 +354,10 @@ class Tails:
 
     def get(self, stream: str) -> Tail | None:
         return self._tails.get(stream)
+
+    def streams(self) -> list[str]:
+        """All that have readers here."""
+        return list(self._tails)
 
     def subscribers(self, stream: str) -> int:
         tail = self._tails.get(stream)
