@@ -16,7 +16,7 @@ import orjson
 
 from ssecore.errors import EncodeError, TooLarge
 
-__all__ = ["CONTENT_TYPE", "DEFAULT_MAX_EVENT_BYTES", "HEARTBEAT", "Decoder", "Event", "encode", "encode_json"]
+__all__ = ["CONTENT_TYPE", "DEFAULT_MAX_EVENT_BYTES", "HEARTBEAT", "Decoder", "Event", "cut", "encode", "encode_json"]
 
 CONTENT_TYPE: Final = "text/event-stream"
 
@@ -103,6 +103,25 @@ def encode(event: Event) -> bytes:
     if event.id is not None:  # the last line: see `log.framed`
         frame = b"%bid: %b\n\n" % (frame[:-1], _field(event.id, "id"))
     return frame
+
+
+def cut(cursor: str) -> bytes:
+    """What an answer to a browser's `EventSource` begins with; `cursor` is the one that it sent, "" for none.
+
+    When a connection is reset in the middle of an event, WebKit keeps the half, and reads the beginning of the next
+    connection as its other half (seen: `{"contretry: 600`); npm's `eventsource` 2 keeps the lines of it. The colon and
+    the line end complete a half line; where the half ended with a line, they are a comment (a line end alone would
+    dispatch it). The blank line dispatches the rest to `cut`, an event without listeners. The id puts the cursor back,
+    in case the half was of an id: an empty one too, for WebKit would send the half id of a first event as its cursor.
+    A parser that follows the standard dispatches nothing, since the block has no data.
+
+    Boundary of trust: the cursor comes from outside. One that would be more than a line counts as none.
+    """
+    try:
+        id = _field(cursor, "id")
+    except EncodeError:
+        id = b""
+    return b":\nid: %b\nevent: cut\n\n" % id
 
 
 def _prefix(name: Any) -> bytes:
