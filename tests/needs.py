@@ -20,6 +20,7 @@ _PLACES: Final = {
     "buildah": ("buildah",),
     "chromium": ("chromium", "chromium-browser"),
     "curl": ("curl",),
+    "firefox": ("firefox-esr", "firefox"),
     "local-model": (),
     "mmdebstrap": ("mmdebstrap",),
     "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),
@@ -30,6 +31,8 @@ _PLACES: Final = {
     "redis": ("redis-server",),
     "runc": ("runc",),
     "tmpfs": ("mount",),
+    "webkit": ("WebKitWebDriver",),
+    "xvfb": ("Xvfb",),
 }
 
 #: nginx is where a user's own path doesn't lead.
