@@ -521,8 +521,8 @@ class SSEApp:
             reference = self._log_refusal(request, error)
         self.metrics.refused.labels(error.status).inc()
         # What will pass must not kill a browser's `EventSource`.
-        if isinstance(error, Unavailable) and request.method == "GET" and request.is_event_source:
-            body = b"retry: %d\n" % spread(self._options.retry_ms)
+        if isinstance(error, Unavailable) and request.like_event_source:
+            body = b"%bretry: %d\n" % (request.preamble, spread(self._options.retry_ms))
             return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
         return problem(error, reference)
 

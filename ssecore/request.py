@@ -35,8 +35,9 @@ from ssecore.errors import (
 )
 from ssecore.routes import Route, Upload
 from ssecore.tokens import Credential
+from ssecore.wire import cut
 
-__all__ = ["EndReason", "Receive", "Request", "Room", "Services"]
+__all__ = ["CURSOR_PARAMETERS", "EndReason", "Receive", "Request", "Room", "Services"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", "cancelled", "unauthorized"]
@@ -49,6 +50,9 @@ MIN_BODY_BYTES_PER_S: Final = 500
 LATE_S: Final = 1.0
 #: What may come of a body that no handler reads. A client that sends more is disconnected.
 MAX_UNREAD_BYTES: Final = 1024 * 1024
+#: Where a cursor may stand in the query. event-source-polyfill adds `lastEventId` at each reconnect, so it wins over
+#: `last_event_id`, which may be the page's own, from before.
+CURSOR_PARAMETERS: Final = ("lastEventId", "last_event_id")
 #: More names than any form of ours has; each one costs memory before it is looked at.
 MAX_QUERY_FIELDS: Final = 100
 #: Of what is told about a value that can't be used, and quotes it.
@@ -207,20 +211,53 @@ class Request:
 
     @cached_property
     def last_event_id(self) -> str:
-        """The cursor that the client brings: the header, else `?last_event_id=`; "" is none."""
-        return self.headers.get("last-event-id") or self.query_params.get("last_event_id", "")
+        """The client's cursor, without white space around it; "" if there is none. The header wins."""
+        cursor = self.headers.get("last-event-id", "")
+        with suppress(UnicodeDecodeError):  # browsers send UTF-8, some clients latin-1
+            cursor = cursor.encode("latin-1").decode()
+        if cursor := cursor.strip(" \t"):
+            return cursor
+        given = (self.query_params.get(name, "").strip(" \t") for name in CURSOR_PARAMETERS)
+        return next(filter(None, given), "")
 
     @property
     def wants_event_stream(self) -> bool:
         return "text/event-stream" in self.headers.get("accept", "")
 
     @property
-    def is_event_source(self) -> bool:
-        """A browser's own `EventSource`, which gives up for good at any status but 200 and 204.
+    def like_event_source(self) -> bool:
+        """Whether the client sends what a browser's `EventSource` sends, which gives up for good at a 503.
 
-        The Fetch standard makes it send `Cache-Control: no-cache`; other clients don't.
+        So do many libraries, some of which don't reconnect: it is no proof of a browser.
         """
-        return self.wants_event_stream and "no-cache" in self.headers.get("cache-control", "")
+        headers = self.headers
+        return (
+            self.method == "GET"
+            and "text/event-stream" in headers.get("accept", "")
+            and "no-cache" in headers.get("cache-control", "")
+        )
+
+    @property
+    def from_browser(self) -> bool:
+        """Whether a browser's `EventSource` sent it, as far as headers tell.
+
+        Libraries outside of a browser have other names. A page's `fetch` with `cache: "no-store"` looks the same.
+        """
+        return self.like_event_source and self.headers.get("user-agent", "").startswith("Mozilla/")
+
+    @property
+    def preamble(self) -> bytes:
+        """What an event stream begins with for a client that keeps half an event over a reset: see `wire.cut`.
+
+        WebKit does, and npm's `eventsource` 2, which is recognized by sending no `User-Agent`. b"" for other clients:
+        some (httpx-sse, sseclient) hand over an event that has a name and no data.
+        """
+        if not self.like_event_source or not self.headers.get("user-agent", "Mozilla/").startswith("Mozilla/"):
+            return b""
+        try:
+            return cut(self.last_event_id)
+        except BadRequest:  # the query can't be read, and the request is being refused for another reason
+            return cut("")
 
     @property
     def end_reason(self) -> EndReason:

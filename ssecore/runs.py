@@ -55,7 +55,7 @@ from ssecore.errors import (
 )
 from ssecore.log import Cursor, Gap, Log, Retention, Stat, locate, new_epoch, parse_cursor
 from ssecore.log.tail import Attached, Reader, Tails, Translate, gap_frame
-from ssecore.request import Request
+from ssecore.request import CURSOR_PARAMETERS, Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import DELETE, GET, Route
 from ssecore.settings import Settings
@@ -580,7 +580,7 @@ class Runs:
         if not request.wants_event_stream:
             raise Gone("this run is no longer kept, or never was")
         self.tails.gaps["expired"] += 1
-        body = _last_gap(Gap("expired", cursor.seq + 1), data_only=request.data_only)
+        body = request.preamble + _last_gap(Gap("expired", cursor.seq + 1), data_only=request.data_only)
         return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
 
     async def _attach(
@@ -785,7 +785,7 @@ def _state(stat: Stat) -> dict[str, Any]:
 
 
 def _fingerprint(request: Request) -> _Print:
-    own = ("key", "last_event_id")
+    own = ("key", *CURSOR_PARAMETERS)
     query = sorted((name, value) for name, value in request.query_params.items() if name not in own)
     target = _digest(request.path, repr(query))
     media_type = request.headers.get("content-type", "")

@@ -81,6 +81,9 @@ LOOK_BYTES: Final = 1024
 _DONE: Final = b"data: [DONE]\n\n"
 #: In place of the blank line of a last event: a `Last-Event-ID` that is answered 204.
 END_ID: Final = b"id: end\n\n"
+#: Firefox and WebKit take an id only from an event that has data, so for them a block that sets the cursor is an event,
+#: whose name has no listeners. Other clients get the bare id: some libraries hand over what the standard would drop.
+_CURSOR_EVENT: Final = b"event: cursor\ndata:\n"
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -95,7 +98,7 @@ class Source(Protocol):
     finished: bool
     #: Why it broke off, if it did.
     failure: Exception | None
-    #: What an event stream opens with when nothing came in the first second.
+    #: What an event stream opens with when nothing came in the first second: a bare id, or nothing.
     opening: bytes
 
     @property
@@ -323,7 +326,9 @@ class EventPump(Pump[Event]):
             return b""
         failure = StreamTimeout("the stream's longest life is over") if reason == "timeout" else self.failure
         if failure is None:
-            return END_ID if self._ends_for_good and self.exhausted and not self._marked else b""
+            if not self._ends_for_good or not self.exhausted or self._marked:
+                return b""
+            return _CURSOR_EVENT + END_ID if self._request.from_browser else END_ID
         frames = b"".join(error_frames(failure, data_only=self._request.data_only))
         return frames[:-1] + END_ID if self._ends_for_good else frames
 
@@ -607,7 +612,11 @@ class Stream:
         await self._send({"type": "http.response.start", "status": self._status, "headers": headers})
         if source.events:
             self._before_first += not batch
-            batch = b"retry: %d\n%b" % (self._options.retry_ms, batch or source.opening)
+            preamble, opening = self._request.preamble, source.opening
+            self._request.forget()
+            if opening and self._request.from_browser:
+                opening = _CURSOR_EVENT + opening
+            batch = b"%bretry: %d\n%b" % (preamble, self._options.retry_ms, batch or opening)
         return batch
 
     def _count(self, batch: bytes) -> None:

@@ -33,6 +33,7 @@ LISTEN: Final = """
   const seen = {events: [], opened: 0, errors: 0, closed: false}
   ;(window.seen ??= {})[name] = seen
   const source = new EventSource(url)
+  ;(window.sources ??= {})[name] = source
   const note = (event) => seen.events.push([event.type, event.data, event.lastEventId])
   for (const type of ["init", "message", "complete", "done", "gap"]) source.addEventListener(type, note)
   source.addEventListener("open", () => seen.opened++)

@@ -21,6 +21,7 @@ from ssecore.wire import Decoder, Event
 
 __all__ = [
     "BROWSER",
+    "REAL_BROWSER",
     "Answer",
     "AppWithCallers",
     "Heard",
@@ -31,8 +32,10 @@ __all__ = [
     "stand_still",
 ]
 
-#: What the Fetch standard makes a browser's `EventSource` send.
-BROWSER: Final = {"accept": "text/event-stream", "cache-control": "no-cache"}
+#: What a browser's `EventSource` sends, as many libraries send it too, under their own name.
+BROWSER: Final = {"accept": "text/event-stream", "cache-control": "no-cache", "user-agent": "library/1.0"}
+#: What only a browser sends.
+REAL_BROWSER: Final = BROWSER | {"user-agent": "Mozilla/5.0 (X11; Linux x86_64; rv:153.0) Gecko/20100101 Firefox/153.0"}
 #: Connections after which a browser that is never told to stop has asked for ever.
 PATIENCE: Final = 20
 
@@ -155,14 +158,16 @@ async def listen_like_a_browser(
 ) -> Heard:
     """An `EventSource` from its making to its end: it comes back with its last id until the status isn't 200.
 
-    The n-th connection is cut once `cuts[n]` bytes of its body have come.
+    The n-th connection is cut once `cuts[n]` bytes of its body have come. As in Firefox and WebKit, the cursor comes
+    from events alone, and not from a block without data. The page doesn't listen for the engine's `cursor`.
     """
     heard, decoder = Heard(), Decoder()
     decoder.last_event_id = last_event_id
     budgets = deque(cuts)
     for _ in range(PATIENCE):
         decoder.reset()
-        headers = BROWSER | ({"last-event-id": decoder.last_event_id} if decoder.last_event_id else {})
+        come: list[Event] = []
+        headers = REAL_BROWSER | ({"last-event-id": decoder.last_event_id} if decoder.last_event_id else {})
         left = budgets.popleft() if budgets else None
         async with connect(app, "GET", target, headers=headers) as exchange:
             while left != 0 and (chunk := await exchange.chunk()) is not None:
@@ -170,8 +175,12 @@ async def listen_like_a_browser(
                     chunk = chunk[:left]
                     left -= len(chunk)
                 if exchange.status == 200:
-                    heard.events += decoder.feed(chunk)
+                    come += decoder.feed(chunk)
             await exchange.started.wait()
+        if come:
+            last_event_id = come[-1].id or ""
+        decoder.last_event_id = last_event_id
+        heard.events += [event for event in come if event.event != "cursor"]
         heard.statuses.append(exchange.status)
         heard.last_event_id = decoder.last_event_id
         if exchange.status != 200:

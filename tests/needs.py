@@ -20,6 +20,7 @@ _PLACES: Final = {
     "buildah": ("buildah",),
     "chromium": ("chromium", "chromium-browser"),
     "curl": ("curl",),
+    "firefox": ("firefox-esr", "firefox"),
     "local-model": (),
     "mmdebstrap": ("mmdebstrap",),
     "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),
@@ -31,6 +32,8 @@ _PLACES: Final = {
     "runc": ("runc",),
     "tmpfs": ("mount",),
     "unshare": ("unshare",),
+    "webkit": ("WebKitWebDriver",),
+    "xvfb": ("Xvfb",),
 }
 
 #: nginx is where a user's own path doesn't lead.

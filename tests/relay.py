@@ -5,25 +5,36 @@
         line.wait_streams(2)                 # until the second event stream has begun
         line.answers()                       # all that came back, connection by connection
 
-The n-th answer that is an event stream breaks off once so many bytes of it have gone through; those beyond the list
-are left whole, and so is every other answer. A client gets all that went through before the break: not so with a reset,
-which throws away what the client hasn't read yet, its first event id perhaps (that case is what `?key=` is for).
+The n-th answer that is an event stream breaks off once so many bytes of it have gone through, or, where the budget is
+a pattern, right behind its match; those beyond the list are left whole, and so is every other answer. A client gets all
+that went through before the break, which is a FIN. With `reset` it is a RST, a moment later: a reset throws away what
+the client hasn't read yet, its first event id perhaps (that case is what `?key=` is for).
 """
 
+import re
+import select
 import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 __all__ = ["Relay", "relay"]
 
+#: So long a client has to read what came before a reset.
+RESET_AFTER_S = 0.2
+#: A socket is reset when no thread waits in it any more: each looks so often whether it is still wanted.
+LOOK_EACH_S = 0.1
+
 
 class Relay:
     """See above; made by `relay`."""
 
-    def __init__(self, port: int, budgets: Sequence[int]) -> None:
+    def __init__(self, port: int, budgets: Sequence[int | re.Pattern[bytes]], *, reset: bool) -> None:
         self._port = port
         self._budgets = list(budgets)
+        self._reset = reset
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -67,7 +78,11 @@ class Relay:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._port))
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._port))
+                except OSError:  # nobody listens there at the moment
+                    client.close()
+                    continue
                 for sock in (client, server):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._sockets += [client, server]
@@ -78,39 +93,55 @@ class Relay:
                 self._start(self._pump, server, client, answer)
 
     def _pump(self, source: socket.socket, sink: socket.socket, answer: bytearray | None) -> None:
-        budget = None
-        with suppress(OSError):
-            while data := source.recv(65536):
+        budget: int | re.Pattern[bytes] | None = None
+        begun = 0
+        with suppress(OSError, ValueError):  # a socket that another thread has closed
+            while data := self._received(source):
                 if answer is not None and b"content-type: text/event-stream" in data.lower():
                     with self._changed:
-                        budget = self._budgets.pop(0) if self._budgets else None
+                        budget, begun = self._budgets.pop(0) if self._budgets else None, len(answer)
                         self._streams += 1
                         self._changed.notify_all()
-                if budget is not None:
+                if isinstance(budget, re.Pattern) and answer is not None:
+                    come = bytes(answer[begun:])
+                    if match := budget.search(come + data):
+                        budget = max(match.end() - len(come), 1)
+                if isinstance(budget, int):
                     data, budget = data[:budget], budget - len(data[:budget])
                 sink.sendall(data)
                 if answer is not None:
                     with self._changed:
                         answer += data
                 if budget == 0:
+                    if self._reset:
+                        time.sleep(RESET_AFTER_S)
                     self._break(sink)
                     self._break(source)
                     return
         with suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
 
+    def _received(self, source: socket.socket) -> bytes:
+        while source in self._sockets:
+            if select.select([source], [], [], LOOK_EACH_S)[0]:
+                return source.recv(65536)
+        return b""
+
     def _break(self, sock: socket.socket) -> None:
         if sock in self._sockets:
             self._sockets.remove(sock)
         with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+            if self._reset:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            else:
+                sock.shutdown(socket.SHUT_RDWR)
         sock.close()
 
 
 @contextmanager
-def relay(port: int, budgets: Sequence[int] = ()) -> Iterator[Relay]:
+def relay(port: int, budgets: Sequence[int | re.Pattern[bytes]] = (), *, reset: bool = False) -> Iterator[Relay]:
     """A relay in front of a port of this machine."""
-    line = Relay(port, budgets)
+    line = Relay(port, budgets, reset=reset)
     try:
         yield line
     finally:

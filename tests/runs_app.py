@@ -7,7 +7,7 @@ import anyio
 import msgspec
 from anyio.lowlevel import checkpoint
 
-from sseapp import GET, Event, Request, Run, Settings, SSEApp
+from sseapp import GET, Event, Request, Response, Run, Settings, SSEApp
 
 
 async def work(request: Request, kind: str) -> AsyncIterator[Event]:
@@ -58,6 +58,22 @@ async def until(request: Request) -> AsyncIterator[Event]:
     yield Event("", "complete")
 
 
+async def numbers(request: Request) -> AsyncIterator[Event]:
+    for number in range(1, 21):
+        yield Event({"n": number})
+    yield Event("[DONE]")
+
+
+async def late_end(request: Request) -> AsyncIterator[Event]:
+    """Its only event has long been sent when it turns out to be the last."""
+    yield Event("only")
+    await anyio.sleep(0.1)
+
+
+async def healthz(request: Request) -> Response:
+    return Response(b"well", media_type="text/plain")
+
+
 def make() -> SSEApp:
     routes = [
         GET("/named/{kind}", work, run=Run()),
@@ -65,6 +81,9 @@ def make() -> SSEApp:
         GET("/large/{kind}", large, run=Run()),
         GET("/talk", talk, query=Until, run=Run()),
         GET("/counting", counting, run=Run()),
+        GET("/numbers", numbers, run=Run(), data_only=True),
+        GET("/late-end", late_end),
+        GET("/healthz", healthz),
         GET("/until", until, query=Until, run=Run()),
     ]
     return SSEApp(routes, Settings.from_env())

@@ -26,6 +26,9 @@ missing() { # the Debian packages whose program or file (the same as in tests/ne
     present runc || echo runc
     present mmdebstrap || echo mmdebstrap
     present chromium chromium-browser || echo chromium
+    present firefox-esr firefox || echo firefox-esr
+    present WebKitWebDriver || echo webkit2gtk-driver
+    present Xvfb || echo xvfb
     present node || echo nodejs
     present npm || echo npm
     present mount || echo mount

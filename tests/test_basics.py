@@ -69,7 +69,7 @@ BODIES = {
     "/stream/format?interval=0": stream(
         "data: data alone",
         "event: message\ndata: with an event type",
-        'id: msg-123\nevent: update\ndata: {"count":42}',
+        'event: update\ndata: {"count":42}\nid: msg-123',
         "retry: 5000\nevent: config\ndata: Setting retry",
     ),
     "/stream/errors?total=20&at=9&interval=0": stream(

@@ -135,7 +135,7 @@ OPENING: Final = b"retry: 2000\n"
 
 
 def events(answer: "httpx.Response | Reading") -> list[Event]:
-    """A whole answer's events, without the ids, which are the run's: in each frame the first line, without a hole."""
+    """A whole answer's events, without the ids, which are the run's: in each frame the last line, without a hole."""
     run, body = answer.headers["run-id"].encode(), answer.content
     opening = re.match(rb"retry: 2000\n(id: %b\.0\n\n)?" % re.escape(run), body)
     assert opening, body
@@ -149,8 +149,8 @@ def numbered_events(body: bytes, run: bytes, first: int = 1) -> list[Event]:
     for number, frame in enumerate(frames, first):
         while frame.startswith(HEARTBEAT):
             frame = frame.removeprefix(HEARTBEAT)
-        head, _, fields = frame.partition(b"\n")
-        assert head == b"id: %b.%d" % (run, number)
+        fields, _, id = frame.rpartition(b"\n")
+        assert id == b"id: %b.%d" % (run, number)
         assert not re.search(rb"^id", fields, re.MULTILINE)
         found += Decoder().feed(fields + b"\n\n")
     return found
@@ -160,7 +160,7 @@ def framed(answer: httpx.Response, *frames: bytes) -> bytes:
     """What an answer must be, byte for byte, whose run has these frames."""
     run = answer.headers["run-id"].encode()
     assert re.fullmatch(rb"[A-Za-z0-9_-]{22}", run)
-    return OPENING + b"".join(b"id: %b.%d\n%b\n\n" % (run, number, frame) for number, frame in enumerate(frames, 1))
+    return OPENING + b"".join(b"%b\nid: %b.%d\n\n" % (frame, run, number) for number, frame in enumerate(frames, 1))
 
 
 def runs(running: Service) -> list[dict[str, Any]]:
@@ -280,7 +280,7 @@ async def test_mock_pauses_between_words(anyio_backend: Any) -> None:
 
 def test_messages_up_to_their_bounds_are_taken(mock: httpx.Client) -> None:
     messages = [*99 * HELLO_JSON, {"role": "user", "content": "x" * 100_000, "name": "ignored"}]
-    assert mock.post("/chat/stream", json=messages).content.endswith(b"event: done\ndata: \n\n")
+    assert re.search(rb"event: done\ndata: \nid: .*\n\n\Z", mock.post("/chat/stream", json=messages).content)
 
 
 # The upstream: what is asked of it, and a good answer
@@ -328,7 +328,7 @@ def test_token_goes_on_as_it_comes(llm: Service, upstream: Upstream) -> None:
     upstream.plan(script)
     with stream_post(llm) as (_, reading):
         for text in ("a", "b", "c"):
-            reading.until(b"event: token\ndata: %b\n\n" % text.encode())  # the upstream waits until this token is here
+            reading.until(b"event: token\ndata: %b\nid: " % text.encode())  # the upstream waits for it
             told.release()
         assert events(reading) == [*named("a", "b", "c"), Event("", "done")]
 
@@ -486,7 +486,7 @@ def test_fault_behind_a_token_is_an_event(llm: Service, upstream: Upstream, faul
 
     upstream.plan(script, script)
     with stream_post(llm) as (_, reading):
-        reading.until(b"data: Hi\n\n")
+        reading.until(b"data: Hi\nid: ")
         told.release()
         *tokens, failure = events(reading)
     assert (tokens, failure.event) == (named("Hi"), "error")
@@ -894,7 +894,7 @@ def test_answer_that_nobody_reads_any_more_is_ended(llm: Service, upstream: Upst
 
     upstream.plan(script)
     with stream_post(llm) as (_, reading):
-        reading.until(b"data: Hi\n\n")
+        reading.until(b"data: Hi\nid: ")
     upstream.settle()
     assert len(upstream.calls) == 1
     assert wait_lingered(llm) == named("Hi")
@@ -908,7 +908,7 @@ def test_answer_under_way_that_nobody_reads_any_more_is_ended(llm: Service, upst
 
     upstream.plan(script)
     with stream_post(llm) as (_, reading):
-        reading.until(b"data: Hi\n\n")
+        reading.until(b"data: Hi\nid: ")
     upstream.settle()
     assert {(event.event, event.data) for event in wait_lingered(llm)} == {("token", "Hi")}
 
@@ -957,7 +957,7 @@ def test_client_that_comes_back_in_time_finds_its_answer_whole(tmp_path: Path, u
     upstream.plan(script)
     with service(tmp_path, OPENAI_BASE_URL=upstream.url) as running:
         with stream_post(running) as (_, reading):
-            reading.until(b"data: a\n\n")
+            reading.until(b"data: a\nid: ")
         left.set()
         upstream.settle()  # it was not cut
         run = reading.headers["run-id"]

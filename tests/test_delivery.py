@@ -47,7 +47,8 @@ STREAM: Final = "topic:news"
 LIMIT_S: Final = {"memory": 1000, "sqlite": 30}
 #: One event, or one announcement of a gap. Heartbeats and `retry:` are no frames.
 _FRAME: Final = re.compile(
-    rb"id: (?P<epoch>[\w-]{22})\.(?P<seq>[0-9]+)\n(?P<body>.*?\n)\n|event: gap\ndata: (?P<gap>[^\n]*)\n\n", re.DOTALL
+    rb"event: gap\ndata: (?P<gap>[^\n]*)\n\n"
+    rb"|(?P<body>(?:(?:event|data): [^\n]*\n)+)id: (?P<epoch>[\w-]{22})\.(?P<seq>[0-9]+)\n\n"
 )
 
 

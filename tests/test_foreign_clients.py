@@ -221,6 +221,71 @@ def test_chromium_hears_every_event_once_over_cuts(
     check(server, read, CUTS, tmp_path)
 
 
+# Cut anywhere in an event
+
+
+def check_cuts(server: Server, read: Callable[[str], list[list[str]]], client: str) -> None:
+    """The n-th connection is cut in the n-th event, three bytes further in than the one before.
+
+    But not between the id's line and the blank line behind it: a client that takes an id at its line's end loses the
+    event there, whatever the server does (`@microsoft/fetch-event-source` 2.0.1, `eventsource` 2.0.2).
+    """
+    path = f"/numbers?key=a-key-of-its-own-for-each-{client}"
+    run = server.client.get(path).headers["run-id"]
+    blocks = re.findall(rb"(?:id|data): .*?\n\n", server.client.get(f"/runs/{run}/events").content, re.DOTALL)
+    cuts = [
+        re.compile(rb"(?=%b).{%d}" % (re.escape(block), place), re.DOTALL)
+        for block, place in zip(blocks, range(0, len(blocks[-1]) - 1, 3), strict=False)
+    ]
+    with relay(server.port, cuts) as line:
+        told = read(line.url + path)
+        line.wait_streams(len(cuts) + 1)
+    assert told == [[event.id, event.data] for block in blocks for event in Decoder().feed(block)]
+
+
+@needs("node-clients")
+@pytest.mark.parametrize(
+    "client",
+    ["@microsoft/fetch-event-source", "event-source-polyfill", "eventsource", "eventsource-client", "eventsource2"],
+)
+def test_a_client_of_npm_loses_no_event_wherever_in_an_event_it_is_cut(server: Server, client: str) -> None:
+    def read(url: str) -> list[list[str]]:
+        done = subprocess.run(["node", "reading.js", client, url], cwd=NODE, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    check_cuts(server, read, client)
+
+
+#: For pages only: Node has no XMLHttpRequest.
+SSE_JS: Final = """
+(url) => {
+  window.told = []
+  const source = new SSE(url, {autoReconnect: true, reconnectDelay: 1})
+  source.addEventListener("message", (event) => {
+    window.told.push([event.lastEventId, event.data])
+    if (event.data === "[DONE]") { source.autoReconnect = false; source.close(); window.through = true }
+  })
+}
+"""
+
+
+@needs("chromium")
+@needs("node-clients")
+def test_sse_js_loses_no_event_wherever_in_an_event_it_is_cut(server: Server, browser: Browser) -> None:
+    def read(url: str) -> list[list[str]]:
+        page = browser.new_page()
+        page.goto(url.partition("/numbers")[0] + "/healthz")
+        page.add_script_tag(content=(NODE / "node_modules/sse.js/lib/sse.js").read_text().partition("\nexport")[0])
+        page.evaluate(f"({SSE_JS})({json.dumps(url)}); 0")
+        page.wait_for_function("window.through", timeout=60_000)
+        told: list[list[str]] = page.evaluate("window.told")
+        page.close()
+        return told
+
+    check_cuts(server, read, "sse.js")
+
+
 def test_the_lock_for_node_names_no_address() -> None:
     lock = json.loads((NODE / "package-lock.json").read_text())
     assert all(re.match("sha512-", package["integrity"]) for name, package in lock["packages"].items() if name)

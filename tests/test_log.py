@@ -174,11 +174,18 @@ def row_of(*data: str, first: int = 1, epoch: str = "e" * 22) -> Row:
     return Row(epoch, first, *joined([frame(one) for one in data]))
 
 
-def test_a_framed_row_has_an_id_before_each_event() -> None:
+def test_a_framed_row_has_an_id_behind_each_event() -> None:
     row = row_of("one", "two\nlines", first=41)
-    expected = b"id: %b.41\ndata: one\n\nid: %b.42\ndata: two\ndata: lines\n\n"
+    expected = b"data: one\nid: %b.41\n\ndata: two\ndata: lines\nid: %b.42\n\n"
     assert framed(row) == expected % (b"e" * 22, b"e" * 22)
     assert row.last == 42
+
+
+def test_a_route_may_have_the_id_before_each_event() -> None:
+    row = row_of("one", "two\nlines", first=41)
+    expected = b"id: %b.41\ndata: one\n\nid: %b.42\ndata: two\ndata: lines\n\n"
+    assert framed(row, id_first=True) == expected % (b"e" * 22, b"e" * 22)
+    assert framed(row, 41, id_first=True) == b"id: %b.42\ndata: two\ndata: lines\n\n" % (b"e" * 22)
 
 
 @given(

@@ -19,7 +19,7 @@ from ssecore.server import KEEP_ALIVE_S
 from ssecore.wire import Decoder
 from tests import chromium, redis_server
 from tests.chromium import LISTEN, seen
-from tests.clients import BROWSER
+from tests.clients import BROWSER, REAL_BROWSER
 from tests.needs import needs
 from tests.nginx import DEPLOY, Nginx, nginx
 from tests.serving import Server, free_port, serve, wait_until
@@ -240,6 +240,19 @@ def test_only_an_event_source_is_put_off_while_no_replica_answers() -> None:
             httpx.head(f"{proxy.url}/topics/news", headers=BROWSER),
         ]
         assert {answer.status_code for answer in honest} == {502}
+
+
+@pytest.mark.parametrize("cursor", ["", "end", f"{'e' * 22}.12", "the-handlers-own", "e.1", "id: x"])
+def test_nginx_puts_a_browsers_cursor_back_while_no_replica_answers(cursor: str) -> None:
+    """As the service does: a test in tests/test_event_source.py says what for."""
+    browser = REAL_BROWSER | ({"last-event-id": cursor} if cursor else {})
+    with nginx(free_port()) as proxy:
+        answer = httpx.get(f"{proxy.url}/topics/news", headers=browser)
+        another = httpx.get(f"{proxy.url}/topics/news", headers=browser | BROWSER)
+    known = cursor in ("", "end", f"{'e' * 22}.12")
+    opening = f":\nid: {cursor}\nevent: cut\n\n" if known else ""
+    assert re.fullmatch(re.escape(opening) + r"retry: \d+\n", answer.text)
+    assert re.fullmatch(r"retry: \d+\n", another.text)
 
 
 def test_a_refusal_of_the_service_is_passed_on_as_it_is(tmp_path: Path) -> None:

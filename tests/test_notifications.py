@@ -398,13 +398,13 @@ def test_any_other_name_is_one_topic(server: Server, name: str) -> None:
 EVENTS: Final = 40
 EVENT_BYTES: Final = 64 * 1024
 READERS: Final = 50
-_EVENT: Final = re.compile(rb"id: [\w-]{22}\.([0-9]+)\nevent: message\ndata: \"(x+)\"\n\n")
+_EVENT: Final = re.compile(rb"event: message\ndata: \"(x+)\"\nid: [\w-]{22}\.([0-9]+)\n\n")
 
 
 def sequences(body: bytes) -> list[int]:
     """Of the events that came whole. The chunked coding cuts none: what is sent at once is one part of it."""
-    assert all(len(match[2]) == EVENT_BYTES for match in _EVENT.finditer(body))
-    return [int(match[1]) for match in _EVENT.finditer(body)]
+    assert all(len(match[1]) == EVENT_BYTES for match in _EVENT.finditer(body))
+    return [int(match[2]) for match in _EVENT.finditer(body)]
 
 
 def slow_client(url: str, path: str) -> tuple[socket.socket, bytes]:

@@ -434,6 +434,27 @@ def test_a_job_goes_on_over_a_line_that_is_away_for_three_seconds(shared: Browse
 
 
 @needs("chromium")
+def test_a_soft_refusal_is_not_counted_as_a_resumption(shared: BrowserContext, tmp_path: Path) -> None:
+    with serve(tmp_path, env={"SSEAPP_MAX_STREAMS": "1", "SSEAPP_RETRY_MS": "50"}) as server:
+        with relay(server.port) as line:
+            tab = Tab(shared, line.url)
+            with server.client.stream("GET", "/topics/full") as full:
+                chunks = full.iter_bytes()  # kept: it closes the answer with itself
+                next(chunks)
+                view = tab.start("Topics", "Topic", name="news")
+                line.wait_streams(4)
+            view.get_by_text("Events", exact=True).click()
+            expect(view.locator(".raw li")).to_have_count(1)  # its `init`: it has been let in
+            assert view.locator(".resumed").inner_text() == ""
+            line.cut()
+            wait_until(lambda: server.client.post("/topics/news", json="back").json()["subscribers"])
+            expect(view.locator(".notes li").last).to_contain_text("back")
+            expect(view.locator(".resumed")).to_have_text(re.compile("resumed 1"))
+            tab.page.close()
+            assert tab.complaints == []
+
+
+@needs("chromium")
 def test_a_finished_run_is_opened_again_and_deleted(tab: Tab) -> None:
     view = tab.start("Chat", "Messages", content="once more")
     ends(view)

@@ -1635,7 +1635,7 @@ async def test_the_ids_of_a_handler_stay_and_its_last_event_ends_for_good_all_th
         yield Event("two", id="2")
 
     answer = await ask(app_of(handler))
-    assert answer.body == RETRY + b"id: 1\ndata: one\n\nid: 2\ndata: two\nid: end\n\n"
+    assert answer.body == RETRY + b"data: one\nid: 1\n\ndata: two\nid: 2\nid: end\n\n"
     assert [event.id for event in answer.events] == ["1", "end"]
 
 
@@ -1696,7 +1696,7 @@ async def test_a_client_that_has_seen_the_end_is_told_to_stop_even_by_a_full_hou
 # Limits
 
 
-BROWSER: Final = {"accept": "text/event-stream", "cache-control": "no-cache"}
+BROWSER: Final = {"accept": "text/event-stream", "cache-control": "no-cache", "user-agent": "library/1.0"}
 
 
 async def endless(request: Request) -> AsyncIterator[Event]:

@@ -362,7 +362,7 @@ async def test_what_is_left_out_sends_nothing_and_holds_up_no_heartbeat(
         heartbeats = reading.raw.count(b"\n:")
         assert 5 <= heartbeats <= 6  # one for each 15 seconds without a byte, not one for each event
         assert reading.raw.startswith(b"retry: 2000\nid: %b.0\n\n" % run.encode())
-        assert reading.raw.endswith(b'id: %b.101\nevent: complete\ndata: {"task_id":1}\n\n' % run.encode())
+        assert reading.raw.endswith(b'event: complete\ndata: {"task_id":1}\nid: %b.101\n\n' % run.encode())
         assert 99 <= times[-1] <= 101
 
 

@@ -163,7 +163,7 @@ async def test_the_first_subscription_of_all_begins_before_the_first_event(way: 
 
 async def test_an_answer_opens_with_the_normal_retry_and_the_headers_of_an_event_stream(way: Way) -> None:
     async with running(way, retry_ms=1234) as app, connect(app, "GET", "/news") as exchange:
-        assert (await exchange.chunk() or b"").startswith(b"retry: 1234\nid: ")
+        assert (await exchange.chunk() or b"").startswith(b"retry: 1234\nevent: init\n")
         assert exchange.headers["content-type"] == "text/event-stream"
         assert exchange.headers["cache-control"] == "no-cache, no-transform"
 

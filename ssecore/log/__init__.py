@@ -310,8 +310,12 @@ class Log(Protocol):
         """Does at once what retention asks for. `running` does the same from time to time."""
 
 
-def framed(row: Row, after: int = 0) -> bytes:
+def framed(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
     """The row's events after sequence `after`, each with its `id:` line, as they go over the wire.
+
+    The id is the last line of its block: some clients (`@microsoft/fetch-event-source` 2.0.1, npm `eventsource` 2.0.2)
+    take an id as soon as its line is complete. If the connection is cut between such an id and its data, they resume
+    behind an event that they never got. `id_first` is for a dialect whose clients pair an id with the data behind it.
 
     Hot path, once for each row and process: one slice and one format an event, one join a row; 0.2 µs an event.
     """
@@ -319,9 +323,12 @@ def framed(row: Row, after: int = 0) -> bytes:
     ends = row.ends[skipped:]
     starts = (row.ends[skipped - 1] if skipped else 0, *ends)
     body = row.body
-    frame = b"id: %b.%%d\n%%b" % row.epoch.encode()
-    sequences = count(row.first + skipped)
-    return b"".join([frame % (seq, body[start:end]) for seq, start, end in zip(sequences, starts, ends, strict=False)])
+    sequences, epoch = count(row.first + skipped), row.epoch.encode()
+    if id_first:
+        frame = b"id: %b.%%d\n%%b" % epoch
+        return b"".join([frame % (seq, body[a:z]) for seq, a, z in zip(sequences, starts, ends, strict=False)])
+    frame = b"%%bid: %b.%%d\n\n" % epoch
+    return b"".join([frame % (body[a : z - 1], seq) for seq, a, z in zip(sequences, starts, ends, strict=False)])
 
 
 def new_epoch() -> str:

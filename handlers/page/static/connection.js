@@ -29,9 +29,11 @@ export class Connection {
   outcome = ""
   lastId = ""
   events = 0
-  /** How often it was opened again after a break or a pause. */
+  /** How often events came again after a break or a pause. An answer without any may be a soft refusal. */
   resumed = 0
   #opens = 0
+  /** No event has come since it was opened again. */
+  #again = false
   /** @type {EventSource | null} */
   #source = null
   #retry = 0
@@ -103,7 +105,7 @@ export class Connection {
 
   #opened(source) {
     if (source !== this.#source) return
-    if (this.#opens++) this.resumed++
+    this.#again = this.#opens++ > 0
     this.#retry = 0
     this.#set("open")
   }
@@ -111,6 +113,8 @@ export class Connection {
   #heard(source, event) {
     if (source !== this.#source) return
     if (event.lastEventId !== "end") this.lastId = event.lastEventId || this.lastId
+    if (this.#again && this.events) this.resumed++
+    this.#again = false
     this.events++
     this.onEvent({ type: event.type, data: event.data, id: event.lastEventId })
     if (event.lastEventId === "end") this.end("completed")
