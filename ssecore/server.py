@@ -2,7 +2,8 @@
 
 uvicorn tells an app of its end only after all connections are closed, which a stream never does by itself. So this
 server drains the app first, and shuts down then. SIGTERM and SIGHUP give streams `drain_s` to finish, SIGINT (Ctrl-C)
-no time; a second signal ends at once. The end has a bound, whatever handlers do: END_S after that time.
+no time; a second signal ends at once. The end has a bound, whatever handlers do: END_S after that time, and while
+streams still end, as thousands do on a busy machine, MAX_END_S.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import faulthandler
 import gc
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -40,9 +42,14 @@ SEND_BUFFER_BYTES = 256 * 1024
 BACKLOG = 4096
 #: What is left of requests when all streams have ended: uvicorn then cancels them. Whole seconds, for uvicorn.
 SHUTDOWN_S = 1
-#: From the end of the drain's time to the process's own, at most: a second for farewells, SHUTDOWN_S, and a second for
-#: what is left, such as the event log's last commit. A handler that ignores its cancellation is cut off here.
+#: From the end of the drain's time, or from the last stream, run or request that ended since, to the process's own end,
+#: at most: a second for farewells, SHUTDOWN_S, and a second for what is left, such as the event log's last commit. A
+#: handler that ignores its cancellation is cut off here.
 END_S = 3.0
+#: From the end of the drain's time to the process's own end, whatever still ends.
+MAX_END_S: Final = 10.0
+#: Where `drain_s` is infinite, or so large that no timer takes it: eleven days.
+LONGEST_S: Final = 1e6
 #: The exit codes, besides 0 and (of the command) 2: the app failed while it served, or something ignored END_S.
 FAILED: Final = 1
 #: The app did not start.
@@ -93,8 +100,8 @@ class _Server(uvicorn.Server):
         self._app = app
         self._grace_s = drain_s
         self._bounded = False
-        #: How long the end may take. A queue, because a signal's handler may put into it whatever it interrupts.
-        self._bound_s: SimpleQueue[float] = SimpleQueue()
+        #: The drain's time, once the end has begun. A queue, because a signal's handler may put into it at any moment.
+        self._grace: SimpleQueue[float] = SimpleQueue()
         self._thread = threading.get_ident()
         self._nowhere = open(os.devnull, "wb")  # now, since a signal may come when all descriptors are taken
         threading.Thread(target=self._cut_off, name="end", daemon=True).start()
@@ -117,24 +124,38 @@ class _Server(uvicorn.Server):
         self._bound(self._grace_s if self.started else 0)
 
     def _bound(self, grace_s: float) -> None:
-        """From now on the end takes `grace_s` and END_S at most."""
+        """From now on the end takes `grace_s` and END_S, or MAX_END_S, at most."""
         if not self._bounded:
             self._bounded = True
-            self._bound_s.put(grace_s + END_S)
-            # For what holds the interpreter's lock, so that no other thread of Python's runs. Exits with 1. It writes
-            # into nothing: a write to a standard error that is not read would not return.
-            faulthandler.dump_traceback_later(grace_s + END_S + 1, exit=True, file=self._nowhere)
+            grace_s = min(grace_s, LONGEST_S)
+            self._grace.put(grace_s)
+            self._exit_within(grace_s + END_S)
+
+    def _exit_within(self, seconds: float) -> None:
+        """For what holds the interpreter's lock, so that no other thread of Python's runs: ends the process with 1."""
+        # It writes into nothing: a write to a standard error that is not read would not return.
+        faulthandler.dump_traceback_later(seconds + 1, exit=True, file=self._nowhere)
 
     def _cut_off(self) -> None:
         """In a thread of its own: it may be the event loop that stands still. The event log withstands this as well."""
-        bound_s = self._bound_s.get()
-        time.sleep(bound_s)
-        working = self._app.at_work()
+        grace_s = self._grace.get()
+        time.sleep(grace_s)
+        over = time.monotonic()
+        until, latest = over + END_S, over + MAX_END_S
+        working, fewest = self._app.at_work(), math.inf
+        while (now := time.monotonic()) < until:
+            time.sleep(min(END_S / 10, until - now))
+            working = self._app.at_work()
+            left = len(working) + len(self.server_state.tasks)
+            if left < fewest:
+                fewest = left
+                until = min(max(until, time.monotonic() + END_S), latest)
+                self._exit_within(until - time.monotonic())
         stack = "".join(traceback.format_stack(sys._current_frames().get(self._thread)))
         logger.error(
-            "the process ends now, %g s after it was told to; requests still open: %d; still at work: %s\n"
+            "the process ends now, %.1f s after it was told to; requests still open: %d; still at work: %s\n"
             "the event loop is in:\n%s",
-            bound_s,
+            grace_s + time.monotonic() - over,
             len(self.server_state.tasks),
             "; ".join(working[:MAX_NAMED]) + (f"; and {len(working) - MAX_NAMED} more" if working[MAX_NAMED:] else ""),
             stack,
@@ -153,7 +174,9 @@ class _Server(uvicorn.Server):
         gc.set_threshold(COLLECT_EACH, 10, 10)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._bound(self._grace_s)  # not yet, where the app has failed
+        if self._app.failed:  # it has told all streams to end, at once
+            self._grace_s = 0
+        self._bound(self._grace_s)
         await self._app.drain(self._grace_s)
         self._app.abort()
         loop = asyncio.get_running_loop()
@@ -332,8 +355,8 @@ class _JSONLines(logging.Formatter):
 def serve(app: Drainable, settings: Settings) -> int:
     """Serve until a signal comes. Returns the exit code. Raises `SettingsError` where it can't or must not listen.
 
-    It ends the process by itself (`os._exit`) where the end takes longer than `drain_s` and END_S: what the caller does
-    behind it has to be done by then. Lines for a standard error that is not read are dropped, unless the program has
+    It ends the process by itself (`os._exit`) if that has not ended END_S after `drain_s`: what the caller does behind
+    it has to be done by then. Lines for a standard error that is not read are dropped, unless the program has
     set up logging itself.
     """
     stderr.unblock()

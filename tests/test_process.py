@@ -135,6 +135,15 @@ def test_one_sigterm_ends_the_process_with_an_answer_that_never_comes(tmp_path: 
         assert "requests still open: 1" in server.log()
 
 
+def test_a_drain_without_an_end_is_no_error(tmp_path: Path) -> None:
+    with serve(tmp_path, env={"SSEAPP_DRAIN_S": "inf"}) as server:
+        with reading(server, "/countdown/2?interval=0.2") as whole:
+            server.process.terminate()
+            assert whole.to_the_end().endswith("id: end\n\n")
+        assert server.wait() == 0
+    assert is_clean(server.log())
+
+
 def test_others_are_drained_while_a_handler_does_not_end(tmp_path: Path) -> None:
     with serve_module(PROGRAM, tmp_path, env={"SSEAPP_DRAIN_S": "0.5"}) as server, ExitStack() as stack:
         stack.enter_context(reading(server, "/swallow/run"))
