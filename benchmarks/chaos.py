@@ -6,6 +6,8 @@ stopped and frozen, and its clients' connections are killed; nginx is reloaded a
 connections, or read nothing for a while. What must be true at the end is what `history` says, with these allowances,
 since the log itself goes away: a run may end with `log_unavailable`, its events may be under several epochs, and a
 publish that was refused may have gone in, once.
+
+`--load 2` keeps both cores busy beside it: what depends on being in time fails then.
 """
 
 import asyncio
@@ -31,6 +33,7 @@ from benchmarks.history import (
     listening,
 )
 from benchmarks.history import violations as violations_of
+from benchmarks.process import busy
 from benchmarks.report import Check, Report, Spread
 from tests.nginx import nginx
 from tests.redis_server import Kind, RedisServer, serving
@@ -196,10 +199,11 @@ def play(seed: int, seconds: float, kind: Kind = "valkey") -> History:
     return history
 
 
-def run(*, seconds: int = 60, seed: int = 1) -> Report:
+def run(*, seconds: int = 60, seed: int = 1, load: int = 0) -> Report:
     """nginx, three replicas and Redis, all of which break while many readers are cut: what is heard at the end"""
-    report = Report("chaos", {"seconds": seconds, "seed": seed})
-    history = play(seed, seconds)
+    report = Report("chaos", {"seconds": seconds, "seed": seed, "load": load})
+    with busy(load, seconds + 3 * LIMIT_S):
+        history = play(seed, seconds)
     found = violations_of(history)
     for violation in found[:50]:
         print(f"seed {seed}: {violation[:300]} … {violation[-700:]}", file=sys.stderr)

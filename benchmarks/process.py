@@ -18,6 +18,7 @@ __all__ = [
     "ROOT",
     "Server",
     "ahead_of_others",
+    "busy",
     "cpu_s",
     "memory_bytes",
     "pin_load",
@@ -42,6 +43,23 @@ def pin_server() -> None:
 
 def pin_load() -> None:
     os.sched_setaffinity(0, {_LOAD_CORE})
+
+
+@contextmanager
+def busy(processes: int, limit_s: float) -> Iterator[None]:
+    """So many processes that do nothing but take time, spread over both cores. They end after `limit_s` at the latest,
+    also where this process was killed."""
+    spin = f"import time\nend = time.monotonic() + {limit_s}\nwhile time.monotonic() < end: pass"
+    running = []
+    try:
+        for number in range(processes):
+            running.append(subprocess.Popen([sys.executable, "-c", spin]))
+            os.sched_setaffinity(running[-1].pid, {(_SERVER_CORE, _LOAD_CORE)[number % 2]})
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 @contextmanager

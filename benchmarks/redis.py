@@ -1,7 +1,8 @@
 """The event log in Redis, with one replica and with two, beside the logs in memory and in SQLite.
 
 Appending (a run that never waits), fan-out (one topic, its readers spread over the replicas), what Redis is asked for
-an event of many token streams, and what it costs that many runs are read by many who wait.
+an event of many token streams, read at their own replica and at another one, and what it costs that many runs are read
+by many who wait.
 """
 
 import re
@@ -54,6 +55,7 @@ def run(
     report = Report("redis", {**sizes, "tokens": tokens, "runs": runs, "connections": connections})
     found: list[dict[str, dict[str, float]]] = []
     asked: list[dict[str, float]] = []
+    elsewhere: list[dict[str, float]] = []
     for _ in range(rounds):
         one: dict[str, dict[str, float]] = {}
         for name, (log, replicas) in CONTENDERS.items():
@@ -62,10 +64,15 @@ def run(
         found.append(one)
         with _started("", 1) as (servers, redis):
             asked.append(_commands(servers[0], redis, streams, tokens))
+        with _started("", 2) as (servers, redis):
+            elsewhere.append(_elsewhere(servers, redis, streams, tokens))
     report.add_rounds(found)
     name = f"{streams} token streams"
     report.rows[name] = {column: Spread.of(one[column] for one in asked) for column in asked[0]}
     report.checks.append(Check(f"commands an event, {name}", report.rows[name]["commands/event"], at_most=0.2))
+    report.rows[f"{name}, read elsewhere"] = {
+        column: Spread.of(one[column] for one in elsewhere) for column in elsewhere[0]
+    }
     with _started("", 1) as (servers, redis):
         waiting = _wait(servers[0], redis, runs, connections)
     name = f"{connections:,} readers of {runs:,} runs"
@@ -154,22 +161,50 @@ def _commands(server: Server, redis: RedisServer, streams: int, tokens: int) -> 
         crowd.until(b"event: complete")
         seconds, cpu, redis_cpu = time.perf_counter() - begin, server.cpu_s() - cpu, cpu_s(redis.pid) - redis_cpu
     events = streams * (tokens + 1)
-    stats = dict(re.findall(r"cmdstat_(\S+?):calls=(\d+)", redis.call("INFO", "commandstats")))
-    asked = sum(int(stats.get(name, 0)) for name in ("evalsha", "set", "lrange", "subscribe", "unsubscribe", "ping"))
     return {
         APPEND: events / seconds,
         APPEND_CPU: 1e6 * cpu / events,
         REDIS_CPU: 1e6 * redis_cpu / events,
-        "commands/event": asked / events,
+        "commands/event": _asked(redis) / events,
     }
 
 
-def _wait(server: Server, redis: RedisServer, runs: int, connections: int) -> dict[str, float]:
+def _asked(redis: RedisServer) -> int:
+    stats = dict(re.findall(r"cmdstat_(\S+?):calls=(\d+)", redis.call("INFO", "commandstats")))
+    return sum(int(stats.get(name, 0)) for name in ("evalsha", "set", "lrange", "subscribe", "unsubscribe", "ping"))
+
+
+def _elsewhere(servers: Sequence[Server], redis: RedisServer, streams: int, tokens: int) -> dict[str, float]:
+    """All work at the first replica, and each is read at the second."""
+    one, two = servers
+    redis.call("CONFIG", "RESETSTAT")
+    with ExitStack() as stack:
+        begin, cpus, redis_cpu = time.perf_counter(), (one.cpu_s(), two.cpu_s()), cpu_s(redis.pid)
+        crowds = []
+        for place in _begun(one, streams, f"/durable?count={tokens}&interval={TOKEN_S}"):
+            crowds.append(crowd := stack.enter_context(Crowd(two.port, place)))
+            crowd.ask(crowd.connect(1))
+        _Crowds(crowds).until(b"event: complete")
+        seconds, redis_cpu = time.perf_counter() - begin, cpu_s(redis.pid) - redis_cpu
+        wrote, read = one.cpu_s() - cpus[0], two.cpu_s() - cpus[1]
+    events = streams * (tokens + 1)
+    return {
+        APPEND: events / seconds,
+        APPEND_CPU: 1e6 * wrote / events,
+        "CPU µs/event, reader": 1e6 * read / events,
+        REDIS_CPU: 1e6 * redis_cpu / events,
+        "commands/event": _asked(redis) / events,
+    }
+
+
+def _begun(server: Server, runs: int, target: str) -> list[str]:
+    """So many runs, and where each can be read."""
     with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60, trust_env=False) as client:
-        headers = {"prefer": "respond-async"}
-        places = [
-            client.get("/durable?count=2&interval=3600", headers=headers).headers["location"] for _ in range(runs)
-        ]
+        return [client.get(target, headers={"prefer": "respond-async"}).headers["location"] for _ in range(runs)]
+
+
+def _wait(server: Server, redis: RedisServer, runs: int, connections: int) -> dict[str, float]:
+    places = _begun(server, runs, "/durable?count=2&interval=3600")
     memory = memory_bytes(server.pid)
     with ExitStack() as stack:
         for place in places:

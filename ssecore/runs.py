@@ -59,7 +59,7 @@ from ssecore.request import CURSOR_PARAMETERS, Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import DELETE, GET, Route
 from ssecore.settings import Settings
-from ssecore.stream import END_ID, FIRST_ITEM_S, Pump, engine_frames, error_frames
+from ssecore.stream import FIRST_ITEM_S, Pump, engine_frames, error_frames
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
 __all__ = ["ROUTES", "Runs", "State", "Worker"]
@@ -580,7 +580,7 @@ class Runs:
         if not request.wants_event_stream:
             raise Gone("this run is no longer kept, or never was")
         self.tails.gaps["expired"] += 1
-        body = request.preamble + _last_gap(Gap("expired", cursor.seq + 1), data_only=request.data_only)
+        body = request.preamble + gap_frame(Gap("expired", cursor.seq + 1), data_only=request.data_only, last=True)
         return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
 
     async def _attach(
@@ -601,7 +601,7 @@ class Runs:
             if gap is not None:
                 self.tails.gaps[gap.reason] += 1
                 over = stat.closed and after >= stat.last
-                before = _last_gap(gap, data_only=data_only) if over else gap_frame(gap, data_only=data_only)
+                before = gap_frame(gap, data_only=data_only, last=over)
             opening = b"" if after else b"id: %b.0\n\n" % run.encode()
             reader = Reader(tail, after, data_only=data_only, before=before, opening=opening, translate=translate)
         finally:
@@ -711,12 +711,6 @@ class Runs:
             return 202
         await self.log.delete(run)
         return 204
-
-
-def _last_gap(gap: Gap, *, data_only: bool) -> bytes:
-    """A gap behind which nothing comes: a page can't tell 204 from 410, so it is told; its end then gets a 204."""
-    frames = gap_frame(gap, data_only=data_only) + (b"data: [DONE]\n\n" if data_only else b"")
-    return frames[:-1] + END_ID
 
 
 async def _settled(worker: Worker | None) -> None:

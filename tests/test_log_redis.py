@@ -7,7 +7,7 @@ import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,10 +15,13 @@ import anyio
 import orjson
 import pytest
 from anyio.lowlevel import checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis import Redis
 from redis.asyncio.connection import Connection, UnixDomainSocketConnection
 
 from ssecore.errors import LogError, LogUnavailable, NotFound, WriterFenced
-from ssecore.log import Cursor, Gap, Retention, Row, framed, locate, new_epoch
+from ssecore.log import Cursor, Gap, Retention, Row, framed, locate, new_epoch, packed
 from ssecore.log import Ended as End
 from ssecore.log.redis import RedisLog
 from ssecore.log.tail import Reader, Tails
@@ -770,3 +773,280 @@ async def test_a_redis_that_is_not_there_is_said_at_the_start() -> None:
     with pytest.raises(LogError, match="URL"):
         async with RedisLog("http://127.0.0.1").running():
             pass
+
+
+# What Redis holds and sends that this version can't read; what it has lost in part
+
+
+def client(server: RedisServer) -> Redis:
+    return Redis(unix_socket_path=str(server.path))
+
+
+def key(name: str) -> str:
+    return f"{{sseapp}}:{name}"
+
+
+async def test_a_message_alone_delivers_nothing(server: RedisServer) -> None:
+    """Redis may send it before the append is on disk, and lose that: only what it answers to a call is delivered."""
+    async with logs(server) as (one, two):
+        epoch = await topic(one)
+        heard = Heard(two, "topic")
+        await two.stat("topic")
+        body = frames("not in the log")[0]
+        message = b"1 1 0 %b %b" % (epoch.encode(), packed((len(body),)) + body)  # as earlier builds sent them
+        with client(server) as redis:
+            assert redis.publish(key("appended:topic"), message) == 1
+        await one.append("topic", frames("a"), epoch=epoch)
+        await heard.until("a")
+        assert heard.texts == await whole(two, "topic") == ["a"]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    messages=st.lists(
+        st.binary(max_size=80)
+        | st.lists(st.sampled_from([b"0", b"1", b"2", b"-", b"-1", b"x", b"\xff", b"", b"9" * 5000])).map(b" ".join),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_whatever_is_published_on_its_channels_the_log_goes_on(server: RedisServer, messages: list[bytes]) -> None:
+    async def play() -> None:
+        async with logs(server, look_s=60) as (one, two):
+            await one.delete("topic")
+            epoch = await topic(one)
+            heard, own = Heard(two, "topic"), Heard(one, "topic")
+            for log in (one, two):
+                await log.stat("topic")
+            with client(server) as redis:
+                channels = redis.pubsub_channels()
+                assert len(channels) == 3
+                for message in messages:
+                    for channel in channels:
+                        redis.publish(channel, message)
+                    await one.append("topic", frames("a"), epoch=epoch)
+                    redis.rpush(key(f"calls:{two._process}"), message)
+            await one.append("topic", frames("z"), epoch=epoch)
+            await heard.until("z")
+            assert heard.texts == own.texts == ["a"] * len(messages) + ["z"]
+
+    anyio.run(play)
+
+
+def test_whatever_an_older_version_hears_from_this_one_it_looks_into_the_log(server: RedisServer) -> None:
+    """In a rolling deploy. It takes five fields, and a message with events but without bodies for "look"."""
+
+    async def play() -> None:
+        async with logs(server, 1) as (log,):
+            epoch = await topic(log)
+            with client(server) as redis, redis.pubsub() as listening:
+                listening.subscribe(key("appended:topic"))
+                assert listening.get_message(timeout=5)
+                await log.append("topic", frames("a", "b"), epoch=epoch)
+                await log.append("topic", [], epoch=epoch, close=True)
+                await log.delete("topic")
+                messages = [listening.get_message(timeout=5)["data"].split(b" ", 4) for _ in range(3)]
+            assert [(int(m[0]), int(m[1]), m[2], m[4]) for m in messages[:2]] == [(1, 2, b"0", b""), (3, 2, b"1", b"")]
+            assert messages[1][3] != epoch.encode()  # it doesn't know this epoch: it looks then, too
+            assert messages[2] == [b"0", b"0", b"2", b"-", b""]
+
+    anyio.run(play)
+
+
+FACTS = ("kind", "epochs", "epoch", "created", "updated", "first", "last", "size", "closed", "owner", "meta", "key")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    facts=st.dictionaries(st.sampled_from([*FACTS, "max_events", "age_s", "new"]), st.binary(max_size=30), min_size=1),
+    missing=st.sets(st.sampled_from(FACTS), max_size=2),
+)
+def test_facts_that_cant_be_read_are_an_error_of_their_stream_alone(
+    server: RedisServer, facts: dict[str, bytes], missing: set[str]
+) -> None:
+    async def play() -> None:
+        async with logs(server) as (one, two):
+            bad, good = await run(one), await run(one)
+            heard, well = Heard(two, bad), Heard(two, good)
+            for id in (bad, good):
+                await one.append(id, frames("a"), epoch=id)
+                await two.stat(id)
+            with client(server) as redis:
+                redis.hset(key(f"facts:{bad}"), mapping=facts)
+                if missing:
+                    redis.hdel(key(f"facts:{bad}"), *missing)
+                redis.publish(key(f"appended:{bad}"), b"")
+            for ask in (two.stat(bad), two.find(bad), two.read(bad, 0, 1)):
+                try:
+                    await ask
+                except (LogError, LogUnavailable):
+                    pass
+            assert good in [stat.stream for stat in await two.runs(None, 1000)]
+            await two.unfinished()
+            await two.upkeep()
+            await one.append(good, frames("b"), epoch=good)
+            await well.until("b")
+            assert heard.ended in (None, "closed", "deleted")
+            for id in (bad, good):
+                with suppress(LogUnavailable):
+                    await one.delete(id)
+            server.call("FLUSHALL")
+
+    anyio.run(play)
+
+
+@pytest.mark.parametrize("part", ["facts", "rows"])
+async def test_a_foreign_key_in_the_place_of_a_streams_is_an_error_of_that_stream_alone(
+    server: RedisServer, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with logs(server, lease_s=0.3) as (one, two):
+        bad, good = await run(one), await run(one)
+        await topic(one, age_s=60)
+        heard = [Heard(two, stream) for stream in (bad, good, "topic")]
+        for stream in (bad, good, "topic"):
+            await two.stat(stream)
+        await one.append(good, frames("a"), epoch=good)
+        with client(server) as redis:
+            for stream in (bad, "topic"):
+                redis.set(key(f"{part}:{stream}"), "somebody else's")
+                if part == "rows":
+                    redis.hset(key(f"facts:{stream}"), mapping={"last": 5})
+                redis.publish(key(f"appended:{stream}"), "more")
+        assert await heard[0].end() == await heard[2].end() == "deleted"
+        for _ in range(20):
+            with pytest.raises(LogError if part == "facts" else LogUnavailable):
+                await (two.stat(bad) if part == "facts" else two.read(bad, 0, 1))
+        assert [stat.stream for stat in await two.runs(None, 10)] == [good] if part == "facts" else [good, bad]
+        await until(two.unfinished, lambda found: True)
+        for log in (one, two):
+            log._clock = lambda: 2_000_000_000.0
+            await log.upkeep()
+            await log.upkeep()
+        await one.append(good, frames("b"), epoch=good)
+        await heard[1].until("b")
+        server.stop()
+        server.start()
+        assert await heard[1].end() == "deleted"  # connected again, whatever stood there
+    said = [record.message for record in caplog.records if "refuses" in record.message]
+    assert len(said) <= 3, said
+
+
+async def test_what_a_newer_version_adds_is_passed_over(server: RedisServer) -> None:
+    async with logs(server) as (one, two):
+        id = await run(one)
+        heard = Heard(two, id)
+        await two.stat(id)
+        with client(server) as redis:
+            redis.hset(key(f"facts:{id}"), "colour", "blue")
+            body = frames("a")[0]
+            fields = {"e": id, "n": packed((len(body),)), "t": "1", "b": body, "colour": "blue"}
+            redis.xadd(key(f"rows:{id}"), fields, id="1-0")
+            redis.hset(key(f"facts:{id}"), "last", 1)
+            redis.publish(key(f"appended:{id}"), '{"version": 2}')
+        await heard.until("a")
+        assert await one.append(id, frames("b"), epoch=id) == 2
+        assert await whole(two, id) == ["a", "b"]
+
+
+async def test_a_run_at_work_fails_when_redis_loses_its_rows_alone(server: RedisServer) -> None:
+    async with logs(server) as (one, two):
+        id = await run(one)
+        heard = Heard(two, id)
+        await two.stat(id)
+        await one.append(id, frames("a", "b"), epoch=id)
+        await heard.until("b")
+        server.call("DEL", key(f"rows:{id}"))
+        with pytest.raises(LogError, match="lost"):
+            await one.append(id, frames("c"), epoch=id)
+        assert await one.append(id, frames("failed"), epoch=id, close=True) == 3
+        assert await heard.end() == "closed"
+        assert heard.texts == ["a", "b", "failed"]
+        assert await whole(two, id) == ["failed"]
+        stat = await two.stat(id)
+        assert stat is not None and (stat.first, stat.last, stat.closed) == (3, 3, True)
+        assert locate(stat, Cursor(id, 1)) == (2, Gap("trimmed", 2, 2))
+
+
+async def test_a_topic_whose_rows_alone_are_lost_goes_on_with_all_of_its_room(server: RedisServer) -> None:
+    async with logs(server, 1) as (log,):
+        epoch = await topic(log, bytes=3000)
+        for number in range(3):
+            await log.append("topic", frames("x" * 1000, number), epoch=epoch)
+        server.call("DEL", key("rows:topic"))
+        await log.append("topic", frames("y" * 1000, "new"), epoch=epoch)
+        stat = await log.stat("topic")
+        assert stat is not None and (stat.first, stat.last) == (7, 8)
+        assert locate(stat, Cursor(epoch, 2)) == (6, Gap("trimmed", 3, 6))
+        await log.append("topic", frames("z" * 1000, "newer"), epoch=epoch)
+        assert (await whole(log, "topic"))[1::2] == ["new", "newer"]
+
+
+async def test_a_stream_whose_facts_alone_are_lost_is_gone_and_can_begin_anew(server: RedisServer) -> None:
+    async with logs(server) as (one, two):
+        id, epoch = await run(one, owner="ann", key="key"), await topic(one)
+        heard = [Heard(two, id), Heard(two, "topic")]
+        for stream, writer in ((id, id), ("topic", epoch)):
+            await two.stat(stream)
+            await one.append(stream, frames("a", "b"), epoch=writer)
+        server.call("DEL", key(f"facts:{id}"), key("facts:topic"))
+        assert [await one.end() for one in heard] == ["deleted"] * 2
+        with pytest.raises(NotFound):
+            await one.append(id, frames("c"), epoch=id)
+        assert await two.find(id) is await two.find_key("key") is None
+        assert await two.runs("ann", 10) == []
+        epoch = await topic(two)
+        assert await two.append("topic", frames("new"), epoch=epoch) == 1
+        assert await whole(one, "topic") == ["new"]
+        one._back_at -= 60
+        assert await one.unfinished() == []
+        assert "0" in server.call("EXISTS", key(f"rows:{id}"))  # nor is anything left of it
+
+
+async def test_a_full_redis_is_not_asked_without_a_pause(server: RedisServer) -> None:
+    async with logs(server, 1) as (log,):
+        server.call("CONFIG", "SET", "maxmemory", "1")
+        log._called.set()
+        with pytest.raises(LogUnavailable):
+            await run(log)
+        server.call("CONFIG", "RESETSTAT")
+        await anyio.sleep(0.3)
+        _, _, said = server.call("INFO", "commandstats").partition("cmdstat_set:")
+        refused = said.partition("rejected_calls=")[2].partition(",")[0]
+        assert int(refused or 0) < 5
+
+
+async def test_a_call_to_a_frozen_redis_ends_soon_once_the_process_is_about_to_end(server: RedisServer) -> None:
+    """The server cuts off whoever has no answer 0.3 s later."""
+    async with logs(server, 1, wait_s=20, lease_s=40) as (log,):
+        Heard(log, "topic")
+        server.freeze()
+        failed: list[str] = []
+
+        async def ask(name: str) -> None:
+            with pytest.raises(LogUnavailable):
+                await log.stat(name)
+            failed.append(name)
+
+        async with anyio.create_task_group() as group:
+            for name in ("topic", "other"):
+                group.start_soon(ask, name)
+            for _ in range(10):
+                await checkpoint()
+            with anyio.fail_after(5):
+                log.give_up()
+                await ask("late")
+        assert sorted(failed) == ["late", "other", "topic"]
+        server.freeze(signal.SIGCONT)
+
+
+async def test_a_name_that_cant_be_encoded_is_its_callers_mistake(server: RedisServer) -> None:
+    async with logs(server) as (one, two):
+        epoch = await topic(one)
+        heard = Heard(two, "topic")
+        await two.stat("topic")
+        with pytest.raises(UnicodeEncodeError):
+            two.watch("topic:\ud800", heard)
+        with pytest.raises((UnicodeEncodeError, LogUnavailable)):
+            await two.create("topic:\ud800", epoch=new_epoch(), kind="topic")
+        await one.append("topic", frames("a"), epoch=epoch)
+        await heard.until("a")

@@ -14,6 +14,7 @@ from typing import Any, Final
 import anyio
 import httpx
 import pytest
+from redis import Redis
 
 import ssecore.runs
 from sseapp import GET, Request, Run, Settings, SSEApp
@@ -423,3 +424,125 @@ async def test_who_finds_a_run_elsewhere_just_before_it_is_deleted_is_not_told_o
         else:
             assert (await ask(two.app, f"/work?key={KEY}")).problem == (502, "away")
         assert len(two.runs) == (place == "key")
+
+
+# Another version's messages, and what Redis loses in part
+
+
+def test_another_versions_messages_end_no_replica(replicas: Replicas, redis: RedisServer) -> None:
+    """In a rolling deploy: on each channel that it listens to, and in the list of its calls."""
+    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="0.05"), replicas.start(SSEAPP_MOCK_DELAY_S="0")
+    with Redis(unix_socket_path=str(redis.path)) as other, ExitStack() as stack:
+        reading = [stack.enter_context(httpx.stream("GET", f"{one.url}/topics/news", timeout=20)) for one in (one, two)]
+        readers = [(answer.iter_raw(), Decoder()) for answer in reading]
+        for chunks, decoder in readers:
+            assert [event.event for event in decoder.feed(next(chunks))] == ["init"]
+        run = start(one, "/chat?prompt=a%20b%20c%20d")
+        for message in (
+            b"",
+            b"\xff\xfe",
+            b"{}",
+            b"1 2 3 4 5",
+            b"1 x 0 - ",
+            b"1 1 0 \xff x",
+            b"9 1 0 - \0\0\0\0",
+            b"1 1",
+        ):
+            channels = other.pubsub_channels()
+            assert len(channels) >= 3
+            for channel in channels:
+                assert other.publish(channel, message)
+                if b":called:" in channel:
+                    other.rpush(channel.replace(b":called:", b":calls:"), message)
+                    other.publish(channel, b"")
+        for server in (one, two):
+            id = server.client.post("/topics/news", json=1).json()["id"]
+            for chunks, decoder in readers:
+                events: list[Event] = []
+                while not events:
+                    events += decoder.feed(next(chunks))
+                assert [event.id for event in events] == [id]
+        assert read(two, f"/runs/{run}/events") == read(one, f"/runs/{run}/events")
+        assert state(two, run) == "completed"
+        for server in (one, two):
+            assert server.client.get("/readyz").status_code == 200
+            assert server.client.get("/chat?prompt=hi").status_code == 200
+
+
+def lose(redis: RedisServer, part: str, run: str) -> None:
+    assert redis.call("DEL", f"{{sseapp}}:{part}:{run}") == ":1\r\n"
+
+
+@pytest.mark.parametrize("after", [None, 0, 2])
+def test_a_run_that_is_over_and_whose_events_redis_lost_ends_its_readers_once(
+    replicas: Replicas, redis: RedisServer, after: int | None
+) -> None:
+    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="0"), replicas.start()
+    run = start(one, "/chat?prompt=hi")
+    wait_until(lambda: state(two, run) == "completed")
+    lose(redis, "rows", run)
+    gap, end = read(two, f"/runs/{run}/events", after="" if after is None else f"{run}.{after}")
+    assert json.loads(gap.data) == {"type": "gap", "reason": "expired", "from": (after or 0) + 1, "to": None}
+    assert (end.data, end.id) == ("[DONE]", "end")
+    assert two.client.get(f"/runs/{run}/events", headers={"last-event-id": "end"}).status_code == 204
+
+
+def test_a_run_at_work_whose_events_redis_lost_fails_and_says_so(replicas: Replicas, redis: RedisServer) -> None:
+    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="0.3"), replicas.start()
+    run = start(one, "/chat?prompt=" + "%20".join("abcdefgh"))
+    with ExitStack() as stack:
+        live = [
+            stack.enter_context(httpx.stream("GET", f"{server.url}/runs/{run}/events", timeout=20))
+            for server in (one, two)
+        ]
+        readers = [answer.iter_raw() for answer in live]
+        heard = [next(chunks) for chunks in readers]
+        lose(redis, "rows", run)
+        for said, chunks in zip(heard, readers, strict=True):
+            events = Decoder().feed(said + b"".join(chunks))
+            assert [json.loads(event.data)["code"] for event in events[-2:-1]] == ["log_error"]
+    wait_until(lambda: state(two, run) == "failed")
+    gap, error, done = read(two, f"/runs/{run}/events")
+    lost = json.loads(gap.data)
+    assert (lost["reason"], lost["from"]) == ("trimmed", 1)
+    assert json.loads(error.data)["code"] == "log_error"
+    assert [error.id, done.id] == [f"{run}.{lost['to'] + 1}", f"{run}.{lost['to'] + 2}"]
+    assert two.client.get(f"/runs/{run}/events", headers={"last-event-id": str(done.id)}).status_code == 204
+
+
+def test_a_run_whose_facts_redis_lost_ends_its_readers_once(replicas: Replicas, redis: RedisServer) -> None:
+    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="30"), replicas.start()
+    run = start(one, "/chat?prompt=hi")
+    with ExitStack() as stack:
+        live = [
+            stack.enter_context(httpx.stream("GET", f"{server.url}/runs/{run}/events", timeout=20))
+            for server in (one, two)
+        ]
+        readers = [answer.iter_raw() for answer in live]
+        for chunks in readers:
+            next(chunks)
+        lose(redis, "facts", run)
+        for chunks in readers:
+            b"".join(chunks)  # it ends
+    headers = {"last-event-id": f"{run}.1", "accept": "text/event-stream"}
+    for path in (f"/runs/{run}/events", "/chat?prompt=hi"):
+        events = Decoder().feed(two.client.get(path, headers=headers).content)
+        assert "expired" in events[0].data
+        assert [event.id for event in events][-1] == "end"
+    assert two.client.get(f"/runs/{run}").status_code == 404
+
+
+def test_a_topic_whose_facts_redis_lost_begins_anew(replicas: Replicas, redis: RedisServer) -> None:
+    one, two = replicas.start(), replicas.start()
+    old = [server.client.post("/topics/news", json=number).json()["id"] for number, server in enumerate((one, two))]
+    with Redis(unix_socket_path=str(redis.path)) as other:
+        (topic,) = other.keys("*:facts:*")
+        assert other.delete(topic)
+    new = [server.client.post("/topics/news", json="new").json()["id"] for server in (one, two)]
+    assert [id.partition(".")[2] for id in new] == ["1", "2"]
+    with httpx.stream("GET", f"{two.url}/topics/news", headers={"last-event-id": old[0]}, timeout=20) as answer:
+        chunks, decoder, events = answer.iter_raw(), Decoder(), list[Event]()
+        while len(events) < 3:
+            events += decoder.feed(next(chunks))
+    assert json.loads(events[0].data)["reason"] == "expired"
+    assert [(event.id, event.data) for event in events[1:]] == [(id, '"new"') for id in new]

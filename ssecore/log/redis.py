@@ -6,12 +6,12 @@ its file, a failover), that is noticed, and said.
 Theory of operation. Each process has three connections, each with a task of its own that alone touches it, so a caller
 that is cancelled breaks nothing. Two *lines* answer calls: what is asked for while one pipeline is under way goes into
 the next. The writer merges what is appended meanwhile, a batch for each stream, into one call for all of them. The
-third connection hears of every append to the streams that are watched here:
+third connection hears that somebody appended to a stream that is watched here, and then it is read:
 
     append   ──► a batch a stream ──► writer ──► line: EVALSHA ──► answers ──► watchers, callers ──► …
     others   ──► line: EVALSHA, EVALSHA, … ──► callers
-    Redis    facts (hash) + rows (stream, the id is the last sequence) ──PUBLISH──► every process
-    listener ──► in sequence: watchers; a hole, or a subscription that began again: read it from the log
+    Redis    facts (hash) + rows (stream, the id is the last sequence) ──PUBLISH "more"──► every process
+    listener ──► line: one call for all streams that have more ──► rows, in sequence ──► watchers
 
 1.  A script changes all or nothing: it checks the writer, gives the sequence, trims, publishes. All keys have one hash
     tag: several streams, and the index of them, change in one step.
@@ -22,24 +22,31 @@ third connection hears of every append to the streams that are watched here:
     this one lacks was seen by somebody, and its numbers must not be given again in silence. Before anything is read
     from another instance the watchers of what it lacks are told.
 4.  A run whose writer knows of more events than Redis has lost some: it is told so (`LogError`), and fails its run.
-5.  Pub/sub promises nothing. A message that leaves a hole, a second subscribe frame, and a look from time to time (the
-    last message may be the lost one) each mean: read on from what was told.
+5.  Pub/sub promises nothing, and carries nothing: a message of another process, a second subscribe frame, and a look
+    from time to time (the last message may be the lost one) each mean "read on from what the watchers have". Redis may
+    send a message before it has synced the append (`appendfsync always`: to a subscriber whose socket is full). It
+    answers a call only after the sync. So watchers get what a call has answered: the append itself, or a later read.
 6.  Each process has a lease, and each run a holder, the process that created it. `unfinished` are the open runs whose
     holder's lease has run out. Whoever was cut off from Redis doesn't look before a whole lease has passed: the others
     may have been cut off too. It is the epoch that fences a holder that comes back, not the lease.
 7.  While Redis can't be reached, calls wait: `wait_s` each, however many wait, and reads for as long as their reader
     likes. After `give_up` no call waits.
+8.  Redis may hold, and send, what this version can't read: another version's in a rolling deploy, foreign keys, a part
+    of our own keys. Whoever asks for that stream gets `LogError`, and its watchers are sent to ask. It is logged, and
+    everything else goes on.
 """
 
 import asyncio
 import logging
 import math
 import random
+import struct
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -63,7 +70,6 @@ from ssecore.log import (
     STREAM_BYTES,
     Cursor,
     Ended,
-    Gap,
     Kind,
     Retention,
     Row,
@@ -72,7 +78,6 @@ from ssecore.log import (
     Watchers,
     full,
     joined,
-    legible,
     locate,
     new_epoch,
     packed,
@@ -106,8 +111,11 @@ _SILENCE_S: Final = 5.0
 _PAUSES_S: Final = (0.02, 1.0)
 #: Streams that the upkeep looks at in one turn.
 _STEP_STREAMS: Final = 64
-#: Watched streams that one call looks at.
+#: Watched streams that one call looks at, and those that one call reads on: some MiB.
 _LOOK_STREAMS: Final = 1000
+_MORE_STREAMS: Final = 64
+#: The same complaint about Redis is logged at most once in this time.
+_COMPLAIN_S: Final = 10.0
 
 
 class _Session(NamedTuple):
@@ -203,7 +211,7 @@ class _Line:
                             await session.drop()
                             session = None
                         session = session or await self._log.connect()
-                        await _talk(session, self._asked)
+                        await _talk(session, self._asked, self._log.complain)
                         self._log.heard_of(None)
                         self._asked, self._stuck, self._failure = [], False, None
                         pause = _PAUSES_S[0]
@@ -236,7 +244,7 @@ class _Line:
             self._failure = error
             self._log.heard_of(error)
         elif not isinstance(error, SSEAppError):
-            logger.exception("the event log's connection failed", exc_info=error)
+            self._log.complain("the connection failed", error)
         again = []
         for call in self._asked:
             if passing and call.until > current_time() + pause and not call.answer.done():
@@ -246,7 +254,7 @@ class _Line:
         self._calls.extendleft(reversed(again))
 
 
-async def _talk(session: _Session, calls: list[_Call]) -> None:
+async def _talk(session: _Session, calls: list[_Call], complain: Callable[[str, Exception], None]) -> None:
     """One pipeline. Raises what breaks the connection, or is said by an instance that isn't ours any more."""
     connection, shas = session.connection, session.shas
     commands = [
@@ -259,7 +267,7 @@ async def _talk(session: _Session, calls: list[_Call]) -> None:
         except (NoScriptError, ReadOnlyError):
             raise
         except ResponseError as error:
-            logger.error("the event log's Redis refuses %s: %s", call.command[0], error)
+            complain(f"it refuses {call.command[0]}", error)
             call.say(_away(error))
 
 
@@ -329,7 +337,8 @@ class RedisLog:
         self._max_bytes = max_bytes
         self._process = new_epoch()
         self._watchers = Watchers()
-        #: Of each watched stream: what watchers were told last; else what somebody saw first; else None.
+        #: Of each watched stream: what watchers were told last; else what somebody saw first; else what was before the
+        #: first message, of an epoch that isn't known (""); else None.
         self._told: dict[str, Cursor | None] = {}
         self._subscribed: dict[str, Signal] = {}
         self._dirty: dict[str, None] = {}
@@ -341,6 +350,8 @@ class RedisLog:
         self._running = False
         self._stopping = False
         self._back_at = self._held_at = 0.0
+        #: What has been complained about: when, and how often since.
+        self._complaints: dict[str, tuple[float, int]] = {}
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -358,7 +369,7 @@ class RedisLog:
                     raise LogError(f"the event log's Redis can't be used: {error.__cause__}") from error
                 self._back_at = self._held_at = current_time()
                 for task in (self._listen, self._refill, self._hold, self._keep_up):
-                    group.start_soon(task)
+                    group.start_soon(self._go_on, task)
                 self._running = True
                 async with anyio.create_task_group() as writing:
                     writing.start_soon(self._write)
@@ -436,9 +447,9 @@ class RedisLog:
         told = [(stream, cursor) for stream, cursor in self._told.items() if cursor is not None]
         for start in range(0, len(told), _LOOK_STREAMS):
             some = told[start : start + _LOOK_STREAMS]
-            asked = [("HGETALL", self._name(f"facts:{stream}")) for stream, _ in some]
-            for (stream, cursor), facts in zip(some, await _exchange(session.connection, *asked), strict=True):
-                self._check(stream, cursor, _stat([stream.encode(), facts]))
+            asked = [("EVALSHA", session.shas["stat"], "0", stream) for stream, _ in some]
+            for (stream, cursor), found in zip(some, await _exchange(session.connection, *asked), strict=True):
+                self._check(stream, cursor, found)
 
     def give_up(self) -> None:
         self.wait_s = 0
@@ -455,6 +466,27 @@ class RedisLog:
         elif error is None and self.away:
             logger.warning("the event log's Redis is back")
         self.away = error is not None
+
+    def complain(self, what: str, error: object) -> None:
+        """Log something about Redis that a request, or another process, could cause many times a second."""
+        now = current_time()
+        last, times = self._complaints.get(what, (-math.inf, 0))
+        if now - last < _COMPLAIN_S:
+            self._complaints[what] = last, times + 1
+            return
+        self._complaints[what] = now, 0
+        again = f" ({times} times more since this was last logged)" if times else ""
+        trace = error if isinstance(error, Exception) and not isinstance(error, (*_BROKEN, SSEAppError)) else None
+        logger.error("the event log's Redis: %s: %s%s", what, error, again, exc_info=trace)
+
+    async def _go_on(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run one of the log's own tasks. If it fails it must not end the app (rule 8): it begins again."""
+        while True:
+            try:
+                await task()
+            except Exception as error:
+                self.complain("a task of the event log failed", error)
+            await anyio.sleep(_PAUSES_S[1])
 
     # What callers ask for
 
@@ -536,8 +568,7 @@ class RedisLog:
         return _stat(await self._reads.ask("find", "keys", _maybe(key)))
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
-        found = await self._reads.ask("runs", _maybe(owner), limit - 1)
-        return [stat for stat in legible(_stat, found) if stat is not None]
+        return self._stats(await self._reads.ask("runs", _maybe(owner), limit - 1))
 
     async def unfinished(self) -> list[Stat]:
         """Those whose holder's lease has run out, and those that are held here and nobody works on (rule 6)."""
@@ -546,7 +577,19 @@ class RedisLog:
         left = await self._reads.ask("left", self._process)
         if self._cut_off():
             return []
-        return [stat for stat in legible(_stat, left) if stat is not None and stat.stream not in self._tops]
+        return [stat for stat in self._stats(left) if stat.stream not in self._tops]
+
+    def _stats(self, found: list[Any]) -> list[Stat]:
+        """Of several streams, those that can be read (rule 8)."""
+        stats = []
+        for one in found:
+            try:
+                stat = _stat(one)
+            except LogError as error:
+                self.complain("a stream can't be read", error)
+            else:
+                stats += [stat] if stat is not None else []
+        return stats
 
     def _cut_off(self) -> bool:
         """Whether others may have been cut off from Redis for so long that they lost their leases."""
@@ -565,12 +608,15 @@ class RedisLog:
                 self._held_at = now
                 while called := await self._writes.ask("LRANGE", calls, 0, 99):
                     for said in called:
-                        word, _, stream = said.decode().partition(" ")
-                        if self.on_call is not None:
-                            self.on_call(stream, word)
+                        word, _, stream = said.decode(errors="replace").partition(" ")
+                        try:
+                            if self.on_call is not None:
+                                self.on_call(stream, word)
+                        except Exception as error:
+                            self.complain("a call to this process failed", error)
                     await self._writes.ask("LTRIM", calls, len(called), -1)
-            except SSEAppError:
-                await anyio.sleep(_PAUSES_S[0])
+            except SSEAppError:  # it may be refused at once: by a Redis that is full
+                await anyio.sleep(self._lease_s / 10)
                 continue
             with anyio.move_on_after(self._lease_s / 3):
                 await self._called.wait()
@@ -598,6 +644,7 @@ class RedisLog:
         return True
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
+        stream.encode()  # a lone surrogate is the caller's mistake: it must not reach the connection for all
         unwatch = self._watchers.add(stream, watcher)
         if stream not in self._told:
             self._told[stream] = None
@@ -673,7 +720,7 @@ class RedisLog:
             wait_s += min(batch.since for batch in batches) - current_time()
             if wait_s <= 0:
                 raise _away(RedisConnectionError())
-        common = (self._process, self._number, repr(self._clock()), MAX_ROW_BYTES, _REMEMBER_S)
+        common = (self._process, self._number, repr(self._clock()), _REMEMBER_S)
         answers = await self._writes.ask("append", *common, *values, wait_s=wait_s)
         again = []
         for batch, (said, *facts) in zip(batches, answers, strict=True):
@@ -683,7 +730,7 @@ class RedisLog:
                 self._appended(batch, int(facts[0]), facts[1].decode())
             else:
                 if said == b"failed":
-                    logger.error("the event log's Redis refuses to append: %s", facts[0].decode(errors="replace"))
+                    self.complain("it refuses to append", facts[0].decode(errors="replace"))
                 elif said == b"lost" and batch.stream in self._tops:
                     self._tops[batch.stream] = 0  # it is at work still: with what it says of it
                 elif said != b"full":
@@ -734,21 +781,31 @@ class RedisLog:
         if ended is not None and not self._watchers.watched(stream):
             self._forget(stream)
 
-    def _check(self, stream: str, told: Cursor, stat: Stat | None) -> bool:
+    def _check(self, stream: str, told: Cursor, found: Any) -> bool:
         """Whether what watchers had been told, before the facts were asked for, is in the log. If not, the stream that
         they know is gone: they are told so, and come back with their cursors."""
-        gap = Gap("expired") if stat is None else locate(stat, told)[1]
-        fine = gap is None or gap.reason == "trimmed"
+        try:
+            stat = _stat(found)
+            if stat is None or not told.epoch:
+                fine = stat is not None and told.seq <= stat.last
+            else:
+                gap = locate(stat, told)[1]
+                fine = gap is None or gap.reason == "trimmed"
+        except LogError as error:
+            self.complain("a stream can't be read", error)
+            fine = False
         if not fine:
             self._tell(stream, None, "deleted")
         return fine
 
     def _suspect(self, stream: str) -> None:
-        self._dirty[stream] = None
-        self._look.set()
+        if stream in self._told:
+            self._dirty[stream] = None
+            self._look.set()
 
     def _forget(self, stream: str) -> None:
         self._told.pop(stream, None)
+        self._dirty.pop(stream, None)
         self._subscribed.pop(stream, Signal()).set()
         self._channels.set()
 
@@ -809,13 +866,13 @@ class RedisLog:
                 if isinstance(message, list):
                     self._hear(*message)
         except ResponseError as error:  # its user may not
-            logger.error("the event log's Redis refuses to be listened to: %s", error)
+            self.complain("it refuses to be listened to", error)
             await anyio.sleep(_PAUSES_S[1])
         except _BROKEN:
             pass
 
     def _hear(self, kind: bytes, name: bytes, data: Any = None) -> None:
-        channel, _, stream = name.decode().removeprefix(self._prefix).partition(":")
+        channel, _, stream = name.decode(errors="replace").removeprefix(self._prefix).partition(":")
         if channel == "called":
             self._called.set()
         elif kind == b"message":
@@ -826,53 +883,76 @@ class RedisLog:
             subscribed.set()
 
     def _heard(self, stream: str, data: bytes) -> None:
-        first, last, flag, epoch, rest = data.split(b" ", 4)
-        ended: Ended | None = {b"1": "closed", b"2": "deleted"}.get(flag)  # type: ignore[assignment]
-        events = int(last) - int(first) + 1 if flag != b"2" else 0
-        if events and not rest:  # too large to be published
-            self._suspect(stream)
+        """Rule 5. Of its own appends this process has the answers; any other message means "more", whatever it holds:
+        another version's may hold something else."""
+        first, *words = data.split(b" ", 4)
+        if words[2:3] == [self._process.encode()]:
             return
-        top = Cursor(epoch.decode(), int(last))
-        row = Row(top.epoch, int(first), rest[4 * events :], unpacked(rest[: 4 * events])) if events else None
-        self._announce(stream, top, row, ended)
+        if stream in self._told and self._told[stream] is None:  # watched, and no facts have been asked for yet
+            with suppress(ValueError):
+                self._told[stream] = Cursor("", int(first) - 1)
+        self._suspect(stream)
 
     async def _refill(self) -> None:
-        """Reads what watchers were not told, where something says so, and from time to time for all (rule 5)."""
+        """Reads what watchers were not told, of streams that something was heard of; from time to time looks at all."""
+        look_at = current_time() + self._look_s
         while True:
-            with anyio.move_on_after(self._look_s):
+            with CancelScope(deadline=look_at):
                 await self._look.wait()
             self._look = Signal()
-            streams = list(self._dirty) or list(self._told)
+            with suppress(SSEAppError):  # then with the next look
+                if current_time() >= look_at:
+                    look_at = current_time() + self._look_s
+                    await self._look_at_all()
+                await self._read_on()
+
+    async def _look_at_all(self) -> None:
+        told = [(stream, *cursor) for stream, cursor in self._told.items() if cursor is not None]
+        for start in range(0, len(told), _LOOK_STREAMS):
+            asked = [value for facts in told[start : start + _LOOK_STREAMS] for value in facts]
+            for stream in await self._reads.ask("news", *asked):
+                self._suspect(stream.decode())
+
+    async def _read_on(self) -> None:
+        """Until nothing more is known of."""
+        while asked := dict(islice(self._more(), _MORE_STREAMS)):
+            for stream in asked:
+                del self._dirty[stream]
+            facts = [value for stream, told in asked.items() for value in (stream, *told)]
             try:
-                for start in range(0, len(streams), _LOOK_STREAMS):
-                    for stream in await self._news(streams[start : start + _LOOK_STREAMS]):
-                        await self._read_on(stream)
+                news = await self._reads.ask("more", MAX_ROW_BYTES, *facts)
             except SSEAppError:
-                self._dirty.update(dict.fromkeys(streams))
-                self._look.set()
-                await anyio.sleep(_PAUSES_S[0])
+                self._dirty.update(dict.fromkeys(stream for stream in asked if stream in self._told))
+                raise
+            for (stream, told), one in zip(asked.items(), news, strict=True):
+                self._tell_more(stream, told, *one)
 
-    async def _news(self, streams: list[str]) -> list[str]:
-        told = [(stream, *cursor) for stream in streams if (cursor := self._told.get(stream)) is not None]
-        for stream in streams:
-            self._dirty.pop(stream, None)
-        news = await self._reads.ask("news", *[value for facts in told for value in facts]) if told else []
-        return [stream.decode() for stream in news]
+    def _more(self) -> Iterator[tuple[str, Cursor]]:
+        """The streams to be read on, each with what its watchers have."""
+        return ((stream, told) for stream in self._dirty if (told := self._told.get(stream)) is not None)
 
-    async def _read_on(self, stream: str) -> None:
-        while (told := self._told.get(stream)) is not None:
-            stat = _stat(await self._reads.ask("stat", stream))
-            if not self._check(stream, told, stat):
-                return
-            rows = _rows(await self._reads.ask("read", stream, told.seq, MAX_ROW_BYTES))
-            for row in rows:
-                told = self._told.get(stream)
-                if told is not None and row.last > told.seq:
-                    self._tell(stream, row, None)
-            if not rows:
-                if stat is not None and stat.closed:
-                    self._tell(stream, None, "closed")
-                return
+    def _tell_more(
+        self, stream: str, asked: Cursor, name: bytes, last: bytes, closed: bytes, rows: Any, facts: Any
+    ) -> None:
+        if facts is not None and not self._check(stream, asked, [name, facts]):
+            return
+        try:
+            found, top = _rows(rows), int(last)
+        except (LogError, ValueError) as error:
+            self.complain("a stream can't be read", error)
+            self._tell(stream, None, "deleted")
+            return
+        for row in found:
+            told = self._told.get(stream)
+            if told is not None and row.last > told.seq:
+                self._tell(stream, row, "closed" if closed == b"1" and row.last >= top else None)
+        told = self._told.get(stream)
+        if told is None:
+            return
+        if found and told.seq < top:
+            self._suspect(stream)
+        elif closed == b"1":
+            self._tell(stream, None, "closed")
 
     def _name(self, name: str) -> str:
         """Of a key or a channel."""
@@ -919,36 +999,56 @@ def _refusal(said: bytes, text: bytes = b"") -> SSEAppError:
 
 
 def _stat(found: list[Any]) -> Stat | None:
-    """From a stream's name and its facts, names and values in turn."""
+    """From a stream's name and its facts, names and values in turn. Raises `LogError` for what it can't read (rule 8).
+
+    Boundary of trust: what stands in Redis may be another version's, or somebody else's.
+    """
     name, fields = found
-    if not fields:
+    if not fields and not isinstance(fields, Exception):
         return None
-    facts = {field.decode(): value.decode() for field, value in zip(fields[::2], fields[1::2], strict=True)}
-    pairs = (pair.partition(":") for pair in facts["epochs"].split())
-    events, bytes, age_s = (facts[limit] for limit in ("max_events", "max_bytes", "age_s"))
-    return Stat(
-        name.decode(),
-        "run" if facts["kind"] == "run" else "topic",
-        tuple((epoch, int(first)) for epoch, _, first in pairs),
-        float(facts["created"]),
-        float(facts["updated"]),
-        int(facts["first"]),
-        int(facts["last"]),
-        int(facts["size"]),
-        facts["closed"] == "1",
-        facts["owner"][1:] if facts["owner"] else None,
-        orjson.loads(facts["meta"]),
-        facts["key"][1:] if facts["key"] else None,
-        Retention(int(events) if events else None, int(bytes) if bytes else None, float(age_s) if age_s else None),
-    )
+    try:
+        facts = {field.decode(): value.decode() for field, value in zip(fields[::2], fields[1::2], strict=True)}
+        pairs = (pair.partition(":") for pair in facts["epochs"].split())
+        epochs = tuple((epoch, int(first)) for epoch, _, first in pairs)
+        events, bytes, age_s = (facts[limit] for limit in ("max_events", "max_bytes", "age_s"))
+        meta = orjson.loads(facts["meta"])
+        if not epochs or not isinstance(meta, dict):
+            raise ValueError("no epoch, or meta is not an object")
+        return Stat(
+            name.decode(),
+            "run" if facts["kind"] == "run" else "topic",
+            epochs,
+            float(facts["created"]),
+            float(facts["updated"]),
+            int(facts["first"]),
+            int(facts["last"]),
+            int(facts["size"]),
+            facts["closed"] == "1",
+            facts["owner"][1:] if facts["owner"] else None,
+            meta,
+            facts["key"][1:] if facts["key"] else None,
+            Retention(int(events) if events else None, int(bytes) if bytes else None, float(age_s) if age_s else None),
+        )
+    except (LookupError, TypeError, ValueError) as error:
+        raise _unreadable(error) from error
 
 
 def _rows(entries: list[Any]) -> list[Row]:
+    """From entries of a Redis stream. Raises `LogError` for what it can't read (rule 8)."""
     rows = []
-    for id, (_, epoch, _, blob, _, _, _, body) in entries:
-        last, ends = int(id.partition(b"-")[0]), unpacked(blob)
-        rows.append(Row(epoch.decode(), last - len(ends) + 1, body, ends))
+    try:
+        for id, (_, epoch, _, blob, _, _, _, body, *_) in entries:
+            last, ends = int(id.partition(b"-")[0]), unpacked(blob)
+            if not ends or ends[-1] != len(body):
+                raise ValueError("its events don't end where they should")
+            rows.append(Row(epoch.decode(), last - len(ends) + 1, body, ends))
+    except (struct.error, TypeError, ValueError) as error:
+        raise _unreadable(error) from error
     return rows
+
+
+def _unreadable(error: Exception) -> LogError:
+    return LogError(f"the event log in Redis holds something that this version can't read ({type(error).__name__})")
 
 
 def _maybe(text: str | None) -> str:

@@ -7,6 +7,9 @@ last sequence), `touched:<stream>`; of a process `lease:`, `calls:` (list) and `
 Channels: `appended:<stream>`, `called:<process>`.
 Facts: as `Stat` has them, and `epoch`, the newest; `writer`, who may append; `instance`, where that was last; `holder`;
 `told`, if another process has answered for it; `cost`, what it counts in `bytes`.
+
+Keys may be missing one by one (evicted, deleted by hand) or hold something else: a script over several streams reports
+a stream that it can't read as an error in that stream's place, and goes on with the others.
 """
 
 from typing import Final
@@ -15,20 +18,34 @@ __all__ = ["COMMON", "SCRIPTS"]
 
 #: What each script begins with, besides `instance`, `prefix`, constants of `ssecore.log`, and `bound`, the engine's
 #: `max_bytes`. `trim` does what `ssecore.log.outlived` says, for as long as it says so, and gives first and size.
-#: `recharge` sets what changed, and what it costs.
+#: `recharge` sets what changed, and what it costs. `safely`: a stream that can't be read is due no more; that Redis is
+#: full, or a replica, is no fault of the stream.
 COMMON: Final = """
 local function num(n) return string.format('%.0f', n) end
 local function facts(stream) return prefix .. 'facts:' .. stream end
 local function rows(stream) return prefix .. 'rows:' .. stream end
 local function get(stream, ...) return redis.call('HMGET', facts(stream), ...) end
 local function set(stream, ...) redis.call('HSET', facts(stream), ...) end
-local function whole(stream) return {stream, redis.call('HGETALL', facts(stream))} end
+local function whole(stream) return {stream, redis.pcall('HGETALL', facts(stream))} end
+local function read(stream, from, max_bytes)
+  local found, size = {}, 0
+  repeat
+    local some = redis.call('XRANGE', rows(stream), from, '+', 'COUNT', 16)
+    for _, row in ipairs(some) do
+      table.insert(found, row)
+      size = size + #(row[2][8] or '')
+      if size >= max_bytes then return found end
+      from = '(' .. row[1]
+    end
+  until #some < 16
+  return found
+end
 local function trim(stream, first, last, size, max_bytes, age_s, now)
   local cut = nil
   while true do
     local oldest = redis.call('XRANGE', rows(stream), cut and num(cut + 1) or '-', '+', 'COUNT', 1)[1]
     if not oldest then break end
-    local row, at, bytes = tonumber(string.match(oldest[1], '^%d+')), tonumber(oldest[2][6]), #oldest[2][8]
+    local row, at, bytes = tonumber(string.match(oldest[1], '^%d+')), tonumber(oldest[2][6]) or 0, #(oldest[2][8] or '')
     if not (row < first or (max_bytes and size > max_bytes and row < last) or (age_s and at + age_s <= now)) then
       break
     end
@@ -53,15 +70,22 @@ local function recharge(stream, first, last, size)
 end
 local function delete(stream)
   local f = get(stream, 'owner', 'key', 'epochs', 'cost')
-  if not f[1] then return end
-  charge(stream, f[1], tonumber(f[4] or 0), 0)
   redis.call('DEL', facts(stream), rows(stream), prefix .. 'touched:' .. stream)
   redis.call('ZREM', prefix .. 'open', stream)
   redis.call('ZREM', prefix .. 'due', stream)
+  if not f[1] then return end
+  charge(stream, f[1], tonumber(f[4] or 0), 0)
   redis.call('ZREM', prefix .. 'runs:' .. f[1], stream)
   if f[2] ~= '' then redis.call('HDEL', prefix .. 'keys', f[2]) end
   for name in string.gmatch(f[3], '([^ :]+):') do redis.call('HDEL', prefix .. 'epochs', name) end
   redis.call('PUBLISH', prefix .. 'appended:' .. stream, '0 0 2 - ')
+end
+local function safely(work, stream, now)
+  local fine, why = pcall(work, stream, now)
+  if fine then return end
+  local text = type(why) == 'table' and why.err or tostring(why)
+  if string.find(text, 'OOM', 1, true) or string.find(text, 'READONLY', 1, true) then error(why, 0) end
+  redis.call('ZREM', prefix .. 'due', stream)
 end
 local function take(stream, now)
   local f = get(stream, 'last', 'size', 'closed')
@@ -79,7 +103,7 @@ local function make_room(many, now)
   local next = redis.call('ZRANGE', prefix .. 'due', from, '+inf', 'BYSCORE', 'LIMIT', 0, many)
   for _, stream in ipairs(next) do
     if used('') <= bound then return 0 end
-    take(stream, now)
+    safely(take, stream, now)
   end
   return #next
 end
@@ -94,6 +118,7 @@ make_room(4, now)
 if used('') > 1.1 * bound then return 'full' end
 if owner ~= '' and used(owner) > 1.1 * bound / owners then return 'share' end
 if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
+redis.call('DEL', rows(stream))  -- of a stream whose facts alone were lost: its numbers are given again
 set(stream, 'kind', kind, 'owner', owner, 'key', key, 'created', now, 'updated', now, 'meta', meta, 'holder', process,
   'first', 1, 'last', 0, 'size', 0, 'closed', 0, 'epochs', epoch .. ':1', 'epoch', epoch, 'writer', epoch,
   'instance', instance, 'max_events', max_events, 'max_bytes', max_bytes, 'age_s', age_s)
@@ -143,10 +168,11 @@ if f[6] == 'topic' then
 end
 return whole(stream)
 """,
-    # process, number of the call (rule 2), now, what is published at most, how long it is remembered; then of each
-    # batch: stream, epoch, close, meta, events, ends, body, the least that `last` must be (rule 4)
+    # process, number of the call (rule 2), now, how long it is remembered; then of each batch: stream, epoch, close,
+    # meta, events, ends, body, the least that `last` must be (rule 4). Earlier builds read the message as "look
+    # into the log": first, last, closed, a word (there it was the epoch), nothing.
     "append": """
-local process, number, now, most = prefix .. 'process:' .. ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local process, number, now = prefix .. 'process:' .. ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local known = redis.call('GET', process)
 if known then
   known = cmsgpack.unpack(known)
@@ -166,6 +192,10 @@ local function append(stream, epoch, closes, meta, events, ends, body, least)
   if events == '0' and closes == '0' and meta == '' then return {'ok', f[1], f[11]} end
   if crowded and events ~= '0' and closes == '0' then return {'full'} end
   local from, first, size, age_s = last + 1, tonumber(f[5]), tonumber(f[6]), tonumber(f[10])
+  if first <= last and redis.call('EXISTS', rows(stream)) == 0 then  -- the rows alone are lost
+    if tonumber(least) > 0 then return {'lost'} end
+    first, size = from, 0
+  end
   if events ~= '0' then
     last = last + tonumber(events)
     size = size + #body
@@ -185,14 +215,13 @@ local function append(stream, epoch, closes, meta, events, ends, body, least)
     redis.call('ZADD', prefix .. 'due', string.format('%.6f', tonumber(now) + (age_s or forever_s)), stream)
   end
   if events ~= '0' or closes == '1' then
-    local told = #body <= most and ends .. body or ''
     redis.call('PUBLISH', prefix .. 'appended:' .. stream,
-      table.concat({num(from), num(last), closes, f[11], told}, ' '))
+      table.concat({num(from), num(last), closes, ARGV[1], ''}, ' '))
   end
   return {'ok', num(last), f[11]}
 end
 local answers = {}
-for n = 6, #ARGV, 8 do
+for n = 5, #ARGV, 8 do
   local fine, answer = pcall(append, unpack(ARGV, n, n + 7))
   if not fine then
     answer = {'failed', type(answer) == 'table' and answer.err or tostring(answer)}
@@ -200,14 +229,14 @@ for n = 6, #ARGV, 8 do
   end
   table.insert(answers, answer)
 end
-redis.pcall('SET', process, cmsgpack.pack({number, answers}), 'EX', ARGV[5])
+redis.pcall('SET', process, cmsgpack.pack({number, answers}), 'EX', ARGV[4])
 return answers
 """,
     # now, how many: looks at the streams that are due, and takes what is over a bound; gives how many there were
     "upkeep": """
 local now = tonumber(ARGV[1])
-local due = redis.call('ZRANGE', prefix .. 'due', '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[2])
-for _, stream in ipairs(due) do
+local function look(stream)
+  if redis.call('EXISTS', facts(stream)) == 0 then return delete(stream) end
   local f = get(stream, 'first', 'last', 'size', 'closed', 'kind', 'max_bytes', 'age_s', 'updated')
   local last, age_s, updated, at = tonumber(f[2]), tonumber(f[7]) or forever_s, tonumber(f[8]), nil
   if f[4] == '1' then
@@ -234,6 +263,8 @@ for _, stream in ipairs(due) do
     redis.call('ZREM', prefix .. 'due', stream)
   end
 end
+local due = redis.call('ZRANGE', prefix .. 'due', '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[2])
+for _, stream in ipairs(due) do safely(look, stream) end
 if bound == math.huge then return #due end
 local accounts, taken = redis.call('HGETALL', prefix .. 'bytes'), 0
 for n = 1, #accounts, 2 do
@@ -241,7 +272,7 @@ for n = 1, #accounts, 2 do
   if owner ~= '' and tonumber(accounts[n + 1]) > share then
     for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'runs:' .. owner, 0, 4 * ARGV[2])) do
       if taken >= tonumber(ARGV[2]) or used(owner) <= share then break end
-      if get(stream, 'closed')[1] == '1' then
+      if redis.pcall('HGET', facts(stream), 'closed') == '1' then
         delete(stream)
         taken = taken + 1
       end
@@ -264,19 +295,8 @@ return 1
 """,
     # stream, after, bytes
     "read": """
-local first, found, size, from = tonumber(get(ARGV[1], 'first')[1]), {}, 0, nil
-if not first then return found end
-from = num(math.max(tonumber(ARGV[2]) + 1, first))
-repeat
-  local some = redis.call('XRANGE', rows(ARGV[1]), from, '+', 'COUNT', 16)
-  for _, row in ipairs(some) do
-    table.insert(found, row)
-    size = size + #row[2][8]
-    if size >= tonumber(ARGV[3]) then return found end
-    from = '(' .. row[1]
-  end
-until #some < 16
-return found
+local first = tonumber(get(ARGV[1], 'first')[1])
+return first and read(ARGV[1], num(math.max(tonumber(ARGV[2]) + 1, first)), tonumber(ARGV[3])) or {}
 """,
     # stream
     "stat": "return whole(ARGV[1])",
@@ -289,7 +309,8 @@ return stream and whole(stream) or {'', {}}
     "runs": """
 local found = {}
 for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'runs:' .. ARGV[1], 0, ARGV[2], 'REV')) do
-  table.insert(found, whole(stream))
+  local one = whole(stream)
+  if next(one[2]) then table.insert(found, one) else redis.call('ZREM', prefix .. 'runs:' .. ARGV[1], stream) end
 end
 return found
 """,
@@ -297,9 +318,14 @@ return found
     "left": """
 local left, alive = {}, {[ARGV[1]] = 0}
 for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'open', 0, -1)) do
-  local holder = get(stream, 'holder')[1] or ''
-  alive[holder] = alive[holder] or redis.call('EXISTS', prefix .. 'lease:' .. holder)
-  if alive[holder] == 0 then table.insert(left, whole(stream)) end
+  local holder = redis.pcall('HGET', facts(stream), 'holder')
+  if redis.call('EXISTS', facts(stream)) == 0 then
+    delete(stream)
+  else
+    holder = type(holder) == 'string' and holder or ''
+    alive[holder] = alive[holder] or redis.call('EXISTS', prefix .. 'lease:' .. holder)
+    if alive[holder] == 0 then table.insert(left, whole(stream)) end
+  end
 end
 return left
 """,
@@ -307,8 +333,26 @@ return left
     "news": """
 local news = {}
 for n = 1, #ARGV, 3 do
-  local f = get(ARGV[n], 'epoch', 'last', 'closed')
+  local f = redis.pcall('HMGET', facts(ARGV[n]), 'epoch', 'last', 'closed')
   if f[1] ~= ARGV[n + 1] or f[2] ~= ARGV[n + 2] or f[3] == '1' then table.insert(news, ARGV[n]) end
+end
+return news
+""",
+    # bytes of each; then stream, epoch, last, stream, …: of each its name, last, closed, the rows after that, and its
+    # facts, or nil where nothing of what was before that is lost
+    "more": """
+local function more(stream, epoch, after)
+  local f = get(stream, 'epoch', 'last', 'closed', 'first')
+  local last, known, found = tonumber(f[2]), false, {}
+  if f[1] ~= epoch or last < after then known = redis.call('HGETALL', facts(stream)) end
+  if last and last > after then found = read(stream, num(math.max(after + 1, tonumber(f[4]))), tonumber(ARGV[1])) end
+  return {stream, f[2] or '0', f[3] or '0', found, known}
+end
+local news = {}
+for n = 2, #ARGV, 3 do
+  local fine, one = pcall(more, ARGV[n], ARGV[n + 1], tonumber(ARGV[n + 2]))
+  if not fine then one = {ARGV[n], '0', '0', {}, {err = "ERR the stream's keys hold something else"}} end
+  table.insert(news, one)
 end
 return news
 """,

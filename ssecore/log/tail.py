@@ -41,10 +41,16 @@ KEPT_BYTES: Final = 1024 * 1024
 Translate = Callable[[Event], Event | None]
 
 
-def gap_frame(gap: Gap, *, data_only: bool) -> bytes:
-    """The announcement of a gap. It is not in the log, so it has no `id:`."""
+def gap_frame(gap: Gap, *, data_only: bool, last: bool = False) -> bytes:
+    """The announcement of a gap. It is not in the log, so it has no `id:`.
+
+    `last`: nothing comes behind it. A page can't tell 204 from 410, so it gets the gap; its end then gets a 204.
+    """
     data = {"reason": gap.reason, "from": gap.from_, "to": gap.to}
-    return encode(Event({"type": "gap", **data})) if data_only else encode(Event(data, "gap"))
+    frame = encode(Event({"type": "gap", **data})) if data_only else encode(Event(data, "gap"))
+    if not last:
+        return frame
+    return (frame + (b"data: [DONE]\n\n" if data_only else b""))[:-1] + END_ID
 
 
 class Tail:
@@ -134,9 +140,9 @@ class Tail:
         top = self.top
         rows = await self._log.read(self.stream, after, READ_BYTES)
         stat = None if rows else await self._log.stat(self.stream)
-        # A run is kept whole: without rows it is being deleted, whatever its facts still say. And what stands under the
-        # name of a deleted stream now is another stream.
-        gone = not rows and (stat is None or stat.kind == "run")
+        # A run is kept whole: once it is closed, without rows it is being deleted, whatever its facts still say, or the
+        # log lost them. And what stands under the name of a deleted stream now is another stream.
+        gone = not rows and (stat is None or (stat.kind == "run" and stat.closed and stat.last <= top))
         if gone or self.ended == "deleted":
             return b"", self.top, Gap("expired", after + 1)
         if not rows:  # age has taken all of them; the stream goes on
@@ -283,8 +289,10 @@ class Reader:
         if gap is not None:
             self.tail.gaps[gap.reason] += 1
             self._uncounted += (last if gap.to is None else gap.to) - self.after
-            before += gap_frame(gap, data_only=self._data_only)
             self.finished = gap.reason == "expired"
+            # Where the stream is there still, nothing else than this id ends a client that comes back.
+            for_good = self.finished and self.tail.ended == "closed"
+            before += gap_frame(gap, data_only=self._data_only, last=for_good)
         self.after = last
         return before + (frames if self._translate is None else self._say_otherwise(frames, self._translate))
 
