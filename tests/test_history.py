@@ -102,6 +102,11 @@ def interrupted() -> History:
 def test_a_good_history_is_none_to_complain_about() -> None:
     assert violations(good()) == []
     assert violations(interrupted()) == []
+    history = good()
+    for reader in history.readers:
+        for connection in reader.connections[:-1]:
+            connection.blocks.insert(0, Block(connection.sent_id, "cut", None))
+    assert violations(history) == []
 
 
 def run_reader(history: History) -> Connection:
@@ -119,6 +124,14 @@ def duplicate(history: History) -> None:
 
 def duplicate_in_a_topic(history: History) -> None:
     topic_reader(history).blocks += topic_reader(history).blocks[-1:]
+
+
+def cursor_that_was_not_sent(history: History) -> None:
+    run_reader(history).blocks.insert(0, Block(f"{RUN}.3", "cut", None))
+
+
+def cut_in_the_middle(history: History) -> None:
+    run_reader(history).blocks.insert(1, Block(f"{RUN}.2", "cut", None))
 
 
 def hole(history: History) -> None:
@@ -226,6 +239,8 @@ def fault_of_the_server(history: History) -> None:
     [
         (duplicate, "a duplicate: 2 where 3 comes next"),
         (duplicate_in_a_topic, "a duplicate"),
+        (cursor_that_was_not_sent, "another cursor"),
+        (cut_in_the_middle, "an id alone that isn't an opening"),
         (hole, "a hole: 4 where 3 comes next"),
         (hole_without_a_gap, "a hole: 11 where 6 comes next"),
         (gap_too_small, "a hole: 11 where 10 comes next"),
