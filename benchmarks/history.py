@@ -648,11 +648,20 @@ class Scenario:
             await self.server.listening()
             self._calm = True
             await asyncio.wait(publishers)
+            await self._all_begun()
             for topic in self.history.topics:
                 await self._publish_final(topic)
             _, waiting = await asyncio.wait(readers, timeout=LIMIT_S)
             for reader in waiting:
                 reader.cancel()
+
+    async def _all_begun(self) -> None:
+        """Until each reader of a topic has begun: who begins after what is published last has nothing to wait for."""
+        left = asyncio.get_running_loop().time() + LIMIT_S
+        waiting = [reader for reader in self.history.readers if reader.stream in self.history.topics]
+        while waiting and asyncio.get_running_loop().time() < left:
+            await asyncio.sleep(0.05)
+            waiting = [one for one in waiting if not any(b.name == "init" for c in one.connections for b in c.blocks)]
 
     async def _publish_final(self, topic: str) -> None:
         """Until it is there. Readers stop at the first, if several go in."""
