@@ -37,6 +37,9 @@ __all__ = ["Subscription", "Topics"]
 KEEP_STEP: Final = 100
 #: All topics with readers are written to so often in the time after which the log would delete them.
 KEEPS: Final = 3
+#: How often a publication is tried whose topic another process opens, or deletes, each time before it is appended. Seen
+#: twice in a row: Redis was restarted twice.
+TRIES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +72,20 @@ class Topics:
     async def publish(self, topic: str, *events: Event) -> Cursor:
         """Append the events, all or none; returns when they are in the log, with the last one's id.
 
-        Raises `EncodeError`, `LogUnavailable`.
+        Raises `EncodeError`, `LogUnavailable`, `Unavailable`.
         """
         frames = [_stored(event) for event in events]
         return await self._append(_stream(topic), frames)
 
     async def _append(self, stream: str, frames: list[bytes], meta: dict[str, Any] | None = None) -> Cursor:
-        epoch = await self._epoch(stream)
-        try:
-            return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch, meta=meta))
-        except (WriterFenced, NotFound):  # another process has opened the topic (it may be shared), or it was deleted
-            if self._epochs.get(stream) == epoch:  # else another publisher of ours has been here already
-                del self._epochs[stream]
+        for _ in range(TRIES):
             epoch = await self._epoch(stream)
-            return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch, meta=meta))
+            try:
+                return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch, meta=meta))
+            except (WriterFenced, NotFound):  # another process has opened the topic (it may be shared), or deleted it
+                if self._epochs.get(stream) == epoch:  # else another publisher of ours has been here already
+                    del self._epochs[stream]
+        raise Unavailable("other processes open or delete this topic all the time; try again", retry_after_s=1)
 
     def subscribers(self, topic: str) -> int:
         """How many read the topic here at the moment."""

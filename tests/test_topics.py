@@ -21,7 +21,7 @@ from trio.testing import MockClock
 import sseapp
 import ssecore.log
 from sseapp import SSEApp
-from ssecore.errors import EncodeError, LogError, LogUnavailable
+from ssecore.errors import EncodeError, LogError, LogUnavailable, Unavailable
 from ssecore.log import Cursor, Stat, new_epoch
 from ssecore.log.memory import MemoryLog
 from ssecore.request import Request
@@ -589,6 +589,34 @@ async def test_a_publisher_that_learns_late_of_the_other_process_does_not_fence_
             await anyio.sleep(0.001)
             again.set()
         assert sequences(await read(app, 1)) == [3]
+
+
+class FencingLog(MemoryLog):
+    """Another process opens the topic before each append, so many times."""
+
+    times = 0
+
+    async def append(self, stream: str, frames: Sequence[bytes], **options: Any) -> int:
+        if self.times:
+            self.times -= 1
+            await self.open(stream, new_epoch())
+        return await super().append(stream, frames, **options)
+
+
+async def test_a_publication_goes_in_however_often_others_open_the_topic_within_reason(
+    way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = FencingLog()
+    monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
+    async with running(way) as app:
+        for log.times in range(5):
+            await publish(app)
+        assert sequences(await read(app, 1)) == [5]
+        log.times = 100
+        with pytest.raises(Unavailable):
+            await publish(app)
+        log.times = 0
+        assert (await publish(app)).seq == 6
 
 
 class AwayLog(MemoryLog):
