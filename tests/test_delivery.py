@@ -1111,7 +1111,7 @@ async def act_at_random(service: House, rng: random.Random, steps: int) -> tuple
     await service.publish("the last")
     for person in people:
         assert person.client is not None
-        await person.client.until(lambda client: b"data: the last\n\n" in client.body or client.exchange.ended.is_set())
+        await person.client.until(lambda client: b"data: the last\n" in client.body or client.exchange.ended.is_set())
         person.take(person.client.body, known)
         assert person.top == service.published
         await person.client.leave()
