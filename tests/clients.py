@@ -34,7 +34,7 @@ __all__ = [
 
 #: What a browser's `EventSource` sends, as many libraries send it too, under their own name.
 BROWSER: Final = {"accept": "text/event-stream", "cache-control": "no-cache", "user-agent": "library/1.0"}
-#: What only a browser sends.
+#: What only a browser sends, from a page of the same origin.
 REAL_BROWSER: Final = BROWSER | {
     "user-agent": "Mozilla/5.0 (X11; Linux x86_64; rv:153.0) Gecko/20100101 Firefox/153.0",
     "sec-fetch-site": "same-origin",

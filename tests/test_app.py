@@ -57,7 +57,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 JSON_TYPE = {"content-type": "application/json"}
 CSV_TYPE = {"content-type": "text/csv"}
-EVENT_SOURCE = {"accept": "text/event-stream", "cache-control": "no-cache"}
+EVENT_SOURCE = {"accept": "text/event-stream", "cache-control": "no-cache", "user-agent": "library/1.0"}
 
 #: For tests in which time passes.
 virtual_time = pytest.mark.parametrize(

@@ -693,7 +693,7 @@ async def test_subscribers_over_the_limit_are_refused_for_the_moment(way: Way) -
 
                 await read(app, 1, target="/weather")  # a limit of each topic
 
-                browser = {"accept": "text/event-stream", "cache-control": "no-cache"}
+                browser = {"accept": "text/event-stream", "cache-control": "no-cache", "user-agent": "library/1.0"}
                 async with connect(app, "GET", "/news", headers=browser) as exchange:
                     body = await exchange.body()
                     assert exchange.status == 200 and exchange.headers["content-type"] == "text/event-stream"
