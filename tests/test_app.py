@@ -46,7 +46,6 @@ from ssecore.request import (
     Request,
 )
 from ssecore.testing import Transport, VirtualClockLoop, connect
-from ssecore.wire import cut
 
 
 @pytest.fixture(autouse=True)
@@ -1043,7 +1042,8 @@ async def test_one_stream_too_many_is_refused_and_softly_for_a_browser() -> None
                 assert (await ask(app, "GET", "/a", headers=headers)).status == 503
             soft = await ask(app, "GET", "/a", headers=EVENT_SOURCE)
             assert (soft.status, soft.headers["content-type"]) == (200, "text/event-stream")
-            assert re.fullmatch(re.escape(cut("")) + rb"retry: [0-9]+\n", soft.body)
+            assert soft.body.startswith(b"retry: ")
+            assert soft.body.count(b"\n") == 1
             assert (await ask(app, "GET", "/unary")).json() == "unary"
         async with connect(app, target="/a") as exchange:
             assert await exchange.chunk() == b"retry: 2000\ndata: first\n\n"

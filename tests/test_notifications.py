@@ -441,7 +441,7 @@ async def test_a_frozen_client_is_dropped_and_delays_nobody(tmp_path: Path) -> N
         nonlocal done
         async with await anyio.connect_tcp("127.0.0.1", port) as stream:
             await stream.send(b"GET /topics/big HTTP/1.1\r\nhost: localhost\r\n\r\n")
-            while b'\ndata: "the last"\n\n' not in body[-1000:]:
+            while b'\ndata: "the last"\n' not in body[-1000:]:
                 body += await stream.receive(1 << 20)
                 if b"event: init\n" in body[:1000]:
                     subscribed.set()
