@@ -19,17 +19,21 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import MutableMapping
 from datetime import UTC, datetime
+from functools import partial
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any, Final, NoReturn, Protocol
 
 import uvicorn
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ssecore import stderr
 from ssecore.errors import SettingsError
 from ssecore.guard import MAX_HEADER_LINES, Guard
+from ssecore.responses import Send
 from ssecore.settings import Settings
 from ssecore.wire import encode_json
 
@@ -243,13 +247,49 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
             self._await_head()
         self._barren += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self.pipeline:
             self.flow.resume_reading()
         if self.max_head_bytes is not None and self._barren > self.max_head_bytes and not self.transport.is_closing():
             if self.cycle is None or self.cycle.response_complete:
                 self.transport.write(TOO_LARGE)
             self.transport.close()
+
+    def _parse(self, data: bytes) -> None:
+        """In place of uvicorn's `data_received`, which loses what follows the head of a request with `Upgrade`.
+
+        A server may ignore `Upgrade` (RFC 9110, 7.8), and this one speaks HTTP/1.1 alone. The parser stops behind such
+        a head and takes the body for another protocol's, so it gets the head once more, without that header.
+        """
+        self._unset_keepalive_if_required()
+        try:
+            while data:
+                try:
+                    return self.parser.feed_data(data)
+                except HttpParserUpgrade as upgrade:
+                    if self.parser.get_method() == b"CONNECT":  # what follows is meant for another server
+                        return self._ignore_rest()
+                    is_whole = len(self.headers) <= MAX_HEADER_LINES
+                    head, data = self._head_without_upgrade(), data[upgrade.args[0] :]
+                    self.parser = HttpRequestParser(self)  # with `Connection: close` the first one reads no more
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+                    self.parser.feed_data(head)
+                    if not is_whole:  # the request is refused; its length may be among the headers that were dropped
+                        return self._ignore_rest()
+        except HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
+
+    @property
+    def _upgrade_ignored(self) -> bool:
+        """The parser is about to stop, and the same request comes again."""
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -264,6 +304,8 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._upgrade_ignored:
+            return
         self._barren = 0
         self._head_is_here()
         super().on_headers_complete()
@@ -274,11 +316,15 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._upgrade_ignored:
+            return
         self._barren = 0
         super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering, self._ahead = cycle, 0
+        if cycle.scope["http_version"] < "1.1":
+            app = partial(_without_chunks, app, cycle)
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
@@ -331,6 +377,25 @@ class BoundedProtocol(HttpToolsProtocol):
     def _is_late(self, timer: asyncio.TimerHandle | None) -> bool:
         # uvloop runs its timers before it reads from the sockets.
         return timer is not None and self.loop.time() - timer.when() > LATE_S
+
+
+async def _without_chunks(app: Any, cycle: RequestResponseCycle, scope: Any, receive: Any, send: Send) -> None:
+    """Call the app for a client of HTTP/1.0: it knows no chunks (RFC 9112, 6.1), which uvicorn would send.
+
+    A body of unknown length ends with the connection.
+    """
+    unknown = False
+
+    async def send_plain(message: MutableMapping[str, Any]) -> None:
+        nonlocal unknown
+        if message["type"] == "http.response.start":
+            if unknown := all(name.lower() != b"content-length" for name, _ in message.get("headers", ())):
+                cycle.chunked_encoding = False
+        elif unknown:  # uvicorn takes each part for the whole body
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    await app(scope, receive, send_plain)
 
 
 class _TruncatedOnPurpose(logging.Filter):

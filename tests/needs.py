@@ -21,6 +21,7 @@ _PLACES: Final = {
     "chromium": ("chromium", "chromium-browser"),
     "curl": ("curl",),
     "firefox": ("firefox-esr", "firefox"),
+    "java": ("javac",),
     "local-model": (),
     "mmdebstrap": ("mmdebstrap",),
     "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
+
+from ssecore.server import BoundedProtocol
 
 __all__ = ["Wire", "connected"]
 
@@ -42,12 +43,12 @@ class Wire(asyncio.Transport):
 
 
 @contextmanager
-def connected(app: Any, request: bytes) -> Iterator[tuple[HttpToolsProtocol, Wire]]:
+def connected(app: Any, request: bytes) -> Iterator[tuple[BoundedProtocol, Wire]]:
     """One connection to the app, and this request on it. The client leaves with the block."""
     config = uvicorn.Config(app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False)
     config.load()
     config.loaded_app = app  # without uvicorn's own wrappers, as our runner has it
-    protocol, wire = HttpToolsProtocol(config, ServerState(), {}), Wire()
+    protocol, wire = BoundedProtocol(config, ServerState(), {}), Wire()
     protocol.connection_made(wire)
     protocol.data_received(request)
     try:

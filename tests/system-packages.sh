@@ -29,6 +29,7 @@ missing() { # the Debian packages whose program or file (the same as in tests/ne
     present firefox-esr firefox || echo firefox-esr
     present WebKitWebDriver || echo webkit2gtk-driver
     present Xvfb || echo xvfb
+    present javac || echo default-jdk-headless # `java Client.java` needs the compiler
     present node || echo nodejs
     present npm || echo npm
     present mount || echo mount

@@ -2,11 +2,15 @@
 
 import asyncio
 import json
+import re
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import pytest
 import uvicorn
 
@@ -16,8 +20,9 @@ from ssecore.request import Request
 from ssecore.routes import GET
 from ssecore.settings import Settings
 from ssecore.wire import Event, cut
+from tests.needs import find, needs
 from tests.protocol import connected
-from tests.serving import Server, serve
+from tests.serving import Server, is_clean, serve
 
 TIMEOUT_S: Final = 20
 START: Final = {"type": "http.response.start", "status": 200, "headers": []}
@@ -44,8 +49,7 @@ def test_the_installed_uvicorn_has_been_looked_at() -> None:
     assert uvicorn.__version__.startswith(KNOWN), "compare httptools_impl.py with the rules of ssecore/connection.py"
 
 
-@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-async def test_a_chunk_is_what_send_writes(version: bytes) -> None:
+async def test_a_chunk_is_what_send_writes() -> None:
     bodies = [b"x", b"data: \xc3\xbc\n\n" * 5000]
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -61,7 +65,7 @@ async def test_a_chunk_is_what_send_writes(version: bytes) -> None:
         await send(LAST)
         assert connection_of(send) is None, "after the end"
 
-    with connected(app, b"GET / HTTP/%b\r\n\r\n" % version) as (protocol, wire):
+    with connected(app, b"GET / HTTP/1.1\r\n\r\n") as (protocol, wire):
         await asyncio.gather(*protocol.tasks)
         assert wire.written[1:3] == wire.written[3:5]
 
@@ -147,9 +151,11 @@ def read_until(sock: socket.socket, enough: Callable[[bytes], bool]) -> bytes:
     return body
 
 
-def numbers(chunked: bytes) -> list[int]:
-    """The numbers of the events in a chunked body, each chunk checked."""
+def numbers(chunked: bytes, *, plain: bool = False) -> list[int]:
+    """The numbers of the events in a chunked body, each chunk checked; or in a plain one."""
     body = b""
+    if plain:
+        body, chunked = chunked, b""
     while chunked:
         size, _, rest = chunked.partition(b"\r\n")
         length = int(size, 16)
@@ -175,11 +181,13 @@ def test_everybody_gets_the_same_however_they_read(server: Server) -> None:
                 leaves.close()
             if n % 10 == 9 and n < events - 10:
                 for sock in (quick, old):
-                    ten = read_until(sock, lambda body, n=n: b'"n":%d,' % n in body and body.endswith(b"\n\n\r\n"))  # type: ignore[misc]
-                    assert numbers(ten) == [*range(n - 9, n + 1)]
+                    end = b"\n\n" if sock is old else b"\n\n\r\n"
+                    ten = read_until(sock, lambda body, n=n, end=end: b'"n":%d,' % n in body and body.endswith(end))  # type: ignore[misc]
+                    assert numbers(ten, plain=sock is old) == [*range(n - 9, n + 1)]
         for sock in (quick, old):
-            rest = read_until(sock, lambda body: mark in body and body.endswith(b"\n\n\r\n"))
-            assert numbers(rest) == [*range(events - 10, events)]
+            end = b"\n\n" if sock is old else b"\n\n\r\n"
+            rest = read_until(sock, lambda body, end=end: mark in body and body.endswith(end))  # type: ignore[misc]
+            assert numbers(rest, plain=sock is old) == [*range(events - 10, events)]
         assert numbers(read_until(slow, lambda body: mark in body and body.endswith(b"\n\n\r\n"))) == [*range(events)]
     assert "Traceback" not in server.log()
 
@@ -208,3 +216,174 @@ async def test_what_a_drain_cuts_off_before_it_began_comes_back(direct: bool, br
     if browser:
         assert wire.body.startswith(cut("") + b"retry: ")
     assert b"".join(wire.written).startswith(b"HTTP/1.1 200 " if browser else b"HTTP/1.1 503 ")
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("GET", "/stream?count=3&interval=0"),
+        ("GET", "/stream/data?count=3&interval=0"),
+        ("GET", "/chat?prompt=hello"),
+        ("GET", "/tasks/export"),
+        ("GET", "/healthz"),
+        ("GET", "/nowhere"),
+        ("HEAD", "/stream"),
+    ],
+)
+def test_a_client_of_http_1_0_gets_the_same_body_without_chunks_and_the_connections_end(
+    method: str, target: str, version: str, server: Server
+) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), TIMEOUT_S) as sock:
+        # `keep-alive` is what clients of HTTP/1.0 offer; it needs a length.
+        connection = "keep-alive" if version == "1.0" else "close"
+        sock.sendall(f"{method} {target} HTTP/{version}\r\nhost: x\r\nconnection: {connection}\r\n\r\n".encode())
+        answer = b""
+        while data := sock.recv(1 << 16):
+            answer += data
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"\r\nconnection: close" in head
+    if version == "1.0":
+        assert b"transfer-encoding" not in head
+    expected = httpx.request(method, server.url + target, trust_env=False).content
+    if b"transfer-encoding: chunked" not in head:
+        assert re.sub(rb"[\w-]{22}", b"RUN", body) == re.sub(rb"[\w-]{22}", b"RUN", expected)
+    assert is_clean(server.log())
+
+
+async def test_a_stream_of_http_1_0_ends_by_itself_and_with_its_client() -> None:
+    ends: list[str] = []
+    waits = asyncio.Event()
+
+    async def handler(request: Request) -> AsyncIterator[Event]:
+        try:
+            yield Event("first")
+            await asyncio.sleep(0.05)
+            yield Event("second")
+            if request.path == "/endless":
+                waits.set()
+                await asyncio.sleep(TIMEOUT_S)
+        finally:
+            ends.append(request.end_reason)
+
+    app = SSEApp([GET("/", handler), GET("/endless", handler)], Settings(log="memory", auth="off"))
+    async with asyncio.timeout(TIMEOUT_S), app.running():
+        with connected(app, b"GET / HTTP/1.0\r\nhost: x\r\n\r\n") as (protocol, wire):
+            await asyncio.gather(*protocol.tasks)
+            assert wire.closing
+            assert wire.body == b"retry: 2000\ndata: first\n\ndata: second\nid: end\n\n"
+        with connected(app, b"GET /endless HTTP/1.0\r\nhost: x\r\n\r\n") as (protocol, wire):
+            await waits.wait()
+            tasks = list(protocol.tasks)
+        await asyncio.gather(*tasks)
+    assert ends == ["finished", "client"]
+
+
+# Upgrade
+
+UPGRADES: Final = {
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n",
+    "websocket": b"Upgrade: websocket\r\nConnection: keep-alive, Upgrade\r\nSec-WebSocket-Version: 13\r\n",
+    "any": b"connection: upgrade\r\nupgrade: tls/1.2, x\r\nupgrade: y\r\n",
+    "last": b"connection: close, upgrade\r\nupgrade: h2c\r\n",
+}
+BODIES: Final = {
+    "none": b"\r\n",
+    "of no length": b"content-length: 0\r\n\r\n",
+    "of a length": b"content-length: 5\r\n\r\nhello",
+    "chunked": b"transfer-encoding: chunked\r\n\r\n2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n",
+    "chunked, with a trailer": b"transfer-encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n0\r\nupgrade: h2c\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("cut_at", ["nowhere", "behind each byte", "behind the head"])
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("upgrade", UPGRADES)
+async def test_a_request_that_offers_an_upgrade_is_handled_as_if_it_did_not(
+    upgrade: str, body: str, cut_at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And so is each one that follows on the connection."""
+    seen: list[tuple[str, bytes]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert b"upgrade" not in dict(scope["headers"])
+        content, more = b"", True
+        while more:
+            message = await receive()
+            content, more = content + message["body"], message["more_body"]
+        seen.append((f"{scope['method']} {scope['path']}?{scope['query_string'].decode()}", content))
+        await send({**START, "headers": [(b"content-length", b"0")]})
+        await send(LAST)
+
+    request = b"POST /a?b=c HTTP/1.1\r\nhost: x\r\n" + UPGRADES[upgrade] + BODIES[body]
+    following = b"GET /2 HTTP/1.1\r\nhost: x\r\n\r\n"
+    kept = upgrade != "last"
+    if kept:
+        request += request + following
+    head = request.index(b"\r\n\r\n") + 4
+    ends: Any = {"nowhere": [], "behind each byte": range(1, len(request)), "behind the head": [head]}[cut_at]
+    parts = [request[begin:end] for begin, end in zip([0, *ends], [*ends, len(request)], strict=True)]
+    with connected(app, parts[0]) as (protocol, wire):
+        for part in parts[1:]:
+            await asyncio.sleep(0)
+            protocol.data_received(part)
+        while protocol.tasks:
+            await asyncio.gather(*protocol.tasks)
+        assert wire.closing is not kept
+    posted = ("POST /a?b=c", b"hello" if "of no" not in body and body != "none" else b"")
+    assert seen == ([posted, posted, ("GET /2?", b"")] if kept else [posted])
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("request_head", "statuses"),
+    [
+        (b"CONNECT host:1 HTTP/1.1\r\nhost: host:1\r\n\r\n", 1),
+        (b"POST / HTTP/1.1\r\n" + UPGRADES["h2c"] + b"x: y\r\n" * 200 + b"content-length: 25\r\n\r\n", 1),
+    ],
+    ids=["CONNECT", "a head of too many lines"],
+)
+def test_what_follows_a_refused_upgrade_is_not_taken_for_a_request(
+    request_head: bytes, statuses: int, server: Server
+) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), TIMEOUT_S) as sock:
+        sock.sendall(request_head + b"GET /healthz HTTP/1.1\r\n\r\n")
+        answer = b""
+        while data := sock.recv(1 << 16):
+            answer += data
+    assert answer.count(b"HTTP/1.1 ") == statuses and not answer.startswith(b"HTTP/1.1 2")
+    assert "upgrade" not in server.log().lower()
+
+
+JAVA_CLIENT: Final = """
+import java.net.URI;
+import java.net.http.*;
+
+public class Client {
+    public static void main(String[] arguments) throws Exception {
+        HttpClient client = HttpClient.newHttpClient();
+        for (int i = 0; i < 2; i++) {
+            HttpRequest request = HttpRequest.newBuilder(URI.create(arguments[0]))
+                .header("Content-Type", "application/json")
+                .POST(HttpRequest.BodyPublishers
+                    .ofString("[{\\"role\\": \\"user\\", \\"content\\": \\"hello\\"}]")).build();
+            HttpResponse<java.util.stream.Stream<String>> response =
+                client.send(request, HttpResponse.BodyHandlers.ofLines());
+            System.out.println(response.statusCode() + " " + response.version());
+            response.body().forEach(System.out::println);
+        }
+    }
+}
+"""
+
+
+@needs("java")
+def test_javas_client_posts_with_its_defaults(server: Server, tmp_path: Path) -> None:
+    """It offers h2c with each request to http://."""
+    (tmp_path / "Client.java").write_text(JAVA_CLIENT)
+    java = Path(find("java")).with_name("java")
+    command = [str(java), "-XX:TieredStopAtLevel=1", str(tmp_path / "Client.java"), f"{server.url}/chat/stream"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("200 HTTP_1_1\n") == 2 and result.stdout.count("event: done\n") == 2
+    assert is_clean(server.log()) and "pgrade" not in server.log()
