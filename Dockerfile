@@ -39,10 +39,11 @@ USER 10001:10001
 EXPOSE 8000
 # SIGTERM drains: SSEAPP_DRAIN_S (8) has to be below the time until SIGKILL (`docker stop` gives 10 s).
 STOPSIGNAL SIGTERM
-# Whether the process answers, not whether it wants work: a container that drains is healthy.
+# Whether the process answers, not whether it wants work: a container that drains is healthy. It asks where the
+# variables say that the service listens; the kernel takes 0.0.0.0 and :: for this machine.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 CMD ["python", "-c", "\
-import os, sys; from http.client import HTTPConnection; \
-health = HTTPConnection('127.0.0.1', int(os.environ['SSEAPP_PORT']), timeout=2); \
+import sys; from http.client import HTTPConnection; from ssecore.settings import Settings; \
+settings = Settings.from_env(); health = HTTPConnection(settings.host, settings.port, timeout=2); \
 health.request('GET', '/healthz'); sys.exit(health.getresponse().status != 200)"]
 ENTRYPOINT ["python", "-m", "sseapp"]
 CMD ["serve"]

@@ -15,12 +15,14 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+import os
 import random
 import secrets
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
@@ -644,9 +646,11 @@ def _token(
     may: Sequence[str] = (),
 ) -> int:
     """`sseapp token …`: what a program may want goes to stdout, remarks go to stderr."""
-    path = Settings.from_env(tokens_file=tokens_file).tokens_file
-    if path is None:
+    # No other setting is read: a wrong one is no reason to keep a token alive.
+    given = os.environ.get("SSEAPP_TOKENS_FILE", "") if tokens_file is None else tokens_file
+    if given.lower() in ("none", ""):
         raise SettingsError("where are the tokens? name the file in SSEAPP_TOKENS_FILE, or by --tokens-file")
+    path = Path(given)
     _check_patterns(may)
     if action == "add":
         expiry = parse_expiry(expires) if expires is not None else None

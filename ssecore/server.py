@@ -475,7 +475,9 @@ def _listen(settings: Settings, *, private: bool) -> socket.socket:
             field="host",
         )
     try:
-        sock = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        # `::` is every address of this machine, those of IPv4 too.
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        sock = socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         raise SettingsError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from None
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)

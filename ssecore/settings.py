@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ __all__ = ["Settings", "describe"]
 logger = logging.getLogger("sseapp")
 
 _PREFIX = "SSEAPP_"
+#: Kubernetes sets these for each Service of the namespace: for one named sseapp, or sseapp-<anything>, with our prefix.
+_OF_A_SERVICE = re.compile(
+    rf"{_PREFIX}(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+_SERVICE_ADDRESS = re.compile("(tcp|udp|sctp)://")
 _Seconds = Annotated[float, Meta(gt=0, le=10_000_000)]
 _Bytes = Annotated[int, Meta(ge=1)]
 #: As browsers send it: no path, no default port, lower case.
@@ -108,8 +114,8 @@ class Settings:
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: str | None) -> "Settings":
         """Read the environment (default: the process's); `overrides` (of the command line) win over it.
 
-        Unknown `SSEAPP_` variables are warned about. Raises `SettingsError` with the name, the value and what was
-        expected.
+        Unknown `SSEAPP_` variables are warned about, but not those that Kubernetes sets. Raises `SettingsError` with
+        the name, the value and what was expected.
         """
         environ = os.environ if environ is None else environ
         hints = get_type_hints(cls, include_extras=True)
@@ -121,10 +127,18 @@ class Settings:
             text = overrides.get(field.name)
             name = variable if text is None else f"--{field.name.replace('_', '-')}"
             text = environ.get(variable) if text is None else text
+            if text is not None and name == f"{_PREFIX}PORT" and _SERVICE_ADDRESS.match(text):
+                logger.warning(
+                    "SSEAPP_PORT=%s is ignored, and the port is %d: Kubernetes sets this variable for a Service named "
+                    "sseapp. To set the port use --port; to have no such variables set enableServiceLinks: false",
+                    text,
+                    field.default,
+                )
+                continue
             if text is not None and (text != "" or not variable.startswith("OPENAI_")):
                 values[field.name] = _parse(name, text, hints[field.name])
         for variable in sorted(set(environ) - set(known)):
-            if variable.startswith(_PREFIX):
+            if variable.startswith(_PREFIX) and not _OF_A_SERVICE.fullmatch(variable):
                 near = difflib.get_close_matches(variable, known, 1)
                 logger.warning("unknown setting %s is ignored%s", variable, f"; is it {near[0]}?" if near else "")
         return cls(**values)

@@ -1,10 +1,15 @@
 """Settings: read from the environment, refused where they can't be used, and all of them in `sseapp serve --help`."""
 
 import dataclasses
+import json
 import logging
 import re
+import subprocess
+import sys
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -13,7 +18,7 @@ from hypothesis import strategies as st
 
 from ssecore.errors import SettingsError
 from ssecore.settings import Settings
-from tests.serving import run_sseapp
+from tests.serving import free_port, is_clean, run_sseapp, serve
 
 #: Variables, as the field's metadata or the prefix have them.
 VARIABLES = {
@@ -166,6 +171,86 @@ def test_the_value_of_an_unknown_variable_is_not_logged(caplog: pytest.LogCaptur
     Settings.from_env({"SSEAPP_OPENAI_API_KEY": "the-secret"})
     assert len(caplog.messages) == 1
     assert "the-secret" not in caplog.text
+
+
+# Kubernetes
+
+#: All that Kubernetes sets in each container for a Service `sseapp` with the port 8000 named `http`.
+OF_A_SERVICE: Final = {
+    "SSEAPP_SERVICE_HOST": "10.96.0.10",
+    "SSEAPP_SERVICE_PORT": "8000",
+    "SSEAPP_SERVICE_PORT_HTTP": "8000",
+    "SSEAPP_PORT": "tcp://10.96.0.10:8000",
+    "SSEAPP_PORT_8000_TCP": "tcp://10.96.0.10:8000",
+    "SSEAPP_PORT_8000_TCP_PROTO": "tcp",
+    "SSEAPP_PORT_8000_TCP_PORT": "8000",
+    "SSEAPP_PORT_8000_TCP_ADDR": "10.96.0.10",
+}
+
+
+def test_the_variables_of_a_service_change_nothing_and_one_warning_names_the_port(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    of_another = {name.replace("SSEAPP_", "SSEAPP_REDIS_", 1): value for name, value in OF_A_SERVICE.items()}
+    assert Settings.from_env(OF_A_SERVICE | of_another) == Settings()
+    (message,) = caplog.messages
+    assert "SSEAPP_PORT=tcp://10.96.0.10:8000 is ignored" in message and "8000" in message and "--port" in message
+
+
+def test_an_option_wins_over_the_port_of_a_service_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert Settings.from_env(OF_A_SERVICE, port="9").port == 9
+    assert caplog.messages == []
+
+
+def test_the_service_starts_where_kubernetes_has_a_service_of_its_name(tmp_path: Path) -> None:
+    with serve(tmp_path, "--port", "0", env=OF_A_SERVICE) as server:
+        assert server.client.get("/healthz").is_success
+    assert is_clean(server.log()) and "SSEAPP_" not in server.log()
+    # Without the option it takes 8000, at an address that isn't this machine's: another program may have that port.
+    elsewhere = run_sseapp("serve", "--host", "192.0.2.1", env=OF_A_SERVICE | {"SSEAPP_AUTH": "off"})
+    warning, refusal = elsewhere.stderr.splitlines()
+    assert "SSEAPP_PORT=tcp://10.96.0.10:8000 is ignored" in warning and "192.0.2.1:8000" in refusal
+
+
+@pytest.mark.parametrize("port", ["tcp://10.96.0.10:8000", "wrong"])
+def test_the_tokens_are_at_hand_whatever_other_variables_say(port: str, tmp_path: Path) -> None:
+    env = OF_A_SERVICE | {"SSEAPP_PORT": port, "SSEAPP_TOKENS_FILE": str(tmp_path / "tokens")}
+    assert run_sseapp("token", "add", "ann", env=env).returncode == 0
+    listed = run_sseapp("token", "list", env=env)
+    assert (listed.returncode, listed.stderr, listed.stdout.split("\t")[1]) == (0, "", "ann")
+    for none in ("", "none"):
+        assert run_sseapp("token", "list", env=env | {"SSEAPP_TOKENS_FILE": none}).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [
+        ("::", ["127.0.0.1", "::1"]),
+        ("0.0.0.0", ["127.0.0.1"]),
+        ("::1", ["::1"]),
+        ("127.0.0.2", ["127.0.0.2"]),
+        ("localhost", ["localhost"]),
+    ],
+)
+def test_it_is_reached_where_it_listens_and_the_images_health_check_asks_there(
+    host: str, reached: list[str], tmp_path: Path
+) -> None:
+    dockerfile = (Path(__file__).parent.parent / "Dockerfile").read_text()
+    (command,) = re.findall(r"(?s)^HEALTHCHECK .*? CMD (\[.*?\])$", dockerfile, re.MULTILINE)
+    _, *arguments = json.loads(command.replace("\\\n", ""))
+    port = free_port()
+    # With credentials, of which there are none: it may listen beyond this machine.
+    env = {"SSEAPP_HOST": host, "SSEAPP_PORT": str(port), "SSEAPP_TOKENS_FILE": str(tmp_path / "tokens")}
+    with serve(tmp_path, env=env) as server:
+        for address in reached:
+            with closing(HTTPConnection(address, port, timeout=10)) as client:
+                client.request("GET", "/healthz")
+                assert client.getresponse().status == 200
+        check = [sys.executable, *arguments]
+        assert subprocess.run(check, env=env, capture_output=True, timeout=20).returncode == 0
+        wrong = env | {"SSEAPP_PORT": str(free_port())}
+        assert subprocess.run(check, env=wrong, capture_output=True, timeout=20).returncode != 0
+    assert is_clean(server.log())
 
 
 # Secrets
