@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from handlers.local_model import LOCAL, local_model
 from ssecore.errors import BadRequest, SettingsError, TooLarge, UpstreamError
+from ssecore.outbound import http_client
 from ssecore.request import Request
 from ssecore.routes import GET, POST, Run
 from ssecore.settings import Settings
@@ -333,8 +334,7 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
         headers["authorization"] = f"Bearer {key}"
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=POOL_TIMEOUT_S)
     limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=20)
-    direct = {"all://127.0.0.1": None}  # the local model isn't behind the proxy that HTTP_PROXY may name
-    async with httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, mounts=direct) as client:
+    async with http_client(headers=headers, timeout=timeout, limits=limits) as client:
         url = url.copy_with(path=url.path.rstrip("/") + "/chat/completions")
         yield OpenAIModel(client, url, settings.openai_model, key)
 

@@ -50,6 +50,7 @@ from anyio import current_time
 from anyio.abc import TaskGroup
 
 from ssecore.errors import TooLarge, UpstreamError
+from ssecore.outbound import http_client
 from ssecore.wire import CONTENT_TYPE, DEFAULT_MAX_EVENT_BYTES, Decoder, Event
 
 __all__ = [
@@ -219,7 +220,7 @@ class Source:
         self._started = False
 
     async def __aenter__(self) -> Self:
-        self._client = self._given_client or httpx.AsyncClient()
+        self._client = self._given_client or http_client()
         self._tasks: TaskGroup = await anyio.create_task_group().__aenter__()
         return self
 
