@@ -200,7 +200,8 @@ def _elsewhere(servers: Sequence[Server], redis: RedisServer, streams: int, toke
 def _begun(server: Server, runs: int, target: str) -> list[str]:
     """So many runs, and where each can be read."""
     with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60, trust_env=False) as client:
-        return [client.get(target, headers={"prefer": "respond-async"}).headers["location"] for _ in range(runs)]
+        started = [client.get(target, headers={"prefer": "respond-async"}) for _ in range(runs)]
+        return [answer.url.join(answer.headers["location"]).path for answer in started]
 
 
 def _wait(server: Server, redis: RedisServer, runs: int, connections: int) -> dict[str, float]:

@@ -88,7 +88,7 @@ _Far = tuple[int, str]
 
 
 def accepted(request: Request, job_id: str) -> Response:
-    return JSON({"job_id": job_id}, status=202, headers={"location": f"{request.root_path}/jobs/{job_id}/progress"})
+    return JSON({"job_id": job_id}, status=202, headers={"location": request.reference(f"/jobs/{job_id}/progress")})
 
 
 async def job(request: Request) -> AsyncIterator[Event]:

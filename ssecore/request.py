@@ -182,10 +182,21 @@ class Request:
     def path(self) -> str:
         """The path below the mount point. Servers and hosts put `root_path` into `path` too; older ones don't."""
         path: str = self.scope["path"]
-        root = self.root_path.rstrip("/")
+        root = self.root_path
+        if root.endswith("/") and not path.startswith(f"{root}/"):  # uvicorn joins `--root-path /api/` and the path
+            root = root.rstrip("/")
         if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
             path = path[len(root) :]
         return path or "/"
+
+    def reference(self, target: str) -> str:
+        """A relative reference (RFC 3986, 4.2) from the request's own URL to `target`, a path of this app.
+
+        It leads there behind a proxy that strips a prefix too, which the app can't know.
+        """
+        raw: bytes = self.scope.get("raw_path") or b""
+        depth = self.path.count("/") - 1 - raw.lower().count(b"%2f")  # an encoded slash is no level of the URL
+        return "../" * depth + target.removeprefix("/")
 
     @cached_property
     def headers(self) -> Mapping[str, str]:

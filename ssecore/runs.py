@@ -724,11 +724,11 @@ async def _settled(worker: Worker | None) -> None:
 
 
 def _events_path(request: Request, run: str) -> str:
-    return f"{request.root_path}/runs/{run}/events"
+    return request.reference(f"/runs/{run}/events")
 
 
 def _located(request: Request, answer: Response | Attached) -> Response | Attached:
-    """Say where else the run can be read: a client of a POST goes on there, under whatever path we are mounted."""
+    """Say where else the run can be read: a client of a POST goes on there."""
     if isinstance(answer, Response):
         return answer
     path = _events_path(request, answer.headers["run-id"])

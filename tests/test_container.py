@@ -218,7 +218,7 @@ def test_sigterm_drains_and_a_restart_has_it_all(container: Container) -> None:
     assert "Traceback" not in container.log()
     container.storage.podman("start", "sseapp")
     wait_until(container.is_ready)
-    events = Decoder().feed(container.get(answer["events"]).encode())
+    events = Decoder().feed(container.get(f"/{answer['events']}").encode())
     words = "".join(json.loads(event.data)["content"] for event in events[:-1])
     assert words.split()[-20:] == ["one"] * 20
     assert events[-1].data == "[DONE]"

@@ -3,7 +3,7 @@
 import json
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Mount
 
-from sseapp import Event, Settings, SSEApp
+from sseapp import POST, Event, Request, Run, Settings, SSEApp
 from ssecore.client import connect
 from ssecore.testing import Transport, assert_stream
 from ssecore.testing import connect as connect_in_process
@@ -65,8 +65,9 @@ async def test_a_run_is_found_again_under_the_mount_path(server: Server, host: s
     url = f"{host}/deep/sse/work"
     answer = server.client.post(url, headers={"prefer": "respond-async"})
     assert answer.status_code == 202
-    location = answer.headers["location"]
-    assert location == answer.json()["events"] == f"{host}/deep/sse/runs/{answer.json()['run']}/events"
+    assert answer.headers["location"] == answer.json()["events"]
+    location = answer.url.join(answer.headers["location"]).path
+    assert location == f"{host}/deep/sse/runs/{answer.json()['run']}/events"
     with relay(server.port, [600]) as line:
         async with httpx.AsyncClient(verify=False) as http, connect(line.url + url, method="POST", client=http) as s:
             with anyio.fail_after(20):
@@ -129,3 +130,54 @@ async def test_without_running_a_run_says_what_is_missing() -> None:
             assert "async with app.running()" in answer.json()["detail"]
     with pytest.raises(Exception, match="async with app"):
         app.topics  # noqa: B018
+
+
+class Stripped:
+    """As behind a proxy that strips a prefix (`location /sse/ { proxy_pass http://app/; }`) and tells of none."""
+
+    def __init__(self, app: Any, prefix: str) -> None:
+        self._app, self._prefix = app, prefix
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        assert scope["path"].startswith(f"{self._prefix}/")
+        path = scope["path"].removeprefix(self._prefix)
+        await self._app(
+            {**scope, "path": path, "raw_path": scope["raw_path"].removeprefix(self._prefix.encode())}, receive, send
+        )
+
+
+@pytest.mark.parametrize("prefix", ["", "/sse", "/deep/sse"])
+@pytest.mark.parametrize("path", ["/work", "/tasks/3/execute/stream", "/named/a%20b", "/slash/a%2Fb"])
+async def test_a_location_leads_to_the_run_behind_a_proxy_that_strips_a_prefix(path: str, prefix: str) -> None:
+    async def work(request: Request, **params: Any) -> AsyncIterator[Event]:
+        yield Event("1")
+
+    paths = ("/work", "/tasks/{id:int}/execute/stream", "/named/{name}", "/slash/a/b")
+    app = SSEApp([POST(each, work, run=Run()) for each in paths], Settings(log="memory"))
+    transport = Transport(Stripped(app, prefix))
+    url = f"http://localhost{prefix}{path}"
+    async with app.running(), httpx.AsyncClient(transport=transport, verify=False) as http:
+        with anyio.fail_after(20):
+            started = await http.post(url, headers={"prefer": "respond-async"})
+            assert started.status_code == 202
+            located = (await http.post(url)).headers
+            assert not located["content-location"].startswith("/")
+            for response, reference in (
+                (started, started.headers["location"]),
+                (started, started.json()["events"]),
+                (started, located["content-location"]),
+            ):
+                answer = await http.get(response.url.join(reference))
+                assert (answer.status_code, "data: 1\n" in answer.text) == (200, True)
+            async with connect(url, method="POST", headers={"prefer": "respond-async"}, client=http) as source:
+                assert [event.data async for event in source] == ["1"]
+
+
+@pytest.mark.parametrize("root", ["/api", "/api/", "/deep/api/"])
+def test_a_root_path_may_end_with_a_slash(root: str, tmp_path: Path) -> None:
+    with serve_uvicorn(tmp_path, "--root-path", root) as server:
+        started = server.client.get("/chat?prompt=hi", headers={"prefer": "respond-async"})
+        assert (started.status_code, started.headers["location"][:5]) == (202, "runs/")
+        assert server.client.get(f"/{started.headers['location']}").is_success
+        assert server.client.get("/static/main.js").is_success
+        assert server.client.get("/").is_success

@@ -108,7 +108,7 @@ def started(response: httpx.Response) -> str:
     assert response.status_code == 202, response.text
     id = response.headers["run-id"]
     assert re.fullmatch(r"[\w-]{22}", id)
-    assert (response.json(), response.headers["location"]) == ({"job_id": id}, f"/jobs/{id}/progress")
+    assert (response.json(), response.headers["location"]) == ({"job_id": id}, f"jobs/{id}/progress")
     return str(id)
 
 
@@ -438,8 +438,8 @@ async def test_somebody_elses_job_is_not_found(tmp_path: Path) -> None:
         held.go_on.set()
         answer = await ask(app, "/jobs", "POST", headers=as_("ann"), body=b'{"kind": "report"}', root_path="/mounted")
         location = answer.headers["location"]
-        assert location == f"/mounted/jobs/{answer.json['job_id']}/progress"
-        target = location.removeprefix("/mounted")
+        assert location == f"jobs/{answer.json['job_id']}/progress"
+        target = f"/{location}"
         for headers in (as_("ben"), as_("ben") | {"last-event-id": answer.json["job_id"] + ".1"}):
             assert (await ask(app, target, headers=headers)).status in (404, 410)
         assert (await ask(app, target, headers=as_("ann"))).events[-1].data == DONE

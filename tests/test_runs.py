@@ -322,9 +322,9 @@ async def test_with_respond_async_a_run_is_started_and_its_place_is_told(house: 
         run = answer.headers["run-id"]
         assert answer.status == 202
         assert answer.headers["content-type"] == "application/json"
-        assert answer.headers["location"] == f"/mount/runs/{run}/events"
+        assert answer.headers["location"] == f"runs/{run}/events"
         assert answer.headers["preference-applied"] == "respond-async"
-        assert answer.json == {"run": run, "events": f"/mount/runs/{run}/events"}
+        assert answer.json == {"run": run, "events": f"runs/{run}/events"}
 
         async with listening(app, f"/runs/{run}/events", root_path="/mount") as reading:
             assert (await reading.event()).id == f"{run}.1"
