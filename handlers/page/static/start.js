@@ -26,7 +26,8 @@ export async function start(stream, values) {
   if (body !== undefined) headers["Content-Type"] = stream.mediaType ?? "application/json"
   const response = await call(address, { method, headers, body: body instanceof Blob ? body : JSON.stringify(body) })
   const said = await response.json()
-  return { title, about, route, life, url: response.headers.get("Location"), run: said.run ?? said.job_id }
+  const url = new URL(response.headers.get("Location"), response.url).href // it is relative to the request's URL
+  return { title, about, route, life, url, run: said.run ?? said.job_id }
 }
 
 /** Save a file. Asked for by HEAD first: a link would lead away from the page to the problem. */
