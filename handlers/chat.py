@@ -64,6 +64,11 @@ _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
     403: ("upstream_auth", "the model doesn't accept this service's credentials", 502, False),
     429: ("upstream_rate_limited", "the model's rate limit is reached; try again", 503, True),
     503: ("upstream_error", "the model is not available; try again", 503, True),
+    **dict.fromkeys(
+        (301, 302, 303, 307, 308),
+        # Not followed: a POST with the key in it would go to an address that nobody here has chosen.
+        ("upstream_error", "the model's server has moved: OPENAI_BASE_URL must be set to its new address", 502, False),
+    ),
     httpx.PoolTimeout: ("upstream_timeout", "too many answers are under way; try again later", 503, False),
     httpx.TimeoutException: ("upstream_timeout", "the model did not answer in time", 504, False),
     httpx.ConnectError: ("upstream_unreachable", "the model can't be reached", 502, True),
@@ -305,6 +310,8 @@ async def _refusal(response: httpx.Response) -> ModelError | None:
             while len(said) < MAX_REFUSAL_BYTES and (chunk := await anext(chunks, b"")):
                 said += chunk
     text = f"status {status}, {media_type:.100}: {said.decode(errors='replace')}"
+    if location := headers.get("location"):
+        text = f"redirected to {location:.200}, which is not followed: change OPENAI_BASE_URL; {text}"
     return ModelError(status, text, headers.get("retry-after", "") if status in (429, 503) else "")
 
 

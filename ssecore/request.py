@@ -7,6 +7,7 @@ Boundary of trust: all that a request holds comes from outside. The query and th
 types that the route declares before a handler sees them; `BadRequest` names the field that is to blame.
 """
 
+import codecs
 import hashlib
 import random
 import re
@@ -137,7 +138,7 @@ class Request:
         self.path_params: Mapping[str, Any] = {}
         self.query: Any = None
         self.body: Any = None
-        self.raw_body = b""  #: a JSON body as it came
+        self.raw_body = b""  #: a JSON body as it came, without a byte order mark
         self._receive = receive
         self.body_digest = ""  #: SHA-256 of the body as it came, where the route declares one
         self.caller: str | None = None  #: the name of whoever asks; `None` where nobody has one
@@ -187,6 +188,9 @@ class Request:
             root = root.rstrip("/")
         if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
             path = path[len(root) :]
+        raw: bytes = self.scope.get("raw_path") or b""
+        if path.endswith("/") and raw and not raw.lower().endswith((b"/", b"%2f")):
+            path = path.removesuffix("/")  # a mount of Litestar's adds it
         return path or "/"
 
     def reference(self, target: str) -> str:
@@ -316,13 +320,19 @@ class Request:
             self._room = body_bytes
             body = BytesIO()
             await self._read(max_body_bytes, body)
-            self.raw_body = body.getvalue()
+            self.raw_body = body.getvalue().removeprefix(codecs.BOM_UTF8)  # RFC 8259, 8.1: it may be ignored
             self.body = _decode_json(self.raw_body, route.body)
 
     def _check_media_type(self, expected: str) -> None:
         given = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if given != expected:
             raise UnsupportedMediaType(f"the body must be {expected}, not {given or 'without a content-type'}")
+        encoding = self.headers.get("content-encoding", "").strip().lower()
+        if encoding not in ("", "identity"):
+            raise UnsupportedMediaType(
+                f"compressed request bodies are not accepted ({encoding:.60}): send it without Content-Encoding",
+                headers={"accept-encoding": "identity"},
+            )
 
     def _hold(self, amount: int) -> None:
         if self._room is not None:

@@ -379,7 +379,7 @@ async def test_a_wrong_key_is_told_without_the_decoders_own_signs(calls: Recorde
         b"[1,]",
         b"[] []",
         b"\xff",
-        b"\xef\xbb\xbf[]",
+        b"[]\xef\xbb\xbf",
         b'[{"title": "\xff"}]',
         b'[{"title": "\xed\xa0\x80"}]',
         b'[{"title": "\\ud800"}]',

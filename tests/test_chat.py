@@ -570,6 +570,19 @@ def test_refusal_is_a_problem_and_not_tried_again(
     assert "retry-after" not in response.headers
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed_and_says_which_setting_to_change(
+    llm: Service, upstream: Upstream, status: int
+) -> None:
+    upstream.plan(refuse(status, location=f"{upstream.url}/v2/chat/completions?at={status}"))
+    response = ask(llm)
+    assert (response.status_code, response.json()["code"]) == (502, "upstream_error")
+    assert "OPENAI_BASE_URL" in response.json()["detail"] and "/v2/" not in response.text
+    assert len(upstream.calls) == 1
+    logged = llm.wait_logged(f"/v2/chat/completions?at={status}")
+    assert "redirected to" in logged and "change OPENAI_BASE_URL" in logged
+
+
 def test_neither_key_nor_the_upstreams_words_reach_a_client_and_no_key_the_log(
     llm: Service, upstream: Upstream
 ) -> None:

@@ -1079,7 +1079,7 @@ BAD_JSON: Final = [
     b"{]",
     b"nul",
     b"\xff",
-    b"\xef\xbb\xbf{}",
+    b"{}\xef\xbb\xbf",
     "{}".encode("utf-16"),
     b"NaN",
     b"[-Infinity]",

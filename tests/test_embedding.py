@@ -173,6 +173,34 @@ async def test_a_location_leads_to_the_run_behind_a_proxy_that_strips_a_prefix(p
                 assert [event.data async for event in source] == ["1"]
 
 
+class Slashed:
+    """A mount as Litestar's: it takes its prefix off `path`, adds a slash, sets no `root_path` and keeps `raw_path`."""
+
+    def __init__(self, app: Any, prefix: str) -> None:
+        self._app, self._prefix = app, prefix
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope["path"].removeprefix(self._prefix).strip("/")
+        await self._app({**scope, "path": f"/{path}/" if path else "/"}, receive, send)
+
+
+@pytest.mark.parametrize("path", ["/work", "/tasks/3/execute/stream"])
+async def test_a_mount_that_adds_a_slash_and_sets_no_root_path(path: str) -> None:
+    async def work(request: Request, **params: Any) -> AsyncIterator[Event]:
+        yield Event("1")
+
+    routes = [POST(each, work, run=Run()) for each in ("/work", "/tasks/{id:int}/execute/stream")]
+    app = SSEApp(routes, Settings(log="memory"))
+    url = f"http://localhost/deep/sse{path}"
+    transport = Transport(Slashed(app, "/deep/sse"))
+    async with app.running(), httpx.AsyncClient(transport=transport, verify=False) as http:
+        with anyio.fail_after(20):
+            started = await http.post(url, headers={"prefer": "respond-async"})
+            answer = await http.get(started.url.join(started.headers["location"]))
+            assert "data: 1\n" in answer.text
+            assert (await http.post(f"{url}/")).status_code == 404, "a slash of the client's own"
+
+
 @pytest.mark.parametrize("root", ["/api", "/api/", "/deep/api/"])
 def test_a_root_path_may_end_with_a_slash(root: str, tmp_path: Path) -> None:
     with serve_uvicorn(tmp_path, "--root-path", root) as server:

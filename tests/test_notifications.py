@@ -290,7 +290,7 @@ def test_a_publication_that_grows_by_its_line_breaks_beyond_the_bound_is_refused
         b"01",
         b"1 2",
         b"{}{}",
-        b"\xef\xbb\xbf{}",
+        b"{}\xef\xbb\xbf",
         b'"\xff"',
         b'"\xed\xa0\x80"',
         b'"a\nb"',
