@@ -155,8 +155,11 @@ async def test_a_post_starts_one_run_and_goes_on_at_its_events(prefix: str, anyi
 
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
             targets.append((request.method, request.url.path))
-            request.url = request.url.copy_with(path=request.url.path.removeprefix(prefix))
-            response = await super().handle_async_request(request)
+            url = request.url.copy_with(path=request.url.path.removeprefix(prefix))
+            # Another request: the client resolves locations against the URL that it asked for.
+            below = httpx.Request(request.method, url, headers=request.headers, stream=request.stream)
+            below.extensions = request.extensions
+            response = await super().handle_async_request(below)
             if response.status_code == 200 and len(targets) < 5:
                 assert isinstance(response.stream, httpx.AsyncByteStream)
                 response.stream = Cut(response.stream)
