@@ -206,7 +206,7 @@ def test_without_credentials_it_doesnt_start_on_all_addresses(container: Contain
 def test_sigterm_drains_and_a_restart_has_it_all(container: Container) -> None:
     """The last of this file: the container is stopped here."""
     answer = json.loads(container.get("/chat?prompt=" + "one+" * 20, "--header", "prefer: respond-async"))
-    command = [str(word) for word in container.curl("--no-buffer", f"http://127.0.0.1:8000{answer['events']}")]
+    command = [str(word) for word in container.curl("--no-buffer", f"http://127.0.0.1:8000/{answer['events']}")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as reader:
         assert reader.stdout is not None
         assert reader.stdout.read(1)  # it is at work
