@@ -463,7 +463,8 @@ def test_an_unforeseen_failure_says_nothing_of_itself(tmp_path: Path) -> None:
         status, _, message = states(progress(server, id))[-1]
         assert status == "failed" and state(server, id) == "failed"
         reference = re.fullmatch(r"internal error \(reference ([0-9a-f]{12})\)", message)
-        assert reference and reference[1] in server.log()
+        assert reference is not None
+        serving.wait_until(lambda: reference[1] in server.log())
 
 
 def test_a_killed_process_leaves_no_half_written_file_under_a_served_name(tmp_path: Path) -> None:

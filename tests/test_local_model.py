@@ -101,8 +101,11 @@ def test_two_answers_are_written_at_the_same_time(service: Server) -> None:
 def test_a_prompt_over_the_models_context_is_an_error_with_a_code(service: Server) -> None:
     words = [{"role": "user", "content": "too long a prompt " * 2000}]
     answer = service.client.post("/chat/stream", json=words)
-    assert answer.status_code == 502
-    assert answer.json()["code"] == "upstream_error"
+    if answer.status_code == 502:
+        code = answer.json()["code"]
+    else:  # on a busy machine the model says so after the first second, when the answer has begun
+        code = json.loads(Decoder().feed(answer.content)[-1].data)["code"]
+    assert code == "upstream_error"
 
 
 @needs("local-model")

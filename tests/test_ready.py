@@ -53,8 +53,8 @@ def test_a_service_whose_log_was_deleted_or_replaced_takes_no_work(
         assert is_unready(server)
         assert server.client.post("/topics/news", json=1).status_code == 503
         assert server.client.get("/healthz").status_code == 200
-        assert "was deleted or replaced while this process uses it" in server.log()
-        assert "start it again" in server.log()
+        wait_until(lambda: "was deleted or replaced while this process uses it" in server.log())
+        wait_until(lambda: "start it again" in server.log())
         assert "Traceback" not in server.log()
 
 

@@ -198,7 +198,7 @@ def test_a_run_of_another_version_that_can_not_be_closed_does_not_stop_the_other
         # Of the second enough is known to end it.
         assert b'"code":"interrupted"' in server.client.get(f"/runs/{streams[1].run}/events").content
         assert server.client.get(f"/runs/{streams[0].run}").status_code == 404
-        assert f"run {streams[2].run} was left behind, and can't be closed" in server.log()
+        wait_until(lambda: f"run {streams[2].run} was left behind, and can't be closed" in server.log())
 
 
 # A disk that is full, a folder that can't be written
