@@ -28,9 +28,8 @@ from typing import Any, Final
 
 import anyio
 from anyio import get_cancelled_exc_class
-from anyio.abc import TaskGroup
 
-from ssecore.direct import DirectStream, PumpStream
+from ssecore.dialects import failure_of, public_text, spread
 from ssecore.errors import (
     ClientGone,
     Draining,
@@ -47,28 +46,19 @@ from ssecore.log.measured import measured
 from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
 from ssecore.log.tail import Attached, Reader, Tails
+from ssecore.merge import merge
 from ssecore.metrics import Facts, Metrics
 from ssecore.progress import LogLevel, ProgressLogger, from_thread
-from ssecore.request import Receive, Request, Room, Services
+from ssecore.pump import EventPump, Pump
+from ssecore.request import Receive, Request, RequestFacts, Room, Services
 from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, response_start, send_response
 from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
+from ssecore.sender import Sender, SenderOptions, Source, Timekeeper
 from ssecore.settings import Settings, describe
 from ssecore.signals import chained
 from ssecore.stderr import dropped_lines
-from ssecore.stream import (
-    EventPump,
-    Pump,
-    Source,
-    Stream,
-    StreamOptions,
-    Timekeeper,
-    failure_of,
-    merge,
-    public_text,
-    spread,
-)
 from ssecore.tokens import add_token, parse_expiry, read_tokens, revoke_tokens, set_rights
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
@@ -145,28 +135,27 @@ class SSEApp:
         #: It has ended by itself, since it started: our runner ends the process then.
         self.failed = False
         self._running = False
-        #: Set by our runner, which knows its server: see `ssecore.direct`.
-        self.direct = False
+        #: Set by our runner: it says when a drain begins. Under another server a signal does.
+        self.drained_by_runner = False
         self._table = Table([*routes, *RUN_ROUTES, *self.guard.routes])
         self._lifespan = lifespan
-        self._streams: set[Stream] = set()
+        self._streams: set[Sender] = set()
         self._taken = 0  # places of streams, from the decision that there is room for one to its end
         self._places: Counter[str] = Counter()  # the same by caller
         largest = self.settings.max_body_bytes
         self._body_bytes = Room("bytes of request bodies", BODIES * largest, BODIES_PER_CALLER * largest)
         self._uploads = Room("uploads", UPLOADS, UPLOADS_PER_CALLER)
         self._idle: anyio.Event | None = None
-        self._timekeeper: Timekeeper | None = None
         self._services: Services | None = None
         self._runs: Runs | None = None
-        self._tasks: TaskGroup | None = None
         self.metrics = Metrics(self._facts)
-        self._options = StreamOptions(
+        self._options = SenderOptions(
             heartbeat_s=self.settings.heartbeat_s,
             send_timeout_s=self.settings.send_timeout_s,
             max_stream_s=self.settings.max_stream_s,
             retry_ms=self.settings.retry_ms,
             first_event=lambda route, seconds: self.metrics.first_event.labels(route).observe(seconds),
+            ended=self._over,
         )
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -175,18 +164,17 @@ class SSEApp:
         # The body of what would be `_http`: while a stream runs each coroutine that waits costs it 0.3 KiB.
         request = Request(scope, receive, self.state, services=self._services, draining=self.draining)
         head = request.method == "HEAD"
+        sender: Sender | None = None
         try:
             request.answer_headers = self.guard.cors_headers(request)
             self.guard.admit(request)
             answer = self.guard.preflight(request) or await self._answer(request, send, head=head)
-            if isinstance(answer, Stream):
-                try:
-                    self._streams.add(answer)
-                    if self.draining and isinstance(answer.source, Reader):
-                        answer.stop("drain")  # it was let in before, and has waited for the log
-                    return await answer.run(self._timekeeper)
-                finally:
-                    self._over(answer)
+            if isinstance(answer, Sender):
+                sender = answer
+                self._streams.add(sender)
+                if self.draining and isinstance(sender.source, Reader):
+                    sender.stop("drain")  # it was let in before, and has waited for the log
+                return await sender.run(self._services is not None)
             start = response_start(answer) if answer is not None else None
         except ClientGone:
             return
@@ -195,8 +183,8 @@ class SSEApp:
         except BaseException as error:
             answer, start = self._refused(request, failure_of(error))
         finally:
-            self._leave_place(request)
-            request.close()
+            if sender is None:  # else at the stream's end, which may come long after this call's
+                self._leave(request)
         if answer is not None and start is not None:
             start["headers"] += request.answer_headers
             await send_response(answer, start, send, head=head)
@@ -248,8 +236,7 @@ class SSEApp:
             await runs.recover()
             topics = Topics(log, tails, self.settings)
             self._services = Services(runs, topics, self.metrics)
-            self._timekeeper, self._tasks = Timekeeper(self._options), tasks
-            tasks.start_soon(self._timekeeper.run)
+            tasks.start_soon(Timekeeper(self._options, self._streams).run)
             if self.guard.tokens is not None:
                 tasks.start_soon(self.guard.tokens.watch)
             tasks.start_soon(topics.keep)
@@ -257,7 +244,7 @@ class SSEApp:
                 tasks.start_soon(runs.keep_watch)
             self.draining = self.failed = False
             told = anyio.Event()
-            if not self.direct:  # our runner drains by itself
+            if not self.drained_by_runner:
                 stack.enter_context(chained(told.set))
                 tasks.start_soon(self._leave_soon, told)
             try:
@@ -270,7 +257,7 @@ class SSEApp:
                 with anyio.CancelScope(shield=self.failed):  # streams get their farewell all the same
                     await self.drain(0)
                 tasks.cancel_scope.cancel()
-                self._timekeeper = self._services = self._tasks = self.state = None
+                self._services = self.state = None
         if failure is not None:
             raise failure
 
@@ -349,7 +336,7 @@ class SSEApp:
 
     # One request
 
-    async def _answer(self, request: Request, send: Send, *, head: bool) -> Response | Stream | None:
+    async def _answer(self, request: Request, send: Send, *, head: bool) -> Response | Sender | None:
         """What to send or to run, or `None` where all has been said."""
         settings = self.settings
         route, params = self._table.match(request.method, request.path)
@@ -386,7 +373,7 @@ class SSEApp:
         )
         return self._stream(request, send, pump, _EVENT_STREAM_HEADERS)
 
-    async def _send_answer(self, request: Request, send: Send, answer: Any, *, head: bool) -> Response | Stream | None:
+    async def _send_answer(self, request: Request, send: Send, answer: Any, *, head: bool) -> Response | Sender | None:
         """What to send or to run for what a handler returned."""
         if isinstance(answer, Response):
             return answer
@@ -413,7 +400,7 @@ class SSEApp:
             raise
         return self._reading(request, send, answer)
 
-    def _reading(self, request: Request, send: Send, attached: Attached) -> Stream:
+    def _reading(self, request: Request, send: Send, attached: Attached) -> Sender:
         """The stream that closes this reader."""
         reader = attached.reader
         if request.last_event_id and request.route is not None:
@@ -427,14 +414,11 @@ class SSEApp:
 
     def _stream(
         self, request: Request, send: Send, source: Source, headers: list[tuple[bytes, bytes]], status: int = 200
-    ) -> Stream:
+    ) -> Sender:
         request.forget()
-        if not self.direct or self._tasks is None:
-            return Stream(request, send, source, headers, self._options, status)
-        kind = DirectStream if isinstance(source, Reader) else PumpStream
-        return kind(request, send, source, headers, self._options, status, self._tasks)
+        return Sender(request, send, source, headers, self._options, status)
 
-    async def _send_bytes(self, request: Request, send: Send, answer: ByteStream, *, head: bool) -> Stream | None:
+    async def _send_bytes(self, request: Request, send: Send, answer: ByteStream, *, head: bool) -> Sender | None:
         started = False
         try:
             headers = raw_headers(answer.media_type, answer.headers)
@@ -459,24 +443,30 @@ class SSEApp:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return None
 
-    def _over(self, stream: Stream) -> None:
+    def _leave(self, request: RequestFacts) -> None:
+        self._leave_place(request)
+        request.close()
+
+    def _over(self, stream: Sender) -> None:
+        """It has ended: in its request's own call, or, where it was parked, long after that has returned."""
         self._streams.discard(stream)
+        self._leave(stream.request)
         self._note(stream)
         if not self._streams and self._idle is not None:
             self._idle.set()
             self._idle = None
 
-    def _note(self, stream: Stream) -> None:
+    def _note(self, stream: Sender) -> None:
         """A stream's end, in the metrics and in one line of the log. Of a caller the name, of a payload nothing."""
         request, failure = stream.request, stream.source.failure
-        reason: str = stream.end_reason
-        if reason == "failed" and isinstance(failure, SSEAppError) and failure.status < 500 and not stream.events:
+        reason: str = request.end_reason
+        if reason == "failed" and isinstance(failure, SSEAppError) and failure.status < 500 and not stream.events_sent:
             reason = "refused"  # by its handler, before it gave anything: the client's mistake
         self.metrics.ended(stream, reason)
         if logger.isEnabledFor(logging.INFO):
             seconds = round(monotonic() - stream.began, 3)
             facts = {"method": request.method, "route": stream.route, "reason": reason, "seconds": seconds}
-            facts |= {"events": stream.events, "bytes": stream.sent_bytes, "caller": request.caller}
+            facts |= {"events": stream.events_sent, "bytes": stream.sent_bytes, "caller": request.caller}
             text = "%(method)s %(route)s ended: %(reason)s after %(seconds)s s, %(events)s events, %(bytes)s bytes"
             logger.info(f"{text}, caller %(caller)s" if request.caller else text, facts, extra={"stream": facts})
 
@@ -497,7 +487,7 @@ class SSEApp:
         if request.caller is not None:
             self._places[request.caller] += 1
 
-    def _leave_place(self, request: Request) -> None:
+    def _leave_place(self, request: RequestFacts) -> None:
         if request.has_place:
             request.has_place = False
             self._taken -= 1

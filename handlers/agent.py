@@ -27,10 +27,10 @@ from handlers.chat import LINGERING, ChatMessage, MockModel, Model, ModelError, 
 from handlers.database import Exchange, Tasks
 from handlers.planner import plan, write
 from handlers.tools import DESCRIPTIONS, use
+from ssecore.dialects import public_text
 from ssecore.errors import BadRequest, SSEAppError, UpstreamError
 from ssecore.request import Request
 from ssecore.routes import GET, POST
-from ssecore.stream import public_text
 from ssecore.wire import Event, encode_json
 
 __all__ = ["ROUTES", "Agent", "End", "Source", "Status", "Step", "Thought", "Token", "ToolResult", "ToolStart"]

@@ -8,9 +8,9 @@ import msgspec
 from msgspec import Meta
 
 from ssecore.errors import BadRequest
+from ssecore.merge import merge
 from ssecore.request import Request
 from ssecore.routes import GET
-from ssecore.stream import merge
 from ssecore.wire import Event, encode
 
 __all__ = ["ROUTES"]

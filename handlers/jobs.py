@@ -28,12 +28,12 @@ from msgspec import Meta
 
 from handlers.database import Status, Tasks
 from handlers.tasks import outcome
+from ssecore.dialects import public_text
 from ssecore.errors import SSEAppError
 from ssecore.progress import LogLevel, ProgressLogger, Report, from_thread
 from ssecore.request import Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import GET, POST, Run
-from ssecore.stream import public_text
 from ssecore.wire import Event, encode_json
 
 __all__ = ["REPORT", "ROUTES", "SUMS"]

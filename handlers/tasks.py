@@ -20,11 +20,11 @@ from msgspec import UNSET, Meta, UnsetType
 
 from handlers.chat import ChatMessage
 from handlers.database import COLUMNS, NewTask, Status, Task, Tasks, open_tasks
+from ssecore.dialects import public_text
 from ssecore.errors import BadRequest, Forbidden, NotFound, SSEAppError
 from ssecore.request import Request
 from ssecore.responses import ByteStream
 from ssecore.routes import GET, POST, Run, Upload
-from ssecore.stream import public_text
 from ssecore.wire import Event
 
 __all__ = ["ROUTES", "TaskFile", "Tasks", "open_tasks", "outcome"]

@@ -20,13 +20,18 @@ __all__ = [
     "EncodeError",
     "Forbidden",
     "Gone",
+    "HeadersTooLarge",
+    "Interrupted",
     "LogError",
     "LogUnavailable",
     "MethodNotAllowed",
     "NotFound",
     "NotRunning",
+    "RequestTimeout",
     "SSEAppError",
     "SettingsError",
+    "StreamTimeout",
+    "TargetTooLong",
     "TooLarge",
     "TooManyRequests",
     "Unauthorized",
@@ -113,6 +118,12 @@ class MethodNotAllowed(SSEAppError):
     status, code = 405, "method_not_allowed"
 
 
+class RequestTimeout(SSEAppError):
+    """The body stopped coming for `BODY_TIMEOUT_S`, or came more slowly than `MIN_BODY_BYTES_PER_S`."""
+
+    status, code = 408, "request_timeout"
+
+
 class Conflict(SSEAppError):
     """The request contradicts the state of what it names."""
 
@@ -131,6 +142,12 @@ class TooLarge(SSEAppError):
     status, code = 413, "too_large"
 
 
+class TargetTooLong(SSEAppError):
+    """Path and query over `max_target_bytes`."""
+
+    status, code = 414, "target_too_long"
+
+
 class UnsupportedMediaType(SSEAppError):
     """The body's media type is not the one that the route declares."""
 
@@ -141,6 +158,12 @@ class UnprocessableContent(SSEAppError):
     """Well formed, but it contradicts an earlier request (an `Idempotency-Key` used again with another body)."""
 
     status, code = 422, "unprocessable_content"
+
+
+class HeadersTooLarge(SSEAppError):
+    """Headers over `max_header_bytes`, or more lines than `MAX_HEADER_LINES`."""
+
+    status, code = 431, "headers_too_large"
 
 
 class _Passing(SSEAppError):
@@ -178,6 +201,12 @@ class Draining(Unavailable):
         super().__init__(detail, **{"retry_after_s": random.randint(1, 5), **options})
 
 
+class Interrupted(SSEAppError):
+    """The process that worked on the run ended before the run did."""
+
+    status, code = 503, "interrupted"
+
+
 class LogUnavailable(Unavailable):
     """The event log can't be written or read at the moment: disk full, read-only, Redis away."""
 
@@ -188,6 +217,12 @@ class LogError(SSEAppError):
     """The event log's file or server is not usable at all: corrupt, foreign, of a newer version, already in use."""
 
     code = "log_error"
+
+
+class StreamTimeout(SSEAppError):
+    """A stream reached its longest life; said in the stream."""
+
+    status, code = 504, "timeout"
 
 
 class WriterFenced(SSEAppError):

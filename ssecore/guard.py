@@ -44,7 +44,15 @@ from typing import Final, Literal
 
 from anyio import current_time
 
-from ssecore.errors import BadRequest, Forbidden, SettingsError, SSEAppError, TooManyRequests, Unauthorized
+from ssecore.errors import (
+    BadRequest,
+    Forbidden,
+    HeadersTooLarge,
+    SettingsError,
+    TargetTooLong,
+    TooManyRequests,
+    Unauthorized,
+)
 from ssecore.request import Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import DELETE, POST, Route
@@ -82,18 +90,6 @@ _TO_OPEN_IT: Final = (
     "no authentication is configured, so only requests from this machine are accepted: configure tokens "
     "(SSEAPP_TOKENS_FILE; in a program of your own, caller=), or set SSEAPP_AUTH=off if everybody may use it"
 )
-
-
-class TargetTooLong(SSEAppError):
-    """Path and query over `max_target_bytes`."""
-
-    status, code = 414, "target_too_long"
-
-
-class HeadersTooLarge(SSEAppError):
-    """Headers over `max_header_bytes`, or more lines than `MAX_HEADER_LINES`."""
-
-    status, code = 431, "headers_too_large"
 
 
 class Guard:

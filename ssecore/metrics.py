@@ -27,7 +27,7 @@ MEDIA_TYPE: Final = CONTENT_TYPE_LATEST
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 #: What a stream counts, with the metric that it goes into.
 _SENT: Final = (
-    ("events", "sseapp_events_sent", "Events given to clients (chunks, where it is bytes), by route"),
+    ("events_sent", "sseapp_events_sent", "Events given to clients (chunks, where it is bytes), by route"),
     ("sent_bytes", "sseapp_sent_bytes", "Bytes of bodies written for streams, by route"),
     (
         "stalled_s",
@@ -47,7 +47,7 @@ class Measurable(Protocol):
     def route(self) -> str: ...
 
     @property
-    def events(self) -> int: ...
+    def events_sent(self) -> int: ...
 
 
 class Facts(NamedTuple):

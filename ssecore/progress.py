@@ -39,7 +39,7 @@ from anyio.abc import TaskGroup
 from anyio.from_thread import BlockingPortal
 from anyio.lowlevel import RunVar, checkpoint
 
-from ssecore.stream import CLOSE_S
+from ssecore.pump import CLOSE_S
 from ssecore.wire import Event
 
 __all__ = ["LogEntry", "LogLevel", "ProgressLogger", "ProgressState", "Report", "WorkCancelled", "from_thread"]

@@ -8,6 +8,7 @@ types that the route declares before a handler sees them; `BadRequest` names the
 """
 
 import codecs
+import copy
 import hashlib
 import random
 import re
@@ -28,7 +29,7 @@ from ssecore.errors import (
     BadRequest,
     ClientGone,
     NotRunning,
-    SSEAppError,
+    RequestTimeout,
     TooLarge,
     TooManyRequests,
     Unavailable,
@@ -38,7 +39,7 @@ from ssecore.routes import Route, Upload
 from ssecore.tokens import Credential
 from ssecore.wire import cut
 
-__all__ = ["CURSOR_PARAMETERS", "EndReason", "Receive", "Request", "Room", "Services"]
+__all__ = ["CURSOR_PARAMETERS", "EndReason", "Receive", "Request", "RequestFacts", "Room", "Services"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", "cancelled", "unauthorized"]
@@ -62,12 +63,6 @@ MAX_ERROR_CHARS: Final = 200
 SPOOL_BYTES: Final = 1024 * 1024
 
 _MISSING_FIELD: Final = re.compile(r"Object (?:missing required|contains unknown) field `(.+)`", re.DOTALL)
-
-
-class RequestTimeout(SSEAppError):
-    """The body stopped coming for `BODY_TIMEOUT_S`, or came more slowly than `MIN_BODY_BYTES_PER_S`."""
-
-    status, code = 408, "request_timeout"
 
 
 class Room:
@@ -107,16 +102,53 @@ class Services(NamedTuple):
     metrics: Any
 
 
-class Request:
+class RequestFacts:
+    """What of a request is still needed when only its stream is left."""
+
+    __slots__ = ("caller", "credential", "ended_for", "has_place", "method", "route")
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self.route: Route | None = None
+        self.caller: str | None = None  #: the name of whoever asks; `None` where nobody has one
+        self.credential: Credential | None = None  #: what it showed, where that may end before the request does
+        self.has_place = False  #: counted as a stream
+        self.ended_for: EndReason | None = None  #: why the stream ends; see `end_for`
+
+    @property
+    def data_only(self) -> bool:
+        """Whether the route speaks in data-only events."""
+        return self.route is not None and self.route.data_only
+
+    def end_for(self, reason: EndReason) -> None:
+        """Note why the stream ends. The first reason is the one that counts."""
+        if self.ended_for is None:
+            self.ended_for = reason
+
+    @property
+    def end_reason(self) -> EndReason:
+        """Why the stream ended, for the `finally` of its generator.
+
+        `client` it left, `timeout` its longest life is over, `slow` it stopped reading, `drain` the service stops,
+        `cancelled` somebody cancelled it, `unauthorized` the caller's token has ended. Where it was none of these the
+        generator ends by itself: `failed` while an exception goes through it, else `finished`.
+        """
+        if self.ended_for is not None:
+            return self.ended_for
+        return "finished" if sys.exc_info()[0] in (None, GeneratorExit) else "failed"
+
+    def close(self) -> None:
+        """Give back what the request holds."""
+
+
+class Request(RequestFacts):
     """What a handler gets as its first argument.
 
     `state` is what the app's lifespan made (database, model, …); `query` and `body` are decoded as the route declares.
     """
 
     # In the class: most requests leave them as they are.
-    credential: Credential | None = None  #: what it showed, where that may end before the request does
     answer_headers: Sequence[tuple[bytes, bytes]] = ()  #: what every answer to it carries besides its own headers
-    has_place = False  #: counted as a stream
     _room: Room | None = None  # where its body is counted, until `close`
     _held = 0  # how much of it
 
@@ -129,30 +161,22 @@ class Request:
         services: "Services | None" = None,
         draining: bool = False,
     ) -> None:
+        super().__init__(scope["method"])
         self.scope = scope
         self.state = state
         self.draining = draining  #: the service is about to stop
-        self.method: str = scope["method"]
         self.root_path: str = scope.get("root_path", "")
-        self.route: Route | None = None
         self.path_params: Mapping[str, Any] = {}
         self.query: Any = None
         self.body: Any = None
         self.raw_body = b""  #: a JSON body as it came, without a byte order mark
         self._receive = receive
         self.body_digest = ""  #: SHA-256 of the body as it came, where the route declares one
-        self.caller: str | None = None  #: the name of whoever asks; `None` where nobody has one
         self.run_id: str | None = None  #: the run's, in the handler of one
         #: Set by the handler of a run that tells of its failure in words of its own: the run's state is `failed` then.
         self.failed = False
         self._services = services
         self._upload: SpooledTemporaryFile[bytes] | None = None
-        self._end_reason: EndReason | None = None
-
-    @property
-    def data_only(self) -> bool:
-        """Whether the route speaks in data-only events."""
-        return self.route is not None and self.route.data_only
 
     @property
     def running(self) -> bool:
@@ -274,18 +298,6 @@ class Request:
         except BadRequest:  # the query can't be read, and the request is being refused for another reason
             return cut("")
 
-    @property
-    def end_reason(self) -> EndReason:
-        """Why the stream ended, for the `finally` of its generator.
-
-        `client` it left, `timeout` its longest life is over, `slow` it stopped reading, `drain` the service stops,
-        `cancelled` somebody cancelled it, `unauthorized` the caller's token has ended. Where it was none of these the
-        generator ends by itself: `failed` while an exception goes through it, else `finished`.
-        """
-        if self._end_reason is not None:
-            return self._end_reason
-        return "finished" if sys.exc_info()[0] in (None, GeneratorExit) else "failed"
-
     async def decode(
         self,
         route: Route,
@@ -379,9 +391,30 @@ class Request:
         file.seek(0)
         self.body_digest = digest.hexdigest()
 
+    def for_run(self, id: str) -> "Request":
+        """A copy for the handler of a run, without the connection: what ends a reader says nothing about the run."""
+        request = copy.copy(self)
+        request.forget()
+        request.run_id = id
+        request._receive = _no_connection
+        return request
+
     def hand_over(self) -> None:
         """A run has taken what the request holds: its own copy of it will give it back."""
         self._upload = self._room = None
+
+    def outlive(self, *, whole: bool) -> RequestFacts:
+        """What is left when the server's call has returned, in which nothing is received any more."""
+        if whole:
+            self.forget()
+            self.scope = {**self.scope, "extensions": {}}  # which keep the connection
+            self._receive = _no_connection
+            return self
+        self.close()
+        facts = RequestFacts(self.method)
+        for name in RequestFacts.__slots__:
+            setattr(facts, name, getattr(self, name))
+        return facts
 
     def forget(self) -> None:
         """What was decoded of the head is decoded again if somebody asks: 0.5 KiB for each connection that stays."""
@@ -405,6 +438,10 @@ class Request:
         unread = 0
         while unread <= MAX_UNREAD_BYTES and (message := await self._receive())["type"] != "http.disconnect":
             unread += len(message.get("body", b""))
+
+
+async def _no_connection() -> Any:
+    raise RuntimeError("this request has no connection any more: its body was read before")
 
 
 def _convert(values: Mapping[str, str], kind: Any) -> Any:

@@ -20,7 +20,6 @@ known reads the run that was started with it.
 """
 
 import asyncio
-import copy
 import hashlib
 import logging
 import math
@@ -37,12 +36,14 @@ from anyio import current_time
 from anyio.abc import TaskGroup
 
 import ssecore.log
+from ssecore.dialects import engine_frames, error_frames
 from ssecore.errors import (
     BadRequest,
     Conflict,
     EncodeError,
     Forbidden,
     Gone,
+    Interrupted,
     LogError,
     LogUnavailable,
     NotFound,
@@ -55,11 +56,11 @@ from ssecore.errors import (
 )
 from ssecore.log import Cursor, Gap, Log, Retention, Stat, locate, new_epoch, parse_cursor
 from ssecore.log.tail import Attached, Reader, Tails, Translate, gap_frame
+from ssecore.pump import FIRST_ITEM_S, Pump
 from ssecore.request import CURSOR_PARAMETERS, Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import DELETE, GET, Route
 from ssecore.settings import Settings
-from ssecore.stream import FIRST_ITEM_S, Pump, engine_frames, error_frames
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
 __all__ = ["ROUTES", "Runs", "State", "Worker"]
@@ -87,12 +88,6 @@ LATE_S: Final = 1.0
 #: The events that end a run in this service's two families; `[DONE]` on data-only routes. Not `result`: it also stands
 #: in the middle, and a run that is wrongly said to be interrupted is better than one wrongly said to be complete.
 _TERMINAL: Final = ("complete", "done", "error", "cancelled")
-
-
-class Interrupted(SSEAppError):
-    """The process that worked on the run ended before the run did."""
-
-    status, code = 503, "interrupted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +121,15 @@ class Worker:
         self._route = route
         self.began = current_time()
         self._reason: Literal["asked", "linger", "drain"] | None = None
-        self._request = copy.copy(request)
-        self._request.forget()
-        self._request.run_id = id
-        self._request._receive = _no_connection
+        self._request = request.for_run(id)
         self._pump: Pump[Event] = Pump(
             route.handler(self._request, **params),
             _stored,
             self._request,
             buffer_bytes=BUFFERS * runs.settings.buffer_bytes,
         )
+        self._pump.told = self._told
+        self._something = anyio.Event()
         self._last = b""
         self._read = anyio.Event()
         self._unread = anyio.Event()
@@ -147,12 +141,13 @@ class Worker:
     async def run(self) -> None:
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._pump.run)
+                self._pump.start(tasks)
                 tasks.start_soon(self._linger)
                 try:
                     await self._write()
                 finally:
                     self._pump.stop()
+                    await self._pump.closed()
                 tasks.cancel_scope.cancel()
         except Exception:  # ours: the handler's own end up in its stream
             logger.exception("run %s: its worker failed", self.id)
@@ -160,6 +155,9 @@ class Worker:
             self._request.close()
             self._runs._ended(self)
             self.settled.set()
+
+    def _told(self) -> None:
+        self._something.set()
 
     async def _write(self) -> None:
         try:
@@ -182,7 +180,10 @@ class Worker:
         log, pump, limits = self._runs.log, self._pump, self._runs.retention
         events_left, bytes_left = limits.events or math.inf, limits.bytes or math.inf
         while True:
-            frames = await pump.frames()
+            while not pump.has_something:
+                self._something = anyio.Event()
+                await self._something.wait()
+            frames = pump.take()
             size = sum(map(len, frames))
             if len(frames) > events_left or size > min(bytes_left, ssecore.log.MAX_APPEND_BYTES):
                 self._break_off()
@@ -213,8 +214,7 @@ class Worker:
 
     def _break_off(self) -> None:
         """End the generator, which is not to blame: what it gives can't be kept."""
-        if self._request._end_reason is None:
-            self._request._end_reason = "failed"
+        self._request.end_for("failed")
         self._pump.stop()
 
     def _ending(self) -> tuple[list[bytes], State]:
@@ -263,7 +263,7 @@ class Worker:
         """End it; a second time, or at its own end, it does nothing."""
         if self._reason is None and not self._pump.exhausted and not self._pump.ended:
             self._reason = reason
-            self._request._end_reason = "drain" if reason == "drain" else "cancelled"
+            self._request.end_for("drain" if reason == "drain" else "cancelled")
             self._pump.stop()
 
     def attach(self) -> None:
@@ -305,10 +305,6 @@ class Worker:
                 return False
             steps += current_time() < planned + LATE_S
         return True
-
-
-async def _no_connection() -> Any:
-    raise RuntimeError("a run has no connection: its body was read before it began")
 
 
 def _fitting(frames: list[bytes], events: float, size: float) -> list[bytes]:

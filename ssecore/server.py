@@ -19,25 +19,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import MutableMapping
 from datetime import UTC, datetime
-from functools import partial
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any, Final, NoReturn, Protocol
 
 import uvicorn
-from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ssecore import stderr
 from ssecore.errors import SettingsError
-from ssecore.guard import MAX_HEADER_LINES, Guard
-from ssecore.responses import Send
+from ssecore.guard import Guard
+from ssecore.protocol import HEAD_SYNTAX_BYTES, BoundedProtocol
 from ssecore.settings import Settings
 from ssecore.wire import encode_json
 
-__all__ = ["BoundedProtocol", "serve"]
+__all__ = ["serve"]
 
 logger = logging.getLogger("sseapp")
 
@@ -58,18 +54,6 @@ LONGEST_S: Final = 1e6
 FAILED: Final = 1
 #: The app did not start.
 NOT_STARTED: Final = 3
-#: How long a client may take to send the head of a request. nginx's client_header_timeout is 60.
-HEAD_S = 30.0
-#: On top of path, query and headers: the method, the version, colons and line ends.
-HEAD_SYNTAX_BYTES = 16 * 1024
-#: Requests that may wait on one connection for the answer to the one in front of them; a waiting one costs 5 KiB.
-#: Browsers and proxies send none ahead.
-MAX_PIPELINED = 8
-#: What a connection may send while a request on it waits for its turn.
-MAX_AHEAD_BYTES = 64 * 1024
-#: A timer that fires so late says that this process stood still: what the client has sent meanwhile is not read yet.
-LATE_S = 1.0
-TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 #: How long an idle connection is kept. Longer than a proxy in front keeps its own (nginx and AWS 60 s, Google 600): a
 #: request that comes on a connection just as it is closed here is a 502 to its client.
 KEEP_ALIVE_S = 620
@@ -86,7 +70,7 @@ COLLECT_EACH = 5_000
 class Drainable(Protocol):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
 
-    direct: bool
+    drained_by_runner: bool
     guard: Guard
     failed: bool
 
@@ -200,204 +184,6 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """With bounds on what comes before there is a request, and behind one: neither the parser nor uvicorn has any.
-
-    - A head (and what stands between the parts of a body: chunk sizes, trailers) may have so many bytes, and a head so
-      much time. What is complete and yet too large is answered by the app (`ssecore.guard`).
-    - Of pipelined requests a few wait. With one too many, or with bytes behind a request that are not a request, the
-      connection ends when those before have their answers; what the client still sends is not looked at.
-    - Reading goes on while requests wait: else the server would not notice that the client has left.
-    - An idle connection keeps nothing of its last request. uvicorn would keep up to half a MiB.
-    """
-
-    # More in its dictionary would make that one of its own, for each connection: a KiB.
-    __slots__ = ("_ahead", "_answering", "_barren", "_ignoring", "_overdue")
-    max_head_bytes: int | None = None
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._barren = 0  # bytes that no request could use; those of a body make up for as many
-        self._overdue: asyncio.TimerHandle | None = None
-        self._answering: RequestResponseCycle | None = None  # `cycle` is the last one that came, and may have to wait
-        self._ahead = 0  # bytes that came while a request waited for this one's answer
-        self._ignoring = False
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._await_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._head_is_here()
-        super().connection_lost(exc)
-        # uvicorn's own does it only where there was no error: a connection that was reset would be kept for 620 s.
-        self._unset_keepalive_if_required()
-        if self._answering is not None and not self._answering.response_complete:  # uvicorn tells only the last one
-            self._answering.disconnected = True
-            self._answering.message_event.set()
-        self.pipeline.clear()
-
-    def data_received(self, data: bytes) -> None:
-        if self.pipeline:
-            self._ahead += len(data)
-            if self._ahead > MAX_AHEAD_BYTES:
-                self._ignore_rest()
-        if self._ignoring:
-            return
-        if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
-            self._await_head()
-        self._barren += len(data)
-        self._parse(data)
-        if self.pipeline:
-            self.flow.resume_reading()
-        if self.max_head_bytes is not None and self._barren > self.max_head_bytes and not self.transport.is_closing():
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.write(TOO_LARGE)
-            self.transport.close()
-
-    def _parse(self, data: bytes) -> None:
-        """In place of uvicorn's `data_received`, which loses what follows the head of a request with `Upgrade`.
-
-        A server may ignore `Upgrade` (RFC 9110, 7.8), and this one speaks HTTP/1.1 alone. The parser stops behind such
-        a head and takes the body for another protocol's, so it gets the head once more, without that header.
-        """
-        self._unset_keepalive_if_required()
-        try:
-            while data:
-                try:
-                    return self.parser.feed_data(data)
-                except HttpParserUpgrade as upgrade:
-                    if self.parser.get_method() == b"CONNECT":  # what follows is meant for another server
-                        return self._ignore_rest()
-                    is_whole = len(self.headers) <= MAX_HEADER_LINES
-                    head, data = self._head_without_upgrade(), data[upgrade.args[0] :]
-                    self.parser = HttpRequestParser(self)  # with `Connection: close` the first one reads no more
-                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
-                    self.parser.feed_data(head)
-                    if not is_whole:  # the request is refused; its length may be among the headers that were dropped
-                        return self._ignore_rest()
-        except HttpParserError:
-            self.logger.warning("Invalid HTTP request received.")
-            self.send_400_response("Invalid HTTP request received.")
-
-    def _head_without_upgrade(self) -> bytes:
-        version = self.parser.get_http_version().encode()
-        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
-        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
-        return b"\r\n".join([*lines, b"", b""])
-
-    @property
-    def _upgrade_ignored(self) -> bool:
-        """The parser is about to stop, and the same request comes again."""
-        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
-
-    def on_message_begin(self) -> None:
-        if len(self.pipeline) >= MAX_PIPELINED:
-            raise OverflowError("too many requests wait for their answers")  # `send_400_response` is next
-        super().on_message_begin()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        # One too many is enough for the guard to refuse. What comes after a head is a trailer: uvicorn would put it
-        # into the head of a request that has been let in already.
-        is_trailer = self.cycle is not None and self.cycle.scope is self.scope
-        if len(self.headers) <= MAX_HEADER_LINES and not is_trailer:
-            super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        if self._upgrade_ignored:
-            return
-        self._barren = 0
-        self._head_is_here()
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        # Chunks of a byte each cost the parser 36 ms for 256 KiB: their frames may not outweigh them for long.
-        self._barren = max(0, self._barren - 2 * len(body))
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        if self._upgrade_ignored:
-            return
-        self._barren = 0
-        super().on_message_complete()
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._answering, self._ahead = cycle, 0
-        if cycle.scope["http_version"] < "1.1":
-            app = partial(_without_chunks, app, cycle)
-        super()._start_asgi_task(cycle, app)
-
-    def on_response_complete(self) -> None:
-        cycle = self._answering
-        if cycle is not None:
-            cycle.body.clear()
-            if cycle is self.cycle and cycle.scope is self.scope:
-                self.url, self.headers = b"", []
-                self.scope = cycle.scope = None  # type: ignore[assignment]
-            elif cycle is self.cycle and self._overdue is None:  # the next one's head has begun
-                self._await_head()
-        super().on_response_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        cycle = self.cycle
-        in_its_body = not self.pipeline and cycle is not None and cycle.more_body and not cycle.response_started
-        if cycle is None or cycle.response_complete or in_its_body:
-            super().send_400_response(msg)
-        else:  # a 400 would be taken for the answer to a request before
-            self._ignore_rest()
-
-    def _ignore_rest(self) -> None:
-        """Read no request any more: the connection ends after the last answer that is due, or after `HEAD_S`."""
-        if not self._ignoring:
-            self._ignoring = True
-            self.cycle.keep_alive = False
-            self._head_is_here()
-            self._await_head()
-
-    def _await_head(self) -> None:
-        self._overdue = self.loop.call_later(HEAD_S, self._close)
-
-    def _head_is_here(self) -> None:
-        if self._overdue is not None:
-            self._overdue.cancel()
-            self._overdue = None
-
-    def _close(self) -> None:
-        if self._is_late(self._overdue):
-            self._overdue = self.loop.call_later(LATE_S, self._close)
-        else:
-            self.transport.close()
-
-    def timeout_keep_alive_handler(self) -> None:
-        if self._is_late(self.timeout_keep_alive_task):
-            self.timeout_keep_alive_task = self.loop.call_later(LATE_S, self.timeout_keep_alive_handler)
-        else:
-            super().timeout_keep_alive_handler()
-
-    def _is_late(self, timer: asyncio.TimerHandle | None) -> bool:
-        # uvloop runs its timers before it reads from the sockets.
-        return timer is not None and self.loop.time() - timer.when() > LATE_S
-
-
-async def _without_chunks(app: Any, cycle: RequestResponseCycle, scope: Any, receive: Any, send: Send) -> None:
-    """Call the app for a client of HTTP/1.0: it knows no chunks (RFC 9112, 6.1), which uvicorn would send.
-
-    A body of unknown length ends with the connection.
-    """
-    unknown = False
-
-    async def send_plain(message: MutableMapping[str, Any]) -> None:
-        nonlocal unknown
-        if message["type"] == "http.response.start":
-            if unknown := all(name.lower() != b"content-length" for name, _ in message.get("headers", ())):
-                cycle.chunked_encoding = False
-        elif unknown:  # uvicorn takes each part for the whole body
-            cycle.expected_content_length = len(message.get("body", b""))
-        await send(message)
-
-    await app(scope, receive, send_plain)
-
-
 class _TruncatedOnPurpose(logging.Filter):
     """A stream whose client stopped reading is cut, as it must be: no error of the app."""
 
@@ -450,7 +236,7 @@ def serve(app: Drainable, settings: Settings) -> int:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
-    app.direct = True  # its `send` is uvicorn's
+    app.drained_by_runner = True
     server = _Server(config, app, settings.drain_s)
     logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

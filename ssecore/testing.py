@@ -92,7 +92,7 @@ class Exchange:
         assert not self._sending, "send was entered while another send was in flight"
         self._sending = True
         try:
-            # No await where none is needed, as with a real server: see `ssecore.direct`, rule 1.
+            # No await where none is needed, as with a real server.
             if not self._open.is_set():
                 await self._open.wait()
             if message["type"] == "http.response.start":

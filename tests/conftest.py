@@ -1,8 +1,10 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 
-import ssecore.stream
+import ssecore.pump
+from tests.lines import lines_offered
 from tests.needs import find
 
 
@@ -15,7 +17,14 @@ def anyio_backend() -> str:
 @pytest.fixture
 def long_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that count what travels together: on a busy machine a generator's turn could end in between."""
-    monkeypatch.setattr(ssecore.stream, "TURN_S", 3600.0)
+    monkeypatch.setattr(ssecore.pump, "TURN_S", 3600.0)
+
+
+@pytest.fixture(params=[False, True], ids=["waiting", "parked"])
+def parked(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether streams are parked on lines, as under our runner; else each waits in its request's own task."""
+    with lines_offered(request.param):
+        yield request.param
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,10 +3,10 @@
 import sys
 
 from sseapp import main
-from ssecore import request, server
+from ssecore import protocol, request, server
 
 if __name__ == "__main__":
-    server.HEAD_S = 1.0
+    protocol.HEAD_S = 1.0
     server.KEEP_ALIVE_S = 1
     request.BODY_TIMEOUT_S = 1.0  # type: ignore[misc]
     sys.exit(main())

@@ -15,8 +15,8 @@ from anyio import Event as Signal
 
 from handlers import ROUTES, resources
 from sseapp import GET, Event, Request, Response, Run, Settings, SSEApp
+from ssecore.sender import Timekeeper
 from ssecore.server import serve
-from ssecore.stream import Timekeeper
 
 _failing: Final = Signal()
 

@@ -8,7 +8,7 @@ from typing import Any
 import uvicorn
 from uvicorn.server import ServerState
 
-from ssecore.server import BoundedProtocol
+from ssecore.protocol import BoundedProtocol
 
 __all__ = ["Wire", "connected"]
 
@@ -20,6 +20,7 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.written: list[bytes] = []
         self.closing = False
+        self.protocol: Any = None  #: as the transport knows it
 
     def write(self, data: Any) -> None:
         self.written.append(bytes(data))
@@ -29,6 +30,9 @@ class Wire(asyncio.Transport):
 
     def close(self) -> None:
         self.closing = True
+
+    def set_protocol(self, protocol: Any) -> None:
+        self.protocol = protocol
 
     def pause_reading(self) -> None:
         pass
@@ -49,9 +53,11 @@ def connected(app: Any, request: bytes) -> Iterator[tuple[BoundedProtocol, Wire]
     config.load()
     config.loaded_app = app  # without uvicorn's own wrappers, as our runner has it
     protocol, wire = BoundedProtocol(config, ServerState(), {}), Wire()
+    wire.set_protocol(protocol)
     protocol.connection_made(wire)
     protocol.data_received(request)
     try:
         yield protocol, wire
     finally:
-        protocol.connection_lost(None)
+        wire.protocol.connection_lost(None)
+        wire.protocol = None

@@ -17,14 +17,12 @@ from typing import Any, Final, NamedTuple
 import anyio
 import orjson
 import pytest
-import sniffio
 from anyio import CancelScope, current_time
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 from trio.testing import MockClock
 
 import sseapp
-import ssecore.direct
 import ssecore.log.tail
 from sseapp import SSEApp
 from ssecore.errors import LogError, LogUnavailable
@@ -38,6 +36,7 @@ from ssecore.testing import Exchange, VirtualClockLoop
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import Event, encode
 from tests.clients import stand_still
+from tests.lines import is_parked, lines_offered
 
 App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Any]
 
@@ -53,7 +52,7 @@ _FRAME: Final = re.compile(
 
 
 class Way(NamedTuple):
-    direct: bool
+    parked: bool
     engine: str
     backend: str
 
@@ -65,13 +64,13 @@ class Way(NamedTuple):
 WAYS: Final = {
     "task-asyncio": Way(False, "memory", "asyncio"),
     "task-trio": Way(False, "memory", "trio"),
-    "direct": Way(True, "memory", "asyncio"),
+    "parked": Way(True, "memory", "asyncio"),
     "task-sqlite": Way(False, "sqlite", "asyncio"),
-    "direct-sqlite": Way(True, "sqlite", "asyncio"),
+    "parked-sqlite": Way(True, "sqlite", "asyncio"),
 }
 
-in_virtual_time = pytest.mark.parametrize("way", ["task-asyncio", "task-trio", "direct"], indirect=True)
-directly = pytest.mark.parametrize("way", ["direct"], indirect=True)
+in_virtual_time = pytest.mark.parametrize("way", ["task-asyncio", "task-trio", "parked"], indirect=True)
+on_lines = pytest.mark.parametrize("way", ["parked"], indirect=True)
 
 
 @pytest.fixture(params=WAYS)
@@ -172,7 +171,9 @@ class Client:
         await self.exchange.ended.wait()
 
     async def cancel(self) -> None:
-        """The server cancels the connection's task."""
+        """The server cancels the connection's task; a parked stream has none."""
+        if is_parked(self.exchange):
+            return await self.leave()
         self._connection.cancel()
         await self.exchange.ended.wait()
         self._scope.cancel()
@@ -239,19 +240,20 @@ class House:
         assert self.tails.get(STREAM) is None
         assert self.log._watchers._streams == {}  # type: ignore[attr-defined]
         assert self.app._streams == set()
-        assert self.app._timekeeper is not None and self.app._timekeeper.streams == set()
 
 
 @asynccontextmanager
 async def house(way: Way, folder: Path, **values: Any) -> AsyncIterator[House]:
     app = SSEApp(ROUTES, Settings(log=way.engine, data_dir=folder, **values))
-    app.direct = way.direct
-    if way.direct:  # as under a server: where no task runs, nothing says which library does
-        sniffio.current_async_library_cvar.set(None)
-    with anyio.fail_after(LIMIT_S[way.engine]):
+    with lines_offered(way.parked), anyio.fail_after(LIMIT_S[way.engine]):
         async with app.running(), anyio.create_task_group() as tasks:
             yield House(app, tasks)
             tasks.cancel_scope.cancel()
+
+
+async def batch_of(reader: Reader) -> bytes:
+    batch = reader.ready()
+    return await reader.from_log() if batch is None else batch
 
 
 async def settle() -> None:
@@ -475,11 +477,11 @@ async def test_a_reader_behind_the_end_of_a_deleted_topic_is_told(way: Way, tmp_
         assert slow.seqs == [*range(1, len(slow.seqs) + 1)]
 
 
-@directly
+@on_lines
 async def test_an_end_that_comes_while_slices_are_on_their_way_reaches_everybody(
     way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssecore.direct, "SLICE", 1)
+    monkeypatch.setattr(ssecore.log.tail, "SLICE", 1)
     async with house(way, tmp_path) as service:
         clients = await service.audience(10)
         tail = service.tails.get(STREAM)
@@ -797,11 +799,11 @@ async def test_the_longest_life_of_a_reader_ends_it_between_events(way: Way, tmp
 # Many readers
 
 
-@pytest.mark.parametrize("way", ["task-asyncio", "direct"], indirect=True)
+@pytest.mark.parametrize("way", ["task-asyncio", "parked"], indirect=True)
 async def test_a_large_audience_gets_all_in_order_while_more_is_published(
     way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssecore.direct, "SLICE", 32)
+    monkeypatch.setattr(ssecore.log.tail, "SLICE", 32)
     async with house(way, tmp_path) as service:
         clients = await service.audience(1000)
         for burst in (1, 5, 1, 1, 10, 2, 20):
@@ -821,11 +823,11 @@ async def test_a_large_audience_gets_all_in_order_while_more_is_published(
         service.assert_left()
 
 
-@directly
+@on_lines
 async def test_readers_that_come_and_go_while_slices_are_on_their_way_are_served(
     way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssecore.direct, "SLICE", 2)
+    monkeypatch.setattr(ssecore.log.tail, "SLICE", 2)
     async with house(way, tmp_path) as service:
         clients = await service.audience(40)
         first = await service.publish("1")
@@ -846,10 +848,14 @@ async def test_readers_that_come_and_go_while_slices_are_on_their_way_are_served
 
 
 def tasks_at_work() -> Counter[str]:
-    return Counter(".".join(task.get_name().split(".")[-2:]) for task in asyncio.all_tasks())
+    names = [
+        task.get_coro().__qualname__ if task.get_name().startswith("Task-") else task.get_name()  # type: ignore[union-attr]
+        for task in asyncio.all_tasks()
+    ]
+    return Counter(".".join(name.split(".")[-2:]) for name in names)
 
 
-@pytest.mark.parametrize("way", ["task-asyncio", "direct"], indirect=True)
+@pytest.mark.parametrize("way", ["task-asyncio", "parked"], indirect=True)
 async def test_an_idle_reader_has_no_task_but_its_connections_own(way: Way, tmp_path: Path) -> None:
     async with house(way, tmp_path) as service:
         before = tasks_at_work()
@@ -858,7 +864,7 @@ async def test_an_idle_reader_has_no_task_but_its_connections_own(way: Way, tmp_
         for client in clients:
             await client.reached(3)
         await settle()
-        a_reader = {"Client._connect": 50, "Client._read": 50} | ({} if way.direct else {"Stream._watch": 50})
+        a_reader = {"Client._read": 50} | ({} if way.parked else {"Client._connect": 50, "Sender._watch": 50})
         assert tasks_at_work() - before == a_reader
 
         for client in clients[:5]:
@@ -866,7 +872,7 @@ async def test_an_idle_reader_has_no_task_but_its_connections_own(way: Way, tmp_
         await service.publish_each(3)
         await clients[-1].reached(6)
         await settle()
-        carried = {"_Stepped._carry": 5} if way.direct else {}
+        carried = {"Sender._work": 5} if way.parked else {}
         assert tasks_at_work() - before == a_reader | carried
 
         for client in clients[:5]:
@@ -955,9 +961,9 @@ async def test_a_reader_of_a_tail_that_has_ended_gets_what_is_there_and_the_end(
         assert tail.ended == "closed" and tail.top == 2
         reader = Reader(tail, 0, data_only=False)
         tails.leave(tail)
-        batches = [await reader.first()]
+        batches = [await batch_of(reader)]
         while not reader.finished:
-            batches.append(await reader.batch())
+            batches.append(await batch_of(reader))
         assert re.findall(rb"data: (\w+)\n", b"".join(batches)) == [b"one", b"two"]
 
 
@@ -974,7 +980,7 @@ async def test_a_stream_that_was_closed_before_anybody_watched_ends_its_reader(w
         tail.settle(stat)
         reader = Reader(tail, 0, data_only=False)
         tails.leave(tail)
-        assert b"data: one\n" in await reader.first()
+        assert b"data: one\n" in await batch_of(reader)
         assert reader.ready() == b"" and reader.finished
 
 
@@ -992,9 +998,9 @@ async def test_the_end_comes_after_what_was_committed_and_not_yet_announced(way:
         assert stat is not None
         tail.settle(stat)
         reader = Reader(tail, 0, data_only=False)
-        batches = [await reader.first()]
+        batches = [await batch_of(reader)]
         while not reader.finished:
-            batches.append(await reader.batch())
+            batches.append(await batch_of(reader))
         assert re.findall(rb"data: (\w+)\n", b"".join(batches)) == [b"one", b"two", b"three"]
 
 
@@ -1126,7 +1132,7 @@ async def test_every_reader_holds_a_contiguous_history_whatever_happens_to_its_c
 ) -> None:
     monkeypatch.setattr(ssecore.log.tail, "TAIL_BYTES", 3000)
     monkeypatch.setattr(ssecore.log.tail, "READ_BYTES", 1500)
-    monkeypatch.setattr(ssecore.direct, "SLICE", 3)
+    monkeypatch.setattr(ssecore.log.tail, "SLICE", 3)
     async with house(way, tmp_path, retention_events=kept) as service:
         connections, gaps = await act_at_random(service, random.Random(seed), 400 if way.virtual else 150)
         assert connections > 20

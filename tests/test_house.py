@@ -24,14 +24,15 @@ PRODUCT: Final = [ROOT / "sseapp.py", *ENGINE, *SERVICE]
 LAYERS: Final = (
     {"errors"},
     {"wire", "settings", "tokens", "signals", "stderr", "outbound"},
-    {"request", "responses", "routes", "metrics", "connection"},
-    {"guard", "stream", "log", "direct", "client"},
+    {"request", "responses", "routes", "metrics", "dialects"},
+    {"guard", "sender", "pump", "client"},
+    {"log", "merge", "protocol"},
     {"runs", "topics", "progress"},
 )
 
 #: The modules on the outer side, which nobody in ssecore imports, with the highest layer that they import from.
 #: The one without a name is ssecore/__init__.py.
-OUTER: Final = {"": 4, "command": 0, "fixtures": 5, "listen": 3, "server": 4, "testing": 2}
+OUTER: Final = {"": 5, "command": 0, "fixtures": 6, "listen": 3, "server": 4, "testing": 2}
 
 #: What the product imports besides the standard library and itself: no web framework, no ORM, no SSE library.
 DEPENDENCIES: Final = frozenset(

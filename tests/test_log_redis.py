@@ -608,7 +608,7 @@ async def test_a_reader_slower_than_trimming_is_told_what_it_missed(server: Redi
             if number % 40 and number < 2000:
                 continue
             while at < 2 * number:
-                for event in decoder.feed(await reader.batch()):
+                for event in decoder.feed(reader.ready() or await reader.from_log()):
                     if event.event == "gap":
                         gap = orjson.loads(event.data)
                         assert (gap["reason"], gap["from"]) == ("trimmed", at + 1)

@@ -97,9 +97,7 @@ async def test_a_stream_is_counted_with_what_it_sent_and_why_it_ended(app: SSEAp
     assert value(app, "sseapp_streams_open", route="/two") == 0
 
 
-@pytest.mark.parametrize("direct", [False, True])
-async def test_an_open_stream_counts_while_it_is_open(app: SSEApp, direct: bool) -> None:
-    app.direct = direct
+async def test_an_open_stream_counts_while_it_is_open(app: SSEApp, parked: bool) -> None:
     async with app.running():
         async with listening(app, "/ticks/news") as first, listening(app, "/ticks/news") as second:
             await first.event(), await second.event()
@@ -156,10 +154,9 @@ async def test_refusals_are_counted_by_their_status(app: SSEApp) -> None:
     assert value(app, "sseapp_refused_total", status="503") == 1
 
 
-@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize(("error", "reason"), [(BadRequest, "refused"), (Unavailable, "failed"), (KeyError, "failed")])
 async def test_what_its_client_did_wrong_is_no_failure_of_a_stream(
-    error: type[Exception], reason: str, direct: bool, caplog: pytest.LogCaptureFixture
+    error: type[Exception], reason: str, parked: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def refuse(request: Request) -> AsyncIterator[Event]:
         raise error("count: too many")
@@ -171,7 +168,6 @@ async def test_what_its_client_did_wrong_is_no_failure_of_a_stream(
         yield
 
     app = SSEApp([GET("/refuse", refuse), GET("/late", refuse_late)], Settings(log="memory"))
-    app.direct = direct
     with caplog.at_level(logging.INFO):
         async with app.running():
             await ask(app, "/refuse")

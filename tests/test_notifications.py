@@ -26,6 +26,7 @@ from ssecore.testing import VirtualClockLoop, connect
 from ssecore.tokens import add_token
 from ssecore.wire import Decoder, Event
 from tests import serving
+from tests.lines import lines_offered
 from tests.serving import Server, serve
 
 server = serving.server
@@ -180,8 +181,13 @@ def test_subscribers_go_on_at_the_restarted_server(tmp_path: Path) -> None:
     assert "Traceback" not in server.log()
 
 
-@pytest.mark.parametrize("way", ["task-asyncio", "task-trio", "direct"])
+@pytest.mark.parametrize("way", ["task-asyncio", "task-trio", "parked"])
 class TestInVirtualTime:
+    @pytest.fixture(autouse=True)
+    def lines(self, way: str) -> Iterator[None]:
+        with lines_offered(way == "parked"):
+            yield
+
     @pytest.fixture
     def anyio_backend(self, way: str) -> tuple[str, dict[str, Any]]:
         if way == "task-trio":
@@ -190,7 +196,6 @@ class TestInVirtualTime:
 
     async def test_a_user_stream_has_a_heartbeat_every_5_s_without_an_id(self, way: str) -> None:
         app = SSEApp(ROUTES, Settings(log="memory"))
-        app.direct = way == "direct"
         async with app.running(), connect(app, "GET", "/users/ann/stream") as exchange:
             times: list[float] = []
             body = b""
@@ -209,7 +214,6 @@ class TestInVirtualTime:
 
     async def test_a_topic_has_the_plain_heartbeat(self, way: str) -> None:
         app = SSEApp(ROUTES, Settings(log="memory", heartbeat_s=15))
-        app.direct = way == "direct"
         async with app.running(), connect(app, "GET", "/topics/news") as exchange:
             await exchange.chunk()
             for _ in range(3):

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from sseapp import GET, Event, Request, Settings, SSEApp
-from ssecore.stream import Timekeeper
+from ssecore.sender import Timekeeper
 from ssecore.testing import connect
 from tests.needs import find, needs
 from tests.serving import Server, free_port, is_clean, serve, serve_module, serve_uvicorn, wait_until

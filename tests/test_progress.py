@@ -32,8 +32,8 @@ from ssecore.progress import (
     WorkCancelled,
     from_thread,
 )
+from ssecore.pump import CLOSE_S
 from ssecore.request import Request
-from ssecore.stream import CLOSE_S
 from ssecore.testing import VirtualClockLoop
 from ssecore.wire import Event
 from tests.clients import ask, listening

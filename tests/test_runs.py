@@ -27,16 +27,17 @@ from ssecore.errors import LogError, LogUnavailable, NotFound, SSEAppError, Upst
 from ssecore.log import Log, Stat
 from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
+from ssecore.pump import CLOSE_S, FIRST_ITEM_S
 from ssecore.request import EndReason, Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import GET, POST, Route, Run, Upload
 from ssecore.runs import DRAIN_CLOSE_S
 from ssecore.settings import Settings
-from ssecore.stream import CLOSE_S, FIRST_ITEM_S
 from ssecore.testing import VirtualClockLoop, connect
 from ssecore.topics import Subscription
 from ssecore.wire import Decoder, Event
 from tests.clients import BROWSER, Answer, AppWithCallers, ask, listen_like_a_browser, listening, stand_still
+from tests.lines import lines_offered
 
 START: Final = 1_700_000_000.0
 NEVER_S: Final = 10_000_000.0
@@ -54,7 +55,7 @@ class Mode:
     """An engine of the log, a backend, and whether readers are stepped by whoever appends."""
 
     name: str
-    direct: bool = False
+    parked: bool = False
 
     @property
     def virtual(self) -> bool:
@@ -72,18 +73,18 @@ class Mode:
         return "asyncio", {"loop_factory": VirtualClockLoop} if self.virtual else {}
 
     def __str__(self) -> str:
-        return f"{self.name}-direct" if self.direct else self.name
+        return f"{self.name}-parked" if self.parked else self.name
 
 
-MEMORY: Final = [Mode("memory"), Mode("memory", direct=True), Mode("trio")]
-SQLITE: Final = [Mode("sqlite"), Mode("sqlite", direct=True)]
+MEMORY: Final = [Mode("memory"), Mode("memory", parked=True), Mode("trio")]
+SQLITE: Final = [Mode("sqlite"), Mode("sqlite", parked=True)]
 
 #: For tests of what has to do with time, and of what needs none of the engines in particular.
 virtual = pytest.mark.parametrize("mode", MEMORY, ids=str, indirect=True)
 on_sqlite = pytest.mark.parametrize("mode", SQLITE, ids=str, indirect=True)
 engines = pytest.mark.parametrize("mode", [MEMORY[0], SQLITE[0]], ids=str, indirect=True)
 once = pytest.mark.parametrize("mode", MEMORY[:1], ids=str, indirect=True)
-directly = pytest.mark.parametrize("mode", MEMORY[1:2], ids=str, indirect=True)
+on_lines = pytest.mark.parametrize("mode", MEMORY[1:2], ids=str, indirect=True)
 
 #: For routes with names of events, and without.
 both_ways = pytest.mark.parametrize("data_only", [False, True], ids=["named", "data-only"])
@@ -126,8 +127,7 @@ class House:
     async def open(self, *routes: Route, **values: Any) -> AsyncIterator[SSEApp]:
         """An app with these routes, running; `values` are settings."""
         app = AppWithCallers(routes, Settings(**values))
-        app.direct = self.mode.direct
-        with anyio.fail_after(self.mode.limit_s):
+        with lines_offered(self.mode.parked), anyio.fail_after(self.mode.limit_s):
             async with app.running():
                 yield app
 

@@ -254,9 +254,8 @@ def work() -> Iterator[Work]:
 
 
 @asynccontextmanager
-async def opened(folder: Path, work: Work, *, direct: bool, data_only: bool = False) -> AsyncIterator[SSEApp]:
+async def opened(folder: Path, work: Work, *, data_only: bool = False) -> AsyncIterator[SSEApp]:
     app = SSEApp([GET("/work", work.handler, run=Run(), data_only=data_only)], Settings(data_dir=folder))
-    app.direct = direct
     with anyio.fail_after(LIMIT_S):
         async with app.running():
             yield app
@@ -339,12 +338,11 @@ async def assert_the_run_fails_and_the_service_goes_on(
 
 
 @needs("tmpfs")
-@pytest.mark.parametrize("direct", [False, True], ids=["task", "direct"])
 @both_ways
 async def test_on_a_full_disk_a_run_fails_and_the_service_goes_on(
-    small_disk: Path, work: Work, direct: bool, data_only: bool
+    small_disk: Path, work: Work, parked: bool, data_only: bool
 ) -> None:
-    async with opened(small_disk, work, direct=direct, data_only=data_only) as app:
+    async with opened(small_disk, work, data_only=data_only) as app:
         before = await finished(app, work)
         await assert_the_run_fails_and_the_service_goes_on(
             app,
@@ -357,10 +355,9 @@ async def test_on_a_full_disk_a_run_fails_and_the_service_goes_on(
         )
 
 
-@pytest.mark.parametrize("direct", [False, True], ids=["task", "direct"])
 @both_ways
 async def test_when_the_log_becomes_read_only_a_run_fails_and_the_service_goes_on(
-    tmp_path: Path, work: Work, direct: bool, data_only: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, work: Work, parked: bool, data_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By SQLite's own switch: Linux lets nobody make a folder read-only in which a file is open for writing."""
     log = SqliteLog(tmp_path / "log.db")
@@ -370,7 +367,7 @@ async def test_when_the_log_becomes_read_only_a_run_fails_and_the_service_goes_o
         assert log._writer
         log._writer.execute(f"PRAGMA query_only = {to}")
 
-    async with opened(tmp_path, work, direct=direct, data_only=data_only) as app:
+    async with opened(tmp_path, work, data_only=data_only) as app:
         before = await finished(app, work)
         await assert_the_run_fails_and_the_service_goes_on(
             app,
@@ -387,14 +384,14 @@ async def test_when_the_log_becomes_read_only_a_run_fails_and_the_service_goes_o
 async def test_in_a_folder_that_is_read_only_the_service_does_not_start_and_nothing_is_lost(
     small_disk: Path, work: Work
 ) -> None:
-    async with opened(small_disk, work, direct=False) as app:
+    async with opened(small_disk, work) as app:
         before = await finished(app, work)
     remount(small_disk, "ro")
     with pytest.raises(LogError, match="can't be written: Read-only file system"):
-        async with opened(small_disk, work, direct=False):
+        async with opened(small_disk, work):
             pytest.fail("it has started")
     remount(small_disk, "rw")
-    async with opened(small_disk, work, direct=False) as app:
+    async with opened(small_disk, work) as app:
         run = before.headers["run-id"]
         assert (await ask(app, f"/runs/{run}/events")).body == before.body
 
@@ -407,7 +404,7 @@ def remount(disk: Path, way: str) -> None:
 async def test_a_run_that_could_not_be_closed_before_the_end_is_interrupted_at_the_next_start(
     small_disk: Path, work: Work
 ) -> None:
-    async with opened(small_disk, work, direct=False) as app:
+    async with opened(small_disk, work) as app:
         work.say("1")
         async with listening(app, "/work") as reading:
             await reading.event()
@@ -415,7 +412,7 @@ async def test_a_run_that_could_not_be_closed_before_the_end_is_interrupted_at_t
             work.say("x" * 50_000)
             assert len(await reading.rest()) == 1
     os.unlink(small_disk / "ballast")
-    async with opened(small_disk, work, direct=False) as app:
+    async with opened(small_disk, work) as app:
         answer = await ask(app, f"/runs/{reading.run}/events")
         assert [event.data for event in answer.events][:1] == ["1"]
         assert msgspec.json.decode(answer.events[1].data)["code"] == "interrupted"

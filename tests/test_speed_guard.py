@@ -17,8 +17,8 @@ from typing import Any, Final
 import anyio
 import pytest
 
-import ssecore.direct
 import ssecore.log.tail
+import ssecore.sender
 from sseapp import SSEApp
 from ssecore.request import Request
 from ssecore.routes import GET
@@ -56,7 +56,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @asynccontextmanager
 async def running(handler: Callable[..., Any]) -> AsyncIterator[SSEApp]:
     app = SSEApp([GET("/", handler)], Settings(log="memory"))
-    app.direct = True
     with anyio.fail_after(30):
         async with app.running():
             yield app
@@ -67,9 +66,15 @@ async def until(true: Callable[[], object]) -> None:
         await asyncio.sleep(0)
 
 
+async def to_the_end(app: SSEApp) -> None:
+    """Until the one stream there is has ended."""
+    await until(lambda: app._streams)
+    await app._no_streams()
+
+
 async def whole(app: SSEApp) -> Wire:
-    with connected(app, REQUEST) as (protocol, wire):
-        await asyncio.gather(*protocol.tasks)
+    with connected(app, REQUEST) as (_, wire):
+        await to_the_end(app)
     return wire
 
 
@@ -117,9 +122,9 @@ async def test_nothing_is_kept_of_events_that_were_sent() -> None:
 
     wires: list[Wire] = []
     async with running(handler) as app:
-        with connected(app, REQUEST) as (protocol, wire):
+        with connected(app, REQUEST) as (_, wire):
             wires.append(wire)
-            await asyncio.gather(*protocol.tasks)
+            await to_the_end(app)
     # Less than one object for ten events, after the first fifth.
     assert sizes[-1] - sizes[20] < 8 * EVENTS / 10
 
@@ -140,7 +145,7 @@ async def test_a_stream_whose_client_left_leaves_nothing_to_the_garbage_collecto
         async def come_and_go() -> None:
             with connected(app, REQUEST) as (protocol, wire):
                 await until(lambda: b"here" in wire.body)
-            await until(lambda: not protocol.tasks)
+            await until(lambda: not protocol.server_state.tasks)
 
         with connected(app, REQUEST) as (_, wire):  # stays, and with it what all share
             await until(lambda: b"here" in wire.body)
@@ -211,7 +216,7 @@ async def test_a_broadcast_is_framed_once_and_costs_each_reader_one_write(
     monkeypatch: pytest.MonkeyPatch, counted: Counter[str]
 ) -> None:
     made: Counter[str] = Counter()
-    counters = ((ssecore.direct, "chunk"), (ssecore.log.tail, "framed"), (ssecore.direct.DirectStream, "step"))
+    counters = ((ssecore.log.tail, "chunk"), (ssecore.log.tail, "framed"), (ssecore.sender.Sender, "_work"))
     for module, name in counters:
         original = getattr(module, name)
 
@@ -230,7 +235,7 @@ async def test_a_broadcast_is_framed_once_and_costs_each_reader_one_write(
             await publish(f"event {n}")
             await until(lambda n=n: all(f"event {n}".encode() in wire.written[-1] for wire in wires))  # type: ignore[misc]
         assert [len(wire.written) for wire in wires] == [10 + count for count in before]
-        assert made == {"chunk": 10, "framed": 10}  # and no `step`, which goes through `send`
+        assert made == {"chunk": 10, "framed": 10}  # and no task
         # Not one for each of the thousand deliveries.
         assert counted["callbacks"] <= 10 * 20
 

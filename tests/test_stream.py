@@ -1,5 +1,5 @@
 """The life of a stream, in virtual time: no test waits, and each moment is exact. Each test runs on both backends, and
-on asyncio in the way of our runner as well, where `send` is stepped (`ssecore.direct`).
+on asyncio in the way of our runner as well, where streams are parked on lines.
 
 Nothing here depends on the order in which ready tasks run (trio shuffles it on purpose).
 """
@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,14 +27,15 @@ from trio.testing import MockClock
 
 from sseapp import SSEApp
 from ssecore.errors import NotFound, SSEAppError
+from ssecore.pump import CLOSE_S, FIRST_ITEM_S
 from ssecore.request import EndReason, Request
 from ssecore.responses import ByteStream, Response
 from ssecore.routes import GET, POST, Route
 from ssecore.settings import Settings
-from ssecore.stream import CLOSE_S, FIRST_ITEM_S
 from ssecore.testing import Exchange, VirtualClockLoop, connect
 from ssecore.wire import HEARTBEAT, Decoder, Event, encode
 from tests.clients import stand_still
+from tests.lines import is_parked, lines_offered
 from tests.raising_app import KINDS
 
 App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Any]
@@ -55,22 +56,10 @@ def backend(name: str) -> tuple[str, dict[str, Any]]:
     return name, {"clock": MockClock(autojump_threshold=0)}
 
 
-class Always:
-    """What our runner says of itself, whatever an app is told."""
-
-    def __get__(self, *_: object) -> bool:
-        return True
-
-    def __set__(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture(params=["asyncio", "trio", "direct"])
-def anyio_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
-    if request.param == "direct":
-        monkeypatch.setattr(SSEApp, "direct", Always(), raising=False)
-        return backend("asyncio")
-    return backend(request.param)
+@pytest.fixture(params=["asyncio", "trio", "parked"])
+def anyio_backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, Any]]]:
+    with lines_offered(request.param == "parked"):
+        yield backend("trio" if request.param == "trio" else "asyncio")
 
 
 def app_of(handler: Callable[..., Any], method: str = "GET", *, data_only: bool = False, **values: Any) -> SSEApp:
@@ -475,7 +464,12 @@ class Ending:
         await self.app.drain(0)
 
     async def cancelled(self) -> None:
-        self.host.cancel()  # what a server does to what is left when it stops
+        """What a server does to what is left when it stops. A parked stream has no task of the request's."""
+        if is_parked(self.exchange):
+            for stream in list(self.app._streams):
+                stream.abort("cancelled")
+        else:
+            self.host.cancel()
 
     async def slow(self) -> None:
         self.exchange.block()
@@ -771,7 +765,7 @@ async def test_a_timeout_of_its_own_that_expired_does_not_limit_the_closing(capl
     assert_undisturbed(caplog)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "direct"], indirect=True)
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "parked"], indirect=True)
 async def test_asyncios_own_timeout_in_a_handler_works_as_ever(caplog: pytest.LogCaptureFixture) -> None:
     trace = Trace()
 
@@ -842,7 +836,7 @@ async def test_a_stop_while_the_generator_is_about_to_go_on_reaches_it_at_once(
     assert_undisturbed(caplog)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "direct"], indirect=True)
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_the_host_is_cancelled_natively(caplog: pytest.LogCaptureFixture) -> None:
     """What uvicorn does to its tasks: `Task.cancel`, and again."""
     trace = Trace()

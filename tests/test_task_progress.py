@@ -13,7 +13,6 @@ from typing import Any, Final, NamedTuple
 import anyio
 import httpx
 import pytest
-import sniffio
 from anyio import current_time
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +31,7 @@ from ssecore.testing import VirtualClockLoop
 from ssecore.wire import Decoder, Event, encode
 from tests import serving
 from tests.clients import BROWSER, AppWithCallers, Reading, ask, listen_like_a_browser, listening
+from tests.lines import lines_offered
 from tests.serving import Server
 
 LIMIT_S: Final = 20
@@ -43,15 +43,15 @@ ASYNC: Final = {"prefer": "respond-async"}
 
 
 class Way(NamedTuple):
-    direct: bool = False
+    parked: bool = False
     backend: str = "asyncio"
 
     def __str__(self) -> str:
-        return "direct" if self.direct else f"task-{self.backend}"
+        return "parked" if self.parked else f"task-{self.backend}"
 
 
-WAYS: Final = [Way(), Way(backend="trio"), Way(direct=True)]
-directly_or_not = pytest.mark.parametrize("way", [WAYS[0], WAYS[2]], ids=str, indirect=True)
+WAYS: Final = [Way(), Way(backend="trio"), Way(parked=True)]
+parked_or_not = pytest.mark.parametrize("way", [WAYS[0], WAYS[2]], ids=str, indirect=True)
 
 
 @pytest.fixture(params=WAYS, ids=str)
@@ -124,10 +124,7 @@ async def a_house(way: Way, folder: Path, monkeypatch: pytest.MonkeyPatch, **set
             yield SimpleNamespace(tasks=tasks)
 
     app = AppWithCallers(ROUTES, Settings(log="memory", data_dir=folder, **settings), lifespan=resources)
-    app.direct = way.direct
-    if way.direct:  # as under a server: where no task runs, nothing says which library does
-        sniffio.current_async_library_cvar.set(None)
-    with anyio.fail_after(LIMIT_S):
+    with lines_offered(way.parked), anyio.fail_after(LIMIT_S):
         async with app.running():
             yield House(app, work)
 
@@ -214,7 +211,7 @@ async def test_a_cut_anywhere_loses_nothing_and_repeats_nothing(house: House, sm
     assert malformed.problem == (400, "bad_request")
 
 
-@directly_or_not
+@parked_or_not
 async def test_a_browser_is_told_to_stop_wherever_it_was_cut(
     way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +299,7 @@ async def test_retention_takes_the_newest_executions_progress_as_well(house: Hou
     assert (await ask(house.app, TARGET, headers={"x-caller": "ann"})).problem == (404, "not_found")
 
 
-@directly_or_not
+@parked_or_not
 async def test_executions_that_are_remembered_are_bounded_for_each_caller_and_task(way: Way, tmp_path: Path) -> None:
     kept = database.MAX_EXECUTIONS
     async with open_tasks(tmp_path) as tasks:
@@ -318,7 +315,7 @@ async def test_executions_that_are_remembered_are_bounded_for_each_caller_and_ta
         assert await tasks.executions(3, "ann") == []
 
 
-@directly_or_not
+@parked_or_not
 async def test_where_nobody_has_a_name_nobodys_executions_are_shown(
     way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,15 +341,11 @@ async def view(request: Request, run: str) -> Any:
     return await request.runs.view(request, run, translate=ends)
 
 
-@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"loop_factory": VirtualClockLoop})], ids=["virtual"])
 async def test_what_is_left_out_sends_nothing_and_holds_up_no_heartbeat(
-    direct: bool, anyio_backend: tuple[str, Mapping[str, Any]]
+    parked: bool, anyio_backend: tuple[str, Mapping[str, Any]]
 ) -> None:
     app = SSEApp([GET("/quiet", quiet, run=Run()), GET("/view/{run}", view)], Settings(log="memory", heartbeat_s=15))
-    app.direct = direct
-    if direct:
-        sniffio.current_async_library_cvar.set(None)
     async with app.running():
         run = (await ask(app, "/quiet", headers=ASYNC)).headers["run-id"]
         began, times = current_time(), list[float]()

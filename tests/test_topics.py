@@ -15,7 +15,6 @@ from urllib.parse import quote
 import anyio
 import orjson
 import pytest
-import sniffio
 from trio.testing import MockClock
 
 import sseapp
@@ -30,6 +29,7 @@ from ssecore.settings import Settings
 from ssecore.testing import Exchange, VirtualClockLoop, connect
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import Event
+from tests.lines import lines_offered
 
 #: Seconds after which a test has hung: virtual ones but with SQLite.
 LIMIT_S: Final = 30
@@ -37,17 +37,17 @@ EPOCH: Final = "A" * 22
 
 
 class Way(NamedTuple):
-    direct: bool
+    parked: bool
     backend: str
 
 
 WAYS: Final = {
     "task-asyncio": Way(False, "asyncio"),
     "task-trio": Way(False, "trio"),
-    "direct": Way(True, "asyncio"),
+    "parked": Way(True, "asyncio"),
 }
 
-on_asyncio = pytest.mark.parametrize("way", ["task-asyncio", "direct"], indirect=True)
+on_asyncio = pytest.mark.parametrize("way", ["task-asyncio", "parked"], indirect=True)
 once = pytest.mark.parametrize("way", ["task-asyncio"], indirect=True)
 
 
@@ -82,10 +82,7 @@ ROUTES: Final = [GET("/data/{name}", topic, data_only=True), GET("/{name}", topi
 @asynccontextmanager
 async def running(way: Way, **values: Any) -> AsyncIterator[SSEApp]:
     app = SSEApp(ROUTES, Settings(**({"log": "memory"} | values)))
-    app.direct = way.direct
-    if way.direct:  # as under a server: where no task runs, nothing says which library does
-        sniffio.current_async_library_cvar.set(None)
-    with anyio.fail_after(LIMIT_S):
+    with lines_offered(way.parked), anyio.fail_after(LIMIT_S):
         async with app.running():
             yield app
 

@@ -1,0 +1,118 @@
+"""Many async iterators as one."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, overload
+
+import anyio
+from anyio.abc import TaskGroup
+from anyio.streams.memory import MemoryObjectSendStream
+
+from ssecore.pump import GeneratorTask
+
+__all__ = ["merge"]
+
+logger = logging.getLogger("sseapp")
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+class merge(Generic[T]):
+    """Many async iterators as one, in the order in which their items come.
+
+        async with merge(prices(), news()) as items:
+            async for item in items:
+                yield Event(item)
+
+    At most `buffer` items wait (default 16); then the sources do. When a source fails its exception is raised here and
+    ends all; with `failures=True` it is handed over as an item instead, and the others go on. Leaving the block closes
+    every source, each in the task that ran it, and waits for that. A handler may yield inside this block.
+    """
+
+    @overload
+    def __init__(self, *sources: AsyncIterator[T], buffer: int = 16) -> None: ...
+    @overload
+    def __init__(
+        self: "merge[S | Exception]", *sources: AsyncIterator[S], buffer: int = 16, failures: bool
+    ) -> None: ...
+    def __init__(self, *sources: AsyncIterator[Any], buffer: int = 16, failures: bool = False) -> None:
+        self._sources = sources
+        self._failures = failures
+        self._buffer = buffer
+        self._tasks: TaskGroup | None = None  # on trio; no failure of a source ever cancels it
+        self._workers: list[_Worker[Any]] | None = None
+
+    async def __aenter__(self) -> Self:
+        to_us, self._items = anyio.create_memory_object_stream[tuple[T | None, Exception | None]](self._buffer)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self._tasks = anyio.create_task_group()
+            await self._tasks.__aenter__()
+        with to_us:
+            self._workers = [_Worker(source, to_us.clone()) for source in self._sources]
+            for worker in self._workers:
+                worker.start(self._tasks)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._items.close()
+        workers = self._workers or []
+        for worker in workers:
+            worker.stop()
+        try:
+            for worker in workers:
+                await worker.closed()
+        finally:
+            if self._tasks is not None:
+                # Not told of the exception: it is the caller's, and would come back wrapped in a group.
+                await self._tasks.__aexit__(None, None, None)
+
+    def __aiter__(self) -> Self:
+        if self._workers is None:
+            raise RuntimeError("use `async with merge(...) as items`, so that the sources are closed")
+        return self
+
+    async def __anext__(self) -> T:
+        try:
+            item, error = await self._items.receive()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+        if error is None:
+            return item  # type: ignore[return-value]
+        if self._failures:
+            return error  # type: ignore[return-value]  # the overload says so
+        raise error
+
+
+class _Worker(GeneratorTask[T]):
+    """Hands on what one source gives, and at last its failure."""
+
+    what = "a source"
+
+    def __init__(self, source: AsyncIterator[T], to_us: MemoryObjectSendStream[Any]) -> None:
+        super().__init__(source)
+        self._to_us = to_us
+        self._is_said = False
+
+    async def iterate(self) -> None:
+        try:
+            async for item in self._generator:
+                await self._to_us.send((item, None))
+        except BaseException as error:
+            if self._stopped or not self._took(error):
+                raise
+            self._is_said = True
+            with suppress(anyio.BrokenResourceError):  # left while it waited for room
+                await self._to_us.send((None, self.failure))
+
+    def over(self) -> None:
+        self._to_us.close()
+        if self.failure is not None and not self._is_said and not isinstance(self.failure, anyio.BrokenResourceError):
+            logger.warning("a merged source failed while it was closed", exc_info=self.failure)
