@@ -79,7 +79,9 @@ class _Server:
         self._exchange = exchange
 
     def answers(self, send: Any) -> bool:
-        return bool(send == self._exchange._send) and not self._exchange._left.is_set() and not any(self._exchange._to_app)
+        return (
+            bool(send == self._exchange._send) and not self._exchange._left.is_set() and not any(self._exchange._to_app)
+        )
 
     def park(self, send: Any, left: Any) -> ParkedConnection | None:
         exchange = self._exchange
