@@ -55,7 +55,7 @@ from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_hea
 from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
-from ssecore.sender import Sender, SenderOptions, Source, Timekeeper
+from ssecore.sender import Sender, SenderOptions, Timekeeper
 from ssecore.settings import Settings, describe
 from ssecore.signals import chained
 from ssecore.stderr import dropped_lines
@@ -371,7 +371,7 @@ class SSEApp:
             buffer_bytes=settings.buffer_bytes,
             ends_for_good=request.method == "GET",
         )
-        return self._stream(request, send, pump, _EVENT_STREAM_HEADERS)
+        return Sender(request, send, pump, _EVENT_STREAM_HEADERS, self._options)
 
     async def _send_answer(self, request: Request, send: Send, answer: Any, *, head: bool) -> Response | Sender | None:
         """What to send or to run for what a handler returned."""
@@ -410,13 +410,7 @@ class SSEApp:
         except ValueError:
             reader.close()
             raise
-        return self._stream(request, send, reader, headers)
-
-    def _stream(
-        self, request: Request, send: Send, source: Source, headers: list[tuple[bytes, bytes]], status: int = 200
-    ) -> Sender:
-        request.forget()
-        return Sender(request, send, source, headers, self._options, status)
+        return Sender(request, send, reader, headers, self._options)
 
     async def _send_bytes(self, request: Request, send: Send, answer: ByteStream, *, head: bool) -> Sender | None:
         started = False
@@ -428,7 +422,7 @@ class SSEApp:
             self._take_place(request)
             started = True
             pump = Pump(answer.chunks, _chunk, request, buffer_bytes=self.settings.buffer_bytes)
-            return self._stream(request, send, pump, headers, answer.status)
+            return Sender(request, send, pump, headers, self._options, answer.status)
         finally:
             if not started and hasattr(answer.chunks, "aclose"):
                 await answer.chunks.aclose()

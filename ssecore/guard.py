@@ -39,6 +39,7 @@ import math
 import re
 import shlex
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from inspect import isawaitable
 from typing import Final, Literal
 
@@ -321,6 +322,7 @@ def _cookie(request: Request, value: str, more: str) -> dict[str, str]:
     return {"set-cookie": cookie, "cache-control": "no-store"}
 
 
+@lru_cache(64)
 def _is_loopback(authority: str) -> bool:
     """`localhost`, a name below it, or an address; with or without a port."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+))(?::[0-9]{1,5})?", authority)

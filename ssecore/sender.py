@@ -26,6 +26,7 @@ from time import monotonic
 from typing import Any, Final, Protocol
 
 import anyio
+import anyio.lowlevel
 from anyio import CancelScope, current_time, get_cancelled_exc_class
 from anyio.abc import TaskGroup
 
@@ -241,6 +242,10 @@ class Sender:
         source = self.source
         try:
             source.begin(self, tasks)
+            if not source.has_something:
+                await (
+                    anyio.lowlevel.checkpoint()
+                )  # most generators give their first event at once: then no scope is needed
             if not source.has_something:
                 with anyio.move_on_after(source.first_s):
                     while not self._over and not source.has_something:
