@@ -29,6 +29,7 @@ import anyio
 import anyio.lowlevel
 from anyio import CancelScope, current_time, get_cancelled_exc_class
 from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
 
 from ssecore.dialects import CURSOR_EVENT, error_frames, log_failure, spread
 from ssecore.errors import Draining, SSEAppError, Unavailable
@@ -243,9 +244,7 @@ class Sender:
         try:
             source.begin(self, tasks)
             if not source.has_something:
-                await (
-                    anyio.lowlevel.checkpoint()
-                )  # most generators give their first event at once: then no scope is needed
+                await checkpoint()  # most generators give their first event at once, and need no scope for it
             if not source.has_something:
                 with anyio.move_on_after(source.first_s):
                     while not self._over and not source.has_something:
