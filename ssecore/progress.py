@@ -34,7 +34,6 @@ from typing import Any, Final, Generic, Self, TypeVar, TypeVarTuple
 
 import anyio
 from anyio import CancelScope, CapacityLimiter
-from anyio import Event as Signal
 from anyio.abc import TaskGroup
 from anyio.from_thread import BlockingPortal
 from anyio.lowlevel import RunVar, checkpoint
@@ -77,7 +76,7 @@ class Report(Generic[T]):
         self._items: deque[T] = deque()
         self._changed = threading.Condition()  # there is room, or it is over (rule 3)
         self._over = False  # the reader has left, or the work has ended
-        self._wanted: Signal | None = None  # whoever reads waits for an item
+        self._wanted: anyio.Event | None = None  # whoever reads waits for an item
 
     def __call__(self, item: T) -> None:
         """Hand it over. Blocks while `buffer` items wait. Raises `WorkCancelled` when the reader has left."""
@@ -119,7 +118,7 @@ class Report(Generic[T]):
                     return self._items.popleft()
                 if self._over:
                     raise anyio.EndOfStream
-                self._wanted = self._wanted or Signal()
+                self._wanted = self._wanted or anyio.Event()
             await self._wanted.wait()
 
 
@@ -160,7 +159,7 @@ class from_thread(Generic[T]):
         self._report = Report[T](buffer)
         self._tasks: TaskGroup | None = None
         self._scope = CancelScope(shield=True)  # as in `merge`: leaving the block is the only way to cancel it
-        self._ended = Signal()
+        self._ended = anyio.Event()
 
     async def __aenter__(self) -> Self:
         self._tasks = anyio.create_task_group()

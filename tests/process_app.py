@@ -11,14 +11,13 @@ from typing import Final
 
 import anyio
 import msgspec
-from anyio import Event as Signal
 
 from handlers import ROUTES, resources
 from sseapp import GET, Event, Request, Response, Run, Settings, SSEApp
 from ssecore.sender import Timekeeper
 from ssecore.server import serve
 
-_failing: Final = Signal()
+_failing: Final = anyio.Event()
 
 
 async def swallow(request: Request) -> AsyncIterator[Event]:

@@ -52,7 +52,7 @@ ASYNC: Final = {"prefer": "respond-async"}
 
 @dataclass(frozen=True)
 class Mode:
-    """An engine of the log, a backend, and whether readers are stepped by whoever appends."""
+    """An engine of the log, a backend, and whether streams are parked on lines."""
 
     name: str
     parked: bool = False
