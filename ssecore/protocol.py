@@ -52,7 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     # More in its dictionary would make that one of its own, for each connection: a KiB.
-    __slots__ = ("_ahead", "_answering", "_barren", "_ignoring", "_overdue", "on_left")
+    __slots__ = ("_ahead", "_answering", "_barren", "_ignoring", "_left", "_overdue")
     max_head_bytes: int | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -62,7 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._answering: RequestResponseCycle | None = None  # `cycle` is the last one that came, and may have to wait
         self._ahead = 0  # bytes that came while a request waited for this one's answer
         self._ignoring = False
-        self.on_left: Callable[[], None] | None = None  #: called when the client leaves, until the connection is parked
+        self._left: Callable[[], None] | None = None  # see `watch`
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -77,8 +77,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._answering.disconnected = True
             self._answering.message_event.set()
         self.pipeline.clear()
-        if self.on_left is not None:
-            self.on_left()
+        if self._left is not None:
+            self._left()
         self._forget()
 
     def data_received(self, data: bytes) -> None:
@@ -191,6 +191,13 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle = self._answering
         return cycle is not None and send == cycle.send and not cycle.more_body and not cycle.disconnected
 
+    def watch(self, left: Callable[[], None] | None) -> None:
+        """Call `left` when the client leaves; until the connection is parked, or this is called with `None`."""
+        self._left = left
+        # uvicorn stops reading where a body has more than it wants to hold, and goes on when the app asks for more. An
+        # app that has it all asks no more; and who doesn't read doesn't see that the client leaves.
+        self.flow.resume_reading()
+
     def park(self, send: Send, left: Callable[[], None]) -> "ParkedConnection | None":
         """Let go of the request. `left` is called when the client leaves.
 
@@ -222,7 +229,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _forget(self) -> None:
         """Else scope, cycle and this protocol keep each other until the garbage collector comes."""
-        self.on_left = self._answering = self.scope = self.cycle = None  # type: ignore[assignment]
+        self._left = self._answering = self.scope = self.cycle = None  # type: ignore[assignment]
 
     def send_400_response(self, msg: str) -> None:
         cycle = self.cycle

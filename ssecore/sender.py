@@ -120,10 +120,11 @@ class Line(Protocol):
 class Server(Protocol):
     """What our runner offers in `scope["extensions"]`."""
 
-    on_left: Callable[[], None] | None  #: called when the client leaves, until the connection is parked
-
     def answers(self, send: Send) -> bool:
         """Whether this `send` is the connection's own, with nobody between, and its request complete."""
+
+    def watch(self, left: Callable[[], None] | None) -> None:
+        """Call `left` when the client leaves; until the connection is parked, or this is called with `None`."""
 
     def park(self, send: Send, left: Callable[[], None]) -> Line | None:
         """Let go of the request, and give the connection; `left` is called when its client leaves. `None`: it can't
@@ -226,7 +227,8 @@ class Sender:
         assert self._whole is not None and self._send_message is not None
         server: Server | None = self._whole.scope.get("extensions", {}).get(EXTENSION)
         if has_sweep and server is not None and server.answers(self._send_message):
-            self._server, server.on_left = server, self._client_left
+            self._server = server
+            server.watch(self._client_left)
             await self._open(None)
         else:
             async with anyio.create_task_group() as tasks:
@@ -337,7 +339,7 @@ class Sender:
             if self.line is not None:
                 self.line.close()
             elif self._server is not None:
-                self._server.on_left = None
+                self._server.watch(None)
             self._log_unheard()
             self.request.end_for("failed" if source.failure is not None else "finished")
             self._options.ended(self)

@@ -75,7 +75,7 @@ class _Server:
     """What an exchange offers in its scope."""
 
     def __init__(self, exchange: Any) -> None:
-        self.on_left: Any = None
+        self.left: Any = None
         self._exchange = exchange
 
     def answers(self, send: Any) -> bool:
@@ -83,13 +83,16 @@ class _Server:
             bool(send == self._exchange._send) and not self._exchange._left.is_set() and not any(self._exchange._to_app)
         )
 
+    def watch(self, left: Any) -> None:
+        self.left = left
+
     def park(self, send: Any, left: Any) -> ParkedConnection | None:
         exchange = self._exchange
         sized = any(name == b"content-length" for name, _ in exchange.raw_headers)
         if not self.answers(send) or exchange._chunks_in._state.max_buffer_size != math.inf or sized:
             return None
         exchange.line = _Parked(exchange, left)
-        self.on_left = None
+        self.left = None
         return exchange.line  # type: ignore[no-any-return]
 
 
@@ -140,8 +143,8 @@ def lines_offered(really: bool = True) -> Iterator[None]:
             return
         if is_parked(self):
             asyncio.get_running_loop().call_soon(self.line.connection_lost, None)
-        elif getattr(self, "server", None) and self.server.on_left is not None:
-            self.server.on_left()
+        elif getattr(self, "server", None) and self.server.left is not None:
+            self.server.left()
 
     # Its own, since a test may undo what it has patched.
     with pytest.MonkeyPatch.context() as patch:

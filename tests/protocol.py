@@ -20,6 +20,7 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.written: list[bytes] = []
         self.closing = False
+        self.reading = True
         self.protocol: Any = None  #: as the transport knows it
 
     def write(self, data: Any) -> None:
@@ -35,10 +36,10 @@ class Wire(asyncio.Transport):
         self.protocol = protocol
 
     def pause_reading(self) -> None:
-        pass
+        self.reading = False
 
     def resume_reading(self) -> None:
-        pass
+        self.reading = True
 
     @property
     def body(self) -> bytes:

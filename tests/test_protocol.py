@@ -173,6 +173,28 @@ async def test_a_connection_with_more_to_do_is_not_parked(request_bytes: bytes) 
     assert parked == [None]
 
 
+async def test_behind_a_large_body_the_client_is_heard_again() -> None:
+    """uvicorn stops reading while it holds much of a body, and an app that has it all doesn't ask for more."""
+    size = 200_000
+    told: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        got, more = 0, True
+        while more:
+            message = await receive()
+            got, more = got + len(message["body"]), message["more_body"]
+        assert got == size and not wire.reading
+        server_of(scope).watch(lambda: told.append("left"))
+
+    head = b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % size
+    with connected(app, head) as (protocol, wire):
+        await asyncio.sleep(0)
+        protocol.data_received(b"x" * size)
+        await asyncio.gather(*protocol.tasks)
+        assert wire.reading
+    assert told == ["left"]
+
+
 async def test_a_client_that_floods_a_parked_connection_loses_it() -> None:
     told: list[str] = []
     lines: list[Any] = []
