@@ -36,7 +36,7 @@ import anyio
 from anyio import current_time
 from anyio.abc import TaskGroup
 
-import ssecore.log
+import ssecore.log.facts
 from ssecore.errors import (
     BadRequest,
     Conflict,
@@ -184,7 +184,7 @@ class Worker:
         while True:
             frames = await pump.frames()
             size = sum(map(len, frames))
-            if len(frames) > events_left or size > min(bytes_left, ssecore.log.MAX_APPEND_BYTES):
+            if len(frames) > events_left or size > min(bytes_left, ssecore.log.facts.MAX_APPEND_BYTES):
                 self._break_off()
                 # Not trimmed while it runs: a reader that comes later would find no beginning.
                 error = TooLarge("the run is larger than the log keeps of one stream")
@@ -291,8 +291,9 @@ class Worker:
                 self._read = anyio.Event()
                 if not await self._is_unread_for(limit):
                     continue
+                peers = self._runs.log.peers
                 with suppress(LogUnavailable):  # nobody is cancelled because it can't be asked who reads
-                    if not await self._runs.log.touched(self.id):
+                    if peers is None or not await peers.touched(self.id):
                         self.cancel("linger")
                         return
 
@@ -313,7 +314,7 @@ async def _no_connection() -> Any:
 
 def _fitting(frames: list[bytes], events: float, size: float) -> list[bytes]:
     """The first of the frames: at most so many events, and bytes, and what one append takes."""
-    size = min(size, ssecore.log.MAX_APPEND_BYTES)
+    size = min(size, ssecore.log.facts.MAX_APPEND_BYTES)
     for before, total in enumerate(accumulate(map(len, frames))):
         if before >= events or total > size:
             return frames[:before]
@@ -344,7 +345,9 @@ class Runs:
         self._give_up_at = 0.0  #: once `stopping` is set: what has not ended then is left to itself
         #: Readers here of lingering runs that another process works on.
         self._elsewhere: Counter[str] = Counter()
-        log.on_call = self._called
+        self._peers = log.peers
+        if log.peers is not None:
+            log.peers.on_call = self._called
 
     def linger_s(self, route: Route) -> float | None:
         """How long a run of the route goes on unread; `None`: to its end."""
@@ -353,12 +356,12 @@ class Runs:
 
     async def keep_watch(self) -> None:
         """Where processes share the log: end what others leave behind, and tell them that their runs are read here."""
-        while True:
+        while self._peers is not None:
             await anyio.sleep(self.settings.lease_s / 3)
             try:
                 await self.recover()
                 for run in list(self._elsewhere):
-                    await self.log.touch(run, max(self.settings.linger_s, self.settings.lease_s))
+                    await self._peers.touch(run, max(self.settings.linger_s, self.settings.lease_s))
             except (LogUnavailable, LogError):
                 pass  # the log tells of it
             except Exception:
@@ -476,7 +479,7 @@ class Runs:
         key = self._key(request)
         printed = _fingerprint(request)
         while True:
-            known = await self.log.find_key(key) if key is not None else None
+            known = await self.log.find(key=key) if key is not None else None
             if known is None:
                 known, worker = await self._create(request, route, params, key, printed)
                 if worker is not None:
@@ -564,7 +567,7 @@ class Runs:
     ) -> Response | Attached:
         """Read on after the request's cursor."""
         cursor = parse_cursor(request.last_event_id)
-        stat = await self.log.find(cursor.epoch)
+        stat = await self.log.find(epoch=cursor.epoch)
         if stat is None or stat.kind != "run" or stat.owner != request.caller:
             return self._expired(request, cursor)
         if run is not None and stat.stream != run:
@@ -606,24 +609,24 @@ class Runs:
             reader = Reader(tail, after, data_only=data_only, before=before, opening=opening, translate=translate)
         finally:
             self.tails.leave(tail)
-        elsewhere = worker is None and self.log.shared and not stat.closed and stat.meta.get("linger_s") is not None
+        peers = None if worker is not None or stat.closed or stat.meta.get("linger_s") is None else self._peers
         if worker is not None:
             worker.attach()
-        elif elsewhere:
+        elif peers is not None:
             self._elsewhere[run] += 1
 
         def closed() -> None:
             self.tails.leave(tail)
             if worker is not None:
                 worker.detach()
-            elif elsewhere:
+            elif peers is not None:
                 self._elsewhere -= Counter([run])  # without those that are at zero
 
         reader.on_close = closed
-        if elsewhere:
+        if peers is not None:
             try:
                 await self._interested(stat)
-                await self.log.call(run, "read")
+                await peers.call(run, "read")
             except BaseException:
                 reader.close()
                 raise
@@ -632,18 +635,18 @@ class Runs:
     async def _told(self, run: str) -> Stat | None:
         """The run's facts. From then on no other process that works on it deletes it when it fails (rule 2)."""
         stat = await self.log.stat(run)
-        if stat is not None and not stat.closed and not stat.last and run not in self._workers:
-            with suppress(NotFound):
-                await self.log.tell(run)
-                return stat
-            return None
+        if self._peers is not None and stat and not stat.closed and not stat.last and run not in self._workers:
+            try:
+                await self._peers.tell(run)
+            except NotFound:
+                return None
         return stat
 
     async def _interested(self, stat: Stat) -> None:
         """Tell the process that works on the run, if another one does."""
         linger_s = stat.meta.get("linger_s")
-        if self.log.shared and not stat.closed and linger_s is not None:
-            await self.log.touch(stat.stream, max(linger_s, self.settings.lease_s))
+        if self._peers is not None and not stat.closed and linger_s is not None:
+            await self._peers.touch(stat.stream, max(linger_s, self.settings.lease_s))
 
     async def view(
         self, request: Request, run: str, *, only: str | None = None, translate: Translate | None = None
@@ -673,7 +676,7 @@ class Runs:
 
     async def run_of(self, last_event_id: str) -> str | None:
         """The run that an event's id belongs to, whoever's it is. Raises `BadRequest` for what is no event id."""
-        stat = await self.log.find(parse_cursor(last_event_id).epoch)
+        stat = await self.log.find(epoch=parse_cursor(last_event_id).epoch)
         return None if stat is None or stat.kind != "run" else stat.stream
 
     # The routes under /runs
@@ -706,8 +709,8 @@ class Runs:
         if worker is not None and not stat.closed:
             worker.cancel("asked")
             return 202
-        if self.log.shared and not stat.closed:
-            await self.log.call(run, "cancel")
+        if self._peers is not None and not stat.closed:
+            await self._peers.call(run, "cancel")
             return 202
         await self.log.delete(run)
         return 204

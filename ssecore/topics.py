@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import anyio
 
-import ssecore.log
+import ssecore.log.facts
 from ssecore.errors import EncodeError, LogError, LogUnavailable, NotFound, Unavailable, WriterFenced
 from ssecore.log import Cursor, Log, Retention, Shared, Stat, locate, parse_cursor
 from ssecore.log.tail import Attached, Reader, Tail, Tails, gap_frame
@@ -161,7 +161,7 @@ class Topics:
     async def keep(self) -> None:
         """Write to the topics that have readers here, from time to time, so that the log doesn't delete them."""
         while True:
-            await anyio.sleep(ssecore.log.EMPTY_TOPIC_S / KEEPS)
+            await anyio.sleep(ssecore.log.facts.EMPTY_TOPIC_S / KEEPS)
             streams = [stream for stream in self._tails.streams() if stream.startswith(_stream(""))]
             for start in range(0, len(streams), KEEP_STEP):
                 async with anyio.create_task_group() as tasks:
@@ -175,7 +175,7 @@ class Topics:
 
 def _is_stale(stat: Stat) -> bool:
     """Whether the log may soon delete the topic."""
-    return stat.first > stat.last and time.time() - stat.updated > ssecore.log.EMPTY_TOPIC_S / KEEPS
+    return stat.first > stat.last and time.time() - stat.updated > ssecore.log.facts.EMPTY_TOPIC_S / KEEPS
 
 
 def _stored(event: Event) -> bytes:

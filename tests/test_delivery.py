@@ -237,7 +237,7 @@ class House:
         """Nothing is held for readers that are gone."""
         assert self.topics.subscribers(TOPIC) == 0
         assert self.tails.get(STREAM) is None
-        assert self.log._watchers._streams == {}  # type: ignore[attr-defined]
+        assert self.log.store._watchers._streams == {}  # type: ignore[attr-defined]
         assert self.app._streams == set()
         assert self.app._timekeeper is not None and self.app._timekeeper.streams == set()
 
@@ -1022,7 +1022,7 @@ async def test_a_tail_that_has_ended_is_replaced_and_its_last_readers_do_not_tak
         await log.append("topic", [encode(Event("one"))], epoch=epoch)
         assert b"data: one\n" in (second.ready() or b"")
         second.close()
-        assert tails.get("topic") is None and log._watchers._streams == {}
+        assert tails.get("topic") is None and log.store._watchers._streams == {}  # type: ignore[attr-defined]
 
 
 @in_virtual_time

@@ -123,7 +123,7 @@ def test_what_was_acknowledged_is_there_after_a_sigkill(path: Path) -> None:
             for stat in await log.unfinished():
                 assert stat.last == len(whole[stat.stream])
                 assert stat.size == sum(len(row.body) for row in await everything(log, stat.stream))
-                assert await log.find(stat.epochs[0][0]) == stat
+                assert await log.find(epoch=stat.epochs[0][0]) == stat
                 await log.open(stat.stream, epoch := new_epoch())
                 assert await log.append(stat.stream, [frame("end")], epoch=epoch, close=True) == stat.last + 1
             assert await log.unfinished() == []
@@ -182,7 +182,7 @@ async def test_nothing_works_outside_of_running(path: Path) -> None:
 async def test_what_was_asked_for_before_the_end_is_done(
     path: Path, cancelled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssecore.log.sqlite, "_MAX_TRANSACTION_BYTES", 1)
+    monkeypatch.setattr(ssecore.log.writer, "_MAX_COMMIT_BYTES", 1)
     log = SqliteLog(path)
     done: list[int] = []
 
@@ -241,7 +241,7 @@ def truncated(path: Path) -> None:
         (lambda path: path.write_bytes(b"SQLite format 3\0"), "is another program's database: move it away"),
         (foreign, "is another program's database: move it away"),
         (lambda path: foreign(path, 0x12345678), "is another program's database: move it away"),
-        (newer, "has version 99, and this program knows up to 2: start the newer program"),
+        (newer, "has version 99, and this program knows up to 3: start the newer program"),
         (damaged, r"is damaged \(.+\): put a copy of it back"),
         (truncated, r"is damaged \(.+\): put a copy of it back"),
     ],
@@ -400,7 +400,7 @@ async def test_an_appended_row_reads_the_same_however_it_is_looked_up(
             for name, epoch in epochs.items():
                 clock.now += 0.1
                 await log.append(name, [frame(name)], epoch=epoch)
-                assert await log.stat(name) == await log.find(epoch)
+                assert await log.stat(name) == await log.find(epoch=epoch)
         listed = {stat.stream: stat for stat in await log.runs("ann", 10)}
     async with log.running():
         assert listed == {name: await log.stat(name) for name in epochs}
@@ -410,8 +410,8 @@ async def test_an_appended_row_reads_the_same_however_it_is_looked_up(
 async def test_full_sync_is_said_to_sqlite(path: Path) -> None:
     log = SqliteLog(path, full_sync=True)
     async with log.running():
-        assert log._writer
-        assert log._writer.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert log.store.writer
+        assert log.store.writer.execute("PRAGMA synchronous").fetchone() == (2,)
         epoch = await run(log)
         assert await log.append("run", [frame("a")], epoch=epoch) == 1
 
@@ -432,8 +432,8 @@ async def test_a_failing_transaction_fails_its_appends_and_nothing_else(
         epoch = await run(log)
         watched = Watched(log, "run")
         await log.append("run", [frame("before")], epoch=epoch)
-        assert log._writer
-        log._writer.execute("PRAGMA query_only = ON")
+        assert log.store.writer
+        log.store.writer.execute("PRAGMA query_only = ON")
         async with anyio.create_task_group() as group:
             for _ in range(10):
                 group.start_soon(append, "lost")
@@ -449,7 +449,7 @@ async def test_a_failing_transaction_fails_its_appends_and_nothing_else(
         errors = [record for record in caplog.records if record.levelno == logging.ERROR]
         assert len(errors) == 1 and str(path) in errors[0].getMessage(), "said once, with the path"
 
-        log._writer.execute("PRAGMA query_only = OFF")
+        log.store.writer.execute("PRAGMA query_only = OFF")
         assert await log.append("run", [frame("after")], epoch=epoch) == 2
         assert "is written again" in caplog.text
         assert texts(watched.rows) == await written(log, "run") == ["before", "after"]
@@ -465,7 +465,7 @@ async def test_a_bug_in_a_transaction_leaves_nobody_waiting(path: Path, monkeypa
         async with log.running():
             epoch = await run(log)
             with monkeypatch.context() as patch:
-                patch.setattr(ssecore.log.sqlite, "appended", fail)
+                patch.setattr(ssecore.log.ledger, "appended", fail)
                 with pytest.raises(LogUnavailable, match=r"moment: internal error$"):
                     await log.append("run", [frame("a")], epoch=epoch)
             assert await log.append("run", [frame("a")], epoch=epoch) == 1
@@ -477,7 +477,7 @@ async def test_a_reader_that_fails_says_so_and_the_next_one_works(path: Path) ->
         epoch = await run(log)
         await log.append("run", [frame("a")], epoch=epoch)
         assert await written(log, "run") == ["a"]
-        (reader,) = log._idle
+        (reader,) = log.store._idle
         reader.execute("ATTACH ':memory:' AS other")
         reader.execute("PRAGMA query_only = OFF")
         reader.execute("CREATE TEMP TABLE streams (n)")

@@ -737,7 +737,7 @@ async def test_of_many_at_the_same_moment_all_get_the_problem_and_the_key_is_fre
 ) -> None:
     answers: list[Answer] = []
     async with house.open(GET("/work", work.handler, run=Run())) as app:
-        found, created = spy(house.log, "find_key", monkeypatch), spy(house.log, "create", monkeypatch)
+        found, created = spy(house.log, "find", monkeypatch), spy(house.log, "create", monkeypatch)
 
         async def start(headers: dict[str, str]) -> None:
             answers.append(await ask(app, f"/work?key={KEY}", headers=headers))
@@ -1345,15 +1345,15 @@ async def test_who_comes_with_the_key_while_it_is_deleted_gets_a_run_of_its_own(
 ) -> None:
     """It found the run just before that failed: there is nothing left to read."""
     async with house.open(GET("/work", work.handler, run=Run())) as app, anyio.create_task_group() as tasks:
-        find_key = house.log.find_key
+        find = house.log.find
 
-        async def slow_find_key(key: str) -> Stat | None:
-            stat = await find_key(key)
+        async def slow_find(**by: Any) -> Stat | None:
+            stat = await find(**by)
             if stat is not None:
                 await anyio.sleep(0.5)
             return stat
 
-        monkeypatch.setattr(house.log, "find_key", slow_find_key)
+        monkeypatch.setattr(house.log, "find", slow_find)
         answers: list[Answer] = []
 
         async def come(after_s: float) -> None:
@@ -1576,7 +1576,7 @@ async def test_a_run_that_never_waits_is_too_large_soon(house: House) -> None:
 
 @virtual
 async def test_one_event_that_the_log_does_not_take_ends_the_run(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssecore.log, "MAX_APPEND_BYTES", 1000)
+    monkeypatch.setattr(ssecore.log.facts, "MAX_APPEND_BYTES", 1000)
     reasons: list[EndReason] = []
 
     async def handler(request: Request) -> AsyncIterator[Event]:

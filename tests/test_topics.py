@@ -745,7 +745,7 @@ async def test_any_number_of_topics_can_be_used_one_after_another(way: Way) -> N
 async def test_a_topic_without_events_is_deleted_unless_somebody_reads_it(
     way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssecore.log, "EMPTY_TOPIC_S", 1.5)
+    monkeypatch.setattr(ssecore.log.facts, "EMPTY_TOPIC_S", 1.5)
     async with running(way, log="sqlite", data_dir=tmp_path) as app:
         log = topics_of(app)._log
         async with connect(app, target="/read") as reader:
