@@ -54,7 +54,7 @@ from ssecore.errors import (
     WriterFenced,
 )
 from ssecore.log import Cursor, Gap, Log, Retention, Stat, locate, new_epoch, parse_cursor
-from ssecore.log.tail import Attached, Reader, Tails, Translate, gap_frame
+from ssecore.log.tail import Attached, Place, Tails, Translate, gap_frame
 from ssecore.request import CURSOR_PARAMETERS, Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import DELETE, GET, Route
@@ -591,32 +591,26 @@ class Runs:
     ) -> Response | Attached:
         worker = self._workers.get(run)
         await _settled(worker)
-        tail = self.tails.enter(run)
         try:
-            stat = await self._told(run)
-            if stat is None:
-                raise NotFound("there is no such run")
-            tail.settle(stat)
-            after, gap = locate(stat, cursor) if cursor is not None else (0, None)
-            if cursor is not None and stat.closed and after >= stat.last and gap is None:
-                return Response(status=204)
-            before = b""
-            if gap is not None:
-                self.tails.gaps[gap.reason] += 1
-                over = stat.closed and after >= stat.last
-                before = gap_frame(gap, data_only=data_only, last=over)
-            opening = b"" if after else b"id: %b.0\n\n" % run.encode()
-            reader = Reader(tail, after, data_only=data_only, before=before, opening=opening, translate=translate)
-        finally:
-            self.tails.leave(tail)
+            reader, stat = await self.tails.attach(
+                run, cursor or Place.START, data_only=data_only, translate=translate, look=self._told
+            )
+        except NotFound:
+            raise NotFound("there is no such run") from None
+        if cursor is not None and stat.closed and locate(stat, cursor) == (stat.last, None):
+            reader.close()
+            return Response(status=204)
+        reader.opening = b"" if reader.after else b"id: %b.0\n\n" % run.encode()
         peers = None if worker is not None or stat.closed or stat.meta.get("linger_s") is None else self._peers
         if worker is not None:
             worker.attach()
         elif peers is not None:
             self._elsewhere[run] += 1
+        leave = reader.on_close
 
         def closed() -> None:
-            self.tails.leave(tail)
+            if leave is not None:
+                leave()
             if worker is not None:
                 worker.detach()
             elif peers is not None:

@@ -760,6 +760,58 @@ async def test_a_stream_is_deleted_unless_another_process_was_told_of_it(log: Lo
         assert await log.delete("run", unless_told=True)
 
 
+# Topics, whose epochs are the engine's
+
+
+async def test_a_topic_is_created_when_it_is_first_published_to(log: Log) -> None:
+    keep = Retention(events=2)
+    first = await log.publish("topic", [frame(1), frame(2)], retention=keep)
+    stat = await facts(log, "topic")
+    assert (stat.kind, stat.epochs, stat.retention, first.seq) == ("topic", ((first.epoch, 1),), keep, 2)
+    assert await log.publish("topic", [frame(3)], retention=keep) == Cursor(first.epoch, 3)
+    assert await log.publish("topic", [], retention=keep) == Cursor(first.epoch, 3), "nothing, and where it would go"
+    assert texts(await everything(log, "topic"), 1) == ["2", "3"]
+    assert locate(await facts(log, "topic"), first) == (2, None)
+
+
+async def test_publishers_that_meet_share_an_epoch_and_each_gets_its_own_id(log: Log) -> None:
+    cursors: list[Cursor] = []
+
+    async def publish(number: int) -> None:
+        cursors.append(await log.publish("topic", [frame(number)] * 2, retention=Retention()))
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(20):
+            tasks.start_soon(publish, number)
+    assert len({cursor.epoch for cursor in cursors}) == 1
+    assert sorted(cursor.seq for cursor in cursors) == [*range(2, 42, 2)]
+
+
+async def test_each_process_opens_an_epoch_of_its_own_unless_they_share_the_log(make: Callable[..., Log]) -> None:
+    one, two = make(), make()
+    async with one.running():
+        before = await one.publish("topic", [frame(1)], retention=Retention())
+    async with two.running():
+        if await two.stat("topic") is None:
+            return  # in memory
+        after = await two.publish("topic", [frame(2)], retention=Retention(events=1))
+        stat = await facts(two, "topic")
+        assert (after.epoch == before.epoch) == two.shared
+        assert stat.retention.events == (None if two.shared else 1)
+        assert after.seq == 2 and locate(stat, before) == (1, None)
+        assert (await two.publish("topic", [frame(3)], retention=Retention())).epoch == after.epoch
+
+
+async def test_publishers_go_on_where_another_has_opened_or_deleted_the_topic(log: Log) -> None:
+    before = await log.publish("topic", [frame(1)], retention=Retention())
+    await log.open("topic", other := new_epoch())
+    await log.append("topic", [frame("other")], epoch=other)
+    after = await log.publish("topic", [frame(2)], retention=Retention())
+    assert after.seq == 3 and after.epoch != before.epoch and (after.epoch == other) == log.shared
+    await log.delete("topic")
+    assert (await log.publish("topic", [frame(1)], retention=Retention())).seq == 1
+
+
 async def test_runs_are_listed_newest_first_by_owner(log: Log, clock: Clock) -> None:
     for number in range(6):
         await run(log, f"run {number}", owner=[None, "ann", "bob"][number % 3])

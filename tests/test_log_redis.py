@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from redis import Redis
 from redis.asyncio.connection import Connection, UnixDomainSocketConnection
 
-from ssecore.errors import LogError, LogUnavailable, NotFound, WriterFenced
-from ssecore.log import Cursor, Gap, Retention, Row, framed, locate, new_epoch
+from ssecore.errors import LogError, LogUnavailable, NotFound, Unavailable, WriterFenced
+from ssecore.log import Cursor, Gap, Retention, Row, Stat, framed, locate, new_epoch
 from ssecore.log import Ended as End
 from ssecore.log.facts import packed
 from ssecore.log.redis import RedisLog
@@ -136,6 +136,33 @@ async def test_what_one_process_appends_is_told_in_another(server: RedisServer) 
         await one.append("topic", [], epoch=epoch, close=True)
         assert await there.end() == await here.end() == "closed"
         assert here.texts == there.texts == await whole(two, "topic") == list(map(str, range(100)))
+
+
+async def test_a_publication_goes_in_however_often_others_delete_the_topic_within_reason(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = 0
+
+    async def created_and_deleted(stat: Stat) -> tuple[Stat, bool]:
+        nonlocal times
+        result = await create(stat)
+        if times:
+            times -= 1
+            await two.delete("topic")
+        return result
+
+    async with logs(server, 2) as (one, two):
+        create = one.store.create
+        monkeypatch.setattr(one.store, "create", created_and_deleted)
+        for times in range(4):
+            await one.delete("topic")
+            assert (await one.publish("topic", frames("a"), retention=Retention())).seq == 1
+        await one.delete("topic")
+        times = 100
+        with pytest.raises(Unavailable):
+            await one.publish("topic", frames("a"), retention=Retention())
+        times = 0
+        assert (await one.publish("topic", frames("a"), retention=Retention())).seq == 1
 
 
 async def test_a_process_is_told_of_a_run_or_the_run_is_deleted_and_never_both(server: RedisServer) -> None:

@@ -150,9 +150,6 @@ class Store(Protocol):
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         """See `Log.watch`."""
 
-    def opened_here(self, epoch: str) -> bool:
-        """Whether this process may append to a topic under this epoch."""
-
     async def upkeep(self) -> bool:
         """One step of what retention asks for. False where there was nothing to do."""
 
@@ -276,7 +273,9 @@ class Log:
         """Appends to a topic as one of any number of writers, and gives the last event's id; all or none.
 
         The topic is created where there is none. The epoch is the engine's: it opens one where this process has not
-        written to the topic yet, and the topic takes this `retention` then. Raises `TooLarge`, `Unavailable`.
+        written to the topic yet (processes that share the log share it, too), and the topic takes this `retention`
+        then. No frames: only that. Raises `TooLarge`, `WriterFenced` where it is closed, and `Unavailable` where others
+        open or delete it all the time.
         """
         return await self._append(topic, frames, "", meta=meta, retention=retention)
 

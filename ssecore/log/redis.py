@@ -498,9 +498,6 @@ class RedisStore:
         now, most = repr(self._clock()), facts.MAX_EPOCHS
         return _found(await self._writes.ask("open", stream, epoch, now, mark, most, *limits))
 
-    def opened_here(self, epoch: str) -> bool:
-        return True
-
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         await self._watching(stream)
         return _rows(await self._reads.ask("read", stream, after, max_bytes, wait_s=math.inf))
