@@ -36,7 +36,6 @@ import anyio
 from anyio import current_time
 from anyio.abc import TaskGroup
 
-import ssecore.log.facts
 from ssecore.errors import (
     BadRequest,
     Conflict,
@@ -53,7 +52,7 @@ from ssecore.errors import (
     UnprocessableContent,
     WriterFenced,
 )
-from ssecore.log import Cursor, Gap, Log, Retention, Stat, locate, new_epoch, parse_cursor
+from ssecore.log import Cursor, Gap, Log, Retention, Stat, facts, locate, new_epoch, parse_cursor
 from ssecore.log.tail import Attached, Place, Tails, Translate, gap_frame
 from ssecore.request import CURSOR_PARAMETERS, Request
 from ssecore.responses import JSON, Response
@@ -71,7 +70,7 @@ State = Literal["running", "completed", "failed", "cancelled", "interrupted"]
 #: Where no caller has a name, a key is as secret as a run's id: 22 characters of base64url are 128 bits.
 MIN_ANONYMOUS_KEY: Final = 22
 MAX_KEY: Final = 255
-#: How far a run's generator may run ahead of the log, in buffers: what goes in as one commit.
+#: How far a run's generator may run ahead of the log, in buffers: half of it is handed to the log and not stored yet.
 BUFFERS: Final = 4
 #: How many runs `GET /runs` lists.
 MAX_LIST: Final = 1000
@@ -134,8 +133,17 @@ class Worker:
             route.handler(self._request, **params),
             _stored,
             self._request,
-            buffer_bytes=BUFFERS * runs.settings.buffer_bytes,
+            buffer_bytes=BUFFERS // 2 * runs.settings.buffer_bytes,
         )
+        self._writer = runs.log.writer(id, id, self._told)
+        self._unstored = 0  # bytes that the log has, and has not said to be stored
+        self._most_unstored = BUFFERS // 2 * runs.settings.buffer_bytes
+        self._room: anyio.Event | None = None  # the generator has to wait for the log
+        self._events_left = runs.retention.events or math.inf
+        self._bytes_left = runs.retention.bytes or math.inf
+        self._rest: list[bytes] | None = None  # what came last, once the generator has ended
+        self._trouble: SSEAppError | None = None  # why nothing more can be stored
+        self._over = anyio.Event()  # nothing more comes, and what came is stored, or can't be
         self._last = b""
         self._read = anyio.Event()
         self._unread = anyio.Event()
@@ -148,7 +156,9 @@ class Worker:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._pump.run)
-                tasks.start_soon(self._linger)
+                tasks.start_soon(self._feed)
+                if (limit := self._runs.linger_s(self._route)) is not None:
+                    tasks.start_soon(self._linger, limit)
                 try:
                     await self._write()
                 finally:
@@ -177,35 +187,77 @@ class Worker:
             self._break_off()
             logger.warning("run %s was taken over or deleted while it was at work", self.id)
 
-    async def _store(self) -> None:
-        """Everything that the pump has gathered while the last append was under way goes in as one."""
-        log, pump, limits = self._runs.log, self._pump, self._runs.retention
-        events_left, bytes_left = limits.events or math.inf, limits.bytes or math.inf
-        while True:
+    async def _feed(self) -> None:
+        """Hand what the generator gives to the log; nobody waits for that to be stored."""
+        pump = self._pump
+        while self._rest is None and self._trouble is None:
             frames = await pump.frames()
-            size = sum(map(len, frames))
-            if len(frames) > events_left or size > min(bytes_left, ssecore.log.facts.MAX_APPEND_BYTES):
-                self._break_off()
+            if pump.finished:
+                self._rest = frames
+            else:
+                self._post(frames)
+            if self._unstored >= self._most_unstored:
+                self._room = anyio.Event()
+                await self._room.wait()
+        self._look()
+
+    def _post(self, frames: list[bytes]) -> None:
+        """Hot path, once each time that the generator waits."""
+        size = sum(map(len, frames))
+        try:
+            if len(frames) > self._events_left or size > min(self._bytes_left, facts.MAX_APPEND_BYTES):
                 # Not trimmed while it runs: a reader that comes later would find no beginning.
-                error = TooLarge("the run is larger than the log keeps of one stream")
-                last = error_frames(error, data_only=self._route.data_only)
-                await log.append(self.id, _fitting(frames, events_left, bytes_left), epoch=self.id)
-                await self._append(last, "failed")
+                self._trouble = TooLarge("the run is larger than the log keeps of one stream")
+                frames = _fitting(frames, self._events_left, self._bytes_left)
+                size = sum(map(len, frames))
+            if frames:
+                self._last = frames[-1]
+                self._events_left -= len(frames)
+                self._bytes_left -= size
+                self._unstored += size
+                self._writer.post(frames, size)
+        except SSEAppError as error:
+            self._told(size, error)
+
+    def _told(self, size: int, error: SSEAppError | None) -> None:
+        """So much of what was posted is stored, or can't be: then nothing behind it is. The first failure counts; but a
+        run that is too large has what was posted before, or not."""
+        self._unstored -= size
+        if error is None:
+            self.settled.set()
+        elif self._trouble is None or isinstance(self._trouble, TooLarge):
+            self._trouble = error
+        if self._room is not None and (self._unstored < self._most_unstored or self._trouble is not None):
+            self._room.set()
+            self._room = None
+        if self._rest is not None or self._trouble is not None:
+            self._look()
+
+    def _look(self) -> None:
+        """The end is an append of its own, made when all that was posted is known to be stored: it would close the run
+        over a hole."""
+        if not self._unstored or not (self._trouble is None or isinstance(self._trouble, TooLarge)):
+            self._over.set()
+
+    async def _store(self) -> None:
+        """Until the generator has ended and what it gave is stored; then the end, with what came last."""
+        await self._over.wait()
+        if self._trouble is not None:
+            raise self._trouble
+        frames, size = self._rest or [], sum(map(len, self._rest or []))
+        if len(frames) > self._events_left or size > min(self._bytes_left, facts.MAX_APPEND_BYTES):
+            fitting = _fitting(frames, self._events_left, self._bytes_left)
+            await self._runs.log.append(self.id, fitting, epoch=self.id)
+            raise TooLarge("the run is larger than the log keeps of one stream")
+        self._last = frames[-1] if frames else self._last
+        failure = self._pump.failure
+        if failure is not None and not frames and self._reason is None and self._may_be_deleted():
+            self.failed_early = failure
+            if await self._runs.log.delete(self.id, unless_told=True):
                 return
-            self._last = frames[-1] if frames else self._last
-            if not pump.finished:
-                await log.append(self.id, frames, epoch=self.id)
-                events_left, bytes_left = events_left - len(frames), bytes_left - size
-                self.settled.set()
-                continue
-            if pump.failure is not None and not frames and self._reason is None and self._may_be_deleted():
-                self.failed_early = pump.failure
-                if await log.delete(self.id, unless_told=True):
-                    return
-                self.failed_early = None
-            last, state = self._ending()
-            await self._append([*frames, *last], state)
-            return
+            self.failed_early = None
+        last, state = self._ending()
+        await self._append([*frames, *last], state)
 
     def _may_be_deleted(self) -> bool:
         """Rule 2, as far as this process knows."""
@@ -279,11 +331,8 @@ class Worker:
         """Somebody is interested: the linger time begins anew."""
         self._read.set()
 
-    async def _linger(self) -> None:
-        """Cancel it when nobody has read it for its linger time; that begins with the first reader's end."""
-        limit = self._runs.linger_s(self._route)
-        if limit is None:
-            return
+    async def _linger(self, limit: float) -> None:
+        """Cancel it when nobody has read it for so many seconds; that begins with the first reader's end."""
         while True:
             await self._unread.wait()
             self._unread = anyio.Event()
@@ -314,7 +363,7 @@ async def _no_connection() -> Any:
 
 def _fitting(frames: list[bytes], events: float, size: float) -> list[bytes]:
     """The first of the frames: at most so many events, and bytes, and what one append takes."""
-    size = min(size, ssecore.log.facts.MAX_APPEND_BYTES)
+    size = min(size, facts.MAX_APPEND_BYTES)
     for before, total in enumerate(accumulate(map(len, frames))):
         if before >= events or total > size:
             return frames[:before]
@@ -467,10 +516,12 @@ class Runs:
             return replace(answer, headers=headers)
         if worker is not None:
             worker.attach()  # a client that leaves now was a reader, too
+        tail = self.tails.enter(stat.stream)  # from now on it has what comes: nothing has to be read from the log
         try:
             await _settled(worker)
             return _located(request, await self._attach(stat.stream, None, data_only=route.data_only))
         finally:
+            self.tails.leave(tail)
             if worker is not None:
                 worker.detach()
 

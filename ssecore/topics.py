@@ -75,9 +75,14 @@ class Topics:
         self._check_room(subscription.topic)
         cursor = parse_cursor(request.last_event_id) if request.last_event_id else None
         stream = _stream(subscription.topic)
+        init = subscription.init
+
+        def greet(top: Cursor) -> bytes:
+            return encode(Event(init.data, init.event, str(top), init.retry))
+
         try:
-            reader, stat = await self._tails.attach(
-                stream, cursor or Place.TOP, data_only=request.data_only, look=self._look
+            reader, _ = await self._tails.attach(
+                stream, cursor or Place.TOP, data_only=request.data_only, greet=greet, look=self._look
             )
         except NotFound:
             raise Unavailable("the topic is being deleted; try again", retry_after_s=1) from None
@@ -86,9 +91,6 @@ class Topics:
         except Unavailable:
             reader.close()
             raise
-        if cursor is None:
-            top, init = Cursor(stat.epochs[-1][0], reader.after), subscription.init
-            reader.say(encode(Event(init.data, init.event, str(top), init.retry)))
         return Attached(reader, {})
 
     async def _look(self, stream: str) -> Stat | None:

@@ -154,7 +154,8 @@ async def test_a_publication_goes_in_however_often_others_delete_the_topic_withi
     async with logs(server, 2) as (one, two):
         create = one.store.create
         monkeypatch.setattr(one.store, "create", created_and_deleted)
-        for times in range(4):
+        for number in range(4):
+            times = number
             await one.delete("topic")
             assert (await one.publish("topic", frames("a"), retention=Retention())).seq == 1
         await one.delete("topic")

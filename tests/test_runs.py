@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import anyio
@@ -27,6 +28,7 @@ from ssecore.errors import LogError, LogUnavailable, NotFound, SSEAppError, Upst
 from ssecore.log import Log, Stat
 from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
+from ssecore.log.writer import Posted
 from ssecore.request import EndReason, Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import GET, POST, Route, Run, Upload
@@ -258,6 +260,19 @@ def spy(log: Log, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         return result
 
     monkeypatch.setattr(log, name, call)
+    if name == "append":  # what is posted is appended, too
+        make = log.writer
+
+        def writer(stream: str, epoch: str, told: Posted) -> Any:
+            own = make(stream, epoch, told)
+
+            def post(frames: list[bytes], size: int) -> None:
+                own.post(frames, size)
+                calls.append(Call((stream, frames), {}, None))
+
+            return SimpleNamespace(post=post)
+
+        monkeypatch.setattr(log, "writer", writer)
     return calls
 
 
@@ -2381,7 +2396,7 @@ async def test_after_a_restart_a_finished_run_is_there_with_all_of_it(house: Hou
 class Trouble:
     """What the log answers to appends and deletions, while it is in trouble."""
 
-    error: Exception | None = None
+    error: SSEAppError | None = None
 
 
 @pytest.fixture
@@ -2392,6 +2407,20 @@ def trouble(house: House, monkeypatch: pytest.MonkeyPatch) -> Trouble:
         log = open_log(settings)
         for name in ("append", "delete"):
             monkeypatch.setattr(log, name, troubled(getattr(log, name)))
+        make = log.writer
+
+        def writer(stream: str, epoch: str, told: Posted) -> Any:
+            own = make(stream, epoch, told)
+
+            def post(frames: list[bytes], size: int) -> None:
+                if trouble.error is not None:
+                    told(size, trouble.error)
+                else:
+                    own.post(frames, size)
+
+            return SimpleNamespace(post=post)
+
+        monkeypatch.setattr(log, "writer", writer)
         return log
 
     def troubled(method: Any) -> Any:

@@ -386,11 +386,13 @@ class Tails:
         *,
         data_only: bool,
         translate: Translate | None = None,
+        greet: Callable[[Cursor], bytes] | None = None,
         look: Callable[[str], Awaitable[Stat | None]] | None = None,
     ) -> tuple[Reader, Stat]:
         """A reader of the stream that begins there, after the gap that has to be announced first; and the facts.
 
-        `Reader.close` is the only undo. `look` asks for the facts, if not the log: the tail watches before (rule 1).
+        `Reader.close` is the only undo. `greet` makes what a reader at the top gets first, out of the top's id. `look`
+        asks for the facts, if not the log: the tail watches before (rule 1).
         Raises `NotFound` where there is no such stream.
         """
         tail = self.enter(stream)
@@ -402,6 +404,7 @@ class Tails:
             after, gap, before = 0, None, b""
             if place is Place.TOP:
                 after = max(stat.last, tail.top)
+                before = b"" if greet is None else greet(Cursor(stat.epochs[-1][0], after))
             elif isinstance(place, Cursor):
                 after, gap = locate(stat, place)
             if gap is not None:
