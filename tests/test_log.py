@@ -760,6 +760,53 @@ async def test_a_stream_is_deleted_unless_another_process_was_told_of_it(log: Lo
         assert await log.delete("run", unless_told=True)
 
 
+# What is posted, and not awaited
+
+
+async def test_what_is_posted_is_stored_in_order_and_told_after_the_watchers(log: Log) -> None:
+    epoch = await run(log)
+    seen: list[str] = []
+    done = anyio.Event()
+    log.watch("run", lambda row, ended: seen.extend(texts([row] if row else [])))
+
+    def told(size: int, error: SSEAppError | None) -> None:
+        assert error is None
+        sizes.append((size, len(seen)))
+        if sum(size for size, _ in sizes) == len(b"".join(frames)):
+            done.set()
+
+    sizes: list[tuple[int, int]] = []
+    frames = [frame(number) for number in range(50)]
+    writer = log.writer("run", epoch, told)
+    for number, one in enumerate(frames):
+        writer.post([one], len(one))
+        if number % 7 == 0:
+            await checkpoint()
+    await done.wait()
+    assert seen == texts(await everything(log, "run")) == [str(number) for number in range(50)]
+    assert sizes[-1][1] == 50
+    assert await log.append("run", [frame("end")], epoch=epoch, close=True) == 51
+
+
+async def test_a_writer_that_was_fenced_is_told_and_posts_no_more(log: Log) -> None:
+    epoch = await run(log)
+    heard: list[SSEAppError | None] = []
+    done = anyio.Event()
+
+    def told(size: int, error: SSEAppError | None) -> None:
+        heard.append(error)
+        done.set()
+
+    writer = log.writer("run", epoch, told)
+    await log.open("run", new_epoch())
+    writer.post([frame("a")], len(frame("a")))
+    await done.wait()
+    assert isinstance(heard[0], WriterFenced)
+    with pytest.raises(WriterFenced):
+        writer.post([frame("b")], len(frame("b")))
+    assert await everything(log, "run") == []
+
+
 # Topics, whose epochs are the engine's
 
 

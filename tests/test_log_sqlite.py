@@ -1,5 +1,6 @@
 """What is SQLite's own in the event log: the file, its lock, its writer, and what they withstand."""
 
+import gzip
 import logging
 import os
 import shutil
@@ -19,13 +20,15 @@ from anyio.lowlevel import checkpoint
 
 import ssecore.log
 import ssecore.log.sqlite
-from ssecore.errors import LogError, LogUnavailable, WriterFenced
+from ssecore.errors import LogError, LogUnavailable, SSEAppError, WriterFenced
 from ssecore.log import Cursor, Gap, Log, Retention, framed, locate, new_epoch
+from ssecore.log.facts import cost
 from ssecore.log.sqlite import SqliteLog
 from tests.test_log import Clock, Watched, everything, facts, frame, run, texts, topic
 
 ROOT: Final = Path(__file__).parent.parent
 MIB: Final = 1024 * 1024
+VERSION_1: Final = ROOT / "tests" / "data" / "log-version-1.db.gz"
 
 
 @pytest.fixture
@@ -68,6 +71,7 @@ async def written(log: Log, stream: str) -> list[str]:
 KEEPER: Final = """
 import sys, anyio
 from ssecore.log import new_epoch
+from ssecore.log.facts import cost
 from ssecore.log.sqlite import SqliteLog
 from ssecore.wire import Event, encode
 
@@ -322,6 +326,58 @@ async def test_what_owners_use_is_counted_in_a_file_that_did_not_count_it(path: 
         assert db.execute("SELECT count(*) FROM accounts").fetchone() == (0,)
 
 
+def first_version(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(gzip.decompress(VERSION_1.read_bytes()))
+
+
+async def test_a_file_of_the_first_version_is_read_and_goes_on(path: Path) -> None:
+    """Written by commit d856a06 (version 1): `ended` and `open` are ann's runs, `topic` keeps two of four events,
+    `empty` none, and a deleted stream has left its row behind."""
+    first_version(path)
+    log = SqliteLog(path, clock=lambda: 1_700_000_100.0, upkeep_s=3600)
+    async with log.running():
+        ended, open = await facts(log, "ended"), await facts(log, "open")
+        assert (ended.last, ended.size, ended.closed, ended.meta) == (3, 27, True, {"state": "completed"})
+        assert await log.find(key="k") == await log.find(epoch="E" * 22) == ended
+        assert (open.last, open.size, open.updated, open.retention.age_s) == (3, 31, 1_700_000_008.0, 60)
+        assert await log.unfinished() == [open] and await log.runs("ann", 9) == [open, ended]
+        assert await written(log, "open") == ["1", "2", "three"]
+        assert await log.append("open", [frame("end")], epoch="O" * 22, close=True) == 4
+        assert (await log.publish("topic", [frame(4)], retention=Retention(events=2))).seq == 5
+        assert await written(log, "topic") == ["3", "4"]
+        assert locate(await facts(log, "topic"), Cursor("T" * 22, 4)) == (4, None)
+        await log.upkeep()
+        assert await log.stat("empty") is not None
+        assert await log.delete("ended") and await log.delete("open")
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM accounts").fetchone() == (0,)
+        assert db.execute("PRAGMA quick_check").fetchall() == [("ok",)]
+
+
+async def test_the_facts_of_an_open_run_that_a_crash_left_are_those_of_its_rows(path: Path) -> None:
+    """And its owner pays for all of it once it is closed: until then what the file says of it is behind."""
+    clock = Clock()
+    log, copy = SqliteLog(path, clock=clock), path.with_suffix(".copy")
+    async with log.running():
+        epoch = await run(log, owner="ann")
+        for size in (10, 200_000, 20):
+            clock.now += 1
+            await log.append("run", [frame("x" * size)] * 2, epoch=epoch)
+        before = await facts(log, "run")
+        with closing(sqlite3.connect(path)) as db, closing(sqlite3.connect(copy)) as other:
+            assert db.execute("SELECT last < 6 FROM streams").fetchone() == (1,)
+            db.backup(other)
+    log = SqliteLog(copy, clock=clock)
+    async with log.running():
+        assert await log.unfinished() == [await facts(log, "run")] == [before]
+        assert await log.append("run", [frame("end")], epoch=epoch, close=True) == 7
+        bytes = cost(await facts(log, "run"))
+    with closing(sqlite3.connect(copy)) as db:
+        assert db.execute("SELECT bytes FROM accounts").fetchone() == (bytes,)
+        assert db.execute("SELECT last, size FROM streams").fetchone() == (7, before.size + len(frame("end")))
+
+
 async def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await anyio.to_thread.run_sync(filled, path)
     before = content(path)
@@ -453,6 +509,35 @@ async def test_a_failing_transaction_fails_its_appends_and_nothing_else(
         assert await log.append("run", [frame("after")], epoch=epoch) == 2
         assert "is written again" in caplog.text
         assert texts(watched.rows) == await written(log, "run") == ["before", "after"]
+
+
+async def test_after_a_failed_transaction_nothing_that_was_posted_behind_it_is_stored(path: Path) -> None:
+    log = SqliteLog(path)
+    told: list[tuple[int, bool]] = []
+    over = anyio.Event()
+
+    def tell(size: int, error: SSEAppError | None) -> None:
+        told.append((size, error is None))
+        if len(told) == 3:
+            over.set()
+
+    async with log.running():
+        epoch = await run(log)
+        writer = log.writer("run", epoch, tell)
+        writer.post([frame("a")], 1)
+        while not told:
+            await checkpoint()
+        assert log.store.writer
+        log.store.writer.execute("PRAGMA query_only = ON")
+        writer.post([frame("b")], 2)
+        while not log._commits._under_way:
+            await checkpoint()
+        writer.post([frame("c")], 4)
+        await over.wait()
+        log.store.writer.execute("PRAGMA query_only = OFF")
+        assert told == [(1, True), (2, False), (4, False)]
+        assert await log.append("run", [frame("end")], epoch=epoch, close=True) == 2
+        assert await written(log, "run") == ["a", "end"]
 
 
 async def test_a_bug_in_a_transaction_leaves_nobody_waiting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

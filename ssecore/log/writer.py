@@ -13,6 +13,7 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import inf
 from time import monotonic
 from typing import Any, Final
 
@@ -130,7 +131,7 @@ class Commits:
         self._queued_bytes = 0
         self._awaited = False  # something of the queue is
         self._under_way: list[Batch] = []
-        self._handed_at = 0.0
+        self._handed_at = -inf
         self._planned: Any = None  # the handle of what hands over next
         self._loop: Any = None
         self._idle = anyio.Event()
