@@ -22,7 +22,8 @@ its next transaction. The event loop hears of it by one call, and goes on with w
 5.  Nothing takes longer because of how much is to be deleted: a deleted stream's rows are `garbage` first, and the
     upkeep takes a bounded step in a transaction of its own, as often as there is something to do. For `max_bytes` the
     pages in use count, garbage too; so it is taken away before anything more is deleted for the sake of room.
-6.  A file that isn't ours is never written to; the application id stands in its first bytes from the first commit on.
+6.  A file that isn't ours is never written to. A new one is made under another name: whenever there is a file by the
+    log's name, the application id stands in its first bytes.
 7.  Before each transaction the thread checks that the file and its WAL are the ones that it opened: SQLite would go on
     writing to a deleted file. After a failure the log is `away` until a transaction has written to the file; the upkeep
     tries that from time to time.
@@ -447,8 +448,8 @@ class SqliteStore(LocalStore):
 
     # The file
 
-    def _connect(self, *, query_only: bool = False) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+    def _connect(self, path: str | None = None, *, query_only: bool = False) -> sqlite3.Connection:
+        db = sqlite3.connect(path or self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             db.execute(f"PRAGMA synchronous = {'FULL' if self._full_sync else 'NORMAL'}")
             db.execute(f"PRAGMA journal_size_limit = {_MAX_WAL_BYTES // 2}")
@@ -460,22 +461,13 @@ class SqliteStore(LocalStore):
         return db
 
     def _open_file(self) -> sqlite3.Connection:
-        self._refuse_foreign()
         db = None
         try:
+            if not self._is_there():
+                self._make_file()
             db = self._connect()
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > len(_MIGRATIONS):
-                raise LogError(
-                    f"the event log {self.path} has version {version}, and this program knows up to"
-                    f" {len(_MIGRATIONS)}: start the newer program, or name another data folder"
-                )
-            if version == 0:
-                db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # before the first table, or never
-            for number, script in enumerate(_MIGRATIONS[version:], version + 1):
-                mark = f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {number}"
-                db.executescript(f"BEGIN; {script}; {mark}; COMMIT")
-            db.execute("PRAGMA journal_mode = WAL")  # after the first commit: rule 6
+            self._migrate(db)
+            db.execute("PRAGMA journal_mode = WAL")
             db.execute("BEGIN IMMEDIATE")  # fails where the file can't be written
             for table in ("streams", "epochs", "rows", "garbage"):
                 db.execute(f"SELECT * FROM {table} ORDER BY rowid DESC LIMIT 1").fetchall()
@@ -484,24 +476,54 @@ class SqliteStore(LocalStore):
             text = _complaint(db, error)
             if db:
                 db.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, sqlite3.Error | OSError):
                 raise LogError(f"the event log {self.path} {text}") from error
             raise
         return db
 
-    def _refuse_foreign(self) -> None:
-        """Looks at the file's first bytes only: SQLite itself may change what it opens (rule 6)."""
+    def _make_file(self) -> None:
+        """Under another name: a power failure in the middle would leave what doesn't look like a log (rule 6)."""
+        path = os.path.realpath(self.path)
+        new = f"{path}.new"
+        for left in (new, f"{new}-journal"):
+            with suppress(FileNotFoundError):
+                os.unlink(left)
+        with closing(self._connect(new)) as db:
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # before the first table, or never
+            self._migrate(db)
+        os.rename(new, path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(_MIGRATIONS):
+            raise LogError(
+                f"the event log {self.path} has version {version}, and this program knows up to"
+                f" {len(_MIGRATIONS)}: start the newer program, or name another data folder"
+            )
+        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
+            mark = f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {number}"
+            db.executescript(f"BEGIN; {script}; {mark}; COMMIT")
+
+    def _is_there(self) -> bool:
+        """Refuses a file that isn't ours (rule 6), by its first bytes: SQLite itself may change what it opens."""
         try:
             with self.path.open("rb") as file:
                 header = file.read(100)
         except FileNotFoundError:
-            return
+            return False
         except OSError as error:
             raise LogError(f"the event log {self.path} can't be read: {error.strerror}") from error
         if header and header[:16] != b"SQLite format 3\0":
             raise LogError(f"{self.path} is not a SQLite file: move it away, or name another data folder")
         if header and int.from_bytes(header[68:72]) != _APPLICATION_ID:
             raise LogError(f"{self.path} is another program's database: move it away, or name another data folder")
+        return bool(header)
 
     async def _lock(self) -> int:
         """The lock file's descriptor. The lock is the kernel's: it goes with the process, whatever ends it."""
