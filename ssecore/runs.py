@@ -135,7 +135,7 @@ class Worker:
             self._request,
             buffer_bytes=BUFFERS // 2 * runs.settings.buffer_bytes,
         )
-        self._writer = runs.log.writer(id, id, self._told)
+        self._writer = runs.log.writer(id, id, self._confirm)
         self._unstored = 0  # bytes that the log has, and has not said to be stored
         self._most_unstored = BUFFERS // 2 * runs.settings.buffer_bytes
         self._room: anyio.Event | None = None  # the generator has to wait for the log
@@ -217,9 +217,9 @@ class Worker:
                 self._unstored += size
                 self._writer.post(frames, size)
         except SSEAppError as error:
-            self._told(size, error)
+            self._confirm(size, error)
 
-    def _told(self, size: int, error: SSEAppError | None) -> None:
+    def _confirm(self, size: int, error: SSEAppError | None) -> None:
         """So much of what was posted is stored, or can't be: then nothing behind it is. The first failure counts; but a
         run that is too large has what was posted before, or not."""
         self._unstored -= size

@@ -175,6 +175,8 @@ def framed(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
 
     Hot path, once for each row and process: one slice and one format an event, one join a row; 0.2 µs an event.
     """
+    if len(row.ends) == 1 and after < row.first and not id_first:  # as tokens come
+        return b"%bid: %b.%d\n\n" % (row.body[:-1], row.epoch.encode(), row.first)
     skipped = min(max(after + 1 - row.first, 0), len(row.ends))
     ends = row.ends[skipped:]
     starts = (row.ends[skipped - 1] if skipped else 0, *ends)
@@ -229,7 +231,7 @@ def locate(stat: Stat, cursor: Cursor) -> tuple[int, Gap | None]:
 
 def joined(frames: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
     """The body and the ends of a row. Raises `TooLarge`."""
-    body = b"".join(frames)
+    body = frames[0] if len(frames) == 1 else b"".join(frames)
     if len(body) > MAX_APPEND_BYTES:
         raise TooLarge(f"an append of {len(body)} bytes; the event log takes {MAX_APPEND_BYTES} at once")
     return body, tuple(accumulate(map(len, frames)))
