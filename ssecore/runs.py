@@ -33,6 +33,7 @@ from itertools import accumulate
 from typing import Any, Final, Literal
 
 import anyio
+import msgspec
 from anyio import current_time
 from anyio.abc import TaskGroup
 
@@ -94,6 +95,28 @@ class Interrupted(SSEAppError):
     status, code = 503, "interrupted"
 
 
+class _Meta(msgspec.Struct, frozen=True):
+    """What the log keeps of a run besides its events. Another version may have written it: what it doesn't say is
+    as it is here, what it says besides stays."""
+
+    state: str | None = None
+    #: As "GET /chat".
+    route: str | None = None
+    data_only: bool = False
+    #: `None`: it goes on unread.
+    linger_s: float | None = None
+    #: Hashes of what was asked for: the path and query, and all of it with the body.
+    target: str | None = None
+    request: str | None = None
+
+
+def _meta(stat: Stat) -> _Meta:
+    try:
+        return msgspec.convert(stat.meta, _Meta)
+    except msgspec.ValidationError:
+        return _Meta()
+
+
 @dataclass(frozen=True, slots=True)
 class _Print:
     """What makes two requests the same one: the target (path and query), and all of it with the body."""
@@ -112,7 +135,7 @@ class Worker:
         route: Route,
         request: Request,
         params: Mapping[str, Any],
-        meta: dict[str, Any],
+        meta: _Meta,
     ) -> None:
         self.id = id
         self.owner = request.caller
@@ -285,7 +308,7 @@ class Worker:
         return error_frames(failure, data_only=data_only), "failed"
 
     async def _append(self, frames: list[bytes], state: State) -> None:
-        meta = self.meta | {"state": state}
+        meta = msgspec.to_builtins(msgspec.structs.replace(self.meta, state=state))
         await self._runs.log.append(self.id, frames, epoch=self.id, close=True, meta=meta)
 
     async def _end_unstored(self, error: SSEAppError) -> None:
@@ -432,7 +455,7 @@ class Runs:
                 logger.exception("run %s was left behind, and can't be closed", stat.stream)
 
     async def _close_left_behind(self, stat: Stat) -> None:
-        data_only = bool(stat.meta.get("data_only"))  # another version may have written it
+        data_only = _meta(stat).data_only
         state: State = "completed"
         frames: list[bytes] = []
         if not await self._has_ended(stat, data_only):
@@ -545,21 +568,26 @@ class Runs:
     ) -> tuple[Stat, Worker | None]:
         """A new run and its worker, at work; or the one that has the key already, and `None`."""
         self._check_room(request)
-        meta = {
-            "state": "running",
-            "route": f"{route.method} {route.path}",
-            "data_only": route.data_only,
-            "linger_s": self.linger_s(route),
-            "target": printed.target,
-            "request": printed.whole,
-        }
+        meta = _Meta(
+            state="running",
+            route=f"{route.method} {route.path}",
+            data_only=route.data_only,
+            linger_s=self.linger_s(route),
+            target=printed.target,
+            request=printed.whole,
+        )
         worker = Worker(self, new_epoch(), route, request, params, meta)
         self._workers[worker.id] = worker  # rule 3
         started = False
         try:
             with anyio.CancelScope(shield=True):  # what is in the log has a worker
                 stat, started = await self.log.create(
-                    worker.id, epoch=worker.id, owner=request.caller, meta=meta, key=key, retention=self.retention
+                    worker.id,
+                    epoch=worker.id,
+                    owner=request.caller,
+                    meta=msgspec.to_builtins(meta),
+                    key=key,
+                    retention=self.retention,
                 )
             if started:
                 request.hand_over()
@@ -582,7 +610,7 @@ class Runs:
             task.add_done_callback(self._running.discard)
 
     def _same(self, stat: Stat, printed: _Print) -> Stat:
-        if stat.meta.get("request") != printed.whole:
+        if _meta(stat).request != printed.whole:
             raise UnprocessableContent("this Idempotency-Key was used with another query or body")
         return stat
 
@@ -623,12 +651,13 @@ class Runs:
             return self._expired(request, cursor)
         if run is not None and stat.stream != run:
             raise Conflict("this event id is of another run", field="last_event_id")
+        meta = _meta(stat)
         asked = (f"{route.method} {route.path}", _fingerprint(request).target) if route is not None else None
-        if asked is not None and asked != (stat.meta.get("route"), stat.meta.get("target")):
+        if asked is not None and asked != (meta.route, meta.target):
             raise Conflict("this event id is of another request", field="last_event_id")
-        if only is not None and stat.meta.get("route") != only:
+        if only is not None and meta.route != only:
             raise NotFound("there is no such run")
-        return await self._attach(stat.stream, cursor, data_only=bool(stat.meta.get("data_only")), translate=translate)
+        return await self._attach(stat.stream, cursor, data_only=meta.data_only, translate=translate)
 
     def _expired(self, request: Request, cursor: Cursor) -> Response:
         if not request.wants_event_stream:
@@ -652,7 +681,7 @@ class Runs:
             reader.close()
             return Response(status=204)
         reader.opening = b"" if reader.after else b"id: %b.0\n\n" % run.encode()
-        peers = None if worker is not None or stat.closed or stat.meta.get("linger_s") is None else self._peers
+        peers = None if worker is not None or stat.closed or _meta(stat).linger_s is None else self._peers
         if worker is not None:
             worker.attach()
         elif peers is not None:
@@ -689,7 +718,7 @@ class Runs:
 
     async def _interested(self, stat: Stat) -> None:
         """Tell the process that works on the run, if another one does."""
-        linger_s = stat.meta.get("linger_s")
+        linger_s = _meta(stat).linger_s
         if self._peers is not None and not stat.closed and linger_s is not None:
             await self._peers.touch(stat.stream, max(linger_s, self.settings.lease_s))
 
@@ -706,9 +735,9 @@ class Runs:
         if request.last_event_id:
             return await self._go_on(request, run=run, only=only, translate=translate)
         stat = await self._owned(request, run)
-        if only is not None and stat.meta.get("route") != only:
+        if only is not None and _meta(stat).route != only:
             raise NotFound("there is no such run")
-        return await self._attach(run, None, data_only=bool(stat.meta.get("data_only")), translate=translate)
+        return await self._attach(run, None, data_only=_meta(stat).data_only, translate=translate)
 
     @property
     def at_work(self) -> int:
@@ -817,8 +846,8 @@ def _state(stat: Stat) -> dict[str, Any]:
     epoch = next(epoch for epoch, first in reversed(stat.epochs) if first <= max(stat.last, 1))
     return {
         "run": stat.stream,
-        "route": stat.meta.get("route"),
-        "state": stat.meta.get("state"),
+        "route": _meta(stat).route,
+        "state": _meta(stat).state,
         "created": datetime.fromtimestamp(stat.created, UTC),
         "updated": datetime.fromtimestamp(stat.updated, UTC),
         "events": stat.last,
