@@ -112,6 +112,19 @@ async def test_posts_wait_for_each_other_after_a_commit_and_what_is_awaited_does
     assert {batch.stream for batch in await engine.next()} == {"run", "topic"}, "and goes along with the other"
 
 
+async def test_a_rows_worth_of_posts_waits_for_no_gap() -> None:
+    engine = Engine(gap_s=3600)
+    engine.commits.open()
+    told = Told(engine)
+    told.post(b"a")
+    await engine.next()
+    engine.finish()
+    told.post(b"b" * 40_000)
+    told.post(b"c" * 40_000)
+    await engine.next()
+    assert [batch.size for batch in engine.given] == [40_000], "a row grows no larger"
+
+
 async def test_after_a_failed_commit_what_was_posted_behind_it_fails_too(engine: Engine) -> None:
     told, other = Told(engine), Told(engine, "other")
     told.post(b"a")

@@ -5,8 +5,8 @@
 
 1.  Appends that meet are one batch, and one row, if they are of one stream and epoch (`MAX_ROW_BYTES`).
 2.  While no commit is under way, what is appended is handed over with the loop's next turn, so that what comes in this
-    one goes with it. What was only posted waits until `GAP_S` after the last commit was handed over: so many slow
-    writers make one commit in that time, and not one an event.
+    one goes with it. What was only posted waits until `GAP_S` after the last commit was handed over, or until there is
+    a row's worth of it: so many slow writers make one commit in that time, and not one an event.
 3.  When something that was posted fails, all that its writer posted behind it fails, too: there is never a hole.
 """
 
@@ -213,7 +213,8 @@ class Commits:
         if self._gap_s is None:
             self._hand_over()
             return
-        wait_s = 0.0 if self._awaited else self._handed_at + self._gap_s - monotonic()
+        at_once = self._awaited or self._queued_bytes >= MAX_ROW_BYTES
+        wait_s = 0.0 if at_once else self._handed_at + self._gap_s - monotonic()
         if self._planned is not None:
             if wait_s > 0 or not self._planned[1]:
                 return
