@@ -151,20 +151,20 @@ async def test_an_append_that_waited_behind_a_failed_one_is_tried(engine: Engine
     assert first.error is AWAY and second.error is None and engine.stored["topic"] == [b"b"]
 
 
-async def test_a_post_that_is_refused_at_once_is_not_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_refused_at_once_is_not_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssecore.log.facts, "MAX_APPEND_BYTES", 3)
     monkeypatch.setattr(ssecore.log.writer, "_MAX_QUEUED_BYTES", 5)
     told = Told(engine)
     with pytest.raises(TooLarge):
         told.post(b"aaaa")
     told.post(b"aaa")
-    told.post(b"bb")
+    told.post(b"bbb")
     with pytest.raises(LogUnavailable, match="too much waits"):
-        told.post(b"c")
+        engine.commits.add("topic", "epoch", [b"c"], 1)
     await engine.next()
     engine.finish()
-    told.post(b"c")
-    assert told.told == [(5, None)]
+    engine.commits.add("topic", "epoch", [b"c"], 1)
+    assert told.told == [(6, None)]
 
 
 async def test_who_waits_while_the_service_stops_is_told_and_the_commit_of_that_moment_tells_nobody_twice(

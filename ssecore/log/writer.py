@@ -33,7 +33,8 @@ GAP_S: Final = 0.002
 #: Bodies, and streams, in one commit: some milliseconds of an engine's work, which others may have to wait for.
 _MAX_COMMIT_BYTES: Final = 4 * 1024 * 1024
 _MAX_COMMIT_STREAMS: Final = 100
-#: Bodies that wait for a commit. More are refused at once.
+#: Bodies that wait for a commit. More is not appended, but refused at once. Posts are not: each of their writers has a
+#: bound of its own.
 _MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
 
 _CLOSED: Final = "the event log is closed"
@@ -103,7 +104,8 @@ class Writer:
         """Hand over frames of `size` bytes. `told` is called once they are stored, or not; it may be at once.
 
         An `append` that is to follow is made when all that was posted is known to be stored.
-        Raises what an earlier post failed with, `TooLarge`, `LogUnavailable`: then `told` is not called.
+        Raises what an earlier post failed with, `TooLarge`, `LogUnavailable`: then `told` is not called. How much is
+        posted and not stored yet is the caller's to bound.
         """
         if self.failed is not None:
             raise self.failed
@@ -169,7 +171,7 @@ class Commits:
             raise LogUnavailable(self._refused)
         if size > facts.MAX_APPEND_BYTES:
             raise TooLarge(f"an append of {size} bytes; the event log takes {facts.MAX_APPEND_BYTES} at once")
-        if self._queued_bytes + size > _MAX_QUEUED_BYTES:
+        if writer is None and self._queued_bytes + size > _MAX_QUEUED_BYTES:
             raise LogUnavailable("the event log can't be used at the moment: too much waits for it")
         waiting = self._queue.get(stream)
         batch = waiting[-1] if waiting else None
