@@ -14,9 +14,9 @@ def measured(log: Log, metrics: Metrics) -> Log:
         stored = [batch for batch in batches if batch.error is None]
         if failed := failures(batches):
             metrics.log_failures.inc(failed)
-        if stored:
+        if events := sum([len(batch.frames) for batch in stored]):
             metrics.appends.observe(seconds)
-            metrics.appended.inc(sum([len(batch.frames) for batch in stored]))
+            metrics.appended.inc(events)
         for batch in stored:
             if batch.close and batch.meta is not None:
                 metrics.runs_ended.labels(batch.meta["state"]).inc()
