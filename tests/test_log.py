@@ -43,6 +43,7 @@ from ssecore.log import (
 from ssecore.log.memory import MemoryLog
 from ssecore.log.redis import RedisLog
 from ssecore.log.sqlite import SqliteLog
+from ssecore.log.writer import Batch
 from ssecore.wire import Decoder, Event, encode, encode_json
 from tests.needs import needs
 from tests.redis_server import Kind, serving
@@ -758,6 +759,25 @@ async def test_a_stream_is_deleted_unless_another_process_was_told_of_it(log: Lo
         assert await log.delete("run")
         await run(log)
         assert await log.delete("run", unless_told=True)
+
+
+async def test_what_measures_the_log_hears_of_each_commit_and_its_failure_harms_nobody(
+    log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    epoch = await run(log)
+    heard: list[tuple[str, int, bool]] = []
+
+    def measure(batches: list[Batch], seconds: float) -> None:
+        assert seconds >= 0
+        heard.extend((batch.stream, len(batch.frames), batch.error is None) for batch in batches)
+        raise ZeroDivisionError
+
+    log.on_commit = measure
+    assert await log.append("run", [frame(1), frame(2)], epoch=epoch) == 2
+    with pytest.raises(WriterFenced):
+        await log.append("run", [frame(3)], epoch=new_epoch())
+    assert heard == [("run", 2, True), ("run", 1, False)]
+    assert "what measures the event log failed" in caplog.text
 
 
 # What is posted, and not awaited

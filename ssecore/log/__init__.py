@@ -26,6 +26,7 @@ to its scripts. The rules are cited by number at the code; tests/test_log.py run
 8.  Who watches first and then looks (`stat`, `read`) misses nothing. What it has twice then, it tells by the sequence.
 """
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, Generic, Protocol, TypeVar
@@ -82,6 +83,7 @@ __all__ = [
     "parse_cursor",
 ]
 
+logger = logging.getLogger("sseapp")
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
@@ -363,7 +365,10 @@ class Log:
         if self.store.crowded:
             self._look.set()
         if self.on_commit is not None:
-            self.on_commit(batches, seconds)
+            try:
+                self.on_commit(batches, seconds)
+            except Exception:  # nobody who appended waits for ever because of it
+                logger.exception("what measures the event log failed")
 
 
 class Shared(Generic[K, T]):
