@@ -226,21 +226,27 @@ class Worker:
 
     def _post(self, frames: list[bytes]) -> None:
         """Hot path, once each time that the generator waits."""
-        size = sum(map(len, frames))
-        try:
-            if len(frames) > self._events_left or size > min(self._bytes_left, facts.MAX_APPEND_BYTES):
-                # Not trimmed while it runs: a reader that comes later would find no beginning.
-                self._trouble = TooLarge("the run is larger than the log keeps of one stream")
-                frames = _fitting(frames, self._events_left, self._bytes_left)
-                size = sum(map(len, frames))
-            if frames:
-                self._last = frames[-1]
-                self._events_left -= len(frames)
-                self._bytes_left -= size
-                self._unstored += size
+        frames, size = self._admitted(frames)
+        if frames:
+            self._unstored += size
+            try:
                 self._writer.post(frames, size)
-        except SSEAppError as error:
-            self._confirm(size, error)
+            except SSEAppError as error:
+                self._confirm(size, error)
+
+    def _admitted(self, frames: list[bytes]) -> tuple[list[bytes], int]:
+        """Those of them that the log keeps of this run, and their size. It is not trimmed while it runs: a reader that
+        comes later would find no beginning."""
+        size = sum(map(len, frames))
+        if len(frames) > self._events_left or size > min(self._bytes_left, facts.MAX_APPEND_BYTES):
+            self._trouble = TooLarge("the run is larger than the log keeps of one stream")
+            frames = _fitting(frames, self._events_left, self._bytes_left)
+            size = sum(map(len, frames))
+        if frames:
+            self._last = frames[-1]
+            self._events_left -= len(frames)
+            self._bytes_left -= size
+        return frames, size
 
     def _confirm(self, size: int, error: SSEAppError | None) -> None:
         """So much of what was posted is stored, or can't be: then nothing behind it is. The first failure counts; but a
@@ -267,12 +273,10 @@ class Worker:
         await self._over.wait()
         if self._trouble is not None:
             raise self._trouble
-        frames, size = self._rest or [], sum(map(len, self._rest or []))
-        if len(frames) > self._events_left or size > min(self._bytes_left, facts.MAX_APPEND_BYTES):
-            fitting = _fitting(frames, self._events_left, self._bytes_left)
-            await self._runs.log.append(self.id, fitting, epoch=self.id)
-            raise TooLarge("the run is larger than the log keeps of one stream")
-        self._last = frames[-1] if frames else self._last
+        frames, _ = self._admitted(self._rest or [])
+        if self._trouble is not None:
+            await self._runs.log.append(self.id, frames, epoch=self.id)
+            raise self._trouble
         failure = self._pump.failure
         if failure is not None and not frames and self._reason is None and self._may_be_deleted():
             self.failed_early = failure
