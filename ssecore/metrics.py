@@ -75,7 +75,7 @@ class Metrics:
         )
         self.appends = Histogram(
             "sseapp_log_append_seconds",
-            "Appends to the event log, and how long each took",
+            "Commits of the event log, and how long each took",
             buckets=_SECONDS,
             registry=registry,
         )

@@ -24,7 +24,7 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -32,10 +32,11 @@ from itertools import accumulate
 from typing import Any, Final, Literal
 
 import anyio
+import msgspec
 from anyio import current_time
 from anyio.abc import TaskGroup
+from anyio.lowlevel import current_token
 
-import ssecore.log
 from ssecore.dialects import engine_frames, error_frames
 from ssecore.errors import (
     BadRequest,
@@ -54,8 +55,8 @@ from ssecore.errors import (
     UnprocessableContent,
     WriterFenced,
 )
-from ssecore.log import Cursor, Gap, Log, Retention, Stat, locate, new_epoch, parse_cursor
-from ssecore.log.tail import Attached, Reader, Tails, Translate, gap_frame
+from ssecore.log import Cursor, Gap, Log, Retention, Stat, facts, locate, new_epoch, parse_cursor
+from ssecore.log.tail import Attached, Place, Tails, Translate, gap_frame
 from ssecore.pump import FIRST_ITEM_S, Pump
 from ssecore.request import CURSOR_PARAMETERS, Request
 from ssecore.responses import JSON, Response
@@ -72,7 +73,7 @@ State = Literal["running", "completed", "failed", "cancelled", "interrupted"]
 #: Where no caller has a name, a key is as secret as a run's id: 22 characters of base64url are 128 bits.
 MIN_ANONYMOUS_KEY: Final = 22
 MAX_KEY: Final = 255
-#: How far a run's generator may run ahead of the log, in buffers: what goes in as one commit.
+#: How far a run's generator may run ahead of the log, in buffers: half of it is handed to the log and not stored yet.
 BUFFERS: Final = 4
 #: How many runs `GET /runs` lists.
 MAX_LIST: Final = 1000
@@ -88,6 +89,28 @@ LATE_S: Final = 1.0
 #: The events that end a run in this service's two families; `[DONE]` on data-only routes. Not `result`: it also stands
 #: in the middle, and a run that is wrongly said to be interrupted is better than one wrongly said to be complete.
 _TERMINAL: Final = ("complete", "done", "error", "cancelled")
+
+
+class _Meta(msgspec.Struct, frozen=True):
+    """What the log keeps of a run besides its events. Another version may have written it: what it doesn't say is
+    as it is here, what it says besides stays."""
+
+    state: str | None = None
+    #: As "GET /chat".
+    route: str | None = None
+    data_only: bool = False
+    #: `None`: it goes on unread.
+    linger_s: float | None = None
+    #: Hashes of what was asked for: the path and query, and all of it with the body.
+    target: str | None = None
+    request: str | None = None
+
+
+def _meta(stat: Stat) -> _Meta:
+    try:
+        return msgspec.convert(stat.meta, _Meta)
+    except msgspec.ValidationError:
+        return _Meta()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +131,7 @@ class Worker:
         route: Route,
         request: Request,
         params: Mapping[str, Any],
-        meta: dict[str, Any],
+        meta: _Meta,
     ) -> None:
         self.id = id
         self.owner = request.caller
@@ -126,10 +149,18 @@ class Worker:
             route.handler(self._request, **params),
             _stored,
             self._request,
-            buffer_bytes=BUFFERS * runs.settings.buffer_bytes,
+            buffer_bytes=BUFFERS // 2 * runs.settings.buffer_bytes,
         )
         self._pump.told = self._told
-        self._something = anyio.Event()
+        self._writer = runs.log.writer(id, id, self._confirm)
+        self._unstored = 0  # bytes that the log has, and has not said to be stored
+        self._most_unstored = BUFFERS // 2 * runs.settings.buffer_bytes
+        self._events_left = runs.retention.events or math.inf
+        self._bytes_left = runs.retention.bytes or math.inf
+        #: On trio the pump's own task must not be woken while it is about to wait: what it gives is taken soon.
+        self._soon: Callable[[Callable[[], None]], None] | None = runs.soon
+        self._trouble: SSEAppError | None = None  # why nothing more can be stored
+        self._over = anyio.Event()  # nothing more comes, and what came is stored, or can't be
         self._last = b""
         self._read = anyio.Event()
         self._unread = anyio.Event()
@@ -142,7 +173,8 @@ class Worker:
         try:
             async with anyio.create_task_group() as tasks:
                 self._pump.start(tasks)
-                tasks.start_soon(self._linger)
+                if (limit := self._runs.linger_s(self._route)) is not None:
+                    tasks.start_soon(self._linger, limit)
                 try:
                     await self._write()
                 finally:
@@ -155,9 +187,6 @@ class Worker:
             self._request.close()
             self._runs._ended(self)
             self.settled.set()
-
-    def _told(self) -> None:
-        self._something.set()
 
     async def _write(self) -> None:
         try:
@@ -175,38 +204,79 @@ class Worker:
             self._break_off()
             logger.warning("run %s was taken over or deleted while it was at work", self.id)
 
-    async def _store(self) -> None:
-        """Everything that the pump has gathered while the last append was under way goes in as one."""
-        log, pump, limits = self._runs.log, self._pump, self._runs.retention
-        events_left, bytes_left = limits.events or math.inf, limits.bytes or math.inf
-        while True:
-            while not pump.has_something:
-                self._something = anyio.Event()
-                await self._something.wait()
-            frames = pump.take()
+    def _told(self) -> None:
+        """The generator waits, and has given something; or it has ended. Nobody waits for that to be stored."""
+        if self._soon is not None:
+            self._soon(self._take)
+        else:
+            self._take()
+
+    def _take(self) -> None:
+        """Hand what there is to the log. Hot path, once each time that the generator waits."""
+        if self._pump.ended or self._trouble is not None:
+            self._look()
+        elif self._unstored < self._most_unstored and self._pump.has_something:
+            self._post(self._pump.take())
+            if self._trouble is not None:
+                self._look()
+
+    def _post(self, frames: list[bytes]) -> None:
+        frames, size = self._admitted(frames)
+        if frames:
+            self._unstored += size
+            try:
+                self._writer.post(frames, size)
+            except SSEAppError as error:
+                self._confirm(size, error)
+
+    def _admitted(self, frames: list[bytes]) -> tuple[list[bytes], int]:
+        """Those of them that the log keeps of this run, and their size. It is not trimmed while it runs: a reader that
+        comes later would find no beginning."""
+        size = sum(map(len, frames))
+        if len(frames) > self._events_left or size > min(self._bytes_left, facts.MAX_APPEND_BYTES):
+            self._trouble = TooLarge("the run is larger than the log keeps of one stream")
+            frames = _fitting(frames, self._events_left, self._bytes_left)
             size = sum(map(len, frames))
-            if len(frames) > events_left or size > min(bytes_left, ssecore.log.MAX_APPEND_BYTES):
-                self._break_off()
-                # Not trimmed while it runs: a reader that comes later would find no beginning.
-                error = TooLarge("the run is larger than the log keeps of one stream")
-                last = error_frames(error, data_only=self._route.data_only)
-                await log.append(self.id, _fitting(frames, events_left, bytes_left), epoch=self.id)
-                await self._append(last, "failed")
+        if frames:
+            self._last = frames[-1]
+            self._events_left -= len(frames)
+            self._bytes_left -= size
+        return frames, size
+
+    def _confirm(self, size: int, error: SSEAppError | None) -> None:
+        """So much of what was posted is stored, or can't be: then nothing behind it is. The first failure counts; but a
+        run that is too large has what was posted before, or not."""
+        self._unstored -= size
+        if error is None:
+            self.settled.set()
+        elif self._trouble is None or isinstance(self._trouble, TooLarge):
+            self._trouble = error
+        if self._pump.has_something or self._trouble is not None:
+            self._take()
+
+    def _look(self) -> None:
+        """The end is an append of its own, made when all that was posted is known to be stored: it would close the run
+        over a hole."""
+        if not self._unstored or not (self._trouble is None or isinstance(self._trouble, TooLarge)):
+            self._over.set()
+
+    async def _store(self) -> None:
+        """Until the generator has ended and what it gave is stored; then the end, with what came last."""
+        await self._over.wait()
+        if self._trouble is not None:
+            raise self._trouble
+        frames, _ = self._admitted(self._pump.take())
+        if self._trouble is not None:
+            await self._runs.log.append(self.id, frames, epoch=self.id)
+            raise self._trouble
+        failure = self._pump.failure
+        if failure is not None and not frames and self._reason is None and self._may_be_deleted():
+            self.failed_early = failure
+            if await self._runs.log.delete(self.id, unless_told=True):
                 return
-            self._last = frames[-1] if frames else self._last
-            if not pump.finished:
-                await log.append(self.id, frames, epoch=self.id)
-                events_left, bytes_left = events_left - len(frames), bytes_left - size
-                self.settled.set()
-                continue
-            if pump.failure is not None and not frames and self._reason is None and self._may_be_deleted():
-                self.failed_early = pump.failure
-                if await log.delete(self.id, unless_told=True):
-                    return
-                self.failed_early = None
-            last, state = self._ending()
-            await self._append([*frames, *last], state)
-            return
+            self.failed_early = None
+        last, state = self._ending()
+        await self._append([*frames, *last], state)
 
     def _may_be_deleted(self) -> bool:
         """Rule 2, as far as this process knows."""
@@ -233,7 +303,7 @@ class Worker:
         return error_frames(failure, data_only=data_only), "failed"
 
     async def _append(self, frames: list[bytes], state: State) -> None:
-        meta = self.meta | {"state": state}
+        meta = msgspec.to_builtins(msgspec.structs.replace(self.meta, state=state))
         await self._runs.log.append(self.id, frames, epoch=self.id, close=True, meta=meta)
 
     async def _end_unstored(self, error: SSEAppError) -> None:
@@ -279,11 +349,8 @@ class Worker:
         """Somebody is interested: the linger time begins anew."""
         self._read.set()
 
-    async def _linger(self) -> None:
-        """Cancel it when nobody has read it for its linger time; that begins with the first reader's end."""
-        limit = self._runs.linger_s(self._route)
-        if limit is None:
-            return
+    async def _linger(self, limit: float) -> None:
+        """Cancel it when nobody has read it for so many seconds; that begins with the first reader's end."""
         while True:
             await self._unread.wait()
             self._unread = anyio.Event()
@@ -291,8 +358,9 @@ class Worker:
                 self._read = anyio.Event()
                 if not await self._is_unread_for(limit):
                     continue
+                peers = self._runs.log.peers
                 with suppress(LogUnavailable):  # nobody is cancelled because it can't be asked who reads
-                    if not await self._runs.log.touched(self.id):
+                    if peers is None or not await peers.touched(self.id):
                         self.cancel("linger")
                         return
 
@@ -309,7 +377,7 @@ class Worker:
 
 def _fitting(frames: list[bytes], events: float, size: float) -> list[bytes]:
     """The first of the frames: at most so many events, and bytes, and what one append takes."""
-    size = min(size, ssecore.log.MAX_APPEND_BYTES)
+    size = min(size, facts.MAX_APPEND_BYTES)
     for before, total in enumerate(accumulate(map(len, frames))):
         if before >= events or total > size:
             return frames[:before]
@@ -340,7 +408,11 @@ class Runs:
         self._give_up_at = 0.0  #: once `stopping` is set: what has not ended then is left to itself
         #: Readers here of lingering runs that another process works on.
         self._elsewhere: Counter[str] = Counter()
-        log.on_call = self._called
+        token: Any = current_token().native_token
+        self.soon = getattr(token, "run_sync_soon", None)  #: on trio
+        self._peers = log.peers
+        if log.peers is not None:
+            log.peers.on_call = self._called
 
     def linger_s(self, route: Route) -> float | None:
         """How long a run of the route goes on unread; `None`: to its end."""
@@ -349,12 +421,12 @@ class Runs:
 
     async def keep_watch(self) -> None:
         """Where processes share the log: end what others leave behind, and tell them that their runs are read here."""
-        while True:
+        while self._peers is not None:
             await anyio.sleep(self.settings.lease_s / 3)
             try:
                 await self.recover()
                 for run in list(self._elsewhere):
-                    await self.log.touch(run, max(self.settings.linger_s, self.settings.lease_s))
+                    await self._peers.touch(run, max(self.settings.linger_s, self.settings.lease_s))
             except (LogUnavailable, LogError):
                 pass  # the log tells of it
             except Exception:
@@ -376,7 +448,7 @@ class Runs:
                 logger.exception("run %s was left behind, and can't be closed", stat.stream)
 
     async def _close_left_behind(self, stat: Stat) -> None:
-        data_only = bool(stat.meta.get("data_only"))  # another version may have written it
+        data_only = _meta(stat).data_only
         state: State = "completed"
         frames: list[bytes] = []
         if not await self._has_ended(stat, data_only):
@@ -460,10 +532,12 @@ class Runs:
             return replace(answer, headers=headers)
         if worker is not None:
             worker.attach()  # a client that leaves now was a reader, too
+        tail = self.tails.enter(stat.stream)  # from now on it has what comes: nothing has to be read from the log
         try:
             await _settled(worker)
             return _located(request, await self._attach(stat.stream, None, data_only=route.data_only))
         finally:
+            self.tails.leave(tail)
             if worker is not None:
                 worker.detach()
 
@@ -472,7 +546,7 @@ class Runs:
         key = self._key(request)
         printed = _fingerprint(request)
         while True:
-            known = await self.log.find_key(key) if key is not None else None
+            known = await self.log.find(key=key) if key is not None else None
             if known is None:
                 known, worker = await self._create(request, route, params, key, printed)
                 if worker is not None:
@@ -487,21 +561,26 @@ class Runs:
     ) -> tuple[Stat, Worker | None]:
         """A new run and its worker, at work; or the one that has the key already, and `None`."""
         self._check_room(request)
-        meta = {
-            "state": "running",
-            "route": f"{route.method} {route.path}",
-            "data_only": route.data_only,
-            "linger_s": self.linger_s(route),
-            "target": printed.target,
-            "request": printed.whole,
-        }
+        meta = _Meta(
+            state="running",
+            route=f"{route.method} {route.path}",
+            data_only=route.data_only,
+            linger_s=self.linger_s(route),
+            target=printed.target,
+            request=printed.whole,
+        )
         worker = Worker(self, new_epoch(), route, request, params, meta)
         self._workers[worker.id] = worker  # rule 3
         started = False
         try:
             with anyio.CancelScope(shield=True):  # what is in the log has a worker
                 stat, started = await self.log.create(
-                    worker.id, epoch=worker.id, owner=request.caller, meta=meta, key=key, retention=self.retention
+                    worker.id,
+                    epoch=worker.id,
+                    owner=request.caller,
+                    meta=msgspec.to_builtins(meta),
+                    key=key,
+                    retention=self.retention,
                 )
             if started:
                 request.hand_over()
@@ -524,7 +603,7 @@ class Runs:
             task.add_done_callback(self._running.discard)
 
     def _same(self, stat: Stat, printed: _Print) -> Stat:
-        if stat.meta.get("request") != printed.whole:
+        if _meta(stat).request != printed.whole:
             raise UnprocessableContent("this Idempotency-Key was used with another query or body")
         return stat
 
@@ -560,17 +639,18 @@ class Runs:
     ) -> Response | Attached:
         """Read on after the request's cursor."""
         cursor = parse_cursor(request.last_event_id)
-        stat = await self.log.find(cursor.epoch)
+        stat = await self.log.find(epoch=cursor.epoch)
         if stat is None or stat.kind != "run" or stat.owner != request.caller:
             return self._expired(request, cursor)
         if run is not None and stat.stream != run:
             raise Conflict("this event id is of another run", field="last_event_id")
+        meta = _meta(stat)
         asked = (f"{route.method} {route.path}", _fingerprint(request).target) if route is not None else None
-        if asked is not None and asked != (stat.meta.get("route"), stat.meta.get("target")):
+        if asked is not None and asked != (meta.route, meta.target):
             raise Conflict("this event id is of another request", field="last_event_id")
-        if only is not None and stat.meta.get("route") != only:
+        if only is not None and meta.route != only:
             raise NotFound("there is no such run")
-        return await self._attach(stat.stream, cursor, data_only=bool(stat.meta.get("data_only")), translate=translate)
+        return await self._attach(stat.stream, cursor, data_only=meta.data_only, translate=translate)
 
     def _expired(self, request: Request, cursor: Cursor) -> Response:
         if not request.wants_event_stream:
@@ -584,42 +664,36 @@ class Runs:
     ) -> Response | Attached:
         worker = self._workers.get(run)
         await _settled(worker)
-        tail = self.tails.enter(run)
         try:
-            stat = await self._told(run)
-            if stat is None:
-                raise NotFound("there is no such run")
-            tail.settle(stat)
-            after, gap = locate(stat, cursor) if cursor is not None else (0, None)
-            if cursor is not None and stat.closed and after >= stat.last and gap is None:
-                return Response(status=204)
-            before = b""
-            if gap is not None:
-                self.tails.gaps[gap.reason] += 1
-                over = stat.closed and after >= stat.last
-                before = gap_frame(gap, data_only=data_only, last=over)
-            opening = b"" if after else b"id: %b.0\n\n" % run.encode()
-            reader = Reader(tail, after, data_only=data_only, before=before, opening=opening, translate=translate)
-        finally:
-            self.tails.leave(tail)
-        elsewhere = worker is None and self.log.shared and not stat.closed and stat.meta.get("linger_s") is not None
+            reader, stat = await self.tails.attach(
+                run, cursor or Place.START, data_only=data_only, translate=translate, look=self._told
+            )
+        except NotFound:
+            raise NotFound("there is no such run") from None
+        if cursor is not None and stat.closed and locate(stat, cursor) == (stat.last, None):
+            reader.close()
+            return Response(status=204)
+        reader.opening = b"" if reader.after else b"id: %b.0\n\n" % run.encode()
+        peers = None if worker is not None or stat.closed or _meta(stat).linger_s is None else self._peers
         if worker is not None:
             worker.attach()
-        elif elsewhere:
+        elif peers is not None:
             self._elsewhere[run] += 1
+        leave = reader.on_close
 
         def closed() -> None:
-            self.tails.leave(tail)
+            if leave is not None:
+                leave()
             if worker is not None:
                 worker.detach()
-            elif elsewhere:
+            elif peers is not None:
                 self._elsewhere -= Counter([run])  # without those that are at zero
 
         reader.on_close = closed
-        if elsewhere:
+        if peers is not None:
             try:
                 await self._interested(stat)
-                await self.log.call(run, "read")
+                await peers.call(run, "read")
             except BaseException:
                 reader.close()
                 raise
@@ -628,18 +702,18 @@ class Runs:
     async def _told(self, run: str) -> Stat | None:
         """The run's facts. From then on no other process that works on it deletes it when it fails (rule 2)."""
         stat = await self.log.stat(run)
-        if stat is not None and not stat.closed and not stat.last and run not in self._workers:
-            with suppress(NotFound):
-                await self.log.tell(run)
-                return stat
-            return None
+        if self._peers is not None and stat and not stat.closed and not stat.last and run not in self._workers:
+            try:
+                await self._peers.tell(run)
+            except NotFound:
+                return None
         return stat
 
     async def _interested(self, stat: Stat) -> None:
         """Tell the process that works on the run, if another one does."""
-        linger_s = stat.meta.get("linger_s")
-        if self.log.shared and not stat.closed and linger_s is not None:
-            await self.log.touch(stat.stream, max(linger_s, self.settings.lease_s))
+        linger_s = _meta(stat).linger_s
+        if self._peers is not None and not stat.closed and linger_s is not None:
+            await self._peers.touch(stat.stream, max(linger_s, self.settings.lease_s))
 
     async def view(
         self, request: Request, run: str, *, only: str | None = None, translate: Translate | None = None
@@ -654,9 +728,9 @@ class Runs:
         if request.last_event_id:
             return await self._go_on(request, run=run, only=only, translate=translate)
         stat = await self._owned(request, run)
-        if only is not None and stat.meta.get("route") != only:
+        if only is not None and _meta(stat).route != only:
             raise NotFound("there is no such run")
-        return await self._attach(run, None, data_only=bool(stat.meta.get("data_only")), translate=translate)
+        return await self._attach(run, None, data_only=_meta(stat).data_only, translate=translate)
 
     @property
     def at_work(self) -> int:
@@ -669,7 +743,7 @@ class Runs:
 
     async def run_of(self, last_event_id: str) -> str | None:
         """The run that an event's id belongs to, whoever's it is. Raises `BadRequest` for what is no event id."""
-        stat = await self.log.find(parse_cursor(last_event_id).epoch)
+        stat = await self.log.find(epoch=parse_cursor(last_event_id).epoch)
         return None if stat is None or stat.kind != "run" else stat.stream
 
     # The routes under /runs
@@ -702,8 +776,8 @@ class Runs:
         if worker is not None and not stat.closed:
             worker.cancel("asked")
             return 202
-        if self.log.shared and not stat.closed:
-            await self.log.call(run, "cancel")
+        if self._peers is not None and not stat.closed:
+            await self._peers.call(run, "cancel")
             return 202
         await self.log.delete(run)
         return 204
@@ -765,8 +839,8 @@ def _state(stat: Stat) -> dict[str, Any]:
     epoch = next(epoch for epoch, first in reversed(stat.epochs) if first <= max(stat.last, 1))
     return {
         "run": stat.stream,
-        "route": stat.meta.get("route"),
-        "state": stat.meta.get("state"),
+        "route": _meta(stat).route,
+        "state": _meta(stat).state,
         "created": datetime.fromtimestamp(stat.created, UTC),
         "updated": datetime.fromtimestamp(stat.updated, UTC),
         "events": stat.last,

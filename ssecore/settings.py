@@ -77,9 +77,6 @@ class Settings:
     max_runs: Annotated[int, Meta(ge=1)] | None = _setting(1000, "runs at work at once; more are refused")
     max_runs_per_caller: Annotated[int, Meta(ge=1)] | None = _setting(100, "the same for one caller, if it has a name")
     max_subscribers: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open subscriptions to one topic")
-    max_topics: Annotated[int, Meta(ge=1)] = _setting(
-        10_000, "topics that one process keeps open; of more, those unused the longest are closed until they are needed"
-    )
     max_streams: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open streams in all; more are refused")
     max_streams_per_caller: Annotated[int, Meta(ge=1)] | None = _setting(
         1000, "the same for one caller, if it has a name: a tenth, so that one alone doesn't fill the house"

@@ -1,9 +1,8 @@
 """Topics: streams in the log that anybody may write to and many read, for as long as they like.
 
-Publishing appends; every event that an append brings is framed once for all readers of this process (`log.tail`). Each
-process opens an epoch of its own on a topic before it first writes there or lets somebody read; where processes share
-the log, they share the epoch too. The process keeps the epochs of the topics that were used last, and asks the log for
-the others: so any number of topics can be used one after another.
+Publishing appends; every event that an append brings is framed once for all readers of this process (`log.tail`). The
+epochs that its ids are of are the log's business (`Log.publish`), which creates a topic when it is first needed. A
+process keeps nothing about a topic that has no readers here: so any number of topics can be used.
 
 The log deletes a topic that holds no events and was not written to for `EMPTY_TOPIC_S`. `keep` writes to the topics
 that have readers here, so that none of them is deleted; a reader that was disconnected has most of that time to resume.
@@ -13,20 +12,17 @@ nothing. A resumed one has no `init`; what it can't be given is announced by a `
 nothing to this log any more (`expired`), a topic goes on with all that it keeps: there is no end to send it to.
 """
 
-import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import anyio
 
-import ssecore.log
-from ssecore.errors import EncodeError, LogError, LogUnavailable, NotFound, Unavailable, WriterFenced
-from ssecore.log import Cursor, Log, Retention, Shared, Stat, locate, parse_cursor
-from ssecore.log.tail import Attached, Reader, Tail, Tails, gap_frame
+from ssecore.errors import EncodeError, LogError, LogUnavailable, NotFound, Unavailable
+from ssecore.log import Cursor, Log, Retention, Stat, facts, parse_cursor
+from ssecore.log.tail import Attached, Place, Tails
 from ssecore.request import Request
 from ssecore.settings import Settings
 from ssecore.wire import Event, encode
@@ -37,9 +33,6 @@ __all__ = ["Subscription", "Topics"]
 KEEP_STEP: Final = 100
 #: All topics with readers are written to so often in the time after which the log would delete them.
 KEEPS: Final = 3
-#: How often a publication is tried whose topic another process opens, or deletes, each time before it is appended. Seen
-#: twice in a row: Redis was restarted twice.
-TRIES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +57,6 @@ class Topics:
         self._tails = tails
         self._settings = settings
         self._retention = Retention(settings.retention_events, settings.retention_bytes, settings.retention_s)
-        self._epochs: dict[str, str] = {}  # the longest unused first
-        self._opening: Shared[str, str] = Shared()
-        #: The first half of the epochs that this process opens: in the log it recognizes them again.
-        self._process = secrets.token_urlsafe(8)
 
     async def publish(self, topic: str, *events: Event) -> Cursor:
         """Append the events, all or none; returns when they are in the log, with the last one's id.
@@ -75,17 +64,7 @@ class Topics:
         Raises `EncodeError`, `LogUnavailable`, `Unavailable`.
         """
         frames = [_stored(event) for event in events]
-        return await self._append(_stream(topic), frames)
-
-    async def _append(self, stream: str, frames: list[bytes], meta: dict[str, Any] | None = None) -> Cursor:
-        for _ in range(TRIES):
-            epoch = await self._epoch(stream)
-            try:
-                return Cursor(epoch, await self._log.append(stream, frames, epoch=epoch, meta=meta))
-            except (WriterFenced, NotFound):  # another process has opened the topic (it may be shared), or deleted it
-                if self._epochs.get(stream) == epoch:  # else another publisher of ours has been here already
-                    del self._epochs[stream]
-        raise Unavailable("other processes open or delete this topic all the time; try again", retry_after_s=1)
+        return await self._log.publish(_stream(topic), frames, retention=self._retention)
 
     def subscribers(self, topic: str) -> int:
         """How many read the topic here at the moment."""
@@ -96,72 +75,45 @@ class Topics:
         self._check_room(subscription.topic)
         cursor = parse_cursor(request.last_event_id) if request.last_event_id else None
         stream = _stream(subscription.topic)
-        await self._epoch(stream)
-        tail = self._tails.enter(stream)
+        init = subscription.init
+
+        def greet(top: Cursor) -> bytes:
+            return encode(Event(init.data, init.event, str(top), init.retry))
+
         try:
-            stat = await self._log.stat(stream)
-            if stat is None or _is_stale(stat):
-                await self._touch(stream)
-                stat = await self._log.stat(stream)
-            if stat is None or tail.ended == "deleted":  # deleted between two awaits
-                self._epochs.pop(stream, None)
-                raise Unavailable("the topic is being deleted; try again", retry_after_s=1)
-            self._check_room(subscription.topic)  # many may have come at the same moment
-            tail.settle(stat)
-            after, before = self._begin(stat, tail, subscription, cursor, request.data_only)
-            reader = Reader(tail, after, data_only=request.data_only, before=before)
-        finally:
-            self._tails.leave(tail)
-        reader.on_close = tail.leave
+            reader, _ = await self._tails.attach(
+                stream, cursor or Place.TOP, data_only=request.data_only, greet=greet, look=self._look
+            )
+        except NotFound:
+            raise Unavailable("the topic is being deleted; try again", retry_after_s=1) from None
+        try:
+            self._check_room(subscription.topic, itself=1)  # many may have come at the same moment
+        except Unavailable:
+            reader.close()
+            raise
         return Attached(reader, {})
 
-    def _check_room(self, topic: str) -> None:
+    async def _look(self, stream: str) -> Stat | None:
+        """The topic's facts. It is created, or kept from being deleted, where that is needed."""
+        stat = await self._log.stat(stream)
+        if stat is None or _is_stale(stat):
+            await self._touch(stream)
+            stat = await self._log.stat(stream)
+        return stat
+
+    def _check_room(self, topic: str, itself: int = 0) -> None:
         limit = self._settings.max_subscribers
-        if limit is not None and self.subscribers(topic) >= limit:
+        if limit is not None and self.subscribers(topic) - itself >= limit:
             raise Unavailable("too many subscribers to this topic; try again")
-
-    def _begin(
-        self, stat: Stat, tail: Tail, subscription: Subscription, cursor: Cursor | None, data_only: bool
-    ) -> tuple[int, bytes]:
-        if cursor is None:
-            top = Cursor(stat.epochs[-1][0], max(stat.last, tail.top))
-            init = subscription.init
-            return top.seq, encode(Event(init.data, init.event, str(top), init.retry))
-        after, gap = locate(stat, cursor)
-        if gap is None:
-            return after, b""
-        self._tails.gaps[gap.reason] += 1
-        return after, gap_frame(gap, data_only=data_only)
-
-    async def _epoch(self, stream: str) -> str:
-        """This process's epoch on the stream, opened when it is first needed."""
-        epoch = self._epochs.pop(stream, None)
-        if epoch is None:
-            epoch = await self._opening.do(stream, partial(self._open, stream))
-        self._epochs[stream] = epoch
-        while len(self._epochs) > self._settings.max_topics:
-            del self._epochs[next(iter(self._epochs))]
-        return epoch
-
-    async def _open(self, stream: str) -> str:
-        epoch = self._process + secrets.token_urlsafe(8)
-        stat, created = await self._log.create(stream, epoch=epoch, kind="topic", retention=self._retention)
-        if created:
-            return epoch
-        newest = stat.epochs[-1][0]
-        if self._log.shared or newest.startswith(self._process):
-            return newest
-        await self._log.open(stream, epoch, retention=self._retention)
-        return epoch
 
     async def _touch(self, stream: str) -> None:
         """Write to the topic, but no event: the log counts that as use. Creates the topic if it was deleted."""
-        await self._append(stream, [], meta={})
+        await self._log.publish(stream, [], retention=self._retention, meta={})
 
     async def keep(self) -> None:
         """Write to the topics that have readers here, from time to time, so that the log doesn't delete them."""
         while True:
-            await anyio.sleep(ssecore.log.EMPTY_TOPIC_S / KEEPS)
+            await anyio.sleep(facts.EMPTY_TOPIC_S / KEEPS)
             streams = [stream for stream in self._tails.streams() if stream.startswith(_stream(""))]
             for start in range(0, len(streams), KEEP_STEP):
                 async with anyio.create_task_group() as tasks:
@@ -175,7 +127,7 @@ class Topics:
 
 def _is_stale(stat: Stat) -> bool:
     """Whether the log may soon delete the topic."""
-    return stat.first > stat.last and time.time() - stat.updated > ssecore.log.EMPTY_TOPIC_S / KEEPS
+    return stat.first > stat.last and time.time() - stat.updated > facts.EMPTY_TOPIC_S / KEEPS
 
 
 def _stored(event: Event) -> bytes:

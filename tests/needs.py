@@ -18,6 +18,7 @@ __all__ = ["find", "needs"]
 #: tests/system-packages.sh too, but for what comes from a lock (see the Makefile): the local model, clients for Node.
 _PLACES: Final = {
     "buildah": ("buildah",),
+    "cc": ("cc", "gcc", "clang"),
     "chromium": ("chromium", "chromium-browser"),
     "curl": ("curl",),
     "firefox": ("firefox-esr", "firefox"),

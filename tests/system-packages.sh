@@ -16,6 +16,7 @@ present() { # one of these programs or files is there
 }
 
 missing() { # the Debian packages whose program or file (the same as in tests/needs.py) is not there
+    present cc gcc clang || echo gcc libc6-dev
     present curl || echo curl
     present nginx || echo nginx-light
     present /usr/lib/nginx/modules/ngx_nchan_module.so || echo libnginx-mod-nchan

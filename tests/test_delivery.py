@@ -238,7 +238,7 @@ class House:
         """Nothing is held for readers that are gone."""
         assert self.topics.subscribers(TOPIC) == 0
         assert self.tails.get(STREAM) is None
-        assert self.log._watchers._streams == {}  # type: ignore[attr-defined]
+        assert self.log.store._watchers._streams == {}  # type: ignore[attr-defined]
         assert self.app._streams == set()
 
 
@@ -486,7 +486,9 @@ async def test_an_end_that_comes_while_slices_are_on_their_way_reaches_everybody
         clients = await service.audience(10)
         tail = service.tails.get(STREAM)
         assert tail is not None and service.app._services is not None
-        epoch = service.topics._epochs[STREAM]
+        stat = await service.log.stat(STREAM)
+        assert stat is not None
+        epoch = stat.epochs[-1][0]
         row = Row(epoch, 1, encode(Event("one")), (len(encode(Event("one"))),))
         tail._changed(row, None)
         for _ in range(4):  # a slice each
@@ -1028,7 +1030,7 @@ async def test_a_tail_that_has_ended_is_replaced_and_its_last_readers_do_not_tak
         await log.append("topic", [encode(Event("one"))], epoch=epoch)
         assert b"data: one\n" in (second.ready() or b"")
         second.close()
-        assert tails.get("topic") is None and log._watchers._streams == {}
+        assert tails.get("topic") is None and log.store._watchers._streams == {}  # type: ignore[attr-defined]
 
 
 @in_virtual_time

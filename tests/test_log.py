@@ -43,6 +43,7 @@ from ssecore.log import (
 from ssecore.log.memory import MemoryLog
 from ssecore.log.redis import RedisLog
 from ssecore.log.sqlite import SqliteLog
+from ssecore.log.writer import Batch
 from ssecore.wire import Decoder, Event, encode, encode_json
 from tests.needs import needs
 from tests.redis_server import Kind, serving
@@ -330,14 +331,14 @@ async def test_a_new_stream_is_empty_and_open(log: Log) -> None:
     stat, new = await log.create("run/1", epoch=epoch, kind="run", owner="ann", meta=meta, key="a key", retention=keep)
     assert new
     assert stat == Stat("run/1", "run", ((epoch, 1),), START, START, 1, 0, 0, False, "ann", meta, "a key", keep)
-    assert await log.stat("run/1") == await log.find(epoch) == await log.find_key("a key") == stat
+    assert await log.stat("run/1") == await log.find(epoch=epoch) == await log.find(key="a key") == stat
 
 
 async def test_what_is_not_there_is_none(log: Log) -> None:
     await run(log)
     assert await log.stat("other") is None
-    assert await log.find(new_epoch()) is None
-    assert await log.find_key("other") is None
+    assert await log.find(epoch=new_epoch()) is None
+    assert await log.find(key="other") is None
     assert await log.read("other", 0, 1000) == []
 
 
@@ -425,7 +426,7 @@ async def test_an_append_to_nowhere_is_refused(log: Log) -> None:
 
 async def test_an_append_without_measure_is_refused(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     epoch = await run(log)
-    monkeypatch.setattr(ssecore.log, "MAX_APPEND_BYTES", 100)
+    monkeypatch.setattr(ssecore.log.facts, "MAX_APPEND_BYTES", 100)
     with pytest.raises(TooLarge):
         await log.append("run", [frame("x" * 60), frame("x" * 60)], epoch=epoch)
     assert (await facts(log, "run")).last == 0
@@ -668,7 +669,7 @@ async def test_a_new_epoch_fences_earlier_writers(log: Log) -> None:
     assert await log.append("run", [frame("b")], epoch=new) == 2
     rows = await everything(log, "run")
     assert [(row.epoch, row.first) for row in rows] == [(old, 1), (new, 2)]
-    assert await log.find(old) == await log.find(new) == await log.stat("run")
+    assert await log.find(epoch=old) == await log.find(epoch=new) == await log.stat("run")
 
 
 async def test_an_epoch_that_opens_among_appends_parts_them_cleanly(log: Log) -> None:
@@ -702,7 +703,7 @@ async def test_an_epoch_that_opens_among_appends_parts_them_cleanly(log: Log) ->
 async def test_epochs_are_remembered_as_long_as_their_events_and_then_up_to_a_bound(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssecore.log, "MAX_EPOCHS", 3)
+    monkeypatch.setattr(ssecore.log.facts, "MAX_EPOCHS", 3)
     epochs = [await topic(log, events=2)]
     for number in range(1, 6):
         await log.append("topic", [frame(number)], epoch=epochs[-1])
@@ -710,7 +711,7 @@ async def test_epochs_are_remembered_as_long_as_their_events_and_then_up_to_a_bo
         await log.open("topic", epochs[-1])
     stat = await facts(log, "topic")
     assert [epoch for epoch, _ in stat.epochs] == epochs[-3:]
-    assert [epoch for epoch in epochs if await log.find(epoch)] == epochs[-3:]
+    assert [epoch for epoch in epochs if await log.find(epoch=epoch)] == epochs[-3:]
     assert locate(stat, Cursor(epochs[0], 1)) == (3, Gap("expired", 2))
 
     kept = [await topic(log, "kept")]
@@ -727,7 +728,7 @@ async def test_a_deleted_stream_is_gone_and_its_name_free(log: Log) -> None:
     watched = Watched(log, "run")
     await log.delete("run")
     assert watched.ends == ["deleted"]
-    assert await log.stat("run") is await log.find(epoch) is await log.find_key("key") is None
+    assert await log.stat("run") is await log.find(epoch=epoch) is await log.find(key="key") is None
     assert await log.read("run", 0, 1000) == []
     assert await log.runs("ann", 10) == []
     with pytest.raises(NotFound):
@@ -735,7 +736,7 @@ async def test_a_deleted_stream_is_gone_and_its_name_free(log: Log) -> None:
     await log.delete("run")
 
     again = await run(log)
-    assert await log.find_key("key") is None
+    assert await log.find(key="key") is None
     assert await log.append("run", [frame("b")], epoch=again) == 1
     await log.upkeep()
     assert texts(await everything(log, "run")) == ["b"]
@@ -749,7 +750,8 @@ async def test_a_stream_is_deleted_unless_another_process_was_told_of_it(log: Lo
     assert await log.delete("run", unless_told=True), "a call may be made again"
 
     epoch = await run(log)  # under its name: what was told before is forgotten
-    await log.tell("run")
+    if log.peers is not None:
+        await log.peers.tell("run")
     # Where there is one process alone, that one knows whom it has told.
     assert await log.delete("run", unless_told=True) == (not log.shared)
     if log.shared:
@@ -757,6 +759,124 @@ async def test_a_stream_is_deleted_unless_another_process_was_told_of_it(log: Lo
         assert await log.delete("run")
         await run(log)
         assert await log.delete("run", unless_told=True)
+
+
+async def test_what_measures_the_log_hears_of_each_commit_and_its_failure_harms_nobody(
+    log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    epoch = await run(log)
+    heard: list[tuple[str, int, bool]] = []
+
+    def measure(batches: list[Batch], seconds: float) -> None:
+        assert seconds >= 0
+        heard.extend((batch.stream, len(batch.frames), batch.error is None) for batch in batches)
+        raise ZeroDivisionError
+
+    log.on_commit = measure
+    assert await log.append("run", [frame(1), frame(2)], epoch=epoch) == 2
+    with pytest.raises(WriterFenced):
+        await log.append("run", [frame(3)], epoch=new_epoch())
+    assert heard == [("run", 2, True), ("run", 1, False)]
+    assert "what measures the event log failed" in caplog.text
+
+
+# What is posted, and not awaited
+
+
+async def test_what_is_posted_is_stored_in_order_and_told_after_the_watchers(log: Log) -> None:
+    epoch = await run(log)
+    seen: list[str] = []
+    done = anyio.Event()
+    log.watch("run", lambda row, ended: seen.extend(texts([row] if row else [])))
+
+    def told(size: int, error: SSEAppError | None) -> None:
+        assert error is None
+        sizes.append((size, len(seen)))
+        if sum(size for size, _ in sizes) == len(b"".join(frames)):
+            done.set()
+
+    sizes: list[tuple[int, int]] = []
+    frames = [frame(number) for number in range(50)]
+    writer = log.writer("run", epoch, told)
+    for number, one in enumerate(frames):
+        writer.post([one], len(one))
+        if number % 7 == 0:
+            await checkpoint()
+    await done.wait()
+    assert seen == texts(await everything(log, "run")) == [str(number) for number in range(50)]
+    assert sizes[-1][1] == 50
+    assert await log.append("run", [frame("end")], epoch=epoch, close=True) == 51
+
+
+async def test_a_writer_that_was_fenced_is_told_and_posts_no_more(log: Log) -> None:
+    epoch = await run(log)
+    heard: list[SSEAppError | None] = []
+    done = anyio.Event()
+
+    def told(size: int, error: SSEAppError | None) -> None:
+        heard.append(error)
+        done.set()
+
+    writer = log.writer("run", epoch, told)
+    await log.open("run", new_epoch())
+    writer.post([frame("a")], len(frame("a")))
+    await done.wait()
+    assert isinstance(heard[0], WriterFenced)
+    with pytest.raises(WriterFenced):
+        writer.post([frame("b")], len(frame("b")))
+    assert await everything(log, "run") == []
+
+
+# Topics, whose epochs are the engine's
+
+
+async def test_a_topic_is_created_when_it_is_first_published_to(log: Log) -> None:
+    keep = Retention(events=2)
+    first = await log.publish("topic", [frame(1), frame(2)], retention=keep)
+    stat = await facts(log, "topic")
+    assert (stat.kind, stat.epochs, stat.retention, first.seq) == ("topic", ((first.epoch, 1),), keep, 2)
+    assert await log.publish("topic", [frame(3)], retention=keep) == Cursor(first.epoch, 3)
+    assert await log.publish("topic", [], retention=keep) == Cursor(first.epoch, 3), "nothing, and where it would go"
+    assert texts(await everything(log, "topic"), 1) == ["2", "3"]
+    assert locate(await facts(log, "topic"), first) == (2, None)
+
+
+async def test_publishers_that_meet_share_an_epoch_and_each_gets_its_own_id(log: Log) -> None:
+    cursors: list[Cursor] = []
+
+    async def publish(number: int) -> None:
+        cursors.append(await log.publish("topic", [frame(number)] * 2, retention=Retention()))
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(20):
+            tasks.start_soon(publish, number)
+    assert len({cursor.epoch for cursor in cursors}) == 1
+    assert sorted(cursor.seq for cursor in cursors) == [*range(2, 42, 2)]
+
+
+async def test_each_process_opens_an_epoch_of_its_own_unless_they_share_the_log(make: Callable[..., Log]) -> None:
+    one, two = make(), make()
+    async with one.running():
+        before = await one.publish("topic", [frame(1)], retention=Retention())
+    async with two.running():
+        if await two.stat("topic") is None:
+            return  # in memory
+        after = await two.publish("topic", [frame(2)], retention=Retention(events=1))
+        stat = await facts(two, "topic")
+        assert (after.epoch == before.epoch) == two.shared
+        assert stat.retention.events == (None if two.shared else 1)
+        assert after.seq == 2 and locate(stat, before) == (1, None)
+        assert (await two.publish("topic", [frame(3)], retention=Retention())).epoch == after.epoch
+
+
+async def test_publishers_go_on_where_another_has_opened_or_deleted_the_topic(log: Log) -> None:
+    before = await log.publish("topic", [frame(1)], retention=Retention())
+    await log.open("topic", other := new_epoch())
+    await log.append("topic", [frame("other")], epoch=other)
+    after = await log.publish("topic", [frame(2)], retention=Retention())
+    assert after.seq == 3 and after.epoch != before.epoch and (after.epoch == other) == log.shared
+    await log.delete("topic")
+    assert (await log.publish("topic", [frame(1)], retention=Retention())).seq == 1
 
 
 async def test_runs_are_listed_newest_first_by_owner(log: Log, clock: Clock) -> None:
@@ -861,7 +981,7 @@ async def test_a_topic_without_events_is_deleted_when_it_has_not_been_written_to
     with anyio.fail_after(10):  # over Redis it is a message
         await watched.ended.wait()
     assert watched.ends == ["deleted"]
-    assert await log.stat("topic") is await log.find(epoch) is await log.stat("old") is None
+    assert await log.stat("topic") is await log.find(epoch=epoch) is await log.stat("old") is None
     assert texts(await everything(log, "forever")) == ["a"]
 
     again = await topic(log)
@@ -912,7 +1032,7 @@ async def test_a_run_is_kept_whole_and_goes_at_its_age_after_its_close(log: Log,
     with anyio.fail_after(10):  # over Redis it is a message
         await watched.ended.wait()
     assert watched.ends == ["deleted"]
-    assert await log.stat("run") is await log.find(epoch) is await log.find_key("key") is None
+    assert await log.stat("run") is await log.find(epoch=epoch) is await log.find(key="key") is None
 
 
 async def test_a_closed_topic_goes_as_a_whole(log: Log, clock: Clock) -> None:

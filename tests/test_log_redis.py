@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from redis import Redis
 from redis.asyncio.connection import Connection, UnixDomainSocketConnection
 
-from ssecore.errors import LogError, LogUnavailable, NotFound, WriterFenced
-from ssecore.log import Cursor, Gap, Retention, Row, framed, locate, new_epoch, packed
+from ssecore.errors import LogError, LogUnavailable, NotFound, Unavailable, WriterFenced
+from ssecore.log import Cursor, Gap, Retention, Row, Stat, framed, locate, new_epoch
 from ssecore.log import Ended as End
+from ssecore.log.facts import packed
 from ssecore.log.redis import RedisLog
 from ssecore.log.tail import Reader, Tails
 from ssecore.wire import Decoder, Event, encode
@@ -137,13 +138,41 @@ async def test_what_one_process_appends_is_told_in_another(server: RedisServer) 
         assert here.texts == there.texts == await whole(two, "topic") == list(map(str, range(100)))
 
 
+async def test_a_publication_goes_in_however_often_others_delete_the_topic_within_reason(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = 0
+
+    async def created_and_deleted(stat: Stat) -> tuple[Stat, bool]:
+        nonlocal times
+        result = await create(stat)
+        if times:
+            times -= 1
+            await two.delete("topic")
+        return result
+
+    async with logs(server, 2) as (one, two):
+        create = one.store.create
+        monkeypatch.setattr(one.store, "create", created_and_deleted)
+        for number in range(4):
+            times = number
+            await one.delete("topic")
+            assert (await one.publish("topic", frames("a"), retention=Retention())).seq == 1
+        await one.delete("topic")
+        times = 100
+        with pytest.raises(Unavailable):
+            await one.publish("topic", frames("a"), retention=Retention())
+        times = 0
+        assert (await one.publish("topic", frames("a"), retention=Retention())).seq == 1
+
+
 async def test_a_process_is_told_of_a_run_or_the_run_is_deleted_and_never_both(server: RedisServer) -> None:
     async with logs(server) as (one, two):
         told: list[bool] = []
 
         async def tell(id: str) -> None:
             try:
-                await two.tell(id)
+                await two.store.tell(id)
             except NotFound:
                 told.append(False)
             else:
@@ -162,7 +191,7 @@ async def test_a_process_is_told_of_a_run_or_the_run_is_deleted_and_never_both(s
             assert told[-1] != deleted[0]
             assert (await one.stat(id) is not None) == told[-1]
         with pytest.raises(NotFound):
-            await two.tell("nothing")
+            await two.store.tell("nothing")
 
 
 async def test_a_run_whose_facts_are_not_legible_hides_no_other(server: RedisServer) -> None:
@@ -170,7 +199,7 @@ async def test_a_run_whose_facts_are_not_legible_hides_no_other(server: RedisSer
         runs = [await run(one) for _ in range(3)]
         server.call("HDEL", f"{{sseapp}}:facts:{runs[0]}", "first")
         server.call("HSET", f"{{sseapp}}:facts:{runs[1]}", "meta", "{")
-        one._tops.clear()  # nobody works on them
+        one.store._tops.clear()  # nobody works on them
 
         async def left() -> list[str]:
             return [stat.stream for stat in await one.unfinished()]
@@ -244,7 +273,7 @@ async def test_a_last_message_that_was_lost_is_found_by_looking(server: RedisSer
         await one.append("topic", frames("first"), epoch=epoch)
         await heard.until("first")
         deafened: list[bytes] = []
-        two._heard = lambda stream, data: deafened.append(data)  # type: ignore[method-assign]
+        two.store._heard = lambda stream, data: deafened.append(data)  # type: ignore[method-assign]
         await one.append("topic", frames("second"), epoch=epoch)
         await heard.until("second")
         await one.append("topic", [], epoch=epoch, close=True)
@@ -256,12 +285,12 @@ async def test_an_end_is_not_told_before_what_was_lost_on_the_way_to_it(server: 
         id = await run(one)
         heard = Heard(two, id)
         await two.stat(id)
-        real = two._heard
-        two._heard = lambda stream, data: None  # type: ignore[method-assign]
+        real = two.store._heard
+        two.store._heard = lambda stream, data: None  # type: ignore[method-assign]
         await one.append(id, frames("lost"), epoch=id)
-        await two.call(id, "read")  # a turn of the connection that listens
+        await two.store.call(id, "read")  # a turn of the connection that listens
         await anyio.sleep(0.05)
-        two._heard = real  # type: ignore[method-assign]
+        two.store._heard = real  # type: ignore[method-assign]
         await one.append(id, [], epoch=id, close=True)
         assert await heard.end() == "closed"
         assert heard.texts == ["lost"]
@@ -278,10 +307,10 @@ async def test_after_a_restart_with_its_file_all_goes_on_in_a_new_epoch(keeping:
         assert await one.append(id, frames("c"), epoch=id) == 3
         await heard.until("c")
         assert heard.texts == await whole(two, id) == ["a", "b", "c"]
-        stat = await two.find(id)
+        stat = await two.find(epoch=id)
         assert stat is not None and [first for _, first in stat.epochs] == [1, 3]
         assert locate(stat, Cursor(id, 2)) == (2, None)
-        assert await two.find(stat.epochs[-1][0]) == stat
+        assert await two.find(epoch=stat.epochs[-1][0]) == stat
         await one.append(id, frames("d"), epoch=id, close=True)
         assert await heard.end() == "closed"
 
@@ -302,7 +331,7 @@ async def test_after_a_restart_without_a_file_no_number_is_given_again_in_silenc
         for stream, epoch in ((id, id), ("topic", old)):
             with pytest.raises(NotFound):
                 await one.append(stream, frames("b"), epoch=epoch)
-            assert await two.find(epoch) is None
+            assert await two.find(epoch=epoch) is None
         new = await topic(two)
         await two.append("topic", frames("b"), epoch=new)
         stat = await one.stat("topic")
@@ -343,7 +372,7 @@ async def test_after_a_failover_to_a_replica_that_has_it_all_everything_goes_on(
             assert await one.append("topic", frames("c"), epoch=stat.epochs[-1][0], close=True) == 3
             assert [await one.end() for one in heard] == ["closed"] * 2
             assert [one.texts for one in heard] == [["a", "b", "c"]] * 2
-            assert (await two.find_key("key")) == (await two.find(id))
+            assert (await two.find(key="key")) == (await two.find(epoch=id))
 
 
 async def test_a_failover_that_lost_the_tail_is_told(server: RedisServer) -> None:
@@ -494,23 +523,23 @@ async def test_a_call_reaches_whoever_works_on_the_run(server: RedisServer) -> N
 
             return on_call
 
-        one.on_call, two.on_call = listener("one"), listener("two")
+        one.store.on_call, two.store.on_call = listener("one"), listener("two")
         first, second = await run(one), await run(two)
-        await three.call(first, "cancel")
-        await three.call(second, "read")
+        await three.store.call(first, "cancel")
+        await three.store.call(second, "read")
         await arrived.wait()
         assert sorted(heard) == [("one", first, "cancel"), ("two", second, "read")]
         with pytest.raises(NotFound):
-            await three.call("nothing", "cancel")
+            await three.store.call("nothing", "cancel")
 
 
 async def test_who_is_interested_is_known_for_a_while(server: RedisServer) -> None:
     async with logs(server) as (one, two):
         id = await run(one)
-        assert not await one.touched(id)
-        await two.touch(id, 0.05)
-        assert await one.touched(id)
-        await until(lambda: one.touched(id), lambda touched: not touched)
+        assert not await one.store.touched(id)
+        await two.store.touch(id, 0.05)
+        assert await one.store.touched(id)
+        await until(lambda: one.store.touched(id), lambda touched: not touched)
 
 
 def evalsha_calls(server: RedisServer) -> int:
@@ -586,7 +615,7 @@ async def test_facts_that_are_older_than_what_was_told_are_no_loss(server: Redis
         heard = Heard(two, "topic")
         await two.stat("topic")
         for number in range(300):
-            two._suspect("topic")
+            two.store._suspect("topic")
             await one.append("topic", frames(number), epoch=epoch)
         await heard.until(299)
         assert heard.ended is None
@@ -629,8 +658,8 @@ async def test_nothing_is_left_of_what_retention_has_taken(server: RedisServer) 
             id = await run(log, owner=f"owner {number}", key=f"key {number}", retention=Retention(age_s=60))
             await log.append(id, frames("a"), epoch=id)
             await log.open(id, epoch := new_epoch())
-            await log.touch(id, 60)
-            await log.call(id, "read")
+            await log.store.touch(id, 60)
+            await log.store.call(id, "read")
             await log.append(id, frames("b"), epoch=epoch, close=True)
             epoch = await topic(log, f"topic {number}", age_s=60)
             await log.append(f"topic {number}", frames("a"), epoch=epoch, close=True)
@@ -664,7 +693,7 @@ async def test_a_full_redis_refuses_and_goes_on_when_there_is_room(server: Redis
         with pytest.raises(LogUnavailable, match="Redis is full"):
             await run(log)
         assert await whole(log, id) == ["a"]
-        log._back_at -= 60
+        log.store._back_at -= 60
         assert await log.unfinished() == []  # somebody works on it here, still
         server.call("CONFIG", "SET", "maxmemory", "0")
         assert await log.append(id, frames("b"), epoch=id) == 2
@@ -674,7 +703,7 @@ async def test_a_full_redis_refuses_and_goes_on_when_there_is_room(server: Redis
 
 
 async def test_what_waits_for_redis_is_bounded_in_bytes(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssecore.log.redis._MAX_QUEUED_BYTES", 10_000)
+    monkeypatch.setattr("ssecore.log.writer._MAX_QUEUED_BYTES", 10_000)
     async with logs(server, 1) as (log,):
         id = await run(log)
         server.freeze()
@@ -704,9 +733,9 @@ async def test_a_user_of_its_own_is_enough(server: RedisServer) -> None:
             await log.append("topic", frames(number), epoch=epoch)
         await heard.until(4)
         id = await run(log, key="key", owner="ann")
-        assert await log.find_key("key") == (await log.runs("ann", 1))[0]
-        await log.call(id, "read")
-        await log.touch(id, 1)
+        assert await log.find(key="key") == (await log.runs("ann", 1))[0]
+        await log.store.call(id, "read")
+        await log.store.touch(id, 1)
         await log.open(id, new_epoch())
         await log.upkeep()
         await log.delete(id)
@@ -824,7 +853,7 @@ def test_whatever_is_published_on_its_channels_the_log_goes_on(server: RedisServ
                     for channel in channels:
                         redis.publish(channel, message)
                     await one.append("topic", frames("a"), epoch=epoch)
-                    redis.rpush(key(f"calls:{two._process}"), message)
+                    redis.rpush(key(f"calls:{two.store._process}"), message)
             await one.append("topic", frames("z"), epoch=epoch)
             await heard.until("z")
             assert heard.texts == own.texts == ["a"] * len(messages) + ["z"]
@@ -875,7 +904,7 @@ def test_facts_that_cant_be_read_are_an_error_of_their_stream_alone(
                 if missing:
                     redis.hdel(key(f"facts:{bad}"), *missing)
                 redis.publish(key(f"appended:{bad}"), b"")
-            for ask in (two.stat(bad), two.find(bad), two.read(bad, 0, 1)):
+            for ask in (two.stat(bad), two.find(epoch=bad), two.read(bad, 0, 1)):
                 try:
                     await ask
                 except (LogError, LogUnavailable):
@@ -918,7 +947,7 @@ async def test_a_foreign_key_in_the_place_of_a_streams_is_an_error_of_that_strea
         assert [stat.stream for stat in await two.runs(None, 10)] == [good] if part == "facts" else [good, bad]
         await until(two.unfinished, lambda found: True)
         for log in (one, two):
-            log._clock = lambda: 2_000_000_000.0
+            log.store._clock = lambda: 2_000_000_000.0
             await log.upkeep()
             await log.upkeep()
         await one.append(good, frames("b"), epoch=good)
@@ -991,12 +1020,12 @@ async def test_a_stream_whose_facts_alone_are_lost_is_gone_and_can_begin_anew(se
         assert [await one.end() for one in heard] == ["deleted"] * 2
         with pytest.raises(NotFound):
             await one.append(id, frames("c"), epoch=id)
-        assert await two.find(id) is await two.find_key("key") is None
+        assert await two.find(epoch=id) is await two.find(key="key") is None
         assert await two.runs("ann", 10) == []
         epoch = await topic(two)
         assert await two.append("topic", frames("new"), epoch=epoch) == 1
         assert await whole(one, "topic") == ["new"]
-        one._back_at -= 60
+        one.store._back_at -= 60
         assert await one.unfinished() == []
         assert "0" in server.call("EXISTS", key(f"rows:{id}"))  # nor is anything left of it
 
@@ -1004,7 +1033,7 @@ async def test_a_stream_whose_facts_alone_are_lost_is_gone_and_can_begin_anew(se
 async def test_a_full_redis_is_not_asked_without_a_pause(server: RedisServer) -> None:
     async with logs(server, 1) as (log,):
         server.call("CONFIG", "SET", "maxmemory", "1")
-        log._called.set()
+        log.store._called.set()
         with pytest.raises(LogUnavailable):
             await run(log)
         server.call("CONFIG", "RESETSTAT")

@@ -1,5 +1,6 @@
 """What is SQLite's own in the event log: the file, its lock, its writer, and what they withstand."""
 
+import gzip
 import logging
 import os
 import shutil
@@ -19,13 +20,15 @@ from anyio.lowlevel import checkpoint
 
 import ssecore.log
 import ssecore.log.sqlite
-from ssecore.errors import LogError, LogUnavailable, WriterFenced
+from ssecore.errors import LogError, LogUnavailable, SSEAppError, WriterFenced
 from ssecore.log import Cursor, Gap, Log, Retention, framed, locate, new_epoch
+from ssecore.log.facts import cost
 from ssecore.log.sqlite import SqliteLog
 from tests.test_log import Clock, Watched, everything, facts, frame, run, texts, topic
 
 ROOT: Final = Path(__file__).parent.parent
 MIB: Final = 1024 * 1024
+VERSION_1: Final = ROOT / "tests" / "data" / "log-version-1.db.gz"
 
 
 @pytest.fixture
@@ -68,6 +71,7 @@ async def written(log: Log, stream: str) -> list[str]:
 KEEPER: Final = """
 import sys, anyio
 from ssecore.log import new_epoch
+from ssecore.log.facts import cost
 from ssecore.log.sqlite import SqliteLog
 from ssecore.wire import Event, encode
 
@@ -123,7 +127,7 @@ def test_what_was_acknowledged_is_there_after_a_sigkill(path: Path) -> None:
             for stat in await log.unfinished():
                 assert stat.last == len(whole[stat.stream])
                 assert stat.size == sum(len(row.body) for row in await everything(log, stat.stream))
-                assert await log.find(stat.epochs[0][0]) == stat
+                assert await log.find(epoch=stat.epochs[0][0]) == stat
                 await log.open(stat.stream, epoch := new_epoch())
                 assert await log.append(stat.stream, [frame("end")], epoch=epoch, close=True) == stat.last + 1
             assert await log.unfinished() == []
@@ -182,7 +186,7 @@ async def test_nothing_works_outside_of_running(path: Path) -> None:
 async def test_what_was_asked_for_before_the_end_is_done(
     path: Path, cancelled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssecore.log.sqlite, "_MAX_TRANSACTION_BYTES", 1)
+    monkeypatch.setattr(ssecore.log.writer, "_MAX_COMMIT_BYTES", 1)
     log = SqliteLog(path)
     done: list[int] = []
 
@@ -241,7 +245,7 @@ def truncated(path: Path) -> None:
         (lambda path: path.write_bytes(b"SQLite format 3\0"), "is another program's database: move it away"),
         (foreign, "is another program's database: move it away"),
         (lambda path: foreign(path, 0x12345678), "is another program's database: move it away"),
-        (newer, "has version 99, and this program knows up to 2: start the newer program"),
+        (newer, "has version 99, and this program knows up to 3: start the newer program"),
         (damaged, r"is damaged \(.+\): put a copy of it back"),
         (truncated, r"is damaged \(.+\): put a copy of it back"),
     ],
@@ -322,6 +326,58 @@ async def test_what_owners_use_is_counted_in_a_file_that_did_not_count_it(path: 
         assert db.execute("SELECT count(*) FROM accounts").fetchone() == (0,)
 
 
+def first_version(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(gzip.decompress(VERSION_1.read_bytes()))
+
+
+async def test_a_file_of_the_first_version_is_read_and_goes_on(path: Path) -> None:
+    """Written by commit d856a06 (version 1): `ended` and `open` are ann's runs, `topic` keeps two of four events,
+    `empty` none, and a deleted stream has left its row behind."""
+    first_version(path)
+    log = SqliteLog(path, clock=lambda: 1_700_000_100.0, upkeep_s=3600)
+    async with log.running():
+        ended, open = await facts(log, "ended"), await facts(log, "open")
+        assert (ended.last, ended.size, ended.closed, ended.meta) == (3, 27, True, {"state": "completed"})
+        assert await log.find(key="k") == await log.find(epoch="E" * 22) == ended
+        assert (open.last, open.size, open.updated, open.retention.age_s) == (3, 31, 1_700_000_008.0, 60)
+        assert await log.unfinished() == [open] and await log.runs("ann", 9) == [open, ended]
+        assert await written(log, "open") == ["1", "2", "three"]
+        assert await log.append("open", [frame("end")], epoch="O" * 22, close=True) == 4
+        assert (await log.publish("topic", [frame(4)], retention=Retention(events=2))).seq == 5
+        assert await written(log, "topic") == ["3", "4"]
+        assert locate(await facts(log, "topic"), Cursor("T" * 22, 4)) == (4, None)
+        await log.upkeep()
+        assert await log.stat("empty") is not None
+        assert await log.delete("ended") and await log.delete("open")
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM accounts").fetchone() == (0,)
+        assert db.execute("PRAGMA quick_check").fetchall() == [("ok",)]
+
+
+async def test_the_facts_of_an_open_run_that_a_crash_left_are_those_of_its_rows(path: Path) -> None:
+    """And its owner pays for all of it once it is closed: until then what the file says of it is behind."""
+    clock = Clock()
+    log, copy = SqliteLog(path, clock=clock), path.with_suffix(".copy")
+    async with log.running():
+        epoch = await run(log, owner="ann")
+        for size in (10, 200_000, 20):
+            clock.now += 1
+            await log.append("run", [frame("x" * size)] * 2, epoch=epoch)
+        before = await facts(log, "run")
+        with closing(sqlite3.connect(path)) as db, closing(sqlite3.connect(copy)) as other:
+            assert db.execute("SELECT last < 6 FROM streams").fetchone() == (1,)
+            db.backup(other)
+    log = SqliteLog(copy, clock=clock)
+    async with log.running():
+        assert await log.unfinished() == [await facts(log, "run")] == [before]
+        assert await log.append("run", [frame("end")], epoch=epoch, close=True) == 7
+        bytes = cost(await facts(log, "run"))
+    with closing(sqlite3.connect(copy)) as db:
+        assert db.execute("SELECT bytes FROM accounts").fetchone() == (bytes,)
+        assert db.execute("SELECT last, size FROM streams").fetchone() == (7, before.size + len(frame("end")))
+
+
 async def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await anyio.to_thread.run_sync(filled, path)
     before = content(path)
@@ -400,7 +456,7 @@ async def test_an_appended_row_reads_the_same_however_it_is_looked_up(
             for name, epoch in epochs.items():
                 clock.now += 0.1
                 await log.append(name, [frame(name)], epoch=epoch)
-                assert await log.stat(name) == await log.find(epoch)
+                assert await log.stat(name) == await log.find(epoch=epoch)
         listed = {stat.stream: stat for stat in await log.runs("ann", 10)}
     async with log.running():
         assert listed == {name: await log.stat(name) for name in epochs}
@@ -410,8 +466,8 @@ async def test_an_appended_row_reads_the_same_however_it_is_looked_up(
 async def test_full_sync_is_said_to_sqlite(path: Path) -> None:
     log = SqliteLog(path, full_sync=True)
     async with log.running():
-        assert log._writer
-        assert log._writer.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert log.store.writer
+        assert log.store.writer.execute("PRAGMA synchronous").fetchone() == (2,)
         epoch = await run(log)
         assert await log.append("run", [frame("a")], epoch=epoch) == 1
 
@@ -432,8 +488,8 @@ async def test_a_failing_transaction_fails_its_appends_and_nothing_else(
         epoch = await run(log)
         watched = Watched(log, "run")
         await log.append("run", [frame("before")], epoch=epoch)
-        assert log._writer
-        log._writer.execute("PRAGMA query_only = ON")
+        assert log.store.writer
+        log.store.writer.execute("PRAGMA query_only = ON")
         async with anyio.create_task_group() as group:
             for _ in range(10):
                 group.start_soon(append, "lost")
@@ -449,10 +505,39 @@ async def test_a_failing_transaction_fails_its_appends_and_nothing_else(
         errors = [record for record in caplog.records if record.levelno == logging.ERROR]
         assert len(errors) == 1 and str(path) in errors[0].getMessage(), "said once, with the path"
 
-        log._writer.execute("PRAGMA query_only = OFF")
+        log.store.writer.execute("PRAGMA query_only = OFF")
         assert await log.append("run", [frame("after")], epoch=epoch) == 2
         assert "is written again" in caplog.text
         assert texts(watched.rows) == await written(log, "run") == ["before", "after"]
+
+
+async def test_after_a_failed_transaction_nothing_that_was_posted_behind_it_is_stored(path: Path) -> None:
+    log = SqliteLog(path)
+    told: list[tuple[int, bool]] = []
+    over = anyio.Event()
+
+    def tell(size: int, error: SSEAppError | None) -> None:
+        told.append((size, error is None))
+        if len(told) == 3:
+            over.set()
+
+    async with log.running():
+        epoch = await run(log)
+        writer = log.writer("run", epoch, tell)
+        writer.post([frame("a")], 1)
+        while not told:
+            await checkpoint()
+        assert log.store.writer
+        log.store.writer.execute("PRAGMA query_only = ON")
+        writer.post([frame("b")], 2)
+        while not log._commits._under_way:
+            await checkpoint()
+        writer.post([frame("c")], 4)
+        await over.wait()
+        log.store.writer.execute("PRAGMA query_only = OFF")
+        assert told == [(1, True), (2, False), (4, False)]
+        assert await log.append("run", [frame("end")], epoch=epoch, close=True) == 2
+        assert await written(log, "run") == ["a", "end"]
 
 
 async def test_a_bug_in_a_transaction_leaves_nobody_waiting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,7 +550,7 @@ async def test_a_bug_in_a_transaction_leaves_nobody_waiting(path: Path, monkeypa
         async with log.running():
             epoch = await run(log)
             with monkeypatch.context() as patch:
-                patch.setattr(ssecore.log.sqlite, "appended", fail)
+                patch.setattr(ssecore.log.ledger, "appended", fail)
                 with pytest.raises(LogUnavailable, match=r"moment: internal error$"):
                     await log.append("run", [frame("a")], epoch=epoch)
             assert await log.append("run", [frame("a")], epoch=epoch) == 1
@@ -477,7 +562,7 @@ async def test_a_reader_that_fails_says_so_and_the_next_one_works(path: Path) ->
         epoch = await run(log)
         await log.append("run", [frame("a")], epoch=epoch)
         assert await written(log, "run") == ["a"]
-        (reader,) = log._idle
+        (reader,) = log.store._idle
         reader.execute("ATTACH ':memory:' AS other")
         reader.execute("PRAGMA query_only = OFF")
         reader.execute("CREATE TEMP TABLE streams (n)")

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import anyio
@@ -27,6 +28,7 @@ from ssecore.errors import LogError, LogUnavailable, NotFound, SSEAppError, Upst
 from ssecore.log import Log, Stat
 from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
+from ssecore.log.writer import Posted
 from ssecore.pump import CLOSE_S, FIRST_ITEM_S
 from ssecore.request import EndReason, Request
 from ssecore.responses import JSON, Response
@@ -258,6 +260,19 @@ def spy(log: Log, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         return result
 
     monkeypatch.setattr(log, name, call)
+    if name == "append":  # what is posted is appended, too
+        make = log.writer
+
+        def writer(stream: str, epoch: str, told: Posted) -> Any:
+            own = make(stream, epoch, told)
+
+            def post(frames: list[bytes], size: int) -> None:
+                own.post(frames, size)
+                calls.append(Call((stream, frames), {}, None))
+
+            return SimpleNamespace(post=post)
+
+        monkeypatch.setattr(log, "writer", writer)
     return calls
 
 
@@ -737,7 +752,7 @@ async def test_of_many_at_the_same_moment_all_get_the_problem_and_the_key_is_fre
 ) -> None:
     answers: list[Answer] = []
     async with house.open(GET("/work", work.handler, run=Run())) as app:
-        found, created = spy(house.log, "find_key", monkeypatch), spy(house.log, "create", monkeypatch)
+        found, created = spy(house.log, "find", monkeypatch), spy(house.log, "create", monkeypatch)
 
         async def start(headers: dict[str, str]) -> None:
             answers.append(await ask(app, f"/work?key={KEY}", headers=headers))
@@ -1345,15 +1360,15 @@ async def test_who_comes_with_the_key_while_it_is_deleted_gets_a_run_of_its_own(
 ) -> None:
     """It found the run just before that failed: there is nothing left to read."""
     async with house.open(GET("/work", work.handler, run=Run())) as app, anyio.create_task_group() as tasks:
-        find_key = house.log.find_key
+        find = house.log.find
 
-        async def slow_find_key(key: str) -> Stat | None:
-            stat = await find_key(key)
+        async def slow_find(**by: Any) -> Stat | None:
+            stat = await find(**by)
             if stat is not None:
                 await anyio.sleep(0.5)
             return stat
 
-        monkeypatch.setattr(house.log, "find_key", slow_find_key)
+        monkeypatch.setattr(house.log, "find", slow_find)
         answers: list[Answer] = []
 
         async def come(after_s: float) -> None:
@@ -1576,7 +1591,7 @@ async def test_a_run_that_never_waits_is_too_large_soon(house: House) -> None:
 
 @virtual
 async def test_one_event_that_the_log_does_not_take_ends_the_run(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssecore.log, "MAX_APPEND_BYTES", 1000)
+    monkeypatch.setattr(ssecore.log.facts, "MAX_APPEND_BYTES", 1000)
     reasons: list[EndReason] = []
 
     async def handler(request: Request) -> AsyncIterator[Event]:
@@ -2381,7 +2396,7 @@ async def test_after_a_restart_a_finished_run_is_there_with_all_of_it(house: Hou
 class Trouble:
     """What the log answers to appends and deletions, while it is in trouble."""
 
-    error: Exception | None = None
+    error: SSEAppError | None = None
 
 
 @pytest.fixture
@@ -2392,6 +2407,20 @@ def trouble(house: House, monkeypatch: pytest.MonkeyPatch) -> Trouble:
         log = open_log(settings)
         for name in ("append", "delete"):
             monkeypatch.setattr(log, name, troubled(getattr(log, name)))
+        make = log.writer
+
+        def writer(stream: str, epoch: str, told: Posted) -> Any:
+            own = make(stream, epoch, told)
+
+            def post(frames: list[bytes], size: int) -> None:
+                if trouble.error is not None:
+                    told(size, trouble.error)
+                else:
+                    own.post(frames, size)
+
+            return SimpleNamespace(post=post)
+
+        monkeypatch.setattr(log, "writer", writer)
         return log
 
     def troubled(method: Any) -> Any:

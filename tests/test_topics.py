@@ -5,7 +5,7 @@ Who is served how, and what a slow reader does to others, is in test_delivery.py
 
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from itertools import count
 from pathlib import Path
@@ -15,14 +15,16 @@ from urllib.parse import quote
 import anyio
 import orjson
 import pytest
+from anyio.lowlevel import checkpoint
 from trio.testing import MockClock
 
 import sseapp
 import ssecore.log
 from sseapp import SSEApp
-from ssecore.errors import EncodeError, LogError, LogUnavailable, Unavailable
+from ssecore.errors import EncodeError, LogError, LogUnavailable
 from ssecore.log import Cursor, Stat, new_epoch
 from ssecore.log.memory import MemoryLog
+from ssecore.log.writer import Batch
 from ssecore.request import Request
 from ssecore.routes import GET
 from ssecore.settings import Settings
@@ -552,70 +554,6 @@ async def test_publishers_go_on_when_another_process_has_opened_the_topic(
             assert len(epochs) == 1 and other not in epochs  # opened once for all of them
 
 
-class HoldingLog(MemoryLog):
-    """Appends wait, in the order in which they are asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.holds: list[anyio.Event | None] = []
-
-    async def append(self, stream: str, frames: Sequence[bytes], **options: Any) -> int:
-        hold = self.holds.pop(0) if self.holds else None
-        if hold is not None:
-            await hold.wait()
-        return await super().append(stream, frames, **options)
-
-
-async def test_a_publisher_that_learns_late_of_the_other_process_does_not_fence_its_neighbour(
-    way: Way, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = HoldingLog()
-    monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
-    async with running(way) as app:
-        await publish(app)
-        await log.open("topic:news", new_epoch())
-        late, again = anyio.Event(), anyio.Event()
-        log.holds = [late, None, again]  # of one; of the other, which is fenced; and its second attempt
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(publish, app)
-            await anyio.sleep(0.001)
-            tasks.start_soon(publish, app)
-            await anyio.sleep(0.001)
-            assert not log.holds
-            late.set()
-            await anyio.sleep(0.001)
-            again.set()
-        assert sequences(await read(app, 1)) == [3]
-
-
-class FencingLog(MemoryLog):
-    """Another process opens the topic before each append, so many times."""
-
-    times = 0
-
-    async def append(self, stream: str, frames: Sequence[bytes], **options: Any) -> int:
-        if self.times:
-            self.times -= 1
-            await self.open(stream, new_epoch())
-        return await super().append(stream, frames, **options)
-
-
-async def test_a_publication_goes_in_however_often_others_open_the_topic_within_reason(
-    way: Way, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = FencingLog()
-    monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
-    async with running(way) as app:
-        for log.times in range(5):
-            await publish(app)
-        assert sequences(await read(app, 1)) == [5]
-        log.times = 100
-        with pytest.raises(Unavailable):
-            await publish(app)
-        log.times = 0
-        assert (await publish(app)).seq == 6
-
-
 class AwayLog(MemoryLog):
     """Tells nothing until it is back."""
 
@@ -723,7 +661,7 @@ async def test_the_limit_holds_for_those_who_come_at_the_same_moment(way: Way) -
 
 @once
 async def test_any_number_of_topics_can_be_used_one_after_another(way: Way) -> None:
-    async with running(way, max_topics=2) as app:
+    async with running(way) as app:
         first = await publish(app, name="one")
         async with connect(app, target="/two") as reader:
             await take(reader, 1)
@@ -732,7 +670,7 @@ async def test_any_number_of_topics_can_be_used_one_after_another(way: Way) -> N
                 await publish(app, name=f"published-{number}")
             two = await publish(app, name="two")
             assert await take(reader, 1) == [Event("x", None, str(two))]
-        # The process has closed topic one meanwhile. It opens no further epoch: each is kept in the log.
+        # The process opens no further epoch: each is kept in the log.
         assert await publish(app, name="one") == Cursor(first.epoch, 2)
         assert sequences(await read(app, 1, first, target="/one")) == [2]
 
@@ -742,7 +680,7 @@ async def test_any_number_of_topics_can_be_used_one_after_another(way: Way) -> N
 async def test_a_topic_without_events_is_deleted_unless_somebody_reads_it(
     way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssecore.log, "EMPTY_TOPIC_S", 1.5)
+    monkeypatch.setattr(ssecore.log.facts, "EMPTY_TOPIC_S", 1.5)
     async with running(way, log="sqlite", data_dir=tmp_path) as app:
         log = topics_of(app)._log
         async with connect(app, target="/read") as reader:
@@ -766,31 +704,17 @@ async def test_a_topic_without_events_is_deleted_unless_somebody_reads_it(
         assert sequences(await read(app, 1, target="/left")) == [1]
 
 
-class OpeningLog(MemoryLog):
-    """Creates a topic when it is told to, and how."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.creations: list[anyio.Event] = []
-        self.failing = True
-
-    async def create(self, stream: str, **options: Any) -> tuple[Stat, bool]:
-        self.creations.append(anyio.Event())
-        await self.creations[-1].wait()
-        if self.failing:
-            raise LogUnavailable("it can't be reached")
-        return await super().create(stream, **options)
-
-
-@pytest.fixture
-def opening(monkeypatch: pytest.MonkeyPatch) -> OpeningLog:
-    log = OpeningLog()
+async def test_a_topic_that_cant_be_stored_fails_all_who_wait_for_it_and_is_tried_again(
+    way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MemoryLog()
     monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
-    return log
-
-
-async def test_a_topic_that_cant_be_opened_fails_all_who_wait_for_it(way: Way, opening: OpeningLog) -> None:
     failed: list[int] = []
+
+    def refuse(batches: list[Batch], done: Callable[[], None]) -> None:
+        for batch in batches:
+            batch.error = LogUnavailable("it can't be reached")
+        done()
 
     async def subscriber() -> None:
         exchange, _ = await refusal(app)
@@ -802,38 +726,34 @@ async def test_a_topic_that_cant_be_opened_fails_all_who_wait_for_it(way: Way, o
         failed.append(0)
 
     async with running(way) as app:
-        async with anyio.create_task_group() as tasks:
-            for _ in range(5):
-                tasks.start_soon(subscriber)
-                tasks.start_soon(publisher)
-            await anyio.sleep(0.001)
-            (creation,) = opening.creations
-            creation.set()
+        with monkeypatch.context() as patch:
+            patch.setattr(log._commits, "_commit", refuse)
+            async with anyio.create_task_group() as tasks:
+                for _ in range(5):
+                    tasks.start_soon(subscriber)
+                    tasks.start_soon(publisher)
         assert sorted(failed) == [0] * 5 + [503] * 5
-        assert len(opening.creations) == 1, "one attempt for all of them"
-        async with anyio.create_task_group() as tasks:  # the next ones try again
-            opening.failing = False
-            tasks.start_soon(publish, app)
-            await anyio.sleep(0.001)
-            opening.creations[-1].set()
+        assert sequences(await read(app, 1)) == [0]
+        assert (await publish(app)).seq == 1
 
 
-async def test_a_subscriber_who_leaves_while_it_opens_the_topic_fails_nobody_else(
-    way: Way, opening: OpeningLog
-) -> None:
-    opening.failing = False
-    async with running(way) as app:
+@with_sqlite
+@once
+async def test_a_publisher_who_leaves_while_it_opens_the_topic_fails_nobody_else(way: Way, tmp_path: Path) -> None:
+    async with running(way, log="sqlite", data_dir=tmp_path) as app:
+        cursors: list[Cursor] = []
+
+        async def publisher() -> None:
+            cursors.append(await publish(app))
+
         async with anyio.create_task_group() as tasks:
             with anyio.CancelScope() as scope:
-                async with anyio.create_task_group() as opener:
-                    opener.start_soon(publish, app)
-                    await anyio.sleep(0.001)
-                    tasks.start_soon(publish, app)
-                    tasks.start_soon(publish, app)
-                    await anyio.sleep(0.001)
-                    assert len(opening.creations) == 1
+                async with anyio.create_task_group() as leaving:
+                    leaving.start_soon(publish, app)
+                    tasks.start_soon(publisher)
+                    tasks.start_soon(publisher)
+                    await checkpoint()
                     scope.cancel()
-            await anyio.sleep(0.001)
-            assert len(opening.creations) == 2, "another one has taken over"
-            opening.creations[1].set()
-        assert await publish(app) == Cursor((await publish(app)).epoch, 3)
+        last = await publish(app)
+        assert {cursor.epoch for cursor in cursors} == {last.epoch}
+        assert len(cursors) == 2 and last.seq == max(cursor.seq for cursor in cursors) + 1 >= 3

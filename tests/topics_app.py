@@ -9,5 +9,5 @@ EMPTY_TOPIC_S = 1.0
 
 
 def make() -> SSEApp:
-    ssecore.log.EMPTY_TOPIC_S = EMPTY_TOPIC_S  # type: ignore[misc]
+    ssecore.log.facts.EMPTY_TOPIC_S = EMPTY_TOPIC_S  # type: ignore[misc]
     return sseapp.create_app()

@@ -2,7 +2,8 @@
 
 A stream is a named, append-only sequence of events, numbered from 1 without holes. It may be closed for good, and has
 a retention. Two kinds: a *run* has a beginning and an end and is kept whole; a *topic* goes on and is trimmed.
-The engines (`memory`, `sqlite`) keep these rules, cited by number at the code; tests/test_log.py runs over all of them.
+`Log` is what everybody uses. The engines are its stores: `memory` and `sqlite` leave the decisions to `ledger`, `redis`
+to its scripts. The rules are cited by number at the code; tests/test_log.py runs over all stores.
 
 1.  A reader sees only what is in the log: append first, deliver then. What "in the log" withstands is the engine's.
 2.  An append is all or nothing: several events, one epoch, and with it, if asked for, the close and new `meta`.
@@ -26,196 +27,199 @@ The engines (`memory`, `sqlite`) keep these rules, cited by number at the code; 
 """
 
 import logging
-import re
-import secrets
-import struct
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
-from itertools import accumulate, count
-from typing import Any, Final, Generic, Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
-import msgspec
-import orjson
-from msgspec.structs import replace
+from anyio import CancelScope
+from anyio.lowlevel import checkpoint
 
-from ssecore.errors import BadRequest, LogUnavailable, TooLarge, TooManyRequests, WriterFenced
-from ssecore.wire import encode_json
+from ssecore.errors import SSEAppError
+from ssecore.log.facts import (
+    EMPTY_TOPIC_S,
+    MAX_APPEND_BYTES,
+    MAX_EPOCHS,
+    MAX_ROW_BYTES,
+    Cursor,
+    Ended,
+    Gap,
+    Kind,
+    Retention,
+    Row,
+    Stat,
+    Watcher,
+    framed,
+    joined,
+    locate,
+    new_epoch,
+    parse_cursor,
+    plain,
+)
+from ssecore.log.writer import Batch, Commits, Posted, Writer
 
 __all__ = [
     "EMPTY_TOPIC_S",
-    "EVENT_BYTES",
-    "FOREVER_S",
     "MAX_APPEND_BYTES",
     "MAX_EPOCHS",
     "MAX_ROW_BYTES",
-    "OWNERS",
-    "STREAM_BYTES",
-    "Alone",
     "Cursor",
     "Ended",
     "Gap",
     "Kind",
     "Log",
+    "Peers",
     "Retention",
     "Row",
     "Shared",
     "Stat",
+    "Store",
     "Watcher",
-    "Watchers",
-    "appended",
-    "cost",
-    "deleted_at",
-    "due",
+    "Writer",
     "framed",
-    "full",
     "joined",
-    "legible",
     "locate",
     "new_epoch",
-    "opened",
-    "outlived",
-    "over",
-    "packed",
     "parse_cursor",
-    "plain",
-    "share_full",
-    "unpacked",
 ]
 
 logger = logging.getLogger("sseapp")
 K = TypeVar("K", bound=Hashable)
-S = TypeVar("S")
 T = TypeVar("T")
 
-#: One append at most. It is held in memory as a whole, and SQLite stores no blob beyond 1 GB. An append over it is a
-#: bug of a source that doesn't bound its buffer (64 KiB by default).
-MAX_APPEND_BYTES: Final = 64 * 1024 * 1024
-#: What merging appends makes of a row at most; one append of more is one row. A reader's step is as fine as that.
-MAX_ROW_BYTES: Final = 64 * 1024
-#: Epochs that a stream remembers beyond those of the events it keeps. A topic gets one more with each start of the
-#: process; a cursor of a forgotten one is answered `expired`.
-MAX_EPOCHS: Final = 1000
 
-#: How long an open topic without events is kept: somebody who subscribed may have been disconnected, and resume. The
-#: app writes to the topics that have readers more often than that.
-EMPTY_TOPIC_S: Final = 900.0
+class Peers(Protocol):
+    """What the processes that share a log have to do with each other."""
 
-#: What a stream, and an event, count besides the bodies: facts, names, indexes, rows (rule 7). Measured: a chat's run
-#: of ten words is 6 KB in Redis (a stream's first node alone is 4) and 0.9 KB in SQLite's file. There the pages in use
-#: count in all, and only an owner's share is counted by these.
-STREAM_BYTES: Final = 6144
-EVENT_BYTES: Final = 64
-#: So many owners can fill the log.
-OWNERS: Final = 10
-#: A retention without an age, in seconds: what is kept for ever still has an order in which it goes (rule 7).
-FOREVER_S: Final = 1e10
-
-Kind = Literal["run", "topic"]
-#: What ended a stream for its watchers.
-Ended = Literal["closed", "deleted"]
-
-
-# The memory engine keeps many, and nothing in them can point back: they are no work for the garbage collector.
-class Row(msgspec.Struct, frozen=True, gc=False):
-    """What went in as one: several events of one epoch. Engines may put appends that meet into one row."""
-
-    epoch: str
-    #: Sequence of the first event.
-    first: int
-    #: The frames one behind the other, each with the blank line that ends it.
-    body: bytes
-    #: Where each event ends in `body`.
-    ends: tuple[int, ...]
-
-    @property
-    def last(self) -> int:
-        return self.first + len(self.ends) - 1
-
-
-class Retention(msgspec.Struct, frozen=True):
-    """What a stream keeps (rule 6). `None`: no limit."""
-
-    events: int | None = None
-    #: Of bodies; an engine's own overhead comes on top.
-    bytes: int | None = None
-    #: Seconds.
-    age_s: float | None = None
-
-
-class Stat(msgspec.Struct, frozen=True):
-    """The facts of a stream at one moment. Don't change its `meta`: it is shared."""
-
-    stream: str
-    kind: Kind
-    #: (epoch, its first sequence), oldest first.
-    epochs: tuple[tuple[str, int], ...]
-    #: When it was created, and when something was last appended, opened, set or closed, or an open topic's last event
-    #: was trimmed; Unix time.
-    created: float
-    updated: float
-    #: Oldest sequence kept; `last + 1` when nothing is.
-    first: int = 1
-    #: The top; 0 when nothing was ever appended.
-    last: int = 0
-    #: Bytes of the bodies of the rows kept.
-    size: int = 0
-    closed: bool = False
-    owner: str | None = None
-    #: Small JSON of the stream's owner.
-    meta: dict[str, Any] = {}
-    key: str | None = None
-    retention: Retention = Retention()
-
-
-class Cursor(NamedTuple):
-    """A place in a stream, as a client has it: `str()` of it is the `id` on the wire."""
-
-    epoch: str
-    seq: int
-
-    def __str__(self) -> str:
-        return f"{self.epoch}.{self.seq}"
-
-
-class Gap(msgspec.Struct, frozen=True, rename={"from_": "from"}):
-    """What a reader has to be told before it goes on; the `data` of the event `gap`.
-
-    `from` and `to` are the first and the last sequence at which its history and the log's differ as far as it is
-    concerned: `trimmed`, events that it hasn't seen and won't; `diverged`, events that it has seen and the log hasn't
-    (what it gets from `from` on are others by the same numbers). `None`: not known.
-    """
-
-    reason: Literal["trimmed", "diverged", "expired"]
-    from_: int | None = None
-    to: int | None = None
-
-
-#: Called in the event loop: the row, and the end if the stream ended with it. One of the two is there.
-Watcher = Callable[[Row | None, Ended | None], None]
-
-
-class Log(Protocol):
-    """An engine. Any of its calls may raise `LogUnavailable`; then nothing has changed.
-
-    Frames are what `wire.encode` gives: not empty, no `id:`, with the blank line at the end.
-    """
-
-    #: Whether several processes write to it. A topic has one epoch for all of them then.
-    shared: bool
-    #: Whether it could not be reached when it was last asked for something.
-    away: bool
     #: Called in the event loop with the stream and the word of each `call` to this process.
     on_call: Callable[[str, str], None] | None
 
-    def give_up(self) -> None:
-        """Fail what waits for an engine that is away: its process is about to end."""
+    async def call(self, stream: str, word: str) -> None:
+        """Hand a word to the process that works on the run: it gets it sooner or later. Raises `NotFound`."""
+
+    async def touch(self, stream: str, for_s: float) -> None:
+        """Somebody here is interested in the run, and will be for so long. For the process that works on it."""
+
+    async def touched(self, stream: str) -> bool:
+        """Whether somebody elsewhere is interested in the run."""
+
+    async def tell(self, stream: str) -> None:
+        """Somebody here has been told that the run is there: see `Log.delete`. Raises `NotFound`."""
+
+
+class Store(Protocol):
+    """An engine. Where it can't be used, its calls raise `LogUnavailable`, and nothing has changed."""
+
+    #: Whether it could not be reached when it was last asked for something.
+    away: bool
+    #: Over its bound: the upkeep is wanted at once.
+    crowded: bool
+    #: The log is about to be closed: what can't be stored now fails.
+    closing: bool
+    #: As `Commits` has it.
+    gap_s: float | None
+    #: Where several processes share it.
+    peers: Peers | None
 
     def running(self) -> AbstractAsyncContextManager[None]:
+        """Opens it, keeps it working and closes it. Raises `LogError` where it can't be used at all."""
+
+    async def create(self, stat: Stat) -> tuple[Stat, bool]:
+        """See `Log.create`."""
+
+    async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
+        """See `Log.open`."""
+
+    def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
+        """Store the batches, all of different streams. When each has its `last` or its `error`, and the watchers have
+        been told, `done` is called in the event loop."""
+
+    async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
+        """See `Log.read`."""
+
+    async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
+        """See `Log.find`. One of them is given."""
+
+    async def runs(self, owner: str | None, limit: int) -> list[Stat]:
+        """See `Log.runs`."""
+
+    async def unfinished(self) -> list[Stat]:
+        """See `Log.unfinished`."""
+
+    async def delete(self, stream: str, unless_told: bool) -> bool:
+        """See `Log.delete`."""
+
+    def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
+        """See `Log.watch`."""
+
+    async def upkeep(self) -> bool:
+        """One step of what retention asks for. False where there was nothing to do."""
+
+    def give_up(self) -> None:
+        """Fail what waits."""
+
+
+class Log:
+    """The event log over a store. Any of its calls may raise `LogUnavailable`; then nothing has changed.
+
+    Frames are what `wire.encode` gives: not empty, no `id:`, with the blank line at the end. `clock` gives Unix time;
+    `upkeep_s` is the pause between two looks at what age has ended.
+    """
+
+    def __init__(self, store: Store, *, clock: Callable[[], float], upkeep_s: float) -> None:
+        self.store = store
+        self._clock = clock
+        self._upkeep_s = upkeep_s
+        self._commits = Commits(store.commit, store.gap_s)
+        self._commits.on_commit = self._committed
+        self._look = anyio.Event()
+        #: Called in the event loop with the batches of each commit, and the seconds that it took.
+        self.on_commit: Callable[[list[Batch], float], None] | None = None
+
+    @property
+    def peers(self) -> Peers | None:
+        """Where several processes write to the log. A topic has one epoch for all of them then."""
+        return self.store.peers
+
+    @property
+    def shared(self) -> bool:
+        """Whether several processes write to it."""
+        return self.store.peers is not None
+
+    @property
+    def away(self) -> bool:
+        """Whether it could not be reached when it was last asked for something."""
+        return self.store.away
+
+    def give_up(self) -> None:
+        """Fail what waits for an engine that is away: its process is about to end."""
+        self.store.give_up()
+        self._commits.give_up()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
         """Opens the engine, keeps it working and closes it. One task enters and leaves; nothing works outside of it.
 
         On leaving, what was asked for before is done first. Raises `LogError` where the log can't be used at all.
         """
+        failure = None
+        async with self.store.running():
+            self.store.closing = False
+            self._look = anyio.Event()
+            self._commits.open()
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._keep_up)
+                try:
+                    yield
+                except Exception as error:  # raised below: the task group would wrap it
+                    failure = error
+                finally:
+                    self.store.closing = True
+                    with CancelScope(shield=True):
+                        await self._commits.close()
+                    group.cancel_scope.cancel()
+        if failure:
+            raise failure
 
     async def create(
         self,
@@ -233,6 +237,13 @@ class Log(Protocol):
         Where a stream has the `key`, or else the name, already: that one, untouched, and False. Two at the same
         moment: one is created. To go on with a stream that is there, `open` it. Raises `Conflict` as `open` does.
         """
+        now, facts, keep = self._clock(), plain(meta) or {}, retention or Retention()
+        stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
+        try:
+            return await self.store.create(stat)
+        finally:
+            if self.store.crowded:
+                self._look.set()
 
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
         """Opens a further epoch, after the top: earlier writers are fenced (rule 3).
@@ -240,6 +251,7 @@ class Log(Protocol):
         A new `retention` takes the place of the old one.
         Raises `NotFound`, `WriterFenced` where it is closed, `Conflict` for an epoch that has been opened before.
         """
+        return await self.store.open(stream, epoch, retention)
 
     async def append(
         self,
@@ -255,6 +267,44 @@ class Log(Protocol):
         No frames: only closes or sets `meta`, or asks whether the writer still may.
         Raises `WriterFenced` (closed, or not the newest epoch), `NotFound`, `TooLarge`.
         """
+        return (await self._append(stream, frames, epoch, close=close, meta=meta)).seq
+
+    async def publish(
+        self, topic: str, frames: Sequence[bytes], *, retention: Retention, meta: dict[str, Any] | None = None
+    ) -> Cursor:
+        """Appends to a topic as one of any number of writers, and gives the last event's id; all or none.
+
+        The topic is created where there is none. The epoch is the engine's: it opens one where this process has not
+        written to the topic yet (processes that share the log share it, too), and the topic takes this `retention`
+        then. No frames: only that. Raises `TooLarge`, `WriterFenced` where it is closed, and `Unavailable` where others
+        open or delete it all the time.
+        """
+        return await self._append(topic, frames, "", meta=meta, retention=retention)
+
+    async def _append(
+        self,
+        stream: str,
+        frames: Sequence[bytes],
+        epoch: str,
+        *,
+        close: bool = False,
+        meta: dict[str, Any] | None = None,
+        retention: Retention | None = None,
+    ) -> Cursor:
+        if self.store.gap_s is None:
+            await checkpoint()
+        size = sum(map(len, frames))
+        batch = self._commits.add(stream, epoch, frames, size, close=close, meta=plain(meta), retention=retention)
+        behind = len(batch.frames)
+        if not batch.settled and batch.signal is not None:
+            await batch.signal.wait()
+        if batch.error is not None:
+            raise batch.error
+        return Cursor(batch.epoch, batch.last - len(batch.frames) + behind)
+
+    def writer(self, stream: str, epoch: str, told: Posted) -> Writer:
+        """Appends without waiting, for a run's only writer: `told` is called when what it posts is stored, or not."""
+        return Writer(self._commits, stream, epoch, told)
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         """The rows that hold the events after `after`, in order and without holes, at least one if there is one.
@@ -263,258 +313,62 @@ class Log(Protocol):
         may begin before, hence `framed(row, after)`. One that begins beyond `after + 1` says that what lies between
         has been trimmed since `locate`: announce it.
         """
+        return await self.store.read(stream, after, max_bytes)
 
     async def stat(self, stream: str) -> Stat | None:
         """The stream's facts."""
+        return await self.store.find(name=stream)
 
-    async def find(self, epoch: str) -> Stat | None:
-        """The stream that this epoch belongs to."""
-
-    async def find_key(self, key: str) -> Stat | None:
-        """The stream that was created with this key."""
+    async def find(self, *, epoch: str | None = None, key: str | None = None) -> Stat | None:
+        """The stream that this epoch belongs to, or that was created with this key."""
+        return await self.store.find(epoch=epoch, key=key)
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
         """The owner's runs (`None`: those of nobody), newest first."""
+        return await self.store.runs(owner, limit)
 
     async def unfinished(self) -> list[Stat]:
         """Runs that are not closed though nobody works on them any more, oldest first: what a crash left behind.
 
         Where the log is not shared, ask at the start: all that are open are left behind then.
         """
-
-    async def call(self, stream: str, word: str) -> None:
-        """Hand a word to the process that works on the run, if another one does: it gets it sooner or later."""
-
-    async def touch(self, stream: str, for_s: float) -> None:
-        """Somebody here is interested in the run, and will be for so long. For the process that works on it."""
-
-    async def touched(self, stream: str) -> bool:
-        """Whether somebody elsewhere is interested in the run."""
-
-    async def tell(self, stream: str) -> None:
-        """Somebody here has been told that the run is there: see `delete`. Raises `NotFound`."""
+        return await self.store.unfinished()
 
     async def delete(self, stream: str, *, unless_told: bool = False) -> bool:
         """Deletes it, open or not; where there is none, nothing happens. Epochs of it are unknown from now on.
 
-        With `unless_told` a stream that `tell` was called for stays, and the answer is False.
+        With `unless_told` a stream that `Peers.tell` was called for stays, and the answer is False.
         """
+        return await self.store.delete(stream, unless_told)
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         """`watcher` gets each row that is appended from now on, in order, and the end; gives the un-watch (rule 8).
 
         The stream need not exist yet. With the end the watch is over; nobody tells of an end that was before it.
         """
+        return self.store.watch(stream, watcher)
 
     async def upkeep(self) -> None:
         """Does at once what retention asks for. `running` does the same from time to time."""
+        while await self.store.upkeep():
+            pass
 
+    async def _keep_up(self) -> None:
+        while True:
+            with anyio.move_on_after(self._upkeep_s):
+                await self._look.wait()
+            self._look = anyio.Event()
+            with suppress(SSEAppError):
+                await self.upkeep()
 
-def framed(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
-    """The row's events after sequence `after`, each with its `id:` line, as they go over the wire.
-
-    The id is the last line of its block: some clients (`@microsoft/fetch-event-source` 2.0.1, npm `eventsource` 2.0.2)
-    take an id as soon as its line is complete. If the connection is cut between such an id and its data, they resume
-    behind an event that they never got. `id_first` is for a dialect whose clients pair an id with the data behind it.
-
-    Hot path, once for each row and process: one slice and one format an event, one join a row; 0.2 µs an event.
-    """
-    skipped = min(max(after + 1 - row.first, 0), len(row.ends))
-    ends = row.ends[skipped:]
-    starts = (row.ends[skipped - 1] if skipped else 0, *ends)
-    body = row.body
-    sequences, epoch = count(row.first + skipped), row.epoch.encode()
-    if id_first:
-        frame = b"id: %b.%%d\n%%b" % epoch
-        return b"".join([frame % (seq, body[a:z]) for seq, a, z in zip(sequences, starts, ends, strict=False)])
-    frame = b"%%bid: %b.%%d\n\n" % epoch
-    return b"".join([frame % (body[a : z - 1], seq) for seq, a, z in zip(sequences, starts, ends, strict=False)])
-
-
-def new_epoch() -> str:
-    """128 random bits: whoever has no credentials reads a run by knowing its epoch."""
-    return secrets.token_urlsafe(16)
-
-
-_CURSOR: Final = re.compile(r"([A-Za-z0-9_-]{22})\.(0|[1-9][0-9]{0,15})")
-
-
-def parse_cursor(text: str) -> Cursor:
-    """`<22 characters of base64url>.<0 to 2^53-1>`, in one spelling only: no signs, no zeros in front.
-
-    Boundary of trust: the text comes from outside. Raises `BadRequest`.
-    """
-    match = _CURSOR.fullmatch(text)
-    if match is None or (seq := int(match[2])) >= 2**53:
-        raise BadRequest("last_event_id is not one of this server's event ids", field="last_event_id")
-    return Cursor(match[1], seq)
-
-
-def locate(stat: Stat, cursor: Cursor) -> tuple[int, Gap | None]:
-    """The sequence after which the holder of the cursor reads on, and the gap to be announced first (rule 4).
-
-    `expired` gives the place before the oldest event kept; whether one goes on from there is the caller's to say.
-    """
-    epoch, seq = cursor
-    kept = stat.first - 1
-    index = next((index for index, (name, _) in enumerate(stat.epochs, 1) if name == epoch), None)
-    if index is None:
-        return kept, Gap("expired", seq + 1)
-    parted = stat.epochs[index][1] - 1 if index < len(stat.epochs) else stat.last
-    if seq > parted:
-        return max(parted, kept), Gap("diverged", parted + 1, max(seq, kept))
-    if seq < kept:
-        return kept, Gap("trimmed", seq + 1, kept)
-    return seq, None
-
-
-# What the engines share: how facts change, as pure functions.
-
-
-def joined(frames: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
-    """The body and the ends of a row. Raises `TooLarge`."""
-    body = b"".join(frames)
-    if len(body) > MAX_APPEND_BYTES:
-        raise TooLarge(f"an append of {len(body)} bytes; the event log takes {MAX_APPEND_BYTES} at once")
-    return body, tuple(accumulate(map(len, frames)))
-
-
-def packed(ends: tuple[int, ...]) -> bytes:
-    """A row's `ends` as they are stored."""
-    return struct.pack(f"<{len(ends)}I", *ends)
-
-
-def unpacked(ends: bytes) -> tuple[int, ...]:
-    """What `packed` gave."""
-    return struct.unpack(f"<{len(ends) // 4}I", ends)
-
-
-def legible(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
-    """What `read` makes of each: one that another version, or a bad disk, has written is logged and left out."""
-    found = []
-    for one in stored:
-        try:
-            found.append(read(one))
-        except Exception:
-            logger.exception("the facts of a stream in the event log can't be read: %.100r", one)
-    return found
-
-
-def plain(meta: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A copy as JSON has it, so that no engine keeps more than another. Raises `EncodeError`."""
-    if meta is None:
-        return None
-    copy: dict[str, Any] = orjson.loads(encode_json(meta))
-    return copy
-
-
-def opened(stat: Stat, epoch: str, retention: Retention | None, now: float) -> Stat:
-    """With the epoch opened after the top. Raises `WriterFenced` where it is closed."""
-    if stat.closed:
-        raise WriterFenced("the stream is closed")
-    epochs = (*stat.epochs, (epoch, stat.last + 1))
-    while len(epochs) > MAX_EPOCHS and epochs[1][1] <= stat.first:  # nothing that is kept is of the oldest
-        epochs = epochs[1:]
-    stat = replace(stat, epochs=epochs, retention=retention or stat.retention, updated=now)
-    return replace(stat, first=_first(stat, stat.last))
-
-
-def appended(
-    stat: Stat, epoch: str, events: int, size: int, close: bool, meta: dict[str, Any] | None, now: float
-) -> Stat:
-    """With so many events more. Raises `WriterFenced` (rule 3)."""
-    if stat.closed:
-        raise WriterFenced("the stream is closed")
-    if stat.epochs[-1][0] != epoch:
-        raise WriterFenced("another writer has taken over the stream")
-    if not events and not close and meta is None:
-        return stat
-    last = stat.last + events
-    return replace(
-        stat,
-        first=_first(stat, last),
-        last=last,
-        size=stat.size + size,
-        closed=close,
-        meta=stat.meta if meta is None else meta,
-        updated=now,
-    )
-
-
-def _first(stat: Stat, last: int) -> int:
-    """The oldest to be kept by count, with `last` at the top."""
-    limit = stat.retention.events
-    return stat.first if limit is None or stat.kind == "run" else max(stat.first, last - limit + 1)
-
-
-def outlived(stat: Stat, last: int, at: float, now: float) -> bool:
-    """Whether the oldest row kept, which ends at `last` and was appended `at`, has to go (rule 6).
-
-    Asked again with the new `first` and `size` until the answer is no.
-    """
-    if stat.kind != "topic" or stat.closed:
-        return False
-    max_bytes, age_s = stat.retention.bytes, stat.retention.age_s
-    return (
-        last < stat.first
-        or (max_bytes is not None and stat.size > max_bytes and last < stat.last)
-        or (age_s is not None and at + age_s <= now)
-    )
-
-
-def deleted_at(stat: Stat) -> float | None:
-    """When the upkeep deletes the whole stream, if it stays as it is (rule 6)."""
-    if stat.closed:
-        return due(stat, stat.updated)
-    return stat.updated + EMPTY_TOPIC_S if stat.kind == "topic" and stat.first > stat.last else None
-
-
-def due(stat: Stat, at: float) -> float:
-    """When retention takes what was appended, or closed, `at`."""
-    return at + (FOREVER_S if stat.retention.age_s is None else stat.retention.age_s)
-
-
-def cost(stat: Stat) -> int:
-    """The bytes that count for a stream (rule 7)."""
-    return STREAM_BYTES + stat.size + EVENT_BYTES * (stat.last - stat.first + 1)
-
-
-def over(bytes: int, bound: int) -> bool:
-    """Whether nothing new is taken (rule 7)."""
-    return bytes > bound + bound // 10
-
-
-def full() -> LogUnavailable:
-    """Rule 7, for all."""
-    return LogUnavailable("the event log is full; try again later")
-
-
-def share_full() -> TooManyRequests:
-    """Rule 7, for an owner."""
-    return TooManyRequests("your runs fill your share of the event log; delete some, or wait until some have ended")
-
-
-class Alone:
-    """What an engine for one process says of other processes: there are none."""
-
-    shared = False
-    away = False
-    on_call: Callable[[str, str], None] | None = None
-
-    def give_up(self) -> None:
-        """Nothing waits for what is in this process."""
-
-    async def call(self, stream: str, word: str) -> None:
-        """Nobody is there."""
-
-    async def touch(self, stream: str, for_s: float) -> None:
-        """Who asks is known here."""
-
-    async def touched(self, stream: str) -> bool:
-        return False
-
-    async def tell(self, stream: str) -> None:
-        """Whoever reads is known here, and whoever works on it."""
+    def _committed(self, batches: list[Batch], seconds: float) -> None:
+        if self.store.crowded:
+            self._look.set()
+        if self.on_commit is not None:
+            try:
+                self.on_commit(batches, seconds)
+            except Exception:  # nobody who appended waits for ever because of it
+                logger.exception("what measures the event log failed")
 
 
 class Shared(Generic[K, T]):
@@ -553,41 +407,3 @@ class _SharedCall(Generic[T]):
 
     def __init__(self) -> None:
         self.done = anyio.Event()
-
-
-class Watchers:
-    """Who watches what, in one process and loop."""
-
-    def __init__(self) -> None:
-        self._streams: dict[str, dict[object, Watcher]] = {}
-
-    def add(self, stream: str, watcher: Watcher) -> Callable[[], None]:
-        mark = object()
-        watchers = self._streams.setdefault(stream, {})
-        watchers[mark] = watcher
-
-        def unwatch() -> None:
-            watchers.pop(mark, None)
-            if not watchers and self._streams.get(stream) is watchers:
-                del self._streams[stream]
-
-        return unwatch
-
-    def watched(self, stream: str) -> bool:
-        return stream in self._streams
-
-    def notify(self, stream: str, row: Row | None, ended: Ended | None) -> None:
-        """Tells all. What a watcher raises is its own trouble: neither the writer's nor the next watcher's."""
-        watchers = self._streams.get(stream)
-        if watchers is None:
-            return
-        if ended:
-            del self._streams[stream]
-        for mark in list(watchers):
-            watcher = watchers.get(mark)  # one may have ended another's watch just now
-            if watcher is None:
-                continue
-            try:
-                watcher(row, ended)
-            except Exception:
-                logger.exception("a watcher of the event log failed")

@@ -9,45 +9,35 @@ import sys
 import time
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from heapq import nsmallest
+from itertools import islice
 from operator import attrgetter
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
-import anyio
 from anyio.lowlevel import checkpoint
-from msgspec.structs import replace
 
-import ssecore.log
-from ssecore.errors import Conflict, NotFound
-from ssecore.log import (
-    OWNERS,
-    Alone,
-    Kind,
-    Retention,
-    Row,
-    Stat,
-    Watcher,
-    Watchers,
-    appended,
-    cost,
-    deleted_at,
-    due,
-    full,
-    joined,
-    opened,
-    outlived,
-    over,
-    plain,
-    share_full,
-)
+from ssecore.errors import LogUnavailable
+from ssecore.log import Log
+from ssecore.log.facts import Row, Stat, cost
+from ssecore.log.ledger import Entry, Ledger, LocalStore, logger
+from ssecore.log.writer import Batch
 
 __all__ = ["MemoryLog"]
 
-#: Streams looked at by the upkeep between two turns of the loop: about a millisecond.
-_UPKEEP_STEP: Final = 1000
-
+T = TypeVar("T")
 _last: Final = attrgetter("row.last")
+
+
+class MemoryLog(Log):
+    """`Log` in memory. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what age has ended, and
+    `max_bytes` a bound in all (rule 7 of `ssecore.log`)."""
+
+    def __init__(
+        self, *, clock: Callable[[], float] = time.time, upkeep_s: float = 5.0, max_bytes: int | None = None
+    ) -> None:
+        super().__init__(_Store(clock, max_bytes), clock=clock, upkeep_s=upkeep_s)
 
 
 class _Kept(NamedTuple):
@@ -57,112 +47,50 @@ class _Kept(NamedTuple):
     at: float
 
 
-class _Stream:
-    __slots__ = ("rows", "stat")
-
-    def __init__(self, stat: Stat) -> None:
-        self.stat = stat
-        self.rows: deque[_Kept] = deque()
-
-
-class MemoryLog(Alone):
-    """`Log` in memory. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what age has ended, and
-    `max_bytes` a bound in all (rule 7 of `ssecore.log`)."""
-
-    def __init__(
-        self, *, clock: Callable[[], float] = time.time, upkeep_s: float = 5.0, max_bytes: int | None = None
-    ) -> None:
+class _Store(LocalStore):
+    def __init__(self, clock: Callable[[], float], max_bytes: int | None) -> None:
+        super().__init__()
         self._clock = clock
-        self._upkeep_s = upkeep_s
-        self._max_bytes = sys.maxsize if max_bytes is None else max_bytes
-        self._used: Counter[str | None] = Counter()  # by owner; `None`: in all
-        self._streams: dict[str, _Stream] = {}  # oldest first
-        self._keys: dict[str, str] = {}
-        self._epochs: dict[str, str] = {}
-        self._watchers = Watchers()
+        self._ledger = _Streams(self._process, sys.maxsize if max_bytes is None else max_bytes)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        failure = None
-        self._crowded = anyio.Event()
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._keep_up)
-            try:
-                yield
-            except Exception as error:  # raised below: the task group would wrap it
-                failure = error
-            group.cancel_scope.cancel()
-        if failure:
-            raise failure
+        yield
 
-    async def create(
-        self,
-        stream: str,
-        *,
-        epoch: str,
-        kind: Kind = "run",
-        owner: str | None = None,
-        meta: dict[str, Any] | None = None,
-        key: str | None = None,
-        retention: Retention | None = None,
-    ) -> tuple[Stat, bool]:
-        await checkpoint()
-        there = self._keys.get(key, stream) if key is not None else stream
-        if there in self._streams:
-            return self._streams[there].stat, False
-        self._check_room()
-        if owner is not None and over(self._used[owner], self._max_bytes // OWNERS):
-            raise share_full()
-        now, facts, keep = self._clock(), plain(meta) or {}, retention or Retention()
-        stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
-        self._claim(epoch, stream)
-        self._streams[stream] = _Stream(stat)
-        self._charge(owner, cost(stat))
-        if key is not None:
-            self._keys[key] = stream
-        return stat, True
+    def give_up(self) -> None:
+        """Nothing waits for what is in this process."""
 
-    async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
+    async def apply(self, work: Callable[[Ledger], T]) -> T:
         await checkpoint()
-        entry = self._entry(stream)
-        stat = opened(entry.stat, epoch, retention, self._clock())
-        self._claim(epoch, stream)
-        for forgotten, _ in entry.stat.epochs[: len(entry.stat.epochs) + 1 - len(stat.epochs)]:
-            del self._epochs[forgotten]
-        self._change(entry, stat)
-        self._trim(entry)
-        return entry.stat
+        self._ledger.now = self._clock()
+        try:
+            return work(self._ledger)
+        finally:
+            self._notify()
 
-    async def append(
-        self,
-        stream: str,
-        frames: Sequence[bytes],
-        *,
-        epoch: str,
-        close: bool = False,
-        meta: dict[str, Any] | None = None,
-    ) -> int:
-        await checkpoint()
-        body, ends = joined(frames)
-        entry, now = self._entry(stream), self._clock()
-        if ends and not close:
-            self._check_room()
-        first = entry.stat.last + 1
-        self._change(entry, appended(entry.stat, epoch, len(ends), len(body), close, plain(meta), now))
-        row = Row(epoch, first, body, ends) if ends else None
-        if row:
-            entry.rows.append(_Kept(row, now))
-            self._trim(entry)
-        last = entry.stat.last
-        if row or close:
-            self._watchers.notify(stream, row, "closed" if close else None)
-        return last
+    def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
+        self._ledger.now = self._clock()
+        try:
+            self._ledger.commit(batches)
+        except Exception:
+            logger.exception("the event log can't be written")
+            for batch in batches:
+                batch.error = LogUnavailable("the event log can't be written at the moment: internal error")
+        self._notify()
+        done()
+
+    def _notify(self) -> None:
+        ledger = self._ledger
+        self.crowded, ledger.crowded = ledger.crowded, False
+        notices, ledger.notices = ledger.notices, []
+        for notice in notices:
+            self._watchers.notify(*notice)
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         await checkpoint()
         found: list[Row] = []
         size = 0
-        entry = self._streams.get(stream)
+        entry = self._ledger.streams.get(stream)
         if entry:
             start = bisect_right(entry.rows, max(after, entry.stat.first - 1), key=_last)
             for index in range(start, len(entry.rows)):
@@ -173,134 +101,111 @@ class MemoryLog(Alone):
                     break
         return found
 
-    async def stat(self, stream: str) -> Stat | None:
+    async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
         await checkpoint()
-        return self._stat(stream)
-
-    async def find(self, epoch: str) -> Stat | None:
-        await checkpoint()
-        return self._stat(self._epochs.get(epoch))
-
-    async def find_key(self, key: str) -> Stat | None:
-        await checkpoint()
-        return self._stat(self._keys.get(key))
+        if epoch is not None:
+            name = self._ledger.epochs.get(epoch)
+        elif key is not None:
+            name = self._ledger.keys.get(key)
+        entry = self._ledger.streams.get(name) if name is not None else None
+        return entry.stat if entry else None
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
         await checkpoint()
-        stats: list[Stat] = []
-        for entry in reversed(self._streams.values()):
-            if len(stats) >= limit:
-                break
-            if entry.stat.kind == "run" and entry.stat.owner == owner:
-                stats.append(entry.stat)
-        return stats
+        stats = (entry.stat for entry in reversed(self._ledger.streams.values()))
+        return list(islice((stat for stat in stats if stat.kind == "run" and stat.owner == owner), limit))
 
     async def unfinished(self) -> list[Stat]:
         await checkpoint()
-        return [entry.stat for entry in self._streams.values() if entry.stat.kind == "run" and not entry.stat.closed]
+        stats = (entry.stat for entry in self._ledger.streams.values())
+        return [stat for stat in stats if stat.kind == "run" and not stat.closed]
 
-    async def delete(self, stream: str, *, unless_told: bool = False) -> bool:
-        await checkpoint()
-        self._delete(stream)
-        return True
 
-    def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
-        return self._watchers.add(stream, watcher)
+class _Streams(Ledger):
+    #: About a millisecond of work.
+    step_streams = 1000
 
-    async def upkeep(self) -> None:
-        for index, (name, entry) in enumerate(list(self._streams.items())):
-            if index % _UPKEEP_STEP == 0:
-                await checkpoint()
-            if self._streams.get(name) is not entry:
-                continue
-            self._trim(entry)
-            at = deleted_at(entry.stat)
-            if at is not None and at <= self._clock():
-                self._delete(name)
-        self._make_room()
+    def __init__(self, process: str, max_bytes: int) -> None:
+        super().__init__(process)
+        self.max_bytes = max_bytes
+        self.streams: dict[str, Entry] = {}  # oldest first
+        self.keys: dict[str, str] = {}
+        self.epochs: dict[str, str] = {}
+        self._accounts: Counter[str | None] = Counter()  # `None`: in all
 
-    def _check_room(self) -> None:
-        if self._used[None] > self._max_bytes:
-            self._crowded.set()
-            if over(self._used[None], self._max_bytes):
-                raise full()
+    def look_up(self, stream: str) -> Entry | None:
+        return self.streams.get(stream)
 
-    def _make_room(self) -> None:
-        """Rule 7."""
-        share = self._max_bytes // OWNERS
-        closed = [entry.stat for entry in self._streams.values() if entry.stat.closed]
-        for stat in closed:
-            if stat.owner is not None and self._used[stat.owner] > share:
-                self._delete(stat.stream)
-        if self._used[None] <= self._max_bytes:
-            return
-        spared = self._clock() + ssecore.log.EMPTY_TOPIC_S
-        queue = [(due(stat, stat.updated), stat.stream) for stat in closed]
-        queue += [
-            (due(entry.stat, kept.at), name)
-            for name, entry in self._streams.items()
-            if entry.stat.kind == "topic" and not entry.stat.closed
-            for kept in entry.rows
-        ]
-        for at, name in sorted(queue):
-            if self._used[None] <= self._max_bytes:
-                return
-            if at > spared and (entry := self._streams.get(name)):
-                if entry.stat.closed:
-                    self._delete(name)
-                else:
-                    self._drop_row(entry)
+    def by_key(self, key: str) -> str | None:
+        return self.keys.get(key)
 
-    async def _keep_up(self) -> None:
-        while True:
-            with anyio.move_on_after(self._upkeep_s):
-                await self._crowded.wait()
-            self._crowded = anyio.Event()
-            await self.upkeep()
+    def has_epoch(self, epoch: str) -> bool:
+        return epoch in self.epochs
 
-    def _entry(self, stream: str) -> _Stream:
-        try:
-            return self._streams[stream]
-        except KeyError:
-            raise NotFound("no such stream") from None
+    def insert(self, stat: Stat, due: float | None) -> Entry:
+        entry = self.streams[stat.stream] = Entry(stat, due)
+        entry.rows = deque()
+        self.epochs[stat.epochs[0][0]] = stat.stream
+        if stat.key is not None:
+            self.keys[stat.key] = stat.stream
+        self.save(entry)
+        return entry
 
-    def _stat(self, stream: str | None) -> Stat | None:
-        entry = self._streams.get(stream) if stream is not None else None
-        return entry.stat if entry else None
+    def insert_epoch(self, entry: Entry, epoch: str, first: int, forgotten: list[str]) -> None:
+        self.epochs[epoch] = entry.stat.stream
+        for name in forgotten:
+            del self.epochs[name]
 
-    def _claim(self, epoch: str, stream: str) -> None:
-        if epoch in self._epochs:
-            raise Conflict("this epoch has been opened before")
-        self._epochs[epoch] = stream
+    def insert_row(self, entry: Entry, row: Row) -> None:
+        entry.rows.append(_Kept(row, self.now))
 
-    def _trim(self, entry: _Stream) -> None:
-        rows, now = entry.rows, self._clock()
-        while rows and outlived(entry.stat, rows[0].row.last, rows[0].at, now):
-            self._drop_row(entry)
+    def save(self, entry: Entry) -> None:
+        self.charge(entry, cost(entry.stat))
 
-    def _drop_row(self, entry: _Stream) -> None:
-        """The oldest one."""
-        gone, stat = entry.rows.popleft().row, entry.stat
-        stat = replace(stat, first=max(stat.first, gone.last + 1), size=stat.size - len(gone.body))
-        self._change(entry, stat if entry.rows else replace(stat, updated=self._clock()))
+    def oldest(self, entry: Entry) -> Iterable[tuple[int, float, int]]:
+        return [(row.last, at, len(row.body)) for row, at in islice(entry.rows, self.step_rows)]
 
-    def _change(self, entry: _Stream, stat: Stat) -> None:
-        self._charge(stat.owner, cost(stat) - cost(entry.stat))
-        entry.stat = stat
+    def drop(self, entry: Entry, last: int) -> None:
+        while entry.rows and entry.rows[0].row.last <= last:
+            entry.rows.popleft()
 
-    def _charge(self, owner: str | None, bytes: int) -> None:
-        for account in {None, owner}:
-            self._used[account] += bytes
-            if not self._used[account]:
-                del self._used[account]
+    def remove(self, entry: Entry) -> None:
+        stat = entry.stat
+        del self.streams[stat.stream]
+        for epoch, _ in stat.epochs:
+            del self.epochs[epoch]
+        if stat.key is not None:
+            del self.keys[stat.key]
 
-    def _delete(self, stream: str) -> None:
-        entry = self._streams.pop(stream, None)
-        if entry is None:
-            return
-        self._charge(entry.stat.owner, -cost(entry.stat))
-        for epoch, _ in entry.stat.epochs:
-            del self._epochs[epoch]
-        if entry.stat.key is not None:
-            del self._keys[entry.stat.key]
-        self._watchers.notify(stream, None, "deleted")
+    def charge(self, entry: Entry, bytes: int) -> None:
+        more, entry.charged = bytes - entry.charged, bytes
+        for account in {None, entry.stat.owner}:
+            self._accounts[account] += more
+            if not self._accounts[account]:
+                del self._accounts[account]
+
+    def used(self) -> int:
+        return self._accounts[None]
+
+    def account(self, owner: str) -> int:
+        return self._accounts[owner]
+
+    def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
+        return [(owner, used) for owner, used in self._accounts.items() if owner is not None and used > bytes]
+
+    def closed_runs(self, owner: str) -> Sequence[str]:
+        stats = (entry.stat for entry in self.streams.values())
+        closed = (stat.stream for stat in stats if stat.owner == owner and stat.closed and stat.kind == "run")
+        return list(islice(closed, self.step_streams))
+
+    def due_until(self, at: float) -> Sequence[str]:
+        return self._by_due(lambda due: due <= at)
+
+    def due_after(self, at: float) -> Sequence[str]:
+        return self._by_due(lambda due: due > at)
+
+    def _by_due(self, wanted: Callable[[float], bool]) -> list[str]:
+        found = (
+            (entry.due, name) for name, entry in self.streams.items() if entry.due is not None and wanted(entry.due)
+        )
+        return [name for _, name in nsmallest(self.step_streams, found)]

@@ -5,10 +5,10 @@ its file, a failover), that is noticed, and said.
 
 Theory of operation. Each process has three connections, each with a task of its own that alone touches it, so a caller
 that is cancelled breaks nothing. Two *lines* answer calls: what is asked for while one pipeline is under way goes into
-the next. The writer merges what is appended meanwhile, a batch for each stream, into one call for all of them. The
-third connection hears that somebody appended to a stream that is watched here, and then it is read:
+the next. What is appended meanwhile is one call, with a batch for each stream (`writer`). The third connection hears
+that somebody appended to a stream that is watched here, and then it is read:
 
-    append   ──► a batch a stream ──► writer ──► line: EVALSHA ──► answers ──► watchers, callers ──► …
+    append   ──► Commits: a batch a stream ──► line: EVALSHA ──► answers ──► watchers, callers ──► …
     others   ──► line: EVALSHA, EVALSHA, … ──► callers
     Redis    facts (hash) + rows (stream, the id is the last sequence) ──PUBLISH "more"──► every process
     listener ──► line: one call for all streams that have more ──► rows, in sequence ──► watchers
@@ -43,7 +43,7 @@ import random
 import struct
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -60,9 +60,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
-import ssecore.log
-from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, WriterFenced
-from ssecore.log import (
+from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, Unavailable, WriterFenced
+from ssecore.log import Log, Peers, facts
+from ssecore.log.facts import (
     EVENT_BYTES,
     FOREVER_S,
     MAX_ROW_BYTES,
@@ -70,12 +70,10 @@ from ssecore.log import (
     STREAM_BYTES,
     Cursor,
     Ended,
-    Kind,
     Retention,
     Row,
     Stat,
     Watcher,
-    Watchers,
     full,
     joined,
     locate,
@@ -85,17 +83,17 @@ from ssecore.log import (
     unpacked,
 )
 from ssecore.log.scripts import COMMON, SCRIPTS
+from ssecore.log.watchers import Watchers
+from ssecore.log.writer import GAP_S, Batch
 from ssecore.wire import encode_json
 
 __all__ = ["RedisLog"]
 
 logger = logging.getLogger("sseapp")
 
-#: Bodies that wait for Redis in this process. More are refused at once.
-_MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
-#: Bodies, and streams, in one call: some milliseconds of Redis' work, which others may have to wait for.
-_MAX_CALL_BYTES: Final = 4 * 1024 * 1024
-_MAX_CALL_STREAMS: Final = 100
+#: How often an append is tried whose stream needs an epoch first, or is a topic that others delete each time. Seen
+#: twice in a row: Redis was restarted twice.
+_TRIES: Final = 5
 #: Calls in one pipeline.
 _MAX_PIPELINE: Final = 64
 #: What is left for a call once the service is about to stop: its caller is cancelled soon after.
@@ -144,7 +142,7 @@ class _Call(NamedTuple):
 class _Line:
     """A connection, and the one task that talks on it."""
 
-    def __init__(self, log: "RedisLog") -> None:
+    def __init__(self, log: "RedisStore") -> None:
         self._log = log
         self._calls: deque[_Call] = deque()
         self._asked: list[_Call] = []  # of these, those that are under way
@@ -271,37 +269,7 @@ async def _talk(session: _Session, calls: list[_Call], complain: Callable[[str, 
             call.say(_away(error))
 
 
-class _Batch:
-    """Appends that go in as one row: of one stream and epoch, and only the last one closes it or sets `meta`."""
-
-    def __init__(self, stream: str, epoch: str) -> None:
-        self.stream, self.epoch = stream, epoch
-        self.bodies: list[bytes] = []
-        self.ends: list[int] = []
-        self.size = 0
-        self.meta = b""
-        self.closes = False
-        self.since = current_time()
-        self.done = Signal()
-        self.last = 0
-        self.error: SSEAppError | None = None
-
-    def takes(self, epoch: str, size: int) -> bool:
-        return epoch == self.epoch and not self.meta and not self.closes and self.size + size <= MAX_ROW_BYTES
-
-    def add(self, body: bytes, ends: tuple[int, ...], close: bool, meta: bytes) -> int:
-        """Gives how many events are in it now."""
-        self.ends += [self.size + end for end in ends]
-        self.bodies.append(body)
-        self.size += len(body)
-        self.closes, self.meta = close, meta
-        return len(self.ends)
-
-    def row(self) -> tuple[bytes, tuple[int, ...]]:
-        return b"".join(self.bodies), tuple(self.ends)
-
-
-class RedisLog:
+class RedisLog(Log):
     """`Log` in the Redis that `url` names (`redis://`, `rediss://` for TLS, `unix://`; user and password in it).
 
     `wait_s`: how long a call waits for a Redis that is away, half of `lease_s` at most. `lease_s`: how long a process
@@ -310,8 +278,7 @@ class RedisLog:
     `max_bytes` is a bound in all (rule 7 of `ssecore.log`). On asyncio only.
     """
 
-    shared = True
-    on_call: Callable[[str, str], None] | None = None
+    store: "RedisStore"
 
     def __init__(
         self,
@@ -325,6 +292,29 @@ class RedisLog:
         look_s: float = 2.0,
         max_bytes: int | None = None,
     ) -> None:
+        store = RedisStore(url, wait_s, lease_s, prefix, clock, look_s, max_bytes)
+        super().__init__(store, clock=clock, upkeep_s=upkeep_s)
+
+
+class RedisStore:
+    """The store, and what its processes have to do with each other (`Peers`)."""
+
+    crowded = False
+    gap_s: float | None = GAP_S
+
+    def __init__(
+        self,
+        url: str,
+        wait_s: float,
+        lease_s: float,
+        prefix: str,
+        clock: Callable[[], float],
+        look_s: float,
+        max_bytes: int | None,
+    ) -> None:
+        self.peers: Peers | None = self
+        self.on_call: Callable[[str, str], None] | None = None
+        self.closing = False
         self.away = False
         self.wait_s = min(wait_s, lease_s / 2)  # a lease outlasts its holder's own waiting
         self.instance = ""
@@ -332,7 +322,6 @@ class RedisLog:
         self._lease_s = lease_s
         self._prefix = f"{{{prefix}}}:"  # one hash tag
         self._clock = clock
-        self._upkeep_s = upkeep_s
         self._look_s = look_s
         self._max_bytes = max_bytes
         self._process = new_epoch()
@@ -342,12 +331,10 @@ class RedisLog:
         self._told: dict[str, Cursor | None] = {}
         self._subscribed: dict[str, Signal] = {}
         self._dirty: dict[str, None] = {}
-        self._queue: dict[str, deque[_Batch]] = {}
-        self._queued_bytes = 0
+        self._commits: deque[tuple[list[Batch], Callable[[], None]]] = deque()  # one at most
         self._number = 0
         #: The top of the runs at work here (rules 4 and 6).
         self._tops: dict[str, int] = {}
-        self._running = False
         self._stopping = False
         self._back_at = self._held_at = 0.0
         #: What has been complained about: when, and how often since.
@@ -358,6 +345,7 @@ class RedisLog:
         failure: Exception | None = None
         self._make = self._connections()
         self._wake, self._look, self._channels, self._called = Signal(), Signal(), Signal(), Signal()
+        self._writing = CancelScope(shield=True)
         self._reads, self._writes = lines = _Line(self), _Line(self)
         async with anyio.create_task_group() as group:
             try:
@@ -368,18 +356,13 @@ class RedisLog:
                 except LogUnavailable as error:
                     raise LogError(f"the event log's Redis can't be used: {error.__cause__}") from error
                 self._back_at = self._held_at = current_time()
-                for task in (self._listen, self._refill, self._hold, self._keep_up):
+                for task in (self._listen, self._refill, self._hold):
                     group.start_soon(self._go_on, task)
-                self._running = True
-                async with anyio.create_task_group() as writing:
-                    writing.start_soon(self._write)
-                    try:
-                        yield
-                    except Exception as error:  # raised below: a task group would wrap it
-                        failure = error
-                    finally:
-                        self._running = False
-                        self._wake.set()
+                group.start_soon(self._write)
+                try:
+                    yield
+                except Exception as error:  # raised below: a task group would wrap it
+                    failure = error
                 with anyio.move_on_after(1, shield=True), suppress(LogUnavailable):
                     names = self._name(f"lease:{self._process}"), self._name(f"calls:{self._process}")
                     await self._writes.ask("DEL", *names, wait_s=0)
@@ -387,6 +370,7 @@ class RedisLog:
                 failure = error
             finally:
                 group.cancel_scope.cancel()
+                self._writing.cancel()
                 for line in lines:
                     line.close()
         if failure:
@@ -439,7 +423,7 @@ class RedisLog:
     def _constants(self) -> str:
         """For the scripts."""
         bound = "math.huge" if self._max_bytes is None else self._max_bytes
-        values = (STREAM_BYTES, EVENT_BYTES, OWNERS, FOREVER_S, ssecore.log.EMPTY_TOPIC_S, bound)
+        values = (STREAM_BYTES, EVENT_BYTES, OWNERS, FOREVER_S, facts.EMPTY_TOPIC_S, bound)
         return f"local stream_bytes, event_bytes, owners, forever_s, empty_s, bound = {', '.join(map(str, values))}"
 
     async def _check_all(self, session: _Session) -> None:
@@ -490,81 +474,43 @@ class RedisLog:
 
     # What callers ask for
 
-    async def create(
-        self,
-        stream: str,
-        *,
-        epoch: str,
-        kind: Kind = "run",
-        owner: str | None = None,
-        meta: dict[str, Any] | None = None,
-        key: str | None = None,
-        retention: Retention | None = None,
-    ) -> tuple[Stat, bool]:
-        now, limits, facts = repr(self._clock()), _limits(retention or Retention()), encode_json(meta or {})
+    async def create(self, stat: Stat) -> tuple[Stat, bool]:
+        stream, epoch = stat.stream, stat.epochs[0][0]
         at_work = stream in self._tops
         created = False
-        if kind == "run":
+        if stat.kind == "run":
             self._tops.setdefault(stream, 0)
         try:
-            names = (stream, epoch, kind, _maybe(owner), _maybe(key))
-            stat = _found(await self._writes.ask("create", *names, now, facts, self._process, *limits))
+            names = (stream, epoch, stat.kind, _maybe(stat.owner), _maybe(stat.key))
+            said = (repr(stat.created), encode_json(stat.meta), self._process, *_limits(stat.retention))
+            stat = _found(await self._writes.ask("create", *names, *said))
             created = stat.stream == stream and stat.epochs[0][0] == epoch  # now, or by a try whose answer was lost
             return stat, created
         finally:
             if not created and not at_work:
                 self._tops.pop(stream, None)
 
-    async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
+    async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
         limits = [] if retention is None else _limits(retention)
         return await self._open(stream, epoch, new_epoch(), *limits)
 
     async def _open(self, stream: str, epoch: str, mark: str, *limits: str) -> Stat:
-        now, most = repr(self._clock()), ssecore.log.MAX_EPOCHS
+        now, most = repr(self._clock()), facts.MAX_EPOCHS
         return _found(await self._writes.ask("open", stream, epoch, now, mark, most, *limits))
-
-    async def append(
-        self,
-        stream: str,
-        frames: Sequence[bytes],
-        *,
-        epoch: str,
-        close: bool = False,
-        meta: dict[str, Any] | None = None,
-    ) -> int:
-        body, ends = joined(frames)
-        facts = b"" if meta is None else encode_json(meta)
-        if not self._running:
-            raise LogUnavailable("the event log is closed")
-        if self._queued_bytes + len(body) > _MAX_QUEUED_BYTES:
-            raise _away(None)
-        batches = self._queue.setdefault(stream, deque())
-        if not batches or not batches[-1].takes(epoch, len(body)):
-            batches.append(_Batch(stream, epoch))
-        batch = batches[-1]
-        count = batch.add(body, ends, close, facts)
-        self._queued_bytes += len(body)
-        self._wake.set()
-        await batch.done.wait()
-        if batch.error is not None:
-            raise batch.error
-        return batch.last - len(batch.ends) + count
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         await self._watching(stream)
         return _rows(await self._reads.ask("read", stream, after, max_bytes, wait_s=math.inf))
 
-    async def stat(self, stream: str) -> Stat | None:
-        await self._watching(stream)
-        stat = _stat(await self._reads.ask("stat", stream))
-        if stat is not None and stream in self._told and self._told[stream] is None:
-            self._told[stream] = Cursor(stat.epochs[-1][0], stat.last)
-        return stat
-
-    async def find(self, epoch: str) -> Stat | None:
-        return _stat(await self._reads.ask("find", "epochs", epoch))
-
-    async def find_key(self, key: str) -> Stat | None:
+    async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
+        if name is not None:
+            await self._watching(name)
+            stat = _stat(await self._reads.ask("stat", name))
+            if stat is not None and name in self._told and self._told[name] is None:
+                self._told[name] = Cursor(stat.epochs[-1][0], stat.last)
+            return stat
+        if epoch is not None:
+            return _stat(await self._reads.ask("find", "epochs", epoch))
         return _stat(await self._reads.ask("find", "keys", _maybe(key)))
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
@@ -636,7 +582,7 @@ class RedisLog:
         if not await self._writes.ask("tell", stream):
             raise NotFound("no such stream")
 
-    async def delete(self, stream: str, *, unless_told: bool = False) -> bool:
+    async def delete(self, stream: str, unless_told: bool) -> bool:
         if not await self._writes.ask("delete", stream, int(unless_told)):
             return False
         self._tops.pop(stream, None)
@@ -658,103 +604,94 @@ class RedisLog:
 
         return done
 
-    async def upkeep(self) -> None:
-        while await self._writes.ask("upkeep", repr(self._clock()), _STEP_STREAMS) >= _STEP_STREAMS:
-            pass
-
-    async def _keep_up(self) -> None:
-        while True:
-            await anyio.sleep(self._upkeep_s)
-            with suppress(SSEAppError):
-                await self.upkeep()
+    async def upkeep(self) -> bool:
+        looked_at: int = await self._writes.ask("upkeep", repr(self._clock()), _STEP_STREAMS)
+        return looked_at >= _STEP_STREAMS
 
     # The writer
 
+    def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
+        self._commits.append((batches, done))
+        self._wake.set()
+
     async def _write(self) -> None:
-        """The writer's task. It ends when `running` is left and nothing is queued any more, and not before."""
-        with CancelScope(shield=True):
-            while self._running or self._queue:
-                if not self._queue:
-                    await self._wake.wait()
+        """Until the log is closed, whatever is cancelled around it."""
+        with self._writing:
+            while True:
+                await self._wake.wait()
                 self._wake = Signal()
-                await self._send(self._take())
+                batches, done = self._commits.popleft()
+                await self._send(batches)
+                done()
 
-    def _take(self) -> list[_Batch]:
-        """What goes into one call: the oldest batch of each stream."""
-        batches: list[_Batch] = []
-        size = 0
-        for stream in list(self._queue):
-            if size >= _MAX_CALL_BYTES or len(batches) >= _MAX_CALL_STREAMS:
-                break
-            waiting = self._queue.pop(stream)
-            batches.append(waiting.popleft())
-            size += batches[-1].size
-            if waiting:
-                self._queue[stream] = waiting  # behind the others
-        return batches
-
-    async def _send(self, batches: list[_Batch]) -> None:
+    async def _send(self, batches: list[Batch]) -> None:
         """Until each has its answer, or Redis has been away for too long."""
         try:
-            while batches:
+            for _ in range(_TRIES):
                 batches = await self._call(batches)
-                for batch in batches:  # rule 3
+                if not batches:
+                    return
+                for batch in batches:
                     with suppress(NotFound, WriterFenced):
-                        await self._open(batch.stream, new_epoch(), "")
+                        await self._prepare(batch)
+            raise Unavailable("other processes open or delete this stream all the time; try again", retry_after_s=1)
         except Exception as error:  # a bug of ours: nobody waits for ever
             if not isinstance(error, SSEAppError):
                 logger.exception("the event log can't be written")
             for batch in batches:
-                self._settle(batch, error if isinstance(error, SSEAppError) else _away(error))
+                batch.error = error if isinstance(error, SSEAppError) else _away(error)
 
-    async def _call(self, batches: list[_Batch]) -> list[_Batch]:
-        """One call. Gives those that need an epoch first."""
+    async def _prepare(self, batch: Batch) -> None:
+        """Open an epoch (rule 3), or create the topic."""
+        if batch.last < 0 and batch.retention is not None:
+            now = self._clock()
+            epochs = ((new_epoch(), 1),)
+            await self.create(Stat(batch.stream, "topic", epochs, now, now, retention=batch.retention))
+        else:
+            await self._open(batch.stream, new_epoch(), "")
+
+    async def _call(self, batches: list[Batch]) -> list[Batch]:
+        """One call. Gives those that need an epoch first, or to be created (`last` is -1)."""
         self._number += 1
         values: list[Any] = []
-        for batch in batches:
-            body, ends = batch.row()
+        rows = [joined(batch.frames) for batch in batches]
+        for batch, (body, ends) in zip(batches, rows, strict=True):
+            meta = b"" if batch.meta is None else encode_json(batch.meta)
             least = self._tops.get(batch.stream, 0)
-            values += (batch.stream, batch.epoch, int(batch.closes), batch.meta, len(ends), packed(ends), body, least)
-        wait_s = self.wait_s if self._running else 0
+            values += (batch.stream, batch.epoch, int(batch.close), meta, len(ends), packed(ends), body, least)
+        wait_s = 0.0 if self.closing else self.wait_s
         if self.away:  # what waited behind a call that failed has waited as long
-            wait_s += min(batch.since for batch in batches) - current_time()
+            wait_s += min(batch.since for batch in batches) - time.monotonic()
             if wait_s <= 0:
                 raise _away(RedisConnectionError())
         common = (self._process, self._number, repr(self._clock()), _REMEMBER_S)
         answers = await self._writes.ask("append", *common, *values, wait_s=wait_s)
         again = []
-        for batch, (said, *facts) in zip(batches, answers, strict=True):
-            if said == b"instance":
+        for batch, (body, ends), (said, *details) in zip(batches, rows, answers, strict=True):
+            if said == b"ok":
+                batch.last, batch.epoch = int(details[0]), details[1].decode()
+                self._appended(batch, Row(batch.epoch, batch.last - len(ends) + 1, body, ends) if ends else None)
+            elif said == b"instance" or (said == b"none" and batch.retention is not None):
+                batch.last = 0 if said == b"instance" else -1
                 again.append(batch)
-            elif said == b"ok":
-                self._appended(batch, int(facts[0]), facts[1].decode())
             else:
                 if said == b"failed":
-                    self.complain("it refuses to append", facts[0].decode(errors="replace"))
+                    self.complain("it refuses to append", details[0].decode(errors="replace"))
                 elif said == b"lost" and batch.stream in self._tops:
                     self._tops[batch.stream] = 0  # it is at work still: with what it says of it
                 elif said != b"full":
                     self._tops.pop(batch.stream, None)
-                self._settle(batch, _refusal(said, *facts))
+                batch.error = _refusal(said, *details)
         return again
 
-    def _appended(self, batch: _Batch, last: int, epoch: str) -> None:
-        if batch.closes:
+    def _appended(self, batch: Batch, row: Row | None) -> None:
+        if batch.close:
             self._tops.pop(batch.stream, None)
         elif batch.stream in self._tops:
-            self._tops[batch.stream] = last
-        body, ends = batch.row()
-        row = Row(epoch, last - len(ends) + 1, body, ends) if ends else None
-        if row or batch.closes:
-            self._announce(batch.stream, Cursor(epoch, last), row, "closed" if batch.closes else None)
-        batch.last = last
-        self._settle(batch, None)
-
-    def _settle(self, batch: _Batch, error: SSEAppError | None) -> None:
-        if not batch.done.is_set():
-            self._queued_bytes -= batch.size
-            batch.error = error
-            batch.done.set()
+            self._tops[batch.stream] = batch.last
+        if row or batch.close:
+            top = Cursor(batch.epoch, batch.last)
+            self._announce(batch.stream, top, row, "closed" if batch.close else None)
 
     # What is heard of other processes
 
@@ -1059,15 +996,13 @@ def _stopping() -> LogUnavailable:
     return LogUnavailable("the service is about to stop")
 
 
-def _away(error: Exception | None) -> LogUnavailable:
+def _away(error: Exception) -> LogUnavailable:
     """For the client; what Redis itself says may name its users and keys."""
     reason = "Redis can't be reached"
     if isinstance(error, OutOfMemoryError):
         reason = "Redis is full"
     elif isinstance(error, ResponseError):
         reason = "Redis refuses it"
-    elif error is None:
-        reason = "too much waits for Redis"
     elif not isinstance(error, _BROKEN):
         reason = "internal error"
     away = LogUnavailable(f"the event log can't be used at the moment: {reason}")

@@ -185,7 +185,7 @@ local function append(stream, epoch, closes, meta, events, ends, body, least)
     'age_s', 'epoch', 'owner', 'cost')
   if not f[1] then return {'none'} end
   if f[2] == '1' then return {'closed'} end
-  if f[3] ~= epoch then return {'fenced'} end
+  if epoch ~= '' and f[3] ~= epoch then return {'fenced'} end  -- '': a topic's, whoever opened it
   if f[4] ~= instance then return {'instance'} end
   local last = tonumber(f[1])
   if last < tonumber(least) then return {'lost'} end

@@ -3,24 +3,28 @@
 In WAL mode with `synchronous=NORMAL`; a lost power supply may take the last moments, which their readers are told
 (`diverged`). `full_sync=True` syncs each commit, and withstands that too.
 
-Theory of operation. One task, the writer, takes every operation that has gathered while its last transaction was under
-way and commits them in one, in a worker thread; each caller goes on after the commit:
+Theory of operation. A thread that lives as long as the log commits; all that was handed to it while it was at work is
+its next transaction. The event loop hears of it by one call, and goes on with whoever waited:
 
-    callers      append, create, open, delete ──► queue ──┐ all of it (4 MiB)
-    writer       ──► thread: BEGIN, each operation, rows and facts, COMMIT ──► facts, watchers, callers ──► …
-    readers      read, stat, … ──► thread: one SELECT on one of a few connections
+    append, post ──► Commits (writer.py): a batch a stream ──┐
+    create, open, delete, upkeep ────────────────────────────┴──► queue ──► the thread ──► loop: watchers, callers
+    read, find, … ──► a worker thread: one SELECT on one of a few connections
 
-1.  Appends that meet in a transaction go in as one row (64 KiB), if they are of one stream and epoch.
+1.  A batch is a row. What an open run's rows say (`last`, `size`, `updated`) is not written a second time with each
+    append: who asks the file gets it from the rows. With its close, its `meta` or an epoch the facts are written as
+    they are. So an append is one statement; and a transaction of nothing but rows is that statement, without BEGIN and
+    COMMIT.
 2.  An operation is refused before it has changed anything, so a refusal fails nobody else. An error of SQLite fails
     every operation of the transaction with `LogUnavailable`; nothing of it is kept, and the next one tries anew.
-3.  `_known`, the facts of the streams in use, changes only on the loop, after a commit, and the thread that reads it
-    works only while the writer task waits for it. What a transaction changes are copies.
+3.  `_known`, the facts of the streams in use, is changed by the thread alone, after a commit; the loop looks into it.
+    What a transaction changes are copies.
 4.  A reader's transaction is one SELECT: none holds the WAL back, and each sees every commit before it.
 5.  Nothing takes longer because of how much is to be deleted: a deleted stream's rows are `garbage` first, and the
     upkeep takes a bounded step in a transaction of its own, as often as there is something to do. For `max_bytes` the
     pages in use count, garbage too; so it is taken away before anything more is deleted for the sake of room.
-6.  A file that isn't ours is never written to; the application id stands in its first bytes from the first commit on.
-7.  Before each transaction the writer checks that the file and its WAL are the ones that it opened: SQLite would go on
+6.  A file that isn't ours is never written to. A new one is made under another name: whenever there is a file by the
+    log's name, the application id stands in its first bytes.
+7.  Before each transaction the thread checks that the file and its WAL are the ones that it opened: SQLite would go on
     writing to a deleted file. After a failure the log is `away` until a transaction has written to the file; the upkeep
     tries that from time to time.
 """
@@ -30,12 +34,14 @@ import logging
 import os
 import sqlite3
 import sys
+import threading
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
-from functools import cached_property
+from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
 import anyio
@@ -43,37 +49,14 @@ import msgspec
 import orjson
 from anyio import CancelScope, CapacityLimiter, current_time
 from anyio import Event as Signal
+from anyio.lowlevel import current_token
 from anyio.to_thread import run_sync
-from msgspec.structs import replace
 
-import ssecore.log
-from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError
-from ssecore.log import (
-    MAX_ROW_BYTES,
-    OWNERS,
-    Alone,
-    Ended,
-    Kind,
-    Retention,
-    Row,
-    Stat,
-    Watcher,
-    Watchers,
-    appended,
-    cost,
-    deleted_at,
-    due,
-    full,
-    joined,
-    legible,
-    opened,
-    outlived,
-    over,
-    packed,
-    plain,
-    share_full,
-    unpacked,
-)
+from ssecore.errors import LogError, LogUnavailable, SSEAppError
+from ssecore.log import Log
+from ssecore.log.facts import OWNERS, Retention, Row, Stat, cost, legible, packed, unpacked
+from ssecore.log.ledger import Entry, Ledger, LocalStore
+from ssecore.log.writer import GAP_S, Batch
 from ssecore.wire import encode_json
 
 __all__ = ["SqliteLog"]
@@ -112,10 +95,19 @@ _MIGRATIONS: Final = (
     INSERT INTO accounts SELECT owner, sum(6144 + size + 64 * (last - first + 1))
         FROM streams WHERE owner IS NOT NULL GROUP BY owner;
     """,
+    # From here on the facts of an open run are behind its rows (rule 1): an older program would append over them.
+    "",
 )
 
-#: Bodies in one transaction: about 10 ms of work, which a small append may have to wait for.
-_MAX_TRANSACTION_BYTES: Final = 4 * 1024 * 1024
+#: What one transaction does at most. Its appends have a bound of their own in `writer`.
+_MAX_ORDERS: Final = 100
+#: Rows that one statement inserts. Each number of them is a statement of its own, which SQLite keeps.
+_ROWS_AT_ONCE: Final = 32
+#: What a batch takes of the file, and of the WAL, besides its body, roughly. The pages in use are counted again when
+#: so many bytes have been written that the bound could have been passed, and the WAL's size each 64th of its bound.
+_BATCH_BYTES: Final = 1024
+#: What a run may have grown since its owner was last charged for it (rule 1).
+_UNCHARGED_BYTES: Final = 64 * 1024
 #: Connections, and threads, for reading. Most of the work holds the interpreter's lock; a few hide the disk's latency.
 _READERS: Final = 4
 #: Streams whose facts are kept in memory, about 1 KB each.
@@ -123,7 +115,6 @@ _MAX_KNOWN: Final = 10_000
 #: One step of upkeep, and of trimming at an append: rows, streams, pages. Each is some milliseconds,
 #: and commits up to 20 ms where the rows are large.
 _STEP_ROWS: Final = 32
-_STEP_STREAMS: Final = 64
 _STEP_PAGES: Final = 256
 #: SQLite takes the WAL into the file after so many pages, 2 MiB. (Its own 4 MiB would be half of a small log.)
 _CHECKPOINT_PAGES: Final = 512
@@ -138,10 +129,19 @@ _BUSY_S: Final = 5.0
 _LOCK_POLL_S: Final = 0.05
 
 _SELECT: Final = """
-    SELECT id, due, (SELECT max(id) FROM epochs WHERE stream = streams.id), name, kind,
+    SELECT id, due, (SELECT max(id) FROM epochs WHERE stream = streams.id), first, last, size, name, kind,
         (SELECT json_group_array(json_array(epoch, first))
          FROM (SELECT epoch, first FROM epochs WHERE stream = streams.id ORDER BY id)),
-        created, updated, first, last, size, closed, owner, meta, key, retention
+        created,
+        CASE WHEN kind = 'run' AND NOT closed
+            THEN max(updated, coalesce((SELECT at FROM rows WHERE stream = streams.id ORDER BY last DESC LIMIT 1), 0))
+            ELSE updated END,
+        first,
+        CASE WHEN kind = 'run' AND NOT closed
+            THEN coalesce((SELECT max(last) FROM rows WHERE stream = streams.id), 0) ELSE last END,
+        CASE WHEN kind = 'run' AND NOT closed
+            THEN coalesce((SELECT sum(length(body)) FROM rows WHERE stream = streams.id), 0) ELSE size END,
+        closed, owner, meta, key, retention
     FROM streams """
 _INSERT: Final = """
     INSERT INTO streams (name, kind, owner, key, created, due, updated, first, last, size, closed, meta, retention)
@@ -157,41 +157,29 @@ _SELECT_ROWS: Final = """
     WHERE streams.name = ? AND rows.last > max(?, streams.first - 1) ORDER BY rows.last"""
 
 
-class _Operation(Generic[T]):
-    """What a caller waits for: it is applied in the writer's thread, and `done` set on the loop."""
+class _Order(Generic[T]):
+    """Something for the thread. `done` is called on the loop then, with what it failed with."""
 
-    def __init__(self, apply: Callable[["_Transaction"], T], size: int = 0) -> None:
-        self.apply = apply
+    __slots__ = ("awaited", "done", "error", "result", "size", "work")
+
+    def __init__(self, work: Callable[["_Transaction"], T], done: Callable[[Any], None], size: int) -> None:
+        self.work = work
+        self.done = done
+        self.awaited = False
         self.size = size
-        self.done = Signal()
         self.result: T
         self.error: SSEAppError | None = None
 
 
-class _Entry:
-    """A stream's facts, as the file has them, and in a transaction the row that is being gathered."""
-
-    __slots__ = ("changed", "cost", "due", "ends", "epoch", "id", "parts", "size", "stat")
-
-    def __init__(self, stat: Stat, id: int, due: float | None, epoch: int) -> None:
-        self.stat = stat
-        self.id = id
-        self.due = due
-        self.epoch = epoch  # the id of the newest
-        self.cost = 0 if stat.owner is None else cost(stat)  # as it is in the owner's account
-        self.parts: list[bytes] = []
-        self.ends: list[int] = []
-        self.size = 0
-        self.changed = False
-
-
-class SqliteLog(Alone):
+class SqliteLog(Log):
     """`Log` in the file `path`, whose folder is made if need be.
 
     `full_sync`: see above. `lock_wait_s`: how long to wait for another process to let go of the file. `clock` gives
     Unix time; `upkeep_s` is the pause between two looks at what age has ended; `max_bytes` is a bound in all (rule 7 of
     `ssecore.log`).
     """
+
+    store: "SqliteStore"
 
     def __init__(
         self,
@@ -203,105 +191,112 @@ class SqliteLog(Alone):
         upkeep_s: float = 5.0,
         max_bytes: int | None = None,
     ) -> None:
-        self.path = Path(path)
+        store = SqliteStore(Path(path), full_sync, lock_wait_s, clock, sys.maxsize if max_bytes is None else max_bytes)
+        super().__init__(store, clock=clock, upkeep_s=upkeep_s)
+
+
+class SqliteStore(LocalStore):
+    """The file, the thread that writes to it, and its readers."""
+
+    gap_s: float | None = GAP_S
+
+    def __init__(
+        self, path: Path, full_sync: bool, lock_wait_s: float, clock: Callable[[], float], max_bytes: int
+    ) -> None:
+        super().__init__()
+        self.path = path
         self._full_sync = full_sync
         self._lock_wait_s = lock_wait_s
         self._clock = clock
-        self._upkeep_s = upkeep_s
-        self._max_bytes = sys.maxsize if max_bytes is None else max_bytes
-        self._watchers = Watchers()
-        self._queue: deque[_Operation[Any]] = deque()
-        self._known: dict[str, _Entry] = {}  # rule 3; the longest unused first
+        self.max_bytes = max_bytes
+        self._orders: SimpleQueue[_Order[Any] | None] = SimpleQueue()
+        self._under_way: dict[_Order[Any], None] = {}
+        self._known: dict[str, Entry] = {}  # rule 3; the longest unused first
         self._idle: list[sqlite3.Connection] = []  # readers
-        self._writer: sqlite3.Connection | None = None
+        self.writer: sqlite3.Connection | None = None
         self._running = False
-        self.away = False
-        self._crowded = False  # over `max_bytes`
+        self._stuck = False  # `give_up` was called, and what was under way then isn't over yet
         self._files: _Files = (None, None)
-        self._committing: list[_Operation[Any]] = []
-        self._stuck = False  # `give_up` was called, and the transaction of that moment isn't over yet
+        #: The bytes of the pages in use when they were last counted, and those written since, roughly.
+        self.used, self.written = 0, -1
+        self._unlooked = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        failure = None
         lock = await self._lock()
-        self._wake = Signal()
-        self._writing, self._reading = CapacityLimiter(1), CapacityLimiter(_READERS)
+        self._reading = CapacityLimiter(_READERS)
+        self._orders = SimpleQueue()
+        token: Any = current_token().native_token
+        self._tell = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
+        thread = threading.Thread(target=self._work, name="sseapp event log", daemon=True)
         try:
-            self._writer = await run_sync(self._open_file)
-            self._files, self.away = self._present(), False
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._write)
-                self._running = True
-                try:
-                    yield
-                except Exception as error:  # raised below: the task group would wrap it
-                    failure = error
-                finally:
-                    self._running = False
-                    self._wake.set()
+            self.writer = await run_sync(self._open_file)
+            self._files, self.away, self.written = self._present(), False, -1
+            thread.start()
+            self._running = True
+            try:
+                yield
+            finally:
+                self._running = False
         finally:
             with CancelScope(shield=True):
+                if thread.ident is not None:
+                    self._orders.put(None)
+                    await run_sync(thread.join)
                 for _ in range(_READERS):  # whoever is still reading
                     await self._reading.acquire_on_behalf_of(object())
                 await run_sync(self._close)
                 os.close(lock)
-        if failure:
-            raise failure
 
     # What callers ask for
 
-    async def create(
-        self,
-        stream: str,
-        *,
-        epoch: str,
-        kind: Kind = "run",
-        owner: str | None = None,
-        meta: dict[str, Any] | None = None,
-        key: str | None = None,
-        retention: Retention | None = None,
-    ) -> tuple[Stat, bool]:
-        now, facts, keep = self._clock(), plain(meta) or {}, retention or Retention()
-        stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
-        return await self._submit(lambda turn: turn.create(stat))
+    def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
+        def committed(order: _Order[None]) -> None:
+            if order.error is not None:
+                for batch in batches:
+                    batch.error = order.error
+            done()
 
-    async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
-        return await self._submit(lambda turn: turn.open(stream, epoch, retention))
+        size = sum([batch.size + _BATCH_BYTES for batch in batches])
+        self._put(_Order(lambda turn: turn.commit(batches), committed, size))
 
-    async def append(
-        self,
-        stream: str,
-        frames: Sequence[bytes],
-        *,
-        epoch: str,
-        close: bool = False,
-        meta: dict[str, Any] | None = None,
-    ) -> int:
-        body, ends = joined(frames)
-        facts = plain(meta)
-        return await self._submit(lambda turn: turn.append(stream, body, ends, epoch, close, facts), len(body))
+    async def apply(self, work: Callable[[Ledger], T]) -> T:
+        if not self._running or self._stuck:
+            raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
+        signal = Signal()
+        order = _Order(work, lambda _: signal.set(), _BATCH_BYTES)
+        order.awaited = True
+        self._put(order)
+        await signal.wait()
+        if order.error:
+            raise order.error
+        return order.result
 
-    async def delete(self, stream: str, *, unless_told: bool = False) -> bool:
-        await self._submit(lambda turn: turn.delete(stream))
-        return True
+    def give_up(self) -> None:
+        """Another program may hold the file's lock: a transaction waits for it, and all others for the transaction."""
+        for order in self._under_way:
+            if order.awaited:  # else it is `Commits` that gives up
+                order.awaited, order.error = False, LogUnavailable("the service is about to stop")
+                order.done(order)
+        self._stuck = bool(self._under_way)
 
-    async def upkeep(self) -> None:
-        while await self._submit(_Transaction.upkeep):
-            pass
+    async def upkeep(self) -> bool:
+        if self.away:
+            with suppress(SSEAppError):
+                await self.apply(_Transaction.probe)  # type: ignore[arg-type]
+        return await super().upkeep()
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         return await self._query(lambda db: _read(db, stream, after, max_bytes))
 
-    async def stat(self, stream: str) -> Stat | None:
-        if entry := self._known.get(stream):
-            return entry.stat
-        return await self._one("WHERE name = ?", stream)
-
-    async def find(self, epoch: str) -> Stat | None:
-        return await self._one("WHERE id = (SELECT stream FROM epochs WHERE epoch = ?)", epoch)
-
-    async def find_key(self, key: str) -> Stat | None:
+    async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
+        # A run's first epoch is its name.
+        if (known := self._known.get(name or epoch or "")) and (name or known.stat.epochs[0][0] == epoch):
+            return known.stat
+        if name is not None:
+            return await self._one("WHERE name = ?", name)
+        if epoch is not None:
+            return await self._one("WHERE id = (SELECT stream FROM epochs WHERE epoch = ?)", epoch)
         return await self._one("WHERE key = ?", key)
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
@@ -310,110 +305,96 @@ class SqliteLog(Alone):
     async def unfinished(self) -> list[Stat]:
         return await self._all("WHERE kind = 'run' AND closed = 0 ORDER BY id")
 
-    def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
-        return self._watchers.add(stream, watcher)
-
     # The writer
 
-    async def _submit(self, apply: Callable[["_Transaction"], T], size: int = 0) -> T:
-        if not self._running or self._stuck:
-            raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
-        operation = _Operation(apply, size)
-        self._queue.append(operation)
-        self._wake.set()
-        await operation.done.wait()
-        if operation.error:
-            raise operation.error
-        return operation.result
+    def _put(self, order: _Order[Any]) -> None:
+        self._under_way[order] = None
+        self._orders.put(order)
 
-    def give_up(self) -> None:
-        """Another program may hold the file's lock: a transaction waits for it, and all others for the transaction."""
-        for operation in (*self._committing, *self._queue):
-            operation.error = LogUnavailable("the service is about to stop")
-            operation.done.set()
-        self._queue.clear()
-        self._stuck = bool(self._committing)
+    def _work(self) -> None:
+        """The thread."""
+        while orders := self._take():
+            outcome: _Transaction | BaseException
+            try:
+                outcome = self._transact(orders)
+            except BaseException as error:  # SQLite's, or a bug of ours: nobody waits for ever, and the next may work
+                outcome = error
+            with suppress(RuntimeError):  # the loop is gone, and all who waited with it
+                self._tell(self._done, orders, outcome)
+            del orders, outcome
 
-    async def _write(self) -> None:
-        """The writer's task. It ends when `running` is left and nothing is queued any more, and not before."""
-        due = current_time() + self._upkeep_s
-        with CancelScope(shield=True):
-            while self._running or self._queue:
-                if not self._queue:
-                    with anyio.move_on_after(max(0.0, due - current_time())):
-                        await self._wake.wait()
-                self._wake = Signal()
-                if operations := self._take():
-                    await self._commit(operations)
-                if self._running and (self._crowded or current_time() >= due):
-                    self._crowded = False
-                    if self.away:
-                        await self._commit([_Operation(_Transaction.probe)])
-                    step = _Operation(_Transaction.upkeep)
-                    await self._commit([step])
-                    due = current_time() + (0.0 if not step.error and step.result else self._upkeep_s)
+    def _take(self) -> list[_Order[Any]]:
+        """What there is, and at least one; nothing at the end."""
+        orders: list[_Order[Any]] = []
+        while len(orders) < _MAX_ORDERS and not (orders and self._orders.empty()):
+            order = self._orders.get()
+            if order is None:
+                if orders:
+                    self._orders.put(None)
+                break
+            orders.append(order)
+        return orders
 
-    def _take(self) -> list[_Operation[Any]]:
-        operations = []
-        size = 0
-        while self._queue and size < _MAX_TRANSACTION_BYTES:
-            operations.append(self._queue.popleft())
-            size += operations[-1].size
-        return operations
-
-    async def _commit(self, operations: list[_Operation[Any]]) -> None:
-        self._committing = operations
-        try:
-            transaction = await run_sync(self._transact, operations, limiter=self._writing)
-        except Exception as error:  # SQLite's, or a bug of ours: nobody waits for ever, and the next one may work
+    def _done(self, orders: list[_Order[Any]], outcome: "_Transaction | BaseException") -> None:
+        """On the loop."""
+        if isinstance(outcome, BaseException):
             if not self.away:
-                why = None if isinstance(error, _Replaced) else error
-                logger.error("can't write the event log %s%s", self.path, error if why is None else "", exc_info=why)
+                why = None if isinstance(outcome, _Replaced) else outcome
+                logger.error("can't write the event log %s%s", self.path, outcome if why is None else "", exc_info=why)
             self.away = True
-            for operation in operations:
-                operation.error = _failure("written", error)
+            for order in orders:
+                order.error = _failure("written", outcome)
         else:
-            if self.away and transaction.wrote:
+            if self.away and outcome.wrote:
                 logger.warning("the event log %s is written again", self.path)
                 self.away = False
-            self._crowded = transaction.crowded
-            for stream, entry in transaction.entries.items():
-                self._known.pop(stream, None)
-                if entry:
-                    self._known[stream] = entry
-            while len(self._known) > _MAX_KNOWN:
-                del self._known[next(iter(self._known))]
-            for notice in transaction.notices:
+            self.crowded = outcome.crowded
+            for notice in outcome.notices:
                 self._watchers.notify(*notice)
-        for operation in operations:
-            operation.done.set()
-        self._committing, self._stuck = [], False
+        for order in orders:
+            del self._under_way[order]
+            order.done(order)
+        if not self._under_way:
+            self._stuck = False
 
-    def _transact(self, operations: list[_Operation[Any]]) -> "_Transaction":
-        """In the thread. Each operation has its result or its refusal then."""
+    def _transact(self, orders: list[_Order[Any]]) -> "_Transaction":
+        """In the thread. Each order has its result or its refusal then."""
         try:
             file, wal = self._present()
-            if file != self._files[0] or (self._writer and wal != self._files[1]):
+            if file != self._files[0] or (self.writer and wal != self._files[1]):
                 raise _Replaced
-            reopened = self._writer is None
-            self._writer = self._writer or self._connect()
-            self._writer.execute("BEGIN IMMEDIATE")
-            if reopened:
+            if self.writer is None:
+                self.writer = self._connect()
+                self.writer.execute("BEGIN IMMEDIATE")
                 self._files = self._present()
-            changes = self._writer.total_changes
-            transaction = _Transaction(self._writer, self._known, self._clock(), self._max_bytes)
-            for operation in operations:
+                self.writer.execute("ROLLBACK")
+            changes = self.writer.total_changes
+            transaction = _Transaction(self, self.writer, self._known, self._clock())
+            for order in orders:
                 try:
-                    operation.result = operation.apply(transaction)
+                    order.result = order.work(transaction)
                 except SSEAppError as refusal:
-                    operation.error = refusal
+                    order.error = refusal
             transaction.finish()
-            transaction.wrote = self._writer.total_changes > changes
-            self._writer.execute("COMMIT")
+            transaction.wrote = self.writer.total_changes > changes
         except BaseException:
+            self.written = -1
             self._roll_back()
             raise
-        self._bound_wal()
+        known = self._known
+        for stream, entry in transaction.entries.items():
+            known.pop(stream, None)
+            if entry:
+                known[stream] = entry
+        while len(known) > _MAX_KNOWN:
+            del known[next(iter(known))]
+        size = sum([order.size for order in orders])
+        self._unlooked += size
+        if self.written >= 0:
+            self.written += size
+        if self._unlooked > _MAX_WAL_BYTES // 64:
+            self._unlooked = 0
+            self._bound_wal()
         return transaction
 
     def _present(self) -> "_Files":
@@ -421,18 +402,18 @@ class SqliteLog(Alone):
         return _inode(self.path), _inode(f"{self.path}-wal")
 
     def _roll_back(self) -> None:
-        db = self._writer
+        db = self.writer
         if db and db.in_transaction:
             try:
                 db.execute("ROLLBACK")
             except sqlite3.Error:
-                self._writer = None  # the next transaction opens another
+                self.writer = None  # the next transaction opens another
                 db.close()
 
     def _bound_wal(self) -> None:
         try:
-            if self._writer and os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES:
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            if self.writer and os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES:
+                self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         except (OSError, sqlite3.Error) as error:
             logger.warning("the WAL of %s can't be taken into the file: %s", self.path, error)
 
@@ -467,8 +448,8 @@ class SqliteLog(Alone):
 
     # The file
 
-    def _connect(self, *, query_only: bool = False) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+    def _connect(self, path: str | None = None, *, query_only: bool = False) -> sqlite3.Connection:
+        db = sqlite3.connect(path or self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             db.execute(f"PRAGMA synchronous = {'FULL' if self._full_sync else 'NORMAL'}")
             db.execute(f"PRAGMA journal_size_limit = {_MAX_WAL_BYTES // 2}")
@@ -480,22 +461,13 @@ class SqliteLog(Alone):
         return db
 
     def _open_file(self) -> sqlite3.Connection:
-        self._refuse_foreign()
         db = None
         try:
+            if not self._is_there():
+                self._make_file()
             db = self._connect()
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > len(_MIGRATIONS):
-                raise LogError(
-                    f"the event log {self.path} has version {version}, and this program knows up to"
-                    f" {len(_MIGRATIONS)}: start the newer program, or name another data folder"
-                )
-            if version == 0:
-                db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # before the first table, or never
-            for number, script in enumerate(_MIGRATIONS[version:], version + 1):
-                mark = f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {number}"
-                db.executescript(f"BEGIN; {script}; {mark}; COMMIT")
-            db.execute("PRAGMA journal_mode = WAL")  # after the first commit: rule 6
+            self._migrate(db)
+            db.execute("PRAGMA journal_mode = WAL")
             db.execute("BEGIN IMMEDIATE")  # fails where the file can't be written
             for table in ("streams", "epochs", "rows", "garbage"):
                 db.execute(f"SELECT * FROM {table} ORDER BY rowid DESC LIMIT 1").fetchall()
@@ -504,24 +476,54 @@ class SqliteLog(Alone):
             text = _complaint(db, error)
             if db:
                 db.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, sqlite3.Error | OSError):
                 raise LogError(f"the event log {self.path} {text}") from error
             raise
         return db
 
-    def _refuse_foreign(self) -> None:
-        """Looks at the file's first bytes only: SQLite itself may change what it opens (rule 6)."""
+    def _make_file(self) -> None:
+        """Under another name: a power failure in the middle would leave what doesn't look like a log (rule 6)."""
+        path = os.path.realpath(self.path)
+        new = f"{path}.new"
+        for left in (new, f"{new}-journal"):
+            with suppress(FileNotFoundError):
+                os.unlink(left)
+        with closing(self._connect(new)) as db:
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # before the first table, or never
+            self._migrate(db)
+        os.rename(new, path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(_MIGRATIONS):
+            raise LogError(
+                f"the event log {self.path} has version {version}, and this program knows up to"
+                f" {len(_MIGRATIONS)}: start the newer program, or name another data folder"
+            )
+        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
+            mark = f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {number}"
+            db.executescript(f"BEGIN; {script}; {mark}; COMMIT")
+
+    def _is_there(self) -> bool:
+        """Refuses a file that isn't ours (rule 6), by its first bytes: SQLite itself may change what it opens."""
         try:
             with self.path.open("rb") as file:
                 header = file.read(100)
         except FileNotFoundError:
-            return
+            return False
         except OSError as error:
             raise LogError(f"the event log {self.path} can't be read: {error.strerror}") from error
         if header and header[:16] != b"SQLite format 3\0":
             raise LogError(f"{self.path} is not a SQLite file: move it away, or name another data folder")
         if header and int.from_bytes(header[68:72]) != _APPLICATION_ID:
             raise LogError(f"{self.path} is another program's database: move it away, or name another data folder")
+        return bool(header)
 
     async def _lock(self) -> int:
         """The lock file's descriptor. The lock is the kernel's: it goes with the process, whatever ends it."""
@@ -555,8 +557,8 @@ class SqliteLog(Alone):
         return lock, ""
 
     def _close(self) -> None:
-        connections = [*self._idle, *filter(None, [self._writer])]  # the last one takes the WAL into the file
-        self._idle, self._writer = [], None
+        connections = [*self._idle, *filter(None, [self.writer])]  # the last one takes the WAL into the file
+        self._idle, self.writer = [], None
         self._known.clear()
         for db in connections:
             try:
@@ -565,98 +567,159 @@ class SqliteLog(Alone):
                 logger.warning("the event log %s was not closed properly: %s", self.path, error)
 
 
-class _Transaction:
-    """What happens between BEGIN and COMMIT, in the writer's thread."""
+class _Transaction(Ledger):
+    """What happens between BEGIN and COMMIT, in the thread."""
 
-    def __init__(self, db: sqlite3.Connection, known: dict[str, _Entry], now: float, max_bytes: int) -> None:
-        self.db = db
-        self.known = known
+    def __init__(self, store: SqliteStore, db: sqlite3.Connection, known: dict[str, Entry], now: float) -> None:
+        super().__init__(store._process)
+        self._store = store
+        self._db = db
+        self._begun = False
+        self._rows: list[tuple[object, ...]] = []  # to be inserted
+        self._known = known
         self.now = now
-        self.max_bytes = max_bytes
+        self.max_bytes = store.max_bytes
         self.wrote = False
-        self.crowded = False
         #: How much more the owners use.
-        self.charges: Counter[str] = Counter()
+        self._charges: Counter[str] = Counter()
         #: The streams that it has to do with, as they will be; None: deleted.
-        self.entries: dict[str, _Entry | None] = {}
-        #: What watchers will be told.
-        self.notices: list[tuple[str, Row | None, Ended | None]] = []
+        self.entries: dict[str, Entry | None] = {}
 
-    def create(self, stat: Stat) -> tuple[Stat, bool]:
-        same_key = self.db.execute("SELECT name FROM streams WHERE key = ?", (stat.key,)).fetchone()
-        if there := self.look_up(same_key[0] if same_key else stat.stream):
-            return there.stat, False
-        if self.full:
-            raise full()
-        if stat.owner is not None:
-            account = self.db.execute("SELECT bytes FROM accounts WHERE owner = ?", (stat.owner,)).fetchone()
-            if account and over(account[0], self.max_bytes // OWNERS):
-                raise share_full()
-        ((epoch, first),) = stat.epochs
-        self.check_new(epoch)
-        at = deleted_at(stat)
-        values = (stat.stream, stat.kind, stat.owner, stat.key, stat.created, at, *_changing(stat))
-        id = self.insert(_INSERT, values)
-        entry = self.entries[stat.stream] = _Entry(stat, id, at, self.insert_epoch(id, epoch, first))
-        self.charge(entry, entry.cost)
-        return stat, True
+    @property
+    def db(self) -> sqlite3.Connection:
+        """For anything but the last rows: in a transaction, with the rows before it."""
+        if not self._begun:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._begun = True
+        if self._rows:
+            self._insert_rows()
+        return self._db
 
-    def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
-        entry = self.entry(stream)
-        stat = opened(entry.stat, epoch, retention, self.now)
-        self.check_new(epoch)
-        self.write_row(entry)
-        if forgotten := len(entry.stat.epochs) + 1 - len(stat.epochs):
-            oldest = "SELECT id FROM epochs WHERE stream = ? ORDER BY id LIMIT ?"
-            self.db.execute(f"DELETE FROM epochs WHERE id IN ({oldest})", (entry.id, forgotten))
-        entry.epoch = self.insert_epoch(entry.id, epoch, stat.last + 1)
-        entry.stat, entry.changed = stat, True
-        self.trim(entry)
-        return entry.stat
+    def _insert_rows(self) -> None:
+        rows, self._rows = self._rows, []
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            step = rows[start : start + _ROWS_AT_ONCE]
+            self._db.execute(_insert_rows(len(step)), [value for row in step for value in row])
 
-    def append(
-        self, stream: str, body: bytes, ends: tuple[int, ...], epoch: str, close: bool, meta: dict[str, Any] | None
-    ) -> int:
-        entry = self.entry(stream)
-        if ends and not close and self.full:
-            raise full()
-        stat = appended(entry.stat, epoch, len(ends), len(body), close, meta, self.now)
-        if entry.size + len(body) > MAX_ROW_BYTES:
-            self.write_row(entry)
-        if ends:
-            entry.ends += [entry.size + end for end in ends] if entry.size else ends
-            entry.parts.append(body)
-            entry.size += len(body)
-        entry.changed |= stat is not entry.stat
-        entry.stat = stat
-        if close:
-            self.write_row(entry, "closed")
-        return stat.last
+    def finish(self) -> None:
+        for entry in self.entries.values():
+            if entry and not entry.saved:
+                self.charge(entry, 0 if entry.stat.owner is None else cost(entry.stat))
+                self.db.execute(_UPDATE, (*_changing(entry.stat), entry.due, entry.id))
+                entry.saved = True
+        for owner, bytes in self._charges.items():
+            self.db.execute(_CHARGE, (owner, bytes))
+            if bytes < 0:
+                self.db.execute("DELETE FROM accounts WHERE owner = ? AND bytes <= 0", (owner,))
+        if self._begun or len(self._rows) > _ROWS_AT_ONCE:
+            self.db.execute("COMMIT")
+        elif self._rows:
+            self._insert_rows()  # rule 1
 
-    def delete(self, stream: str) -> None:
-        entry = self.look_up(stream)
-        if entry is None:
-            return
-        self.write_row(entry)
+    def look_up(self, stream: str) -> Entry | None:
+        """A copy that may be changed. The file is asked only for a stream that isn't known."""
+        if stream in self.entries:
+            return self.entries[stream]
+        if known := self._known.get(stream):
+            entry = Entry(known.stat, known.due, known.charged, known.id, known.epoch)
+        elif row := self.db.execute(_SELECT + "WHERE name = ?", (stream,)).fetchone():
+            entry = _entry(row)
+        else:
+            return None
+        self.entries[stream] = entry
+        return entry
+
+    def by_key(self, key: str) -> str | None:
+        found = self.db.execute("SELECT name FROM streams WHERE key = ?", (key,)).fetchone()
+        return found[0] if found else None
+
+    def has_epoch(self, epoch: str) -> bool:
+        return self.db.execute("SELECT 1 FROM epochs WHERE epoch = ?", (epoch,)).fetchone() is not None
+
+    def insert(self, stat: Stat, due: float | None) -> Entry:
+        values = (stat.stream, stat.kind, stat.owner, stat.key, stat.created, due, *_changing(stat))
+        entry = self.entries[stat.stream] = Entry(stat, due, id=self._insert(_INSERT, values))
+        self.insert_epoch(entry, *stat.epochs[0], [])
+        self.charge(entry, 0 if stat.owner is None else cost(stat))
+        return entry
+
+    def insert_epoch(self, entry: Entry, epoch: str, first: int, forgotten: list[str]) -> None:
+        if forgotten:
+            self.db.executemany("DELETE FROM epochs WHERE epoch = ?", [(name,) for name in forgotten])
+        values = (epoch, entry.id, first)
+        entry.epoch = self._insert("INSERT INTO epochs (epoch, stream, first) VALUES (?, ?, ?)", values)
+
+    def _insert(self, statement: str, values: tuple[object, ...]) -> int:
+        id = self.db.execute(statement, values).lastrowid
+        assert id is not None
+        return id
+
+    def insert_row(self, entry: Entry, row: Row) -> None:
+        self._rows.append((entry.id, row.last, entry.epoch, self.now, packed(row.ends), row.body))
+
+    def save(self, entry: Entry) -> None:
+        entry.saved = False
+
+    def grew(self, entry: Entry) -> None:
+        if entry.stat.owner is not None:
+            grown = cost(entry.stat) - entry.charged
+            if grown > min(_UNCHARGED_BYTES, self.max_bytes // OWNERS // 100):
+                self.save(entry)
+
+    def oldest(self, entry: Entry) -> Iterable[tuple[int, float, int]]:
+        oldest = "SELECT last, at, length(body) FROM rows WHERE stream = ? ORDER BY last LIMIT ?"
+        return self.db.execute(oldest, (entry.id, self.step_rows)).fetchall()
+
+    def drop(self, entry: Entry, last: int) -> None:
+        self.db.execute("DELETE FROM rows WHERE stream = ? AND last <= ?", (entry.id, last))
+
+    def remove(self, entry: Entry) -> None:
         self.db.execute("DELETE FROM streams WHERE id = ?", (entry.id,))
         self.db.execute("DELETE FROM epochs WHERE stream = ?", (entry.id,))
         self.db.execute("INSERT INTO garbage VALUES (?)", (entry.id,))  # rule 5
-        self.charge(entry, -entry.cost)
-        self.entries[stream] = None
-        self.notices.append((stream, None, "deleted"))
+        self.entries[entry.stat.stream] = None
+
+    def charge(self, entry: Entry, bytes: int) -> None:
+        if entry.stat.owner is not None:
+            self._charges[entry.stat.owner] += bytes - entry.charged
+            entry.charged = bytes
+
+    def used(self) -> int:
+        """The bytes of the pages in use. They are counted when they could be over the bound, and after a deletion."""
+        store = self._store
+        if self.max_bytes == sys.maxsize:
+            return 0
+        if store.written < 0 or store.used + 2 * store.written > self.max_bytes:
+            names = ("page_count", "freelist_count", "page_size")
+            pages, free, size = (self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
+            store.used, store.written = int((pages - free) * size), 0
+        return store.used
+
+    def account(self, owner: str) -> int:
+        found = self.db.execute("SELECT bytes FROM accounts WHERE owner = ?", (owner,)).fetchone()
+        return found[0] if found else 0
+
+    def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
+        return self.db.execute("SELECT owner, bytes FROM accounts WHERE bytes > ?", (bytes,)).fetchall()
+
+    def closed_runs(self, owner: str) -> Sequence[str]:
+        oldest = "SELECT name FROM streams WHERE kind = 'run' AND owner = ? AND closed ORDER BY id LIMIT ?"
+        return self._names(oldest, owner, self.step_streams)
+
+    def due_until(self, at: float) -> Sequence[str]:
+        return self._names("SELECT name FROM streams WHERE due <= ? ORDER BY due LIMIT ?", at, self.step_streams)
+
+    def due_after(self, at: float) -> Sequence[str]:
+        return self._names("SELECT name FROM streams WHERE due > ? ORDER BY due LIMIT ?", at, self.step_streams)
+
+    def _names(self, select: str, *values: object) -> list[str]:
+        return [name for (name,) in self.db.execute(select, values)]
 
     def upkeep(self) -> bool:
-        """One step (rule 5). False where there was nothing to do."""
-        overdue = self.db.execute(
-            "SELECT name FROM streams WHERE due <= ? ORDER BY due LIMIT ?", (self.now, _STEP_STREAMS)
-        ).fetchall()
-        for (stream,) in overdue:
-            entry = self.entry(stream)
-            at = deleted_at(entry.stat)
-            if at is not None and at <= self.now:
-                self.delete(stream)
-            else:
-                entry.changed = True  # `finish` trims it
+        self._store.written = -1
+        return super().upkeep()
+
+    def sweep(self) -> bool:
         garbage = self.db.execute("SELECT stream FROM garbage LIMIT ?", (_STEP_ROWS,)).fetchall()
         rows = _STEP_ROWS
         for stream in garbage:
@@ -666,64 +729,7 @@ class _Transaction:
             if not rows:
                 break
             self.db.execute("DELETE FROM garbage WHERE stream = ?", stream)
-        return bool(overdue or garbage) or self.make_room() or self.give_back()
-
-    def make_room(self) -> bool:
-        """One step of what a bound asks for. False where there was nothing to do, or nothing can be done."""
-        share = self.max_bytes // OWNERS
-        account = self.db.execute("SELECT owner, bytes - ? FROM accounts WHERE bytes > ?", (share, share))
-        for owner, excess in account.fetchall():
-            oldest = "SELECT name FROM streams WHERE kind = 'run' AND owner = ? AND closed ORDER BY id LIMIT ?"
-            if self.take(self.db.execute(oldest, (owner, _STEP_STREAMS)).fetchall(), excess):
-                return True
-        excess = self.used() - self.max_bytes
-        if excess <= 0:
-            return False
-        spared = self.now + ssecore.log.EMPTY_TOPIC_S
-        oldest = "SELECT name FROM streams WHERE due > ? ORDER BY due LIMIT ?"
-        return self.take(self.db.execute(oldest, (spared, _STEP_STREAMS)).fetchall(), excess)
-
-    def take(self, streams: list[tuple[str]], excess: int) -> bool:
-        """Deletes these, or of topics the oldest rows, until so much is gone."""
-        for (stream,) in streams:
-            entry = self.entry(stream)
-            before = cost(entry.stat)
-            if entry.stat.closed:
-                self.delete(stream)
-                excess -= before
-            else:
-                self.trim(entry, forced=True)
-                entry.changed = True
-                excess -= before - cost(entry.stat)
-            if excess <= 0:
-                break
-        return bool(streams)
-
-    @cached_property
-    def full(self) -> bool:
-        """Whether nothing new is taken. Asked once for all of a transaction."""
-        used = self.used()
-        self.crowded = used > self.max_bytes
-        return over(used, self.max_bytes)
-
-    def used(self) -> int:
-        """The bytes of the pages in use."""
-        pages, free, size = (
-            self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-        )
-        return int((pages - free) * size)
-
-    def charge(self, entry: _Entry, bytes: int) -> None:
-        if entry.stat.owner is not None:
-            self.charges[entry.stat.owner] += bytes
-
-    def probe(self) -> None:
-        """Write something that the upkeep deletes."""
-        self.db.execute("INSERT OR IGNORE INTO garbage VALUES (?)", (_PROBE_STREAM,))
-        row = (_PROBE_STREAM, self.now, _PROBE_BYTES)  # its number is the time: there may be one already
-        self.db.execute(
-            "INSERT INTO rows (stream, last, epoch, at, ends, body) VALUES (?, ?, 0, 0, x'', zeroblob(?))", row
-        )
+        return bool(garbage)
 
     def give_back(self) -> bool:
         """Free pages to the file system, once they are a quarter of the file; until then they are used again."""
@@ -734,88 +740,18 @@ class _Transaction:
             self.db.execute("PRAGMA incremental_vacuum(1)")  # of a greater number Python 3.11 would do one, too
         return True
 
-    def finish(self) -> None:
-        for entry in self.entries.values():
-            if entry and entry.changed:
-                self.write_row(entry)
-                self.trim(entry)
-                self.db.execute(_UPDATE, (*_changing(entry.stat), entry.due, entry.id))
-                if entry.stat.owner is not None:
-                    before, entry.cost = entry.cost, cost(entry.stat)
-                    self.charge(entry, entry.cost - before)
-        for owner, bytes in self.charges.items():
-            self.db.execute(_CHARGE, (owner, bytes))
-            if bytes < 0:
-                self.db.execute("DELETE FROM accounts WHERE owner = ? AND bytes <= 0", (owner,))
+    def probe(self) -> None:
+        """Write something that the upkeep deletes."""
+        self.db.execute("INSERT OR IGNORE INTO garbage VALUES (?)", (_PROBE_STREAM,))
+        row = (_PROBE_STREAM, self.now, _PROBE_BYTES)  # its number is the time: there may be one already
+        self.db.execute(
+            "INSERT INTO rows (stream, last, epoch, at, ends, body) VALUES (?, ?, 0, 0, x'', zeroblob(?))", row
+        )
 
-    def trim(self, entry: _Entry, *, forced: bool = False) -> None:
-        """Takes the oldest rows that have to go, or all (`forced`), at most a step; `due` says when to look again."""
-        stat = entry.stat
-        entry.due = deleted_at(stat)
-        if stat.closed or stat.kind == "run":
-            return
-        oldest = "SELECT last, at, length(body) FROM rows WHERE stream = ? ORDER BY last LIMIT ?"
-        gone = count = 0
-        with closing(self.db.execute(oldest, (entry.id, _STEP_ROWS))) as rows:
-            for last, at, size in rows:
-                if not forced and not outlived(stat, last, at, self.now):
-                    entry.due = due(stat, at)
-                    break
-                stat = replace(stat, first=max(stat.first, last + 1), size=stat.size - size)
-                gone, count = last, count + 1
-        if gone:
-            self.db.execute("DELETE FROM rows WHERE stream = ? AND last <= ?", (entry.id, gone))
-            if stat.first > stat.last:
-                stat = replace(stat, updated=self.now)
-                entry.due = deleted_at(stat)
-            entry.stat = stat
-        if count == _STEP_ROWS:
-            entry.due = 0.0
 
-    def entry(self, stream: str) -> _Entry:
-        entry = self.look_up(stream)
-        if entry is None:
-            raise NotFound("no such stream")
-        return entry
-
-    def look_up(self, stream: str) -> _Entry | None:
-        """A copy that may be changed. The file is asked only for a stream that isn't known."""
-        if stream in self.entries:
-            return self.entries[stream]
-        if known := self.known.get(stream):
-            entry = _Entry(known.stat, known.id, known.due, known.epoch)
-        elif row := self.db.execute(_SELECT + "WHERE name = ?", (stream,)).fetchone():
-            entry = _entry(row)
-        else:
-            return None
-        self.entries[stream] = entry
-        return entry
-
-    def check_new(self, epoch: str) -> None:
-        if self.db.execute("SELECT 1 FROM epochs WHERE epoch = ?", (epoch,)).fetchone():
-            raise Conflict("this epoch has been opened before")
-
-    def insert_epoch(self, stream: int, epoch: str, first: int) -> int:
-        return self.insert("INSERT INTO epochs (epoch, stream, first) VALUES (?, ?, ?)", (epoch, stream, first))
-
-    def insert(self, statement: str, values: tuple[object, ...]) -> int:
-        id = self.db.execute(statement, values).lastrowid
-        assert id is not None
-        return id
-
-    def write_row(self, entry: _Entry, ended: Ended | None = None) -> None:
-        """What has been gathered, as one row (rule 1)."""
-        row = None
-        if entry.ends:
-            last, ends = entry.stat.last, tuple(entry.ends)
-            row = Row(entry.stat.epochs[-1][0], last - len(ends) + 1, b"".join(entry.parts), ends)
-            self.db.execute(
-                "INSERT INTO rows (stream, last, epoch, at, ends, body) VALUES (?, ?, ?, ?, ?, ?)",
-                (entry.id, last, entry.epoch, self.now, packed(ends), row.body),
-            )
-            entry.parts, entry.ends, entry.size = [], [], 0
-        if row or ended:
-            self.notices.append((entry.stat.stream, row, ended))
+@cache
+def _insert_rows(rows: int) -> str:
+    return "INSERT INTO rows (stream, last, epoch, at, ends, body) VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?)"] * rows)
 
 
 def _read(db: sqlite3.Connection, stream: str, after: int, max_bytes: int) -> list[Row]:
@@ -831,13 +767,15 @@ def _read(db: sqlite3.Connection, stream: str, after: int, max_bytes: int) -> li
     return found
 
 
-def _entry(row: tuple[Any, ...]) -> _Entry:
-    """From what `_SELECT` selects."""
-    id, due, epoch, stream, kind, epochs, created, updated, first, last, size, closed, owner, meta, key, keep = row
+def _entry(row: tuple[Any, ...]) -> Entry:
+    """From what `_SELECT` selects. What the facts themselves say, and not the rows, is what its owner has paid for."""
+    id, due, epoch, first_written, last_written, size_written, *facts = row
+    stream, kind, epochs, created, updated, first, last, size, closed, owner, meta, key, keep = facts
     epochs = tuple((name, start) for name, start in orjson.loads(epochs))
     closed, meta, keep = bool(closed), orjson.loads(meta), msgspec.json.decode(keep, type=Retention)
     stat = Stat(stream, kind, epochs, created, updated, first, last, size, closed, owner, meta, key, keep)
-    return _Entry(stat, id, due, epoch)
+    paid = msgspec.structs.replace(stat, first=first_written, last=last_written, size=size_written)
+    return Entry(stat, due, 0 if owner is None else cost(paid), id, epoch)
 
 
 def _changing(stat: Stat) -> tuple[object, ...]:
@@ -868,7 +806,7 @@ def _damaged(error: BaseException) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def _failure(doing: str, error: Exception) -> SSEAppError:
+def _failure(doing: str, error: BaseException) -> SSEAppError:
     """For the client: SQLite's own words name no path, anything else might."""
     if _damaged(error):
         return LogError("the event log's file is damaged")

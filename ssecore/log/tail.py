@@ -16,20 +16,21 @@ the log keeps, it is told by a `gap`. So a slow reader costs its cursor, whateve
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from enum import Enum
 from functools import partial
 from typing import Final, NamedTuple
 
 from anyio.abc import TaskGroup
 
 from ssecore.dialects import END_ID, error_frames, failure_of
-from ssecore.errors import LogError, LogUnavailable
-from ssecore.log import Ended, Gap, Log, Row, Shared, Stat, framed
+from ssecore.errors import LogError, LogUnavailable, NotFound
+from ssecore.log import Cursor, Ended, Gap, Log, Row, Shared, Stat, framed, locate
 from ssecore.request import EndReason
 from ssecore.sender import Sender, chunk, deliver
 from ssecore.wire import Decoder, Event, encode
 
-__all__ = ["Attached", "Reader", "Tail", "Tails", "Translate", "gap_frame"]
+__all__ = ["Attached", "Place", "Reader", "Tail", "Tails", "Translate", "gap_frame"]
 
 #: What a tail holds at most, and at least its newest row. A reader further behind reads the log: nobody is lost by it.
 TAIL_BYTES: Final = 256 * 1024
@@ -350,6 +351,13 @@ def _translated(frames: bytes, translate: Translate) -> Iterator[bytes]:
             yield encode(Event(said.data, said.event, event.id, said.retry))
 
 
+class Place(Enum):
+    """Where a reader without a cursor begins."""
+
+    START = "start"
+    TOP = "top"
+
+
 class Attached(NamedTuple):
     """What a request is answered with: a reader of its own, to be closed, and the headers that go with it."""
 
@@ -375,6 +383,43 @@ class Tails:
     def subscribers(self, stream: str) -> int:
         tail = self._tails.get(stream)
         return len(tail.readers) if tail else 0
+
+    async def attach(
+        self,
+        stream: str,
+        place: Cursor | Place,
+        *,
+        data_only: bool,
+        translate: Translate | None = None,
+        greet: Callable[[Cursor], bytes] | None = None,
+        look: Callable[[str], Awaitable[Stat | None]] | None = None,
+    ) -> tuple[Reader, Stat]:
+        """A reader of the stream that begins there, after the gap that has to be announced first; and the facts.
+
+        `Reader.close` is the only undo. `greet` makes what a reader at the top gets first, out of the top's id. `look`
+        asks for the facts, if not the log: the tail watches before (rule 1).
+        Raises `NotFound` where there is no such stream.
+        """
+        tail = self.enter(stream)
+        try:
+            stat = await (look or self.log.stat)(stream)
+            if stat is None or tail.ended == "deleted":  # between two awaits
+                raise NotFound("no such stream")
+            tail.settle(stat)
+            after, gap, before = 0, None, b""
+            if place is Place.TOP:
+                after = max(stat.last, tail.top)
+                before = b"" if greet is None else greet(Cursor(stat.epochs[-1][0], after))
+            elif isinstance(place, Cursor):
+                after, gap = locate(stat, place)
+            if gap is not None:
+                self.gaps[gap.reason] += 1
+                before = gap_frame(gap, data_only=data_only, last=stat.closed and after >= stat.last)
+            reader = Reader(tail, after, data_only=data_only, before=before, translate=translate)
+            reader.on_close = tail.leave
+        finally:
+            self.leave(tail)
+        return reader, stat
 
     def enter(self, stream: str) -> Tail:
         """The stream's tail, watching from now on. `settle` it with facts asked for after this; then make readers."""

@@ -1,0 +1,360 @@
+"""The rules of `ssecore.log` over streams that one process keeps by itself: the memory log and the SQLite log.
+
+A `Ledger` is what a commit works on. It decides; an engine keeps. An operation is refused before it has changed
+anything, so one that is refused fails no other of the same commit.
+"""
+
+import logging
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Final, TypeVar
+
+from msgspec.structs import replace
+
+from ssecore.errors import Conflict, NotFound, SSEAppError
+from ssecore.log import Peers, facts
+from ssecore.log.facts import (
+    OWNERS,
+    Ended,
+    Retention,
+    Row,
+    Stat,
+    Watcher,
+    appended,
+    cost,
+    deleted_at,
+    due,
+    full,
+    joined,
+    opened,
+    outlived,
+    over,
+    share_full,
+)
+from ssecore.log.watchers import Watchers
+from ssecore.log.writer import Batch
+
+__all__ = ["Entry", "Ledger", "LocalStore"]
+
+logger: Final = logging.getLogger("sseapp")
+T = TypeVar("T")
+
+
+class Entry:
+    """A stream's facts, and when the upkeep has to look at it. What else it has is the engine's."""
+
+    __slots__ = ("charged", "due", "epoch", "id", "rows", "saved", "stat")
+
+    def __init__(self, stat: Stat, due: float | None, charged: int = 0, id: int = 0, epoch: int = 0) -> None:
+        self.stat = stat
+        self.due = due
+        self.charged = charged  #: in the accounts (rule 7)
+        self.id = id
+        self.epoch = epoch  #: the id of the newest
+        self.saved = True  #: False: the facts have changed, and have to be written
+        self.rows: Any = None
+
+
+class Ledger(ABC):
+    """Streams, and what may be done to them. `now` is Unix time, `max_bytes` the bound of rule 7."""
+
+    now: float
+    max_bytes: int
+    #: Rows, and streams, that one step of the upkeep looks at.
+    step_rows: ClassVar[int] = 32
+    step_streams: ClassVar[int] = 64
+
+    def __init__(self, process: str) -> None:
+        #: What the epochs begin with that this process opens on topics.
+        self.process = process
+        self.crowded = False
+        #: What watchers will be told.
+        self.notices: list[tuple[str, Row | None, Ended | None]] = []
+
+    # What is asked for
+
+    def create(self, stat: Stat) -> tuple[Stat, bool]:
+        there = self.look_up((stat.key and self.by_key(stat.key)) or stat.stream)
+        if there is not None:
+            return there.stat, False
+        self.check_room()
+        if stat.owner is not None and over(self.account(stat.owner), self.max_bytes // OWNERS):
+            raise share_full()
+        self._check_new(stat.epochs[0][0])
+        self.insert(stat, deleted_at(stat))
+        return stat, True
+
+    def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
+        entry = self._entry(stream)
+        self._open(entry, opened(entry.stat, epoch, retention, self.now))
+        self._trim(entry)
+        return entry.stat
+
+    def commit(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            try:
+                self._append(batch)
+            except SSEAppError as refusal:
+                batch.error = refusal
+
+    def delete(self, stream: str) -> None:
+        if (entry := self.look_up(stream)) is not None:
+            self.charge(entry, 0)
+            self.remove(entry)
+            self.notices.append((stream, None, "deleted"))
+
+    def upkeep(self) -> bool:
+        """One step. False where there was nothing to do."""
+        overdue = self.due_until(self.now)
+        for stream in overdue:
+            entry = self._entry(stream)
+            at = deleted_at(entry.stat)
+            if at is not None and at <= self.now:
+                self.delete(stream)
+            else:
+                self._trim(entry)
+        swept = self.sweep()
+        return bool(overdue) or swept or self._make_room() or self.give_back()
+
+    # How
+
+    def _append(self, batch: Batch) -> None:
+        entry = self.look_up(batch.stream)
+        if entry is None:
+            if batch.retention is None:
+                raise NotFound("no such stream")
+            self.check_room()
+            epoch, now = self.process + facts.new_epoch()[len(self.process) :], self.now
+            stat = Stat(batch.stream, "topic", ((epoch, 1),), now, now, retention=batch.retention)
+            entry = self.insert(stat, deleted_at(stat))
+        stat = entry.stat
+        body, ends = joined(batch.frames)
+        if ends and not batch.close:
+            self.check_room()
+        if batch.retention is not None:
+            epoch = stat.epochs[-1][0]
+            if not epoch.startswith(self.process):
+                epoch = self.process + facts.new_epoch()[len(self.process) :]
+                self._open(entry, opened(stat, epoch, batch.retention, self.now))
+                stat = entry.stat
+        else:
+            epoch = batch.epoch
+        entry.stat = after = appended(stat, epoch, len(ends), len(body), batch.close, batch.meta, self.now)
+        batch.last, batch.epoch = after.last, epoch
+        if ends:
+            row = Row(epoch, stat.last + 1, body, ends)
+            self.insert_row(entry, row)
+            self.notices.append((batch.stream, row, "closed" if batch.close else None))
+        elif batch.close:
+            self.notices.append((batch.stream, None, "closed"))
+        if batch.close or (after.kind == "topic" and after is not stat and self._may_trim(entry, stat)):
+            self._trim(entry)
+        elif after.kind == "topic" or batch.meta is not None:
+            self.save(entry)
+        elif ends:
+            self.grew(entry)
+
+    def _may_trim(self, entry: Entry, before: Stat) -> bool:
+        """Whether an append to a topic can have made a row go, or the first one come."""
+        stat = entry.stat
+        limit = stat.retention.bytes
+        return (
+            stat.first != before.first
+            or before.first > before.last
+            or (limit is not None and stat.size > limit)
+            or entry.due is None
+            or entry.due <= self.now
+        )
+
+    def _open(self, entry: Entry, stat: Stat) -> None:
+        epoch, first = stat.epochs[-1]
+        self._check_new(epoch)
+        forgotten = [name for name, _ in entry.stat.epochs[: len(entry.stat.epochs) + 1 - len(stat.epochs)]]
+        entry.stat = stat
+        self.insert_epoch(entry, epoch, first, forgotten)
+        self.save(entry)
+
+    def _trim(self, entry: Entry, *, forced: bool = False) -> None:
+        """Takes the oldest rows that have to go, or all (`forced`), at most a step; `due` says when to look again."""
+        stat = entry.stat
+        entry.due = deleted_at(stat)
+        if stat.kind == "topic" and not stat.closed:
+            count = gone = 0
+            for last, at, size in self.oldest(entry):
+                if not forced and not outlived(stat, last, at, self.now):
+                    entry.due = due(stat, at)
+                    break
+                stat = replace(stat, first=max(stat.first, last + 1), size=stat.size - size)
+                gone, count = last, count + 1
+            if gone:
+                self.drop(entry, gone)
+                if stat.first > stat.last:
+                    stat = replace(stat, updated=self.now)
+                    entry.due = deleted_at(stat)
+                entry.stat = stat
+            if count == self.step_rows:
+                entry.due = 0.0
+        self.save(entry)
+
+    def _make_room(self) -> bool:
+        """One step of what a bound asks for. False where there was nothing to do, or nothing can be done."""
+        share = self.max_bytes // OWNERS
+        for owner, used in self.accounts_over(share):
+            if self._take(self.closed_runs(owner), used - share):
+                return True
+        excess = self.used() - self.max_bytes
+        return excess > 0 and self._take(self.due_after(self.now + facts.EMPTY_TOPIC_S), excess)
+
+    def _take(self, streams: Sequence[str], excess: int) -> bool:
+        """Deletes these, or of topics the oldest rows, until so much is gone."""
+        for stream in streams:
+            entry = self._entry(stream)
+            before = cost(entry.stat)
+            if entry.stat.closed:
+                self.delete(stream)
+                excess -= before
+            else:
+                self._trim(entry, forced=True)
+                excess -= before - cost(entry.stat)
+            if excess <= 0:
+                break
+        return bool(streams)
+
+    def check_room(self) -> None:
+        """Raises `LogUnavailable` where nothing new is taken (rule 7)."""
+        used = self.used()
+        if used > self.max_bytes:
+            self.crowded = True
+            if over(used, self.max_bytes):
+                raise full()
+
+    def _entry(self, stream: str) -> Entry:
+        entry = self.look_up(stream)
+        if entry is None:
+            raise NotFound("no such stream")
+        return entry
+
+    def _check_new(self, epoch: str) -> None:
+        if self.has_epoch(epoch):
+            raise Conflict("this epoch has been opened before")
+
+    # What an engine keeps
+
+    @abstractmethod
+    def look_up(self, stream: str) -> Entry | None:
+        """The stream, to be changed by this commit."""
+
+    @abstractmethod
+    def by_key(self, key: str) -> str | None:
+        """The stream that was created with this key."""
+
+    @abstractmethod
+    def has_epoch(self, epoch: str) -> bool: ...
+
+    @abstractmethod
+    def insert(self, stat: Stat, due: float | None) -> Entry:
+        """A new stream, with its key, its epoch and its charge."""
+
+    @abstractmethod
+    def insert_epoch(self, entry: Entry, epoch: str, first: int, forgotten: list[str]) -> None:
+        """A further epoch; the oldest ones are forgotten."""
+
+    @abstractmethod
+    def insert_row(self, entry: Entry, row: Row) -> None:
+        """A row, appended now. The facts have changed already."""
+
+    @abstractmethod
+    def save(self, entry: Entry) -> None:
+        """The facts have changed, or will until the commit is over."""
+
+    def grew(self, entry: Entry) -> None:
+        """As `save`, where nothing has changed but what a run's rows say themselves."""
+        self.save(entry)
+
+    @abstractmethod
+    def oldest(self, entry: Entry) -> Iterable[tuple[int, float, int]]:
+        """Of the oldest rows, `step_rows` at most: last sequence, when it was appended, bytes."""
+
+    @abstractmethod
+    def drop(self, entry: Entry, last: int) -> None:
+        """The rows up to this sequence go."""
+
+    @abstractmethod
+    def remove(self, entry: Entry) -> None:
+        """The stream goes, with its rows, key and epochs."""
+
+    @abstractmethod
+    def charge(self, entry: Entry, bytes: int) -> None:
+        """The stream's owner pays so much for it from now on."""
+
+    @abstractmethod
+    def used(self) -> int:
+        """The bytes that count against `max_bytes`."""
+
+    @abstractmethod
+    def account(self, owner: str) -> int:
+        """What the owner's streams cost."""
+
+    @abstractmethod
+    def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
+        """The owners that use more, and how much."""
+
+    @abstractmethod
+    def closed_runs(self, owner: str) -> Sequence[str]:
+        """The owner's oldest closed runs, a step of them."""
+
+    @abstractmethod
+    def due_until(self, at: float) -> Sequence[str]:
+        """The streams that the upkeep has to look at by then, the most overdue first, a step of them."""
+
+    @abstractmethod
+    def due_after(self, at: float) -> Sequence[str]:
+        """The streams that retention takes next, of those that it takes later than that."""
+
+    def sweep(self) -> bool:
+        """A step of what deletions have left to do. False where there is nothing."""
+        return False
+
+    def give_back(self) -> bool:
+        """A step of giving room back to the system. False where there is nothing."""
+        return False
+
+
+class LocalStore(ABC):
+    """What a store for one process is besides its ledger. See `ssecore.log.Store`."""
+
+    away = False
+    crowded = False
+    closing = False
+    gap_s: float | None = None
+    peers: Peers | None = None
+
+    def __init__(self) -> None:
+        self._watchers = Watchers()
+        #: The first half of the epochs that this process opens on topics: in the log it recognizes them again.
+        self._process = secrets.token_urlsafe(8)
+
+    @abstractmethod
+    async def apply(self, work: Callable[[Ledger], T]) -> T:
+        """Do this to the ledger, in a commit."""
+
+    async def create(self, stat: Stat) -> tuple[Stat, bool]:
+        return await self.apply(lambda ledger: ledger.create(stat))
+
+    async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
+        return await self.apply(lambda ledger: ledger.open(stream, epoch, retention))
+
+    async def delete(self, stream: str, unless_told: bool) -> bool:
+        """Whoever reads it is known here, and whoever works on it: nobody else has been told of it."""
+        await self.apply(lambda ledger: ledger.delete(stream))
+        return True
+
+    async def upkeep(self) -> bool:
+        return await self.apply(lambda ledger: ledger.upkeep())
+
+    def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
+        return self._watchers.add(stream, watcher)
+
+    def opened_here(self, epoch: str) -> bool:
+        return epoch.startswith(self._process)

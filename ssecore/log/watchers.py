@@ -1,0 +1,49 @@
+"""Who watches which stream, in one process and event loop."""
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from ssecore.log.facts import Ended, Row, Watcher
+
+__all__ = ["Watchers"]
+
+logger: Final = logging.getLogger("sseapp")
+
+
+class Watchers:
+    """The watchers of each stream."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, dict[object, Watcher]] = {}
+
+    def add(self, stream: str, watcher: Watcher) -> Callable[[], None]:
+        mark = object()
+        watchers = self._streams.setdefault(stream, {})
+        watchers[mark] = watcher
+
+        def unwatch() -> None:
+            watchers.pop(mark, None)
+            if not watchers and self._streams.get(stream) is watchers:
+                del self._streams[stream]
+
+        return unwatch
+
+    def watched(self, stream: str) -> bool:
+        return stream in self._streams
+
+    def notify(self, stream: str, row: Row | None, ended: Ended | None) -> None:
+        """Tells all. What a watcher raises is its own trouble: neither the writer's nor the next watcher's."""
+        watchers = self._streams.get(stream)
+        if watchers is None:
+            return
+        if ended:
+            del self._streams[stream]
+        for mark in list(watchers):
+            watcher = watchers.get(mark)  # one may have ended another's watch just now
+            if watcher is None:
+                continue
+            try:
+                watcher(row, ended)
+            except Exception:
+                logger.exception("a watcher of the event log failed")
