@@ -266,7 +266,8 @@ class Pump(GeneratorTask[T]):
     # The generator's side
 
     def waits(self) -> None:
-        if self._frames and self.told is not None:
+        # Not when it waits for room: `told` was called before, and a task of trio's can't be woken in this moment.
+        if self._frames and self._room is None and self.told is not None:
             self.told()
 
     def over(self) -> None:
@@ -291,8 +292,13 @@ class Pump(GeneratorTask[T]):
                     return
                 # Before the append, so that the last item is still here when the generator ends without a wait.
                 if frames and size >= limit:
-                    self._room = anyio.Event()
-                    await self._room.wait()
+                    if self.told is not None:
+                        self.told()
+                    if frames:
+                        self._room = anyio.Event()
+                        await self._room.wait()
+                    else:
+                        await checkpoint()
                     size = 0
                 elif frames and monotonic() >= turn_ends:
                     await checkpoint()

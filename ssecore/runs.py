@@ -24,7 +24,7 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -35,7 +35,6 @@ import anyio
 import msgspec
 from anyio import current_time
 from anyio.abc import TaskGroup
-from anyio.lowlevel import current_token
 
 from ssecore.dialects import engine_frames, error_frames
 from ssecore.errors import (
@@ -151,14 +150,12 @@ class Worker:
             self._request,
             buffer_bytes=BUFFERS // 2 * runs.settings.buffer_bytes,
         )
-        self._pump.told = self._told
+        self._pump.told = self._take
         self._writer = runs.log.writer(id, id, self._confirm)
         self._unstored = 0  # bytes that the log has, and has not said to be stored
         self._most_unstored = BUFFERS // 2 * runs.settings.buffer_bytes
         self._events_left = runs.retention.events or math.inf
         self._bytes_left = runs.retention.bytes or math.inf
-        #: On trio the pump's own task must not be woken while it is about to wait: what it gives is taken soon.
-        self._soon: Callable[[Callable[[], None]], None] | None = runs.soon
         self._trouble: SSEAppError | None = None  # why nothing more can be stored
         self._over = anyio.Event()  # nothing more comes, and what came is stored, or can't be
         self._last = b""
@@ -204,15 +201,12 @@ class Worker:
             self._break_off()
             logger.warning("run %s was taken over or deleted while it was at work", self.id)
 
-    def _told(self) -> None:
-        """The generator waits, and has given something; or it has ended. Nobody waits for that to be stored."""
-        if self._soon is not None:
-            self._soon(self._take)
-        else:
-            self._take()
-
     def _take(self) -> None:
-        """Hand what there is to the log. Hot path, once each time that the generator waits."""
+        """Hand what the generator gives to the log; nobody waits for that to be stored.
+
+        Hot path, once each time that the generator waits. Where too much is not stored yet, it waits for room in the
+        pump until `_confirm` takes more.
+        """
         if self._pump.ended or self._trouble is not None:
             self._look()
         elif self._unstored < self._most_unstored and self._pump.has_something:
@@ -408,8 +402,6 @@ class Runs:
         self._give_up_at = 0.0  #: once `stopping` is set: what has not ended then is left to itself
         #: Readers here of lingering runs that another process works on.
         self._elsewhere: Counter[str] = Counter()
-        token: Any = current_token().native_token
-        self.soon = getattr(token, "run_sync_soon", None)  #: on trio
         self._peers = log.peers
         if log.peers is not None:
             log.peers.on_call = self._called

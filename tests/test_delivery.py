@@ -172,10 +172,11 @@ class Client:
 
     async def cancel(self) -> None:
         """The server cancels the connection's task; a parked stream has none."""
-        if is_parked(self.exchange):
-            return await self.leave()
         self._connection.cancel()
-        await self.exchange.ended.wait()
+        while not self.exchange.ended.is_set():
+            if is_parked(self.exchange):  # it may have been parked just before
+                return await self.leave()
+            await checkpoint()
         self._scope.cancel()
 
     def _take(self, chunk: bytes) -> None:
