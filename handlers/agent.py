@@ -16,7 +16,7 @@ upstream configured the model chooses the tools and writes; without one the plan
 """
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal
@@ -25,11 +25,12 @@ import msgspec
 from msgspec import Meta
 
 from handlers.answer import ModelError, Piece, Reasoning, ToolCall, Usage
-from handlers.chat import LINGERING, ChatMessage, MockModel, Model, OpenAIModel
+from handlers.chat import LINGERING, ChatMessage, MockModel, Model, OpenAIModel, answer_times
 from handlers.database import Exchange, Tasks
 from handlers.planner import plan, write
 from handlers.tools import DESCRIPTIONS, use
 from ssecore.errors import BadRequest, SSEAppError, UpstreamError
+from ssecore.metrics import AnswerTimes
 from ssecore.request import Request
 from ssecore.routes import GET, POST
 from ssecore.stream import public_text
@@ -133,9 +134,10 @@ _MESSAGES: Final[dict[Stage, str]] = {
 class Agent:
     """For one question."""
 
-    def __init__(self, tasks: Tasks, model: Model) -> None:
+    def __init__(self, tasks: Tasks, model: Model, times: Callable[[], AnswerTimes]) -> None:
         self._tasks = tasks
         self._model = model
+        self._times = times  #: called whenever the model is asked
         self._stage: Stage | None = None
         self._results: list[tuple[ToolCall, dict[str, Any]]] = []
         self._answer: list[str] = []
@@ -183,14 +185,15 @@ class Agent:
             yield await self._use(call)
         for step in self._concluded():
             yield step
+        times = self._times()
         async with aclosing(self._written(question, history)) as pieces:
             async for piece in pieces:
-                if isinstance(piece, str):
-                    yield Token(piece)
-                elif isinstance(piece, Reasoning):
-                    yield piece
-                elif isinstance(piece, Usage):
+                if isinstance(piece, Usage):
                     self._spend(piece)
+                elif not isinstance(piece, ToolCall):
+                    times.token()
+                    yield Token(piece) if isinstance(piece, str) else piece
+        times.end()
 
     def _written(self, question: str, history: Sequence[Exchange]) -> AsyncGenerator[Piece, None]:
         """The answer from the results, by the planner or, rule 3, by the model."""
@@ -205,7 +208,7 @@ class Agent:
         messages: list[Any] = [*_conversation(SYSTEM, history), ChatMessage("user", question)]
         planned = concluded = False
         for turn in range(MAX_ROUNDS + 1):
-            text, calls = "", list[ToolCall]()
+            text, calls, times = "", list[ToolCall](), self._times()
             async with aclosing(model.stream(messages, DESCRIPTIONS, call=turn < MAX_ROUNDS)) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, ToolCall):
@@ -214,6 +217,7 @@ class Agent:
                     if isinstance(piece, Usage):
                         self._spend(piece)
                         continue
+                    times.token()
                     if isinstance(piece, Reasoning):
                         yield piece
                         continue
@@ -229,6 +233,7 @@ class Agent:
                             yield Token("\n\n")  # behind what it said before it called a tool
                     text += piece
                     yield Token(piece)
+            times.end()
             if not planned:
                 planned = True
                 yield _planned(calls)
@@ -329,7 +334,8 @@ class _Message(msgspec.Struct):
 
 
 def _steps(request: Request, question: str, history: Sequence[Exchange] = ()) -> aclosing[AsyncGenerator[Step, None]]:
-    return aclosing(Agent(request.state.tasks, request.state.model).steps(question, history))
+    agent = Agent(request.state.tasks, request.state.model, lambda: answer_times(request))
+    return aclosing(agent.steps(question, history))
 
 
 async def stream(request: Request) -> AsyncIterator[Event]:

@@ -21,13 +21,14 @@ from msgspec import Meta
 from handlers.answer import AnswerReader, ModelError, Piece, Reasoning, ToolCall, Usage
 from handlers.local_model import LOCAL, local_model
 from ssecore.errors import BadRequest, SettingsError, TooLarge
+from ssecore.metrics import AnswerTimes
 from ssecore.outbound import Transport, http_client
 from ssecore.request import Request
 from ssecore.routes import GET, POST, Run
 from ssecore.settings import Settings
 from ssecore.wire import CONTENT_TYPE, Event, encode_json
 
-__all__ = ["LINGERING", "ROUTES", "ChatMessage", "MockModel", "Model", "OpenAIModel", "open_model"]
+__all__ = ["LINGERING", "ROUTES", "ChatMessage", "MockModel", "Model", "OpenAIModel", "answer_times", "open_model"]
 
 logger = logging.getLogger("sseapp")
 
@@ -226,32 +227,47 @@ def _transport() -> Transport | None:
     return AiohttpTransport
 
 
+def answer_times(request: Request) -> AnswerTimes:
+    """For one answer of a model that is asked now."""
+    assert request.route is not None
+    times: AnswerTimes = request.metrics.answer(request.route.path)
+    return times
+
+
 async def chat(request: Request) -> AsyncIterator[Event]:
     # Each event has a `content`, so that whoever does no more than join them gets the answer's text.
+    times = answer_times(request)
     async with aclosing(request.state.model.stream([ChatMessage("user", request.query.prompt)])) as answer:
         async for piece in answer:
             match piece:
                 case str():
+                    times.token()
                     yield Event({"content": piece})
                 case Reasoning(text):
+                    times.token()
                     yield Event({"type": "reasoning", "reasoning": text, "content": ""})
                 case Usage():
                     yield Event({"type": "usage", "usage": piece, "content": ""})
+    times.end()
     yield Event("[DONE]")
 
 
 async def chat_stream(request: Request) -> AsyncIterator[Event]:
     if not any(message.role == "user" for message in request.body):
         raise BadRequest("role: at least one message must be the user's", field="role")
+    times = answer_times(request)
     async with aclosing(request.state.model.stream(request.body)) as answer:
         async for piece in answer:
             match piece:
                 case str():
+                    times.token()
                     yield Event(piece, "token")
                 case Reasoning(text):
+                    times.token()
                     yield Event(text, "reasoning")
                 case Usage():
                     yield Event(piece, "usage")
+    times.end()
     yield Event("", "done")
 
 

@@ -741,3 +741,28 @@ async def test_what_comes_behind_a_finish_reason_is_not_waited_for_long(
         upstream.plan(script)
         assert await pieces_of(upstream.url) == ["Hi", Usage(total_tokens=3)]
         upstream.settle()  # it was left
+
+
+# The metrics
+
+
+def test_tokens_are_timed_by_route_and_of_whole_answers_alone(server: Server, upstream: Upstream) -> None:
+    first, each = "gen_ai_server_time_to_first_token_seconds", "gen_ai_server_time_per_output_token_seconds"
+
+    def counts(route: str) -> tuple[float, float]:
+        text = server.client.get("/metrics").text
+        lines = dict(line.rpartition(" ")[::2] for line in text.splitlines())
+        label = f'{{route="{route}"}}'
+        return float(lines.get(f"{first}_count{label}", 0)), float(lines.get(f"{each}_count{label}", 0))
+
+    for route in ROUTES:
+        before = counts(route)
+        upstream.plan(
+            sending(chunk({"reasoning": "hm"}), HI, STOP, DONE),
+            sending(HI, STOP, DONE),  # one token has no time between
+            sending(HI, HI, chunk({}, "length")),
+            sending(FIRST, STOP, DONE),
+        )
+        for _ in range(4):
+            hear(server, route)
+        assert [now - then for now, then in zip(counts(route), before, strict=True)] == [3, 1], route
