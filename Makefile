@@ -68,7 +68,7 @@ pictures: install system ## pictures of the page at work, by its test, in var/pi
 	mkdir -p docs && cp var/pictures/page-light.png docs/page.png
 
 lock: ## the locks again, with uv (ARGS=--upgrade for newer versions)
-	$(LOCK) --extra redis --extra model --output-file requirements.txt pyproject.toml
+	$(LOCK) --extra redis --output-file requirements.txt pyproject.toml
 	$(LOCK) --group dev --constraints requirements.txt --output-file requirements-dev.txt pyproject.toml
 	$(LOCK) --group local-model --no-deps --output-file requirements-local-model.txt
 	$(LOCK) --constraints requirements.txt --output-file benchmarks/requirements-peers.txt benchmarks/requirements-peers.in

@@ -25,7 +25,7 @@ import msgspec
 
 from ssecore.errors import TooLarge, UpstreamError
 
-__all__ = ["MAX_ANSWER_BYTES", "AnswerReader", "ModelError", "Piece", "Reasoning", "ToolCall", "Usage"]
+__all__ = ["MAX_ANSWER_BYTES", "AnswerReader", "ModelError", "Piece", "Reasoning", "ToolCall", "Usage", "says_error"]
 
 #: Of an answer's text, reasoning and calls together, and of one event. The longest answers of today's models have half.
 MAX_ANSWER_BYTES: Final = 1024 * 1024
@@ -350,6 +350,14 @@ def _is_object(arguments: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def says_error(body: bytes) -> bool:
+    """Whether a body that is no event stream is an error of the server's, and not an answer of some other kind."""
+    try:
+        return _is_error(_decode_leniently(body))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _is_error(chunk: _Chunk) -> bool:

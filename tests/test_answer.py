@@ -440,7 +440,10 @@ def test_reasoning_is_in_no_session_and_usage_is_of_all_rounds(server: Server, u
     assert [message["content"] for message in upstream.calls[2].json["messages"][1:]] == ["Hello", "Hi", "Hello"]
 
 
-@pytest.mark.parametrize("content_type", ["text/event-stream", "Text/Event-Stream;charset=UTF-8", "text/plain", ""])
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/event-stream", "Text/Event-Stream;charset=UTF-8", "text/event-stream, text/event-stream", "text/plain", ""],
+)
 def test_an_event_stream_is_one_by_whatever_plain_name(server: Server, upstream: Upstream, content_type: str) -> None:
     upstream.plan(sending(HI, STOP, DONE, content_type=content_type))
     assert hear(server, "/chat") == Heard()
@@ -463,6 +466,12 @@ def test_another_kind_of_answer_names_the_setting(
     upstream.plan(script)
     problem = server.client.get("/chat?prompt=Hello").json()
     assert problem["status"] == 502 and said in problem["detail"] and "OPENAI_BASE_URL" in problem["detail"]
+
+
+def test_an_error_in_a_good_answers_place_is_one(server: Server, upstream: Upstream) -> None:
+    upstream.plan(refuse(200, json.dumps({"error": MESSAGE}).encode()))
+    problem = server.client.get("/chat?prompt=Hello").json()
+    assert (problem["code"], problem["detail"]) == ("upstream_error", "the model failed")
 
 
 # Tool calls

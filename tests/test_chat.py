@@ -360,6 +360,11 @@ def closed(call: Call) -> None:
     call.raw(b"ff\r\ndata: {")
 
 
+def garbled(call: Call) -> None:
+    call.raw(b"zz\r\n")  # no chunk's size
+    call.wait_gone()
+
+
 def told(call: Call) -> None:
     call.send(b'data: {"error": {"message": "overloaded, says %b", "code": 500}}\n\n' % KEY.encode())
     call.end()
@@ -387,6 +392,7 @@ FAULTS: Final[dict[str, tuple[Script, str]]] = {
     "ended": (cut, "upstream_cut"),
     "reset": (reset, "upstream_cut"),
     "closed in a chunk": (closed, "upstream_cut"),
+    "no chunk": (garbled, "upstream_cut"),
     "an error object": (told, "upstream_error"),
     "an error text": (told_plainly, "upstream_error"),
     "no JSON": (malformed(b'{"choices": [{"delta": {"content": "H'), "upstream_malformed"),

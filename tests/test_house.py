@@ -35,7 +35,7 @@ OUTER: Final = {"": 4, "command": 0, "fixtures": 5, "listen": 3, "server": 4, "t
 
 #: What the product imports besides the standard library and itself: no web framework, no ORM, no SSE library.
 DEPENDENCIES: Final = frozenset(
-    "aiohttp anyio httptools httpx msgspec orjson prometheus_client redis uvicorn uvloop yarl".split()
+    ["anyio", "httptools", "httpx", "msgspec", "orjson", "prometheus_client", "redis", "uvicorn", "uvloop"]
 )
 
 #: What is imported by one file alone: a program that `handlers/local_model.py` starts, where the package is installed;
