@@ -52,7 +52,7 @@ def run(
     many: int = 400,
     most: int = 1000,
     rate: int = 20,
-    tokens: int = 100,
+    tokens: int = 200,
     peers_python: Path = PEERS_PYTHON,
 ) -> Report:
     """`streams`, `many` and `most` chats at once, each of `tokens` tokens, `rate` a second"""
