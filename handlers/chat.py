@@ -106,9 +106,11 @@ class OpenAIModel:
         reader = AnswerReader()
         try:
             async with _body(await self._open(content)) as chunks:
-                while not (reader.finished or reader.done) and (chunk := await anext(chunks, b"")):
+                async for chunk in chunks:
                     for piece in reader.feed(chunk):
                         yield piece
+                    if reader.finished or reader.done:
+                        break
                 for piece in await _rest(reader, chunks):
                     yield piece
             for last in reader.end():

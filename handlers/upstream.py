@@ -169,7 +169,7 @@ class _Connection(asyncio.Protocol):
         data = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
         self.chunks.clear()
         self._held = 0
-        if self._paused:
+        if self._paused and not self.transport.is_closing():  # uvloop raises for one that is
             self._paused = False
             self.transport.resume_reading()
         return data

@@ -188,6 +188,9 @@ class Line(asyncio.Transport):
 
     def abort(self) -> None: ...
 
+    def is_closing(self) -> bool:
+        return False
+
     def pause_reading(self) -> None: ...
 
     def resume_reading(self) -> None: ...
@@ -267,7 +270,8 @@ async def test_what_came_in_one_packet_with_a_failure_is_given_before_it(end: by
     assert (pieces, caught.value.code) == (["Hel", "lo"], "upstream_cut")
 
 
-async def test_a_server_waits_while_nobody_takes_its_answer() -> None:
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": uvloop}) for uvloop in (False, True)])
+async def test_a_server_waits_while_nobody_takes_its_answer(anyio_backend: object) -> None:
     sent = 0
     full = threading.Event()
 
