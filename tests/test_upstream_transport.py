@@ -11,6 +11,8 @@ from typing import Any, Final
 import anyio
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from handlers import chat
 from handlers import upstream as upstream_module
@@ -205,7 +207,7 @@ def client() -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, verify=CERTIFICATES)
 
 
-async def fetch(monkeypatch: pytest.MonkeyPatch, *pieces: bytes) -> tuple[httpx.Response, bytes]:
+async def fetch(*pieces: bytes) -> tuple[httpx.Response, bytes]:
     """The answer to one request, and its body. Raises what reading it raises."""
     loop = asyncio.get_running_loop()
 
@@ -215,17 +217,17 @@ async def fetch(monkeypatch: pytest.MonkeyPatch, *pieces: bytes) -> tuple[httpx.
         line.protocol.connection_made(line)
         return line, line.protocol
 
-    monkeypatch.setattr(loop, "create_connection", connected)
+    loop.create_connection = connected  # type: ignore[method-assign, assignment]
     async with client() as asking:
         response = await asking.get("http://model.test")
         return response, response.content
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
-async def test_an_answer_is_the_same_wherever_it_is_cut(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_is_the_same_wherever_it_is_cut(answer: bytes) -> None:
     cuts = [[answer[:at], answer[at:]] for at in range(1, len(answer))]
     for pieces in (*cuts, [answer[at : at + 1] for at in range(len(answer))]):
-        response, body = await fetch(monkeypatch, *pieces)
+        response, body = await fetch(*pieces)
         assert (response.status_code, response.headers["content-type"], body) == (200, "text/event-stream", EVENTS)
         assert "link" not in response.headers and "x" not in response.headers
 
@@ -246,12 +248,20 @@ async def test_an_answer_is_the_same_wherever_it_is_cut(answer: bytes, monkeypat
         (HEAD + b"x: y\r\n" * 20_000, httpx.RemoteProtocolError),
     ],
 )
-async def test_an_answer_that_is_none_is_an_error(
-    answer: bytes, error: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_answer_that_is_none_is_an_error(answer: bytes, error: type[Exception]) -> None:
     for pieces in ([answer], [answer[at : at + 4096] for at in range(0, len(answer), 4096)]):
         with pytest.raises(error):
-            await fetch(monkeypatch, *pieces)
+            await fetch(*pieces)
+
+
+@given(st.sampled_from([b"", HEAD, CHUNKED, chunked(EVENTS, behind=b"")]), st.binary(max_size=60), st.integers(1, 40))
+def test_whatever_bytes_come_are_an_answer_or_an_error(head: bytes, rest: bytes, size: int) -> None:
+    async def ended() -> None:
+        data = head + rest
+        with anyio.fail_after(LIMIT_S), suppress(httpx.TransportError):
+            await fetch(*(data[at : at + size] for at in range(0, len(data), size)))
+
+    anyio.run(ended)
 
 
 @pytest.mark.parametrize("end", [b"zz\r\n", b"1\r\nx"], ids=["no chunk", "cut"])
