@@ -28,6 +28,7 @@ from benchmarks import (
     rows,
     soak,
     throughput,
+    tokens,
 )
 from benchmarks.process import pin_load, raise_file_limit
 from benchmarks.report import Report
@@ -50,6 +51,7 @@ BENCHMARKS: dict[str, Callable[..., Report]] = {
     "rows": rows.run,
     "soak": soak.run,
     "throughput": throughput.run,
+    "tokens": tokens.run,
 }
 
 

@@ -1,8 +1,9 @@
 """The service with what only benchmarks ask for, under our runner.
 
-`GET /durable` is /stream as a run. `GET /padded` is /stream with bigger events, `GET /ticks` an event with its time
-each `interval` seconds. `POST /written/{name}` publishes to the topic /topics/{name} without a request an
-event. `GET /alive` tells how many tasks there are. `--by-task` has a task for each reader, as under any other server.
+`GET /durable` is /stream as a run, `GET /chat/fleeting` is /chat without one. `GET /padded` is /stream with bigger
+events, `GET /ticks` an event with its time each `interval` seconds. `POST /written/{name}` publishes to the topic
+/topics/{name} without a request an event. `GET /alive` tells how many tasks there are. `--by-task` has a task for each
+reader, as under any other server.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import msgspec
 from benchmarks.peers.work import pauses, tick, update
 from handlers import ROUTES, resources
 from handlers.basics import Counted, counter
+from handlers.chat import Prompt, chat
 from sseapp import SSEApp
 from ssecore.request import Receive, Request
 from ssecore.responses import JSON, Response, Send
@@ -85,6 +87,7 @@ def main() -> int:
     routes = [
         *ROUTES,
         GET("/alive", alive),
+        GET("/chat/fleeting", chat, query=Prompt, data_only=True),
         GET("/durable", counter, query=Counted, run=Run()),
         GET("/padded", padded, query=Padded),
         GET("/ticks", ticks, query=Ticking),

@@ -29,6 +29,7 @@ class Chart:
 
 
 CHARTS = (
+    Chart("tokens", "tokens", "CPU µs/token", "1,000 chats of 20 tokens a second: CPU µs a token", ", 1,000 chats"),
     Chart("throughput", "throughput", "events/s", "One stream: events a second", ", 60 bytes", more_is_better=True),
     Chart("fanout", "fanout", "CPU µs/delivery", "A broadcast to 4,000: CPU µs a delivery", ", 4,000 readers"),
     Chart("idle", "idle", "KiB/connection", "9,000 idle connections: KiB of memory each"),

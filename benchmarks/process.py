@@ -94,6 +94,7 @@ class Server:
         *,
         environ: Mapping[str, str] | None = None,
         ours: bool = False,
+        pin: Callable[[], None] = pin_server,
     ) -> None:
         self.ours = ours
         self._log = tempfile.TemporaryFile()
@@ -104,7 +105,7 @@ class Server:
             stdout=self._log,
             stderr=self._log,
             env={**os.environ, **(environ or {})},
-            preexec_fn=pin_server,
+            preexec_fn=pin,
         )
         self.pid = self._process.pid
         try:
@@ -119,24 +120,38 @@ class Server:
 
     @classmethod
     def app(
-        cls, data_dir: str, log: str = "sqlite", *, by_task: bool = False, settings: Mapping[str, object] | None = None
+        cls,
+        data_dir: str,
+        log: str = "sqlite",
+        *,
+        by_task: bool = False,
+        settings: Mapping[str, object] | None = None,
+        environ: Mapping[str, str] | None = None,
     ) -> Self:
         """`benchmarks.app`, with `settings` by their names."""
-        environ = {f"SSEAPP_{name.upper()}": str(value) for name, value in (settings or {}).items()}
+        given = {f"SSEAPP_{name.upper()}": str(value) for name, value in (settings or {}).items()}
+        environ = {**(environ or {}), **given}
         way = ["--by-task"] if by_task else []
         return cls(["-m", "benchmarks.app", "--data-dir", data_dir, "--log", log, *way], environ=environ, ours=True)
 
     @classmethod
-    def uvicorn(cls, peer: str, python: Path = Path(sys.executable)) -> Self:
+    def uvicorn(
+        cls, peer: str, python: Path = Path(sys.executable), *, environ: Mapping[str, str] | None = None
+    ) -> Self:
         """An app of `peers/` under uvicorn, with the settings of our runner."""
         options = "--port 0 --loop uvloop --http httptools --ws none --backlog 4096"
         options += " --no-access-log --no-server-header --no-proxy-headers"
-        return cls(["-m", "uvicorn", f"benchmarks.peers.{peer}", *options.split()], python)
+        return cls(["-m", "uvicorn", f"benchmarks.peers.{peer}", *options.split()], python, environ=environ)
 
     @classmethod
     def peer(cls, peer: str, python: Path = Path(sys.executable)) -> Self:
         """A program of `peers/` that brings a server of its own."""
         return cls(["-m", f"benchmarks.peers.{peer}"], python)
+
+    @classmethod
+    def upstream(cls, peer: str, *arguments: str) -> Self:
+        """A program of `peers/` that the servers ask, on the load's core."""
+        return cls(["-m", f"benchmarks.peers.{peer}", *arguments], pin=pin_load)
 
     def _wait_for_port(self) -> int:
         deadline, output = time.monotonic() + START_S, b""

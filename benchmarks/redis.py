@@ -23,7 +23,7 @@ from benchmarks.report import Check, Report, Spread
 from tests.needs import find
 from tests.redis_server import RedisServer, serving
 
-__all__ = ["run"]
+__all__ = ["has_redis", "run"]
 
 APPEND, APPEND_CPU, REDIS_CPU = "events/s", "CPU µs/event", "Redis µs/event"
 FAN_OUT, BURSTS, ALL_MS = "CPU µs/delivery", "in bursts", "all have it after ms"
@@ -86,14 +86,14 @@ def _started(log: str, replicas: int) -> Iterator[tuple[list[Server], RedisServe
     """A Redis stands by, whatever the log is."""
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory())
-        redis = stack.enter_context(serving("redis" if _has_redis() else "valkey"))
+        redis = stack.enter_context(serving("redis" if has_redis() else "valkey"))
         servers = [
             stack.enter_context(Server.app(folder, log or redis.url, settings=UNLIMITED)) for _ in range(replicas)
         ]
         yield servers, redis
 
 
-def _has_redis() -> bool:
+def has_redis() -> bool:
     try:
         return bool(find("redis"))
     except LookupError:

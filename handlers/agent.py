@@ -4,18 +4,19 @@ The agent (`Agent.steps`) yields typed steps and knows no events; each route onl
 upstream configured the model chooses the tools and writes; without one the planner does both.
 
 1.  The steps come in this order: understanding, planning, then rounds of tool calls with their results, the answer's
-    tokens, the end. `Thought` comes `THOUGHTS` times, whatever happens in between.
+    tokens, the end. `Thought` comes `THOUGHTS` times, whatever happens in between; `Reasoning`, where the model shows
+    what it thinks, as it comes.
 2.  A model may speak before it calls a tool. That text has been sent, so it is a part of the answer; what was to come
     before the answer's first token (the third thought) has come before it.
 3.  A server that refuses a request for its tools (400, 404, 422, 501) is asked without: the planner picks the tools,
     and the model writes the answer from their results; so with the local model, which is too small to choose. A
     server that ignores the tools answers from what it knows: that can't be told from an answer that needs none.
 4.  A session is written before the result is told: whoever has the result can go on with the session. It holds whole
-    answers only.
+    answers only: no reasoning, and nothing of an answer that was cut or that failed.
 """
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal
@@ -23,12 +24,14 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from handlers.chat import LINGERING, ChatMessage, MockModel, Model, ModelError, OpenAIModel, ToolCall
+from handlers.answer import ModelError, Piece, Reasoning, ToolCall, Usage
+from handlers.chat import LINGERING, ChatMessage, MockModel, Model, OpenAIModel, answer_times
 from handlers.database import Exchange, Tasks
 from handlers.planner import plan, write
 from handlers.tools import DESCRIPTIONS, use
 from ssecore.dialects import public_text
 from ssecore.errors import BadRequest, SSEAppError, UpstreamError
+from ssecore.metrics import AnswerTimes
 from ssecore.request import Request
 from ssecore.routes import GET, POST
 from ssecore.wire import Event, encode_json
@@ -115,9 +118,10 @@ class End:
     answer: str  #: all tokens together
     sources: Sequence[Source]
     disclaimer: str
+    usage: Usage | None  #: of all rounds together, where the model's server tells it
 
 
-Step = Status | Thought | ToolStart | ToolResult | Token | End
+Step = Status | Thought | ToolStart | ToolResult | Token | Reasoning | End
 
 _MESSAGES: Final[dict[Stage, str]] = {
     "analyzing": "Reading the question",
@@ -130,12 +134,14 @@ _MESSAGES: Final[dict[Stage, str]] = {
 class Agent:
     """For one question."""
 
-    def __init__(self, tasks: Tasks, model: Model) -> None:
+    def __init__(self, tasks: Tasks, model: Model, times: Callable[[], AnswerTimes]) -> None:
         self._tasks = tasks
         self._model = model
+        self._times = times  #: called whenever the model is asked
         self._stage: Stage | None = None
         self._results: list[tuple[ToolCall, dict[str, Any]]] = []
         self._answer: list[str] = []
+        self._usage: Usage | None = None
 
     async def steps(self, question: str, history: Sequence[Exchange] = ()) -> AsyncGenerator[Step, None]:
         """To be closed with `aclosing`. Raises what the model and the database raise."""
@@ -150,7 +156,7 @@ class Agent:
                     yield step
                 self._stage = step.stage if isinstance(step, Status) else self._stage
         disclaimer = BY_PLANNER if isinstance(self._model, MockModel) else BY_MODEL
-        yield End("".join(self._answer), self._sources(), disclaimer)
+        yield End("".join(self._answer), self._sources(), disclaimer, self._usage)
 
     async def _work(self, question: str, history: Sequence[Exchange]) -> AsyncGenerator[Step, None]:
         began = False
@@ -179,11 +185,17 @@ class Agent:
             yield await self._use(call)
         for step in self._concluded():
             yield step
-        async with aclosing(self._written(question, history)) as texts:
-            async for text in texts:
-                yield Token(text)
+        times = self._times()
+        async with aclosing(self._written(question, history)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Usage):
+                    self._spend(piece)
+                elif not isinstance(piece, ToolCall):
+                    times.token()
+                    yield Token(piece) if isinstance(piece, str) else piece
+        times.end()
 
-    def _written(self, question: str, history: Sequence[Exchange]) -> AsyncGenerator[str, None]:
+    def _written(self, question: str, history: Sequence[Exchange]) -> AsyncGenerator[Piece, None]:
         """The answer from the results, by the planner or, rule 3, by the model."""
         if isinstance(self._model, MockModel):
             return self._model.say(write(self._results))
@@ -196,11 +208,18 @@ class Agent:
         messages: list[Any] = [*_conversation(SYSTEM, history), ChatMessage("user", question)]
         planned = concluded = False
         for turn in range(MAX_ROUNDS + 1):
-            text, calls = "", list[ToolCall]()
+            text, calls, times = "", list[ToolCall](), self._times()
             async with aclosing(model.stream(messages, DESCRIPTIONS, call=turn < MAX_ROUNDS)) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, ToolCall):
                         calls.append(replace(piece, name=piece.name[:MAX_NAME_CHARS]))
+                        continue
+                    if isinstance(piece, Usage):
+                        self._spend(piece)
+                        continue
+                    times.token()
+                    if isinstance(piece, Reasoning):
+                        yield piece
                         continue
                     if not planned:
                         planned = True
@@ -214,6 +233,7 @@ class Agent:
                             yield Token("\n\n")  # behind what it said before it called a tool
                     text += piece
                     yield Token(piece)
+            times.end()
             if not planned:
                 planned = True
                 yield _planned(calls)
@@ -232,6 +252,9 @@ class Agent:
                 yield result
                 content = encode_json(result.result).decode()
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": content})
+
+    def _spend(self, usage: Usage) -> None:
+        self._usage = usage if self._usage is None else self._usage + usage
 
     async def _use(self, call: ToolCall) -> ToolResult:
         result = await use(self._tasks, call.name, call.arguments)
@@ -311,7 +334,8 @@ class _Message(msgspec.Struct):
 
 
 def _steps(request: Request, question: str, history: Sequence[Exchange] = ()) -> aclosing[AsyncGenerator[Step, None]]:
-    return aclosing(Agent(request.state.tasks, request.state.model).steps(question, history))
+    agent = Agent(request.state.tasks, request.state.model, lambda: answer_times(request))
+    return aclosing(agent.steps(question, history))
 
 
 async def stream(request: Request) -> AsyncIterator[Event]:
@@ -325,6 +349,10 @@ async def stream(request: Request) -> AsyncIterator[Event]:
                     yield Event({"step": number, "total": THOUGHTS, "thought": text}, "thought")
                 case Token(text):
                     yield Event({"token": text}, "token")
+                case Reasoning(text):
+                    yield Event({"reasoning": text}, "reasoning")
+                case End(usage=Usage() as usage):
+                    yield Event(usage, "usage")
     yield Event({"done": True, "query": query}, "complete")
 
 
@@ -344,7 +372,11 @@ async def think(request: Request) -> AsyncIterator[Event]:
                     yield Event({"message": step.message}, "status")
                 case Token(text):
                     yield Event({"token": text}, "token")
-                case End(answer):
+                case Reasoning(text):
+                    yield Event({"reasoning": text}, "reasoning")
+                case End(answer, usage=usage):
+                    if usage is not None:
+                        yield Event(usage, "usage")
                     data = {"message": "The answer is complete", "thoughts_count": thoughts}
                     yield Event({**data, "response_length": len(answer)}, "complete")
 
@@ -365,6 +397,10 @@ async def process(request: Request) -> AsyncIterator[Event]:
                 case Token(text):
                     tokens += 1
                     yield Event({"token": text}, "token")
+                case Reasoning(text):
+                    yield Event({"reasoning": text}, "reasoning")
+                case End(usage=Usage() as usage):
+                    yield Event(usage, "usage")
     yield Event({"message": "The answer is complete", "tokens": tokens}, "complete")
 
 
@@ -383,9 +419,13 @@ async def chat(request: Request) -> AsyncIterator[Event]:
                         yield Event({"type": "status", "status": stage})
                     case Token(text):
                         yield Event({"type": "chunk", "content": text})
-                    case End(answer, sources, disclaimer):
+                    case Reasoning(text):
+                        yield Event({"type": "reasoning", "content": text})
+                    case End(answer, sources, disclaimer, usage):
                         if session is not None and answer:  # rule 4; models refuse a conversation with empty texts
                             await tasks.add_exchange(request.caller, session, Exchange(message, answer))
+                        if usage is not None:
+                            yield Event({"type": "usage", "usage": usage})
                         result = {"content": answer, "sources": sources, "disclaimer": disclaimer}
                         yield Event({"type": "result", **result})
     except Exception as error:

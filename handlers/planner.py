@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any, Final
 
-from handlers.chat import ToolCall
+from handlers.answer import ToolCall
 from handlers.tools import MAX_WORDS_CHARS
 from ssecore.wire import encode_json
 

@@ -199,7 +199,7 @@ async def _measure_words(request: Request, task: Task) -> Mapping[str, str | int
 async def _summarize(request: Request, task: Task) -> Mapping[str, str]:
     messages = [ChatMessage("system", SUMMARIZE), ChatMessage("user", _text_of(task))]
     async with aclosing(request.state.model.stream(messages)) as answer:
-        return {"summary": "".join([text async for text in answer])}
+        return {"summary": "".join([piece async for piece in answer if isinstance(piece, str)])}
 
 
 async def _finish(request: Request, task: Task) -> Mapping[str, str]:

@@ -7,7 +7,7 @@ certificate file that doesn't exist: a service that asks nothing but this machin
 import logging
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 from urllib.request import getproxies
 
@@ -22,7 +22,13 @@ LOOPBACK: Final = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 DEFAULT_LIMITS: Final = httpx.Limits(max_connections=100, max_keepalive_connections=20)  # httpx's own
 
 
-def http_client(*, limits: httpx.Limits = DEFAULT_LIMITS, **options: Any) -> httpx.AsyncClient:
+#: Makes what carries the requests that go to no proxy.
+Transport = Callable[[ssl.SSLContext, httpx.Limits], httpx.AsyncBaseTransport]
+
+
+def http_client(
+    *, limits: httpx.Limits = DEFAULT_LIMITS, transport: Transport | None = None, **options: Any
+) -> httpx.AsyncClient:
     """A client; `options` are httpx's. A variable that can't be used is ignored, and one line of the log names it."""
     certificates = _certificates()
     mounts: dict[str, httpx.AsyncBaseTransport | None] = {}
@@ -38,6 +44,8 @@ def http_client(*, limits: httpx.Limits = DEFAULT_LIMITS, **options: Any) -> htt
     if mounts:
         mounts.update(dict.fromkeys(_exempt(hosts)))
     mounts.update(dict.fromkeys(LOOPBACK))
+    if transport is not None:
+        options["transport"] = transport(certificates, limits)
     return httpx.AsyncClient(trust_env=False, verify=certificates, limits=limits, mounts=mounts, **options)
 
 

@@ -10,6 +10,7 @@ types that the route declares before a handler sees them; `BadRequest` names the
 import codecs
 import copy
 import hashlib
+import json
 import random
 import re
 import sys
@@ -63,6 +64,8 @@ MAX_ERROR_CHARS: Final = 200
 SPOOL_BYTES: Final = 1024 * 1024
 
 _MISSING_FIELD: Final = re.compile(r"Object (?:missing required|contains unknown) field `(.+)`", re.DOTALL)
+#: The escape of half of a character; in JSON that is right the other half stands beside it.
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 class Room:
@@ -457,9 +460,21 @@ def _decode_json(body: bytes, kind: Any) -> Any:
     except msgspec.ValidationError as error:
         raise _bad(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
+        what = "it has half of a surrogate pair: a character was cut in two" if _has_half(body) else str(error)
+        raise BadRequest(f"the body is not JSON: {what}") from None
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None
+
+
+def _has_half(body: bytes) -> bool:
+    """Whether half of a surrogate pair is all that is wrong: JavaScript's `slice` cuts an emoji so, and msgspec calls
+    the input "truncated" then."""
+    if not _SURROGATE.search(body):
+        return False
+    with suppress(ValueError, RecursionError):
+        json.loads(body)
+        return True
+    return False
 
 
 def _bad(error: msgspec.ValidationError) -> BadRequest:

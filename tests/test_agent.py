@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 
 from handlers import chat, tools
 from handlers.agent import BY_MODEL, BY_PLANNER, MAX_CALLS, MAX_ROUNDS, ROUTES
-from handlers.chat import AnswerReader, MockModel, ToolCall, open_model
+from handlers.chat import MockModel, open_model
 from handlers.database import NewTask, Tasks, open_tasks
 from handlers.planner import plan
 from handlers.tools import DESCRIPTIONS, use
-from ssecore.errors import TooLarge, Unavailable
+from ssecore.errors import Unavailable
 from ssecore.settings import Settings
 from ssecore.wire import Decoder, Event
 from tests import serving
@@ -36,7 +36,6 @@ from tests.upstream import (
     FIRST,
     LIMIT_S,
     STOP,
-    USAGE,
     Call,
     Script,
     Upstream,
@@ -410,7 +409,7 @@ def calling(*calls: tuple[str, str], before: Sequence[str] = (), size: int = 100
             for at in range(0, len(arguments), size):
                 piece = {"index": index, "function": {"arguments": arguments[at : at + size]}}
                 call.send(chunk({"tool_calls": [piece]}))
-        call.send(chunk({}, "tool_calls"), USAGE, DONE)
+        call.send(chunk({}, "tool_calls"), DONE)
         call.end()
 
     return script
@@ -554,76 +553,6 @@ def test_request_that_is_refused_without_tools_too_is_an_error(llm: Server, upst
     assert failure["code"] == "upstream_error"
 
 
-# Pieces of tool calls, in the dialects of servers
-
-
-def read(*deltas: dict[str, Any]) -> list[tuple[str, str, str]]:
-    reader = AnswerReader()
-    for delta in deltas:
-        assert not list(reader.feed(chunk({"tool_calls": [delta]})))
-    return [(call.id, call.name, call.arguments) for call in reader.tool_calls]
-
-
-@pytest.mark.parametrize(
-    ("deltas", "calls"),
-    [
-        (
-            [
-                {"index": 0, "id": "a", "function": {"name": "t", "arguments": ""}},
-                {"index": 1, "id": "b", "function": {"name": "u", "arguments": "{"}},
-                {"index": 0, "function": {"arguments": "{}"}},
-                {"index": 1, "function": {"arguments": "}"}},
-            ],
-            [("a", "t", "{}"), ("b", "u", "{}")],
-        ),
-        (
-            [
-                {"index": 0, "id": "a", "function": {"name": "today", "arguments": "{}"}},
-                {"index": 0, "id": "b", "function": {"name": "today", "arguments": "{}"}},
-            ],
-            [("a", "today", "{}"), ("b", "today", "{}")],
-        ),
-        (
-            [
-                {"index": 0, "id": "a", "function": {"name": "count_", "arguments": None}},
-                {"index": 0, "id": "a", "function": {"name": "tasks"}},
-                {"index": 0, "id": "a", "function": {"name": "count_tasks", "arguments": "{}"}},
-            ],
-            [("a", "count_tasks", "{}")],
-        ),
-        (
-            [{"function": {"name": "today"}}, {"function": {"arguments": "{}"}}, {"id": "b", "type": "function"}],
-            [("call_0", "today", "{}"), ("b", "", "")],
-        ),
-        ([{"index": 0, "id": "", "function": {"name": "today"}}], [("call_0", "today", "")]),
-    ],
-    ids=["by turns", "one index for all", "name in pieces", "no index", "empty id"],
-)
-def test_tool_calls_come_together_from_their_pieces(deltas: list[dict[str, Any]], calls: list[Any]) -> None:
-    assert read(*deltas) == calls
-
-
-def test_tool_calls_are_bounded() -> None:
-    with pytest.raises(TooLarge):
-        read(*[{"index": index, "id": str(index)} for index in range(33)])
-    with pytest.raises(TooLarge):
-        read(*[{"index": 0, "function": {"arguments": "x" * 100_000}}] * 11)
-    with pytest.raises(TooLarge):
-        read(*[{"index": 0, "function": {"name": "x" * 100_000 + str(n)}} for n in range(11)])
-
-
-def test_tool_calls_cut_anywhere_are_whole() -> None:
-    pieces = [
-        {"index": 0, "id": "a", "function": {"name": "é", "arguments": '{"x": "🙂'}},
-        {"index": 0, "function": {"arguments": '"}'}},
-    ]
-    stream = b"".join(chunk({"tool_calls": [piece]}) for piece in pieces) + chunk({}, "tool_calls") + DONE
-    for at in range(len(stream)):
-        reader = AnswerReader()
-        assert [*reader.feed(stream[:at]), *reader.feed(stream[at:])] == []
-        assert (reader.complete, reader.tool_calls) == (True, [ToolCall("a", "é", '{"x": "🙂"}')])
-
-
 # Faults of the model
 
 
@@ -650,11 +579,7 @@ FAULTS: Final[dict[str, tuple[Script, str]]] = {
     "cut in the text": (sending(FIRST), "upstream_cut"),
     "reset": (Call.reset, "upstream_cut"),
     "no JSON": (sending(FIRST, b'data: {"choices": [\n\n', STOP, DONE), "upstream_malformed"),
-    "calls of another type": (sending(chunk({"tool_calls": [{"index": "x"}]}), STOP, DONE), "upstream_malformed"),
-    "arguments of another type": (
-        sending(chunk({"tool_calls": [{"index": 0, "function": {"arguments": {}}}]}), STOP, DONE),
-        "upstream_malformed",
-    ),
+    "choices of another type": (sending(b'data: {"choices": {"delta": {}}}\n\n', STOP, DONE), "upstream_malformed"),
     "an error object": (sending(FIRST, b'data: {"error": {"message": "boom"}}\n\n', STOP, DONE), "upstream_error"),
     "HTML": (refuse(200, b"<html>", content_type="text/html"), "upstream_malformed"),
 }

@@ -395,6 +395,16 @@ async def test_a_body_that_is_not_json_in_utf8_is_refused(path: str, body: bytes
     assert calls.requests == []
 
 
+@pytest.mark.parametrize("text", ["a\ud83d", "\ude42b", "\ud83d\ud83d\ude42"])
+async def test_a_body_with_half_of_a_character_is_refused_by_that_name(text: str, calls: Recorder) -> None:
+    body = json.dumps([{"title": text}]).encode()
+    answer = await ask(body_app(calls), "POST", "/any", headers=JSON_TYPE, body=body)
+    assert "half of a surrogate pair" in answer.problem(400, "bad_request")
+    answer = await ask(body_app(calls), "POST", "/any", headers=JSON_TYPE, body=body[:-1])
+    assert "half" not in answer.problem(400, "bad_request")
+    assert calls.requests == []
+
+
 @pytest.mark.parametrize("unit", [b"[", b'{"a":', b"[{", b'[{"a":['])
 async def test_a_body_of_a_hundred_thousand_levels_is_refused(unit: bytes, calls: Recorder) -> None:
     (await ask(body_app(calls), "POST", "/any", headers=JSON_TYPE, body=unit * 100_000)).problem(400, "bad_request")

@@ -1,4 +1,4 @@
-"""Readers of the log, each test over both ways of delivery: a task for each reader, and none (`ssecore.direct`).
+"""Readers of the log, each test over both ways: a reader that waits in its request's task, and one that is parked.
 
 The memory log runs in virtual time: nothing waits there, and a moment is exact. SQLite takes the time it takes.
 """

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,9 @@ import anyio
 import httpx
 import pytest
 
-from handlers.chat import OpenAIModel, open_model
+from handlers import local_model as local
+from handlers.answer import ModelError
+from handlers.chat import ChatMessage, OpenAIModel, open_model
 from ssecore.errors import SettingsError
 from ssecore.settings import Settings
 from ssecore.wire import Decoder
@@ -106,6 +108,23 @@ def test_a_prompt_over_the_models_context_is_an_error_with_a_code(service: Serve
     else:  # on a busy machine the model says so after the first second, when the answer has begun
         code = json.loads(Decoder().feed(answer.content)[-1].data)["code"]
     assert code == "upstream_error"
+
+
+@needs("local-model")
+async def test_an_answer_that_the_model_cuts_fails_behind_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "llama.py"
+    program.write_text(local._PROGRAM.read_text().replace("MAX_ANSWER_TOKENS: Final = 512", "MAX_ANSWER_TOKENS = 5"))
+    monkeypatch.setattr(local, "_PROGRAM", program)
+    texts = []
+    with pytest.raises(ModelError) as caught:
+        async with open_model(Settings(openai_base_url="local")) as model:
+            async with aclosing(model.stream([ChatMessage("user", "Tell a very long story")])) as answer:
+                async for piece in answer:
+                    texts.append(piece)  # noqa: PERF401 - kept where it fails
+    assert caught.value.code == "upstream_length"
+    assert len(texts) == 5
 
 
 @needs("local-model")

@@ -56,7 +56,7 @@ def test_a_route_that_needs_a_right_is_in_the_table_of_rights_and_no_other() -> 
 
 def test_a_metric_is_there_and_no_other() -> None:
     families = {family.name for family in text_string_to_metric_families(SSEApp([]).metrics.text().decode())}
-    named = set(re.findall(r"`(sseapp_[a-z_]+?)(?:_total|_info)?`", PAGE))
+    named = set(re.findall(r"`((?:sseapp|gen_ai)_[a-z_]+?)(?:_total|_info)?`", PAGE))
     assert named == {re.sub("_info$", "", name) for name in families if not re.search("^process_|_created$", name)}
 
 

@@ -18,6 +18,8 @@ from tests import chromium
 from tests.needs import needs
 from tests.relay import relay
 from tests.serving import Server, free_port, serve, wait_until
+from tests.upstream import DONE, FIRST, STOP, USAGE, Call, chunk, token
+from tests.upstream import serve as serve_upstream
 
 STATIC: Final = Path(__file__).parent.parent / "handlers" / "page" / "static"
 HOSTILE: Final = '<img src=x onerror="window.hurt = 1"><script>window.hurt = 1</script>'
@@ -610,6 +612,27 @@ def test_where_nobodys_runs_are_listed_the_page_lists_its_own(shared: BrowserCon
         expect(tab.run_in_list(run).locator(".badge")).to_have_text("completed")
         tab.page.reload()
         expect(tab.run_in_list(run)).to_be_visible()
+        tab.page.close()
+        assert tab.complaints == []
+
+
+@needs("chromium")
+def test_a_models_reasoning_is_shown_apart_from_its_answer(shared: BrowserContext, tmp_path: Path) -> None:
+    def script(call: Call) -> None:
+        call.head()
+        call.send(FIRST, *(chunk({"reasoning": text}) for text in ("1", "2")), token("Hi"), STOP, USAGE, DONE)
+        call.end()
+
+    streams = [("Chat", "One prompt"), ("Chat", "Messages"), ("Agent", "Steps and answer"), ("Agent", "Conversation")]
+    with serve_upstream() as upstream, serve(tmp_path, env={"OPENAI_BASE_URL": upstream.url}) as server:
+        upstream.plan(*[script] * len(streams))
+        tab = Tab(shared, server.url)
+        for subject, stream in streams:
+            view = tab.start(subject, stream)
+            ends(view)
+            for part, text in {"reasoning": "12", "text": "Hi", "facts": "total tokens3"}.items():
+                expect(view.locator(f"[data-part={part}]"), f"{stream}: {part}").to_have_text(text)
+            view.get_by_role("button", name=f"Close {stream}").click()
         tab.page.close()
         assert tab.complaints == []
 

@@ -7,11 +7,12 @@ benchmarks'.
 import asyncio
 import gc
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, Final
 
 import anyio
@@ -19,6 +20,7 @@ import pytest
 
 import ssecore.log.tail
 import ssecore.sender
+from handlers.chat import Prompt, chat, open_model
 from sseapp import SSEApp
 from ssecore.request import Request
 from ssecore.routes import GET
@@ -26,6 +28,8 @@ from ssecore.settings import Settings
 from ssecore.topics import Subscription
 from ssecore.wire import Event
 from tests.protocol import Wire, connected
+from tests.upstream import DONE, FIRST, STOP, Call, token
+from tests.upstream import serve as serve_upstream
 
 EVENTS: Final = 1000
 READERS: Final = 100
@@ -107,6 +111,40 @@ async def test_an_event_that_is_alone_costs_one_send_and_no_turn_of_the_loop(cou
         wire = await whole(app)
     assert len(wire.written) <= EVENTS + 3
     assert counted["callbacks"] <= EVENTS + AROUND
+
+
+async def test_a_models_token_costs_one_turn_of_the_loop_from_the_upstreams_socket_to_the_clients(
+    counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    tokens = 100
+
+    def script(call: Call) -> None:
+        call.head()
+        call.send(FIRST)
+        for _ in range(tokens):
+            time.sleep(0.002)  # else some of them come together, and cost less
+            call.send(token("Hi"))
+        call.send(STOP, DONE)
+        call.end()
+
+    with serve_upstream() as upstream:
+        upstream.plan(script, script)
+        async with open_model(Settings(openai_base_url=upstream.url)) as model:
+
+            async def handler(request: Request) -> AsyncIterator[Event]:
+                request.state = SimpleNamespace(model=model)
+                request.query = Prompt("Hello")
+                async for event in chat(request):
+                    yield event
+
+            async with running(handler) as app:
+                await whole(app)
+                counted.clear()
+                wire = await whole(app)
+    assert wire.body.count(b'"Hi"') == tokens
+    assert tokens / 2 < len(wire.written) <= tokens + 5
+    assert counted["callbacks"] <= tokens + AROUND  # of the task that reads: nothing else is woken
 
 
 async def test_nothing_is_kept_of_events_that_were_sent() -> None:

@@ -106,11 +106,11 @@ Script = Callable[[Call], None]
 
 
 def answer(*texts: str) -> Script:
-    """A good answer, in every detail as OpenAI gives it."""
+    """A good answer, in every detail as OpenAI gives it: without a usage, since none is asked for."""
 
     def script(call: Call) -> None:
         call.head()
-        call.send(FIRST, *map(token, texts), STOP, USAGE, DONE)
+        call.send(FIRST, *map(token, texts), STOP, DONE)
         call.end()
 
     return script

@@ -13,8 +13,9 @@ import { Problem } from "./service.js"
 
 /** Every event name of the service. `EventSource` gives nobody the events whose name nobody listens for. */
 const NAMES = [
-  "message", "init", "connected", "status", "thought", "thinking", "tool", "token", "progress", "countdown", "task",
-  "item_error", "log", "result", "update", "config", "notification", "heartbeat", "gap", "complete", "done", "cancelled",
+  "message", "init", "connected", "status", "thought", "thinking", "tool", "token", "reasoning", "usage", "progress",
+  "countdown", "task", "item_error", "log", "result", "update", "config", "notification", "heartbeat", "gap",
+  "complete", "done", "cancelled",
 ]
 /** The first pause before asking again, doubled up to the last. */
 const RETRY_MS = [1000, 15000]

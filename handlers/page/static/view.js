@@ -20,7 +20,7 @@ import { interpreter } from "./vocabulary.js"
 
 /** In the order in which they stand, whichever came first. */
 const PARTS = {
-  figure: Figure, bar: Bar, timeline: Timeline, text: Text, sources: Sources, rows: Rows, log: Log, notes: Notes,
+  figure: Figure, bar: Bar, timeline: Timeline, reasoning: Text, text: Text, sources: Sources, rows: Rows, log: Log, notes: Notes,
   facts: Facts,
 }
 const WORDS = { lost: "cut off", open: "live" }
@@ -126,6 +126,7 @@ export class View {
     line: (level, text, about) => this.#part("log").add(level, text, about),
     token: (piece) => this.#part("text").add(piece),
     answer: (text) => this.#part("text").set(text),
+    reasoning: (piece) => this.#part("reasoning").add(piece),
     step: (kind, title, detail) => this.#part("timeline").add(kind, title, detail),
     call: (tool, asked) => this.#part("timeline").call(tool, asked),
     returned: (tool, result) => this.#part("timeline").result(tool, result),

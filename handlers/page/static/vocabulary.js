@@ -14,6 +14,7 @@ import { FileLink } from "./parts.js"
  * @property {(level: string, text: string, about?: object) => void} line
  * @property {(piece: string) => void} token
  * @property {(text: string) => void} answer
+ * @property {(piece: string) => void} reasoning
  * @property {(kind: string, title: string, detail?: string) => void} step
  * @property {(tool: string, asked?: unknown) => void} call
  * @property {(tool: string, result: unknown) => void} returned
@@ -56,6 +57,8 @@ const ENGINE = {
   },
   done: () => "completed",
   init: () => {},
+  reasoning: (show, data) => show.reasoning(plain(data?.reasoning ?? data?.content ?? data)),
+  usage: (show, data) => show.facts(Object(data).usage ?? data),
 }
 
 const percentOf = ({ percent, current, total }) => percent ?? (total ? (100 * current) / total : null)
@@ -264,7 +267,7 @@ export function interpreter(declared) {
   const endless = WITHOUT_END.has(route)
   return (show, { type, data }) => {
     if (data === "[DONE]" && type === "message") return words.done(show, "")
-    const value = BARE.has(route) && type === "token" ? data : parsed(data)
+    const value = BARE.has(route) && ["token", "reasoning"].includes(type) ? data : parsed(data)
     const typed = type === "message" && (TYPED.has(route) || !BY_ROUTE[route]) && value && typeof value === "object"
     const name = typed && Object.hasOwn(words, value.type ?? "message") ? (value.type ?? "message") : type
     const word = Object.hasOwn(words, name) ? words[name] : null

@@ -1,0 +1,483 @@
+"""What a model's server streams, made into text, reasoning, tool calls and usage; no I/O.
+
+The servers that call themselves compatible with OpenAI's chat completions differ in nearly everything. The reader takes
+what it needs from any of them, and nothing else can fail an answer:
+
+1.  An answer is whole, or reading it ends with a `ModelError`, behind the text that came before. Only the finish
+    reasons of `_ENDINGS` make it whole, or `[DONE]` behind some text where the server sends no finish reason at all.
+2.  Reasoning is never text. Each piece of it is a `Reasoning`.
+3.  An error may come in any shape: see `_is_error`.
+4.  Text is whole characters: the halves of a surrogate pair are joined, a half alone becomes U+FFFD.
+
+Boundary of trust: the bytes come from the upstream. One event, the whole answer and the tool calls are bounded; what
+the upstream says of an error goes to the log, not to the client.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+import httpx
+import msgspec
+
+from ssecore.errors import TooLarge, UpstreamError
+
+__all__ = ["MAX_ANSWER_BYTES", "AnswerReader", "ModelError", "Piece", "Reasoning", "ToolCall", "Usage", "says_error"]
+
+#: Of an answer's text, reasoning and calls together, and of one event. The longest answers of today's models have half.
+MAX_ANSWER_BYTES: Final = 1024 * 1024
+#: In one answer. Nobody needs as many.
+MAX_TOOL_CALLS: Final = 32
+
+_ENDINGS: Final = frozenset(("stop", "tool_calls", "function_call"))
+#: Other names of the two endings that clients are told apart; servers of Mistral, Zhipu and others send them.
+_CUT: Final = frozenset(("length", "model_length", "max_tokens"))
+_FILTERED: Final = ("content_filter", "safety", "sensitive")
+#: "null" and "none": written by servers that turn a missing value into a word.
+_NO_REASON: Final = frozenset(("", "null", "none"))
+
+_SETTING: Final = "OPENAI_BASE_URL must name a server that streams chat completions"
+#: What goes wrong, by the upstream's HTTP status, by exception, or by a word of ours: code and text for the client, our
+#: own HTTP status, and whether nothing can have been generated, so that it may be asked for again.
+_FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
+    200: ("upstream_malformed", f"the model did not answer with an event stream: {_SETTING}", 502, False),
+    "encoded": ("upstream_malformed", f"the model's answer is compressed, which is not read: {_SETTING}", 502, False),
+    401: ("upstream_auth", "the model doesn't accept this service's credentials", 502, False),
+    403: ("upstream_auth", "the model doesn't accept this service's credentials", 502, False),
+    429: ("upstream_rate_limited", "the model's rate limit is reached; try again", 503, True),
+    503: ("upstream_error", "the model is not available; try again", 503, True),
+    **dict.fromkeys(
+        (301, 302, 303, 307, 308),
+        # Not followed: a POST with the key in it would go to an address that nobody here has chosen.
+        ("upstream_error", "the model's server has moved: OPENAI_BASE_URL must be set to its new address", 502, False),
+    ),
+    "length": ("upstream_length", "the model's answer was cut: it reached the model's maximum length", 502, False),
+    "filter": ("upstream_filtered", "the model's answer was cut by the model's content filter", 502, False),
+    "unfinished": ("upstream_unfinished", "the model stopped before its answer was whole", 502, False),
+    "cut": ("upstream_cut", "the model's answer was cut off", 502, False),
+    httpx.PoolTimeout: ("upstream_timeout", "too many answers are under way; try again later", 503, False),
+    httpx.TimeoutException: ("upstream_timeout", "the model did not answer in time", 504, False),
+    httpx.ConnectError: ("upstream_unreachable", "the model can't be reached", 502, True),
+    httpx.ProxyError: ("upstream_unreachable", "the model can't be reached", 502, True),
+    httpx.HTTPError: ("upstream_cut", "the model's answer was cut off", 502, False),
+    TooLarge: ("upstream_too_large", "the model's answer is too long", 502, False),
+    ValueError: ("upstream_malformed", "the model's answer can't be read", 502, False),
+    RecursionError: ("upstream_malformed", "the model's answer can't be read", 502, False),
+}
+
+
+class ModelError(UpstreamError):
+    """A fault of the table. `said` is for the log; `pause_s` before it is asked for again, `None`: it must not be."""
+
+    def __init__(self, why: int | str | Exception | None, said: str = "", retry_after: str = "") -> None:
+        status = f" with the HTTP status {why}" if isinstance(why, int) else ""
+        fault = ("upstream_error", f"the model failed{status}", 502, False)
+        keys = type(why).__mro__ if isinstance(why, Exception) else (why,)
+        code, detail, self.status, again = next((_FAULTS[key] for key in keys if key in _FAULTS), fault)
+        seconds = int(retry_after) if re.fullmatch("[0-9]{1,6}", retry_after) else None  # else a date, or nothing
+        if detail.endswith("try again"):
+            detail += " later" if seconds is None else f" in {seconds} s"
+        super().__init__(detail, code=code)
+        if re.fullmatch("[ -~]{1,40}", retry_after):
+            self.headers["retry-after"] = retry_after
+        self.pause_s = (seconds if retry_after else 0) if again else None
+        self.refused = why if isinstance(why, int) else None  #: the HTTP status of a request that was not taken
+        self.said = said or (f"{type(why).__name__}: {why}" if isinstance(why, Exception) else detail)
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    """A piece of what a model thinks before it answers."""
+
+    text: str
+
+
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How many tokens an answer took, as far as the server says so."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+
+    def __add__(self, other: "Usage") -> "Usage":
+        both = ((getattr(self, name), getattr(other, name)) for name in self.__struct_fields__)
+        return Usage(*(a if b is None else b if a is None else a + b for a, b in both))
+
+
+@dataclass
+class ToolCall:
+    """What a model wants to be done. `arguments` ought to be a JSON object; it is as the model wrote it."""
+
+    id: str
+    name: str = ""
+    arguments: str = ""
+
+
+#: Of an answer, in this order: text and reasoning as they come, then the tool calls, then the usage.
+Piece = str | Reasoning | ToolCall | Usage
+
+
+# A chunk, as far as it is needed. `Any` where servers differ: a type that is not expected must not fail the decoding.
+
+
+class _Message(msgspec.Struct, gc=False):
+    content: Any = None
+    refusal: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    delta: _Message | None = None
+    message: _Message | None = None
+    text: Any = None
+    finish_reason: Any = None
+    usage: Any = None
+
+
+class _Chunk(msgspec.Struct, gc=False):
+    choices: list[_Choice | None] | None = None
+    error: Any = None
+    message: Any = None
+    detail: Any = None
+    object: Any = None
+    type: Any = None
+    usage: Any = None
+
+
+_decode: Final = msgspec.json.Decoder(_Chunk).decode
+
+
+class AnswerReader:
+    """The bytes of a streamed answer, cut anywhere, into its pieces.
+
+    Feed it until `done`, or until the body's end; then `end` gives what is left. A chunk of one token costs one
+    `splitlines`, one decoding and no copy.
+    """
+
+    def __init__(self) -> None:
+        self.finished = False  #: a finish reason was there
+        self.done = False  #: `[DONE]` was there; nothing behind it counts
+        self.tool_calls: list[ToolCall] = []  #: whole once the answer has ended
+        self.usage: Usage | None = None
+        self._data = _DataLines()
+        self._bytes_left = MAX_ANSWER_BYTES
+        self._calls: dict[str, ToolCall] = {}  # by the index that the next pieces name
+        self._fault: str | None = None  # the first finish reason that makes no whole answer
+        self._said = self._streamed = False  # there was text; a `delta` had text or calls
+        self._halves: dict[str | int, str] = {}  # high surrogates whose other half is yet to come
+
+    @property
+    def complete(self) -> bool:
+        return self.finished or (self.done and bool(self._said or self.tool_calls))
+
+    def feed(self, block: bytes) -> Iterator[str | Reasoning]:
+        """Raises `ModelError`, `TooLarge`, or for what can't be read `ValueError`, `RecursionError`; each behind the
+        pieces that came before it."""
+        for data, is_error in self._data.feed(block):
+            if self.done:
+                return
+            yield from self._read(data, is_error)
+
+    def end(self) -> Iterator[Piece]:
+        """The rest: an event that the server did not end with a blank line, then calls and usage.
+
+        Raises `ModelError` where the answer is not whole.
+        """
+        if not self.done:
+            for data, is_error in self._data.end():
+                with suppress(ValueError):  # a cut event
+                    yield from self._read(data, is_error)
+        for kind in self._halves:
+            if isinstance(kind, int):
+                self.tool_calls[kind].arguments += "\ufffd"
+            else:
+                yield Reasoning("\ufffd") if kind == "reasoning" else "\ufffd"
+        if not self.complete:
+            raise ModelError("cut", "the end came too early")
+        if self._fault is not None:
+            raise ModelError(self._fault)
+        yield from self.tool_calls
+        if self.usage is not None:
+            yield self.usage
+
+    def _read(self, data: bytes, is_error: bool) -> list[str | Reasoning]:
+        pieces: list[str | Reasoning] = []
+        if not is_error and not data.startswith(b"{") and data.strip(b' \t"') in (b"[DONE]", b""):
+            self.done = b"[DONE]" in data
+            return pieces
+        try:
+            chunk = _decode(data)
+        except ValueError:
+            if is_error:
+                raise ModelError("error", _words(data)) from None
+            if self.finished:
+                return pieces  # nothing that is needed comes any more
+            chunk = _decode_leniently(data)
+        if is_error or _is_error(chunk):
+            raise ModelError("error", _words(data))
+        for choice in chunk.choices or ():
+            if choice is not None:
+                self._take(choice, pieces)
+        if chunk.usage is not None:
+            self._take_usage(chunk.usage)
+        return pieces
+
+    def _take(self, choice: _Choice, pieces: list[str | Reasoning]) -> None:
+        if choice.delta is not None:
+            self._streamed |= self._take_message(choice.delta, pieces)
+        if choice.message is not None and not self._streamed:  # Perplexity repeats in it what the deltas gave
+            self._take_message(choice.message, pieces)
+        if isinstance(choice.text, str) and choice.delta is None and choice.message is None:
+            self._take_content(choice.text, pieces)
+        if choice.usage is not None:  # Moonshot
+            self._take_usage(choice.usage)
+        if choice.finish_reason:
+            self._finish(choice.finish_reason)
+
+    def _take_message(self, message: _Message, pieces: list[str | Reasoning]) -> bool:
+        """Whether there was an answer in it: text or calls."""
+        # OpenRouter, vLLM and others send the same under both names.
+        for thought, _ in _texts(message.reasoning_content or message.reasoning):
+            self._think(thought, pieces)
+        before = len(pieces)
+        if message.content:
+            self._take_content(message.content, pieces)
+        if message.refusal:
+            self._take_content(message.refusal, pieces)
+        calls = message.tool_calls or ()
+        for piece in calls if isinstance(calls, list | tuple) else (calls,):
+            self._add_call(piece)
+        if message.function_call:
+            self._add_call({"function": message.function_call})
+        return len(pieces) > before or bool(calls or message.function_call)
+
+    def _take_content(self, content: Any, pieces: list[str | Reasoning]) -> None:
+        if not isinstance(content, str | list | dict):
+            raise ValueError(f"content of the type {type(content).__name__}")
+        for text, is_thought in ((content, False),) if type(content) is str else _texts(content):
+            if is_thought:
+                self._think(text, pieces)
+            elif whole := self._whole(text, "text"):
+                self._said = True
+                pieces.append(whole)
+
+    def _think(self, thought: str, pieces: list[str | Reasoning]) -> None:
+        if whole := self._whole(thought, "reasoning"):
+            pieces.append(Reasoning(whole))
+
+    def _whole(self, text: str, kind: str | int) -> str:
+        """The text that can be handed on; its bytes are counted. A half of a character waits for the next text."""
+        if text.isascii() and not self._halves:
+            self._bytes_left -= len(text)
+        else:
+            text = self._halves.pop(kind, "") + text
+            if "\ud800" <= text[-1:] <= "\udbff":
+                self._halves[kind] = text[-1]
+                text = text[:-1]
+            text = _mended(text)
+            self._bytes_left -= len(text.encode())
+        if self._bytes_left < 0:
+            raise TooLarge("the answer has more than its bound")
+        return text
+
+    def _finish(self, reason: Any) -> None:
+        word = reason.strip().casefold() if isinstance(reason, str) else "?"
+        if word in _NO_REASON:
+            return
+        self.finished = True
+        if word in _ENDINGS:
+            return
+        fault = "length" if word in _CUT else "filter" if word.startswith(_FILTERED) else "unfinished"
+        self._fault = self._fault or fault
+
+    def _take_usage(self, usage: Any) -> None:
+        """The last one counts: some servers send it with each chunk."""
+        if isinstance(usage, dict):
+            counts = (usage.get(name) for name in Usage.__struct_fields__)
+            whole = Usage(*(count if type(count) is int and 0 <= count < 2**53 else None for count in counts))
+            if whole != Usage():
+                self.usage = whole
+
+    def _add_call(self, piece: Any) -> None:
+        """A piece of a call goes on with the call that has its index, or begins a new one: see `_begins`."""
+        if not isinstance(piece, dict):
+            return
+        function = piece.get("function")
+        if not isinstance(function, dict):
+            function = piece
+        name, id, key = _word(function.get("name")), _word(piece.get("id")), _word(piece.get("index"))
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict | list):
+            arguments = json.dumps(arguments)
+        elif not isinstance(arguments, str):
+            arguments = ""
+        call = self._calls.get(key)
+        if call is None or _begins(call, id, name, arguments):
+            if len(self.tool_calls) == MAX_TOOL_CALLS:
+                raise TooLarge("too many tool calls")
+            call = self._calls[key] = ToolCall(id or f"call_{len(self.tool_calls)}")
+            self.tool_calls.append(call)
+        if name != call.name:  # repeated with every piece by some servers, in pieces itself by others
+            self._bytes_left -= len(name.encode())
+            call.name += name
+        if arguments or self._bytes_left < 0:
+            number = next(number for number, each in enumerate(self.tool_calls) if each is call)
+            call.arguments += self._whole(arguments, number)
+
+
+def _begins(call: ToolCall, id: str, name: str, arguments: str) -> bool:
+    """Whether this piece, which has the index of `call`, begins another one.
+
+    Some servers count wrong (each call has the index 0, or none), so an id that is new begins a call. But where it
+    comes with nothing but arguments, as some give each piece a new id, it does only when the call is complete. So does
+    a name without an id: some servers give no ids.
+    """
+    if id and id != call.id:
+        return bool(name) or not arguments or _is_object(call.arguments)
+    return bool(name) and not id and _is_object(call.arguments)
+
+
+def _is_object(arguments: str) -> bool:
+    if not arguments.rstrip().endswith("}"):
+        return False
+    try:
+        msgspec.json.decode(arguments, type=dict[str, Any])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def says_error(body: bytes) -> bool:
+    """Whether a body that is no event stream is an error of the server's, and not an answer of some other kind."""
+    try:
+        return _is_error(_decode_leniently(body))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_error(chunk: _Chunk) -> bool:
+    """OpenAI's `{"error": …}`; vLLM's, sglang's and Mistral's `{"object": "error", "message": …}`; a gateway's
+    `{"message": …}`, `{"detail": …}`; Anthropic's `{"type": "error", …}`."""
+    if chunk.error:
+        return True
+    if chunk.choices:
+        return False
+    return bool(
+        chunk.message or chunk.detail or "error" in (chunk.object, chunk.type) or isinstance(chunk.error, dict | list)
+    )
+
+
+def _decode_leniently(data: bytes) -> _Chunk:
+    """What JSON forbids and servers send all the same: NaN and Infinity, halves of surrogate pairs, bytes that are not
+    UTF-8, control characters, integers without end; and data that is no object, which has nothing to read in it.
+
+    Raises `ValueError` (msgspec's errors too) and `RecursionError`.
+    """
+    value = json.loads(data.decode(errors="replace"), strict=False, parse_int=lambda digits: int(digits[:20]))
+    if isinstance(value, list):  # Google's servers put an error into one
+        value = next((item for item in value if isinstance(item, dict) and item.get("error")), None)
+    return msgspec.convert(value, _Chunk) if isinstance(value, dict) else _Chunk()
+
+
+def _texts(content: Any) -> Iterator[tuple[str, bool]]:
+    """The texts of a content or a reasoning, each with whether it is a thought: of a text, of a part such as
+    `{"type": "text", "text": …}`, or of a list of them; of anything else none."""
+    if isinstance(content, str):
+        yield content, False
+    elif isinstance(content, list):
+        for part in content:
+            yield from _texts(part)
+    elif isinstance(content, dict):
+        kind = content.get("type")
+        is_thought = isinstance(kind, str) and kind.startswith(("thinking", "reasoning"))
+        names = ("thinking", "reasoning", "summary", "text") if is_thought else ("text", "value", "refusal")
+        inner = next((content[name] for name in names if isinstance(content.get(name), str | list | dict)), ())
+        for text, was_thought in _texts(inner):
+            yield text, is_thought or was_thought
+
+
+def _mended(text: str) -> str:
+    """Pairs of surrogates are one character; a half is U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _word(value: Any) -> str:
+    """An id, an index or a name, of whatever type; 0 and 0.0 are the same."""
+    if isinstance(value, str):
+        return _mended(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None or isinstance(value, bool | list | dict) else str(value)
+
+
+def _words(data: bytes) -> str:
+    return data.decode(errors="replace")
+
+
+class _DataLines:
+    """The data of a stream's events, as bytes, and whether the event says by its field that it is an error.
+
+    As `wire.Decoder`, which makes texts of them; the decoding of the JSON wants bytes. Line ends are those of the
+    standard (https://html.spec.whatwg.org/multipage/server-sent-events.html, 9.2.5).
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []  # of a line whose end is yet to come
+        self._lines: list[bytes] = []  # of an event's data
+        self._held = 0  # bytes of both
+        self._is_error = self._after_cr = False
+        self._is_first = True
+
+    def feed(self, block: bytes) -> Iterator[tuple[bytes, bool]]:
+        if self._after_cr and block.startswith(b"\n"):
+            block = block[1:]
+        if not block:
+            self._after_cr = False
+            return
+        self._after_cr = block.endswith(b"\r")
+        lines = block.splitlines(keepends=True)
+        rest = b"" if lines[-1].endswith((b"\n", b"\r")) else lines.pop()
+        if lines and self._parts:
+            lines[0] = b"".join((*self._parts, lines[0]))
+            self._parts.clear()
+            self._held = sum(map(len, self._lines))
+        for line in lines:
+            if (data := self._take(line.rstrip(b"\r\n"))) is not None:
+                yield data
+        if rest:
+            self._hold(self._parts, rest)
+
+    def end(self) -> Iterator[tuple[bytes, bool]]:
+        """The event that had no end."""
+        for line in (b"".join(self._parts), b""):
+            if (data := self._take(line)) is not None:
+                yield data
+
+    def _take(self, line: bytes) -> tuple[bytes, bool] | None:
+        if self._is_first:
+            self._is_first, line = False, line.removeprefix(b"\xef\xbb\xbf")
+        if line.startswith(b"data:"):
+            self._hold(self._lines, line[6:] if line[5:6] == b" " else line[5:])
+        elif not line:
+            event = (b"\n".join(self._lines), self._is_error) if self._lines else None
+            self._lines, self._held, self._is_error = [], 0, False
+            return event
+        elif line == b"data":
+            self._hold(self._lines, b"")
+        elif line.startswith(b"event:"):
+            self._is_error = line[6:].strip() == b"error"
+        elif line.startswith(b"error:"):  # llama.cpp's own field
+            self._hold(self._lines, line[6:])
+            self._is_error = True
+        return None
+
+    def _hold(self, where: list[bytes], data: bytes) -> None:
+        self._held += len(data)
+        if self._held > MAX_ANSWER_BYTES:
+            raise TooLarge("too large an event")
+        where.append(data)
