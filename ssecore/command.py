@@ -15,9 +15,9 @@ __all__ = ["main", "prepare"]
 def main() -> int:
     """The command. Returns the exit code."""
     prepare()
-    import sseapp
+    from ssecore import cli
 
-    return sseapp.main()
+    return cli.main()
 
 
 def prepare() -> None:

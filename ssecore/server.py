@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import MutableMapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from queue import SimpleQueue
@@ -32,12 +33,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from ssecore import stderr
 from ssecore.errors import SettingsError
-from ssecore.guard import MAX_HEADER_LINES, Guard
+from ssecore.guard import MAX_HEADER_LINES
 from ssecore.responses import Send
 from ssecore.settings import Settings
 from ssecore.wire import encode_json
 
-__all__ = ["BoundedProtocol", "serve"]
+__all__ = ["BoundedProtocol", "Hosted", "serve"]
 
 logger = logging.getLogger("sseapp")
 
@@ -87,8 +88,10 @@ class Drainable(Protocol):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
 
     direct: bool
-    guard: Guard
     failed: bool
+
+    @property
+    def private(self) -> bool: ...
 
     def at_work(self) -> list[str]: ...
 
@@ -96,6 +99,52 @@ class Drainable(Protocol):
 
     def abort(self) -> None: ...
     def give_up(self) -> None: ...
+
+
+class Hosted:
+    """Any ASGI program, as `serve` takes one: who may use it is for the program to decide.
+
+    A `SSEApp` that is mounted in it hears of the signal by itself, as under other servers, and says farewell at once.
+    """
+
+    direct = failed = private = False
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._open: dict[int, str] = {}  # requests by a number
+        self._count = 0
+        self._change: asyncio.Event | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Call the program, and count its requests."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        self._count = number = self._count + 1
+        self._open[number] = f"{scope.get('method', scope['type'])} {scope['path']!r:.200}"
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            del self._open[number]
+            if not self._open and self._change is not None:
+                self._change.set()
+
+    def at_work(self) -> list[str]:
+        """The open requests."""
+        return list(self._open.values())
+
+    async def drain(self, grace_s: float) -> None:
+        """Wait until no request is open, at most so long."""
+        self._change = asyncio.Event()
+        if self._open:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._change.wait(), min(grace_s, LONGEST_S))
+
+    def abort(self) -> None:
+        """Nothing: uvicorn cancels what is still open."""
+
+    def give_up(self) -> None:
+        """Nothing."""
 
 
 class _Server(uvicorn.Server):
@@ -432,7 +481,7 @@ def serve(app: Drainable, settings: Settings) -> int:
     for name, level in (("uvicorn.error", logging.WARNING), ("httpx", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
     logging.getLogger("uvicorn.error").addFilter(_TruncatedOnPurpose())
-    sock = _listen(settings, private=app.guard.mode == "private")
+    sock = _listen(settings, private=app.private)
     host, port = sock.getsockname()[:2]
     bounds = (settings.max_header_bytes, settings.max_target_bytes)
     limit = sum(filter(None, bounds)) + HEAD_SYNTAX_BYTES if None not in bounds else None
@@ -441,7 +490,7 @@ def serve(app: Drainable, settings: Settings) -> int:
         loop="uvloop",
         http=type("_Bounded", (BoundedProtocol,), {"max_head_bytes": limit}),
         ws="none",
-        lifespan="on",
+        lifespan="auto" if isinstance(app, Hosted) else "on",  # not every program has one
         log_config=None,
         access_log=False,
         server_header=False,
