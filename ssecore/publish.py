@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Publishes one event to /topics/TOPIC of a running service."
     parser.epilog = f"variables:\n  {TOKEN}  the token, where no other user's `ps` shows it\n\nexit codes:\n{codes}"
     parser.add_argument("topic", metavar="TOPIC")
-    parser.add_argument("data", metavar="JSON", nargs="?", default="@-", help="or @FILE; default: @-, standard input")
+    parser.add_argument("data", metavar="JSON", help="or @FILE; @- reads standard input")
     parser.add_argument("--event", help="the event's name; default: message")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the service; default: %(default)s")
     parser.add_argument("--token", help=f"sent as `Authorization: Bearer`; better set the variable {TOKEN}")

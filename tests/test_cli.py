@@ -100,7 +100,7 @@ def test_an_event_is_published(server: Server, tmp_path: Path, monkeypatch: pyte
         assert main([*topic, '{"from": "an argument"}', "--event", "näws"]) == 0
         assert main([*topic, f"@{tmp_path / 'event.json'}"]) == 0
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"3")))
-        assert main(topic) == 0
+        assert main([*topic, "@-"]) == 0
         events = [subscriber.next() for _ in range(3)]
     assert [(event.event, json.loads(event.data)) for event in events] == [
         ("näws", {"from": "an argument"}),
