@@ -30,6 +30,7 @@ from ssecore.direct import DirectStream, PumpStream
 from ssecore.errors import (
     ClientGone,
     Draining,
+    EncodeError,
     NotFound,
     NotRunning,
     SettingsError,
@@ -47,7 +48,7 @@ from ssecore.metrics import Facts, Metrics
 from ssecore.progress import LogLevel, ProgressLogger, from_thread
 from ssecore.request import Receive, Request, Room, Services
 from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, response_start, send_response
-from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
+from ssecore.routes import DELETE, GET, PATCH, POST, PUT, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
 from ssecore.settings import Settings
@@ -72,7 +73,9 @@ __all__ = [
     "DELETE",
     "GET",
     "JSON",
+    "PATCH",
     "POST",
+    "PUT",
     "ByteStream",
     "Decoder",
     "Event",
@@ -352,6 +355,7 @@ class SSEApp:
         """What to send or to run, or `None` where all has been said."""
         settings = self.settings
         route, params = self._table.match(request.method, request.path)
+        request.route = route
         if not route.open:
             await self.guard.enter(request)
             if route.may:
@@ -531,7 +535,10 @@ class SSEApp:
         """Gives the reference of a 5xx, which its client gets too."""
         route = request.route.path if request.route is not None else "none"
         text = "%s %s answered %d %s: %r"  # `%r`: a text may quote the client, line ends included
-        facts = (request.method, route, error.status, error.code, error.detail)
+        detail = error.detail
+        if isinstance(error, EncodeError) and error.__cause__ is not None:  # the type, which its client isn't told
+            detail += f": {error.__cause__!r}"
+        facts = (request.method, route, error.status, error.code, detail)
         if error.status < 500:
             logger.debug(text, *facts)
             return None

@@ -94,7 +94,7 @@ class ToolCall:
     arguments: str = ""
 
 
-class Prompt(msgspec.Struct):
+class Prompt(msgspec.Struct, forbid_unknown_fields=True):
     prompt: Annotated[str, Meta(min_length=1, max_length=8000)]
 
 

@@ -519,8 +519,9 @@ def _listen(settings: Settings, *, private: bool) -> socket.socket:
         raise SettingsError(f"can't listen on {settings.host!r}: {error.strerror}", field="host") from None
     if private and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise SettingsError(
-            f"{settings.host} is not a loopback address, and nobody is asked for credentials: "
-            "set SSEAPP_TOKENS_FILE to a file of tokens, or SSEAPP_AUTH=off if everybody who reaches it may use it",
+            f"{settings.host} is not a loopback address, and nobody is asked for credentials: set "
+            f"{settings.written('tokens_file')} to a file of tokens, or {settings.written('auth', 'off')} if everybody "
+            "who reaches it may use it",
             field="host",
         )
     try:

@@ -48,7 +48,7 @@ from anyio.lowlevel import checkpoint
 
 from ssecore.errors import Draining, EncodeError, SSEAppError, Unavailable
 from ssecore.request import EndReason, Request
-from ssecore.responses import Send
+from ssecore.responses import Send, http_error
 from ssecore.wire import HEARTBEAT, Event, encode
 
 __all__ = [
@@ -709,6 +709,8 @@ def engine_frames(name: str, data: dict[str, Any], *, data_only: bool) -> list[b
 def public_text(error: Exception) -> str:
     """What a client may read of an exception; what it may not is logged under a reference."""
     if isinstance(error, SSEAppError):
+        if isinstance(error, EncodeError) and error.__cause__ is not None:
+            logger.error("a handler's event: %s: %r", error.detail, error.__cause__)
         return error.detail
     return f"internal error (reference {_log_failure(error)})"
 
@@ -716,12 +718,13 @@ def public_text(error: Exception) -> str:
 def failure_of(error: BaseException, what: str = "a handler") -> Exception:
     """What a user's code raised, as a failure of that code alone.
 
-    An `Exception` stays as it is. Anything else (`SystemExit`, `GeneratorExit`, a Rust panic, a group of such) becomes
-    a `RuntimeError` with the original as its cause: raised on, it would end the event loop or the app's task group.
+    An `Exception` stays as it is, but a framework's HTTP error becomes ours, with its status. Anything else
+    (`SystemExit`, `GeneratorExit`, a Rust panic, a group of such) becomes a `RuntimeError` with the original as its
+    cause: raised on, it would end the event loop or the app's task group.
     The caller has sorted out cancellations of its own before.
     """
     if isinstance(error, Exception):
-        return error
+        return http_error(error) or error
     failure = RuntimeError(f"{what} raised {type(error).__name__}")
     failure.__cause__ = error
     return failure

@@ -59,8 +59,17 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """What the file imports, wherever the statement stands, as full names of modules."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    """What the file imports when it runs, wherever the statement stands, as full names of modules."""
+    tree = ast.parse(path.read_bytes())
+    for_types = {
+        statement
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+    }
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
