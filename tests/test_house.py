@@ -177,14 +177,20 @@ def test_the_wheel_holds_the_library_only(wheel: ZipFile) -> None:
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == library
 
 
-def test_the_wheel_imports_where_only_its_dependencies_are(wheel: ZipFile, tmp_path: Path) -> None:
-    environment = tmp_path / "environment"
-    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
+def installed(wheel: ZipFile, environment: Path, *more: str) -> Path:
+    """An environment that has the wheel, its dependencies, and more that is installed here. Gives its packages."""
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment.parent)
     (packages,) = environment.glob("lib/python*/site-packages")
     wheel.extractall(packages)
-    for name in re.findall(r"^[\w.-]+(?===)", (ROOT / "requirements.txt").read_text(), re.MULTILINE):
+    locked = re.findall(r"^[\w.-]+(?===)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    for name in {*locked, *more}:
         link_distribution(name, packages)
+    return packages
 
+
+def test_the_wheel_imports_where_only_its_dependencies_are(wheel: ZipFile, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    packages = installed(wheel, environment)
     program = """if True:
         import importlib.util, ssecore.wire
         from sseapp import SSEApp, create_app
@@ -192,6 +198,7 @@ def test_the_wheel_imports_where_only_its_dependencies_are(wheel: ZipFile, tmp_p
     """
     printed = run(environment / "bin" / "python", "-I", "-c", program, cwd=tmp_path)
     assert printed == f"{packages / 'ssecore' / 'wire.py'} [None, None, None]\n"
+    assert run(environment / "bin" / "python", "-m", "sseapp", "--version", cwd=tmp_path).startswith("sseapp ")
 
 
 def link_distribution(name: str, packages: Path) -> None:
