@@ -9,6 +9,7 @@ streams still end, as thousands do on a busy machine, MAX_END_S.
 import asyncio
 import faulthandler
 import gc
+import importlib
 import ipaddress
 import logging
 import math
@@ -25,7 +26,7 @@ from datetime import UTC, datetime
 from functools import partial
 from queue import SimpleQueue
 from types import FrameType
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, Literal, NoReturn, Protocol
 
 import uvicorn
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
@@ -487,7 +488,7 @@ def serve(app: Drainable, settings: Settings) -> int:
     limit = sum(filter(None, bounds)) + HEAD_SYNTAX_BYTES if None not in bounds else None
     config = uvicorn.Config(
         app,
-        loop="uvloop",
+        loop=_loop(),
         http=type("_Bounded", (BoundedProtocol,), {"max_head_bytes": limit}),
         ws="none",
         lifespan="auto" if isinstance(app, Hosted) else "on",  # not every program has one
@@ -502,14 +503,24 @@ def serve(app: Drainable, settings: Settings) -> int:
     app.direct = True  # its `send` is uvicorn's
     server = _Server(config, app, settings.drain_s)
     logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, server.handle_exit)  # the other two are uvicorn's
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows; the other two are uvicorn's
+    if threading.current_thread() is threading.main_thread() and hangup is not None:
+        if signal.getsignal(hangup) is not signal.SIG_IGN:
+            signal.signal(hangup, server.handle_exit)
     try:
         server.run(sockets=[sock])
     except (KeyboardInterrupt, SystemExit) as error:
         if server.started and not server.should_exit:
             logger.error("the server was ended by %r", error)
     return server.exit_code
+
+
+def _loop() -> Literal["uvloop", "asyncio"]:
+    try:
+        importlib.import_module("uvloop")
+    except ImportError:  # there is none for Windows
+        return "asyncio"
+    return "uvloop"
 
 
 def _listen(settings: Settings, *, private: bool) -> socket.socket:

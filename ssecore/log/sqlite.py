@@ -25,7 +25,6 @@ way and commits them in one, in a worker thread; each caller goes on after the c
     tries that from time to time.
 """
 
-import fcntl
 import logging
 import os
 import sqlite3
@@ -48,6 +47,7 @@ from msgspec.structs import replace
 
 import ssecore.log
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError
+from ssecore.filelock import try_lock
 from ssecore.log import (
     MAX_ROW_BYTES,
     OWNERS,
@@ -543,9 +543,7 @@ class SqliteLog(Alone):
             lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise LogError(f"the folder of the event log {self.path} can't be written: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(lock):
             pid = os.read(lock, 20).strip().decode("ascii", "replace")
             os.close(lock)
             return None, f"process {pid}" if pid else "another process"
