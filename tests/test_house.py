@@ -23,7 +23,7 @@ PRODUCT: Final = [ROOT / "sseapp.py", *ENGINE, *SERVICE]
 #: that makes no cycle. A package, as `log`, is one entry.
 LAYERS: Final = (
     {"errors"},
-    {"wire", "settings", "filelock", "tokens", "signals", "stderr", "outbound"},
+    {"wire", "settings", "filelock", "workers", "tokens", "signals", "stderr", "outbound"},
     {"request", "responses", "routes", "metrics", "connection"},
     {"guard", "stream", "log", "direct", "client"},
     {"runs", "topics", "progress"},

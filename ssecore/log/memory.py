@@ -5,12 +5,13 @@ changes everything in one such step. The step comes after the call's only await,
 that never waits lets the others run); who is cancelled there has changed nothing.
 """
 
+import logging
 import sys
 import time
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
@@ -41,8 +42,11 @@ from ssecore.log import (
     plain,
     share_full,
 )
+from ssecore.workers import SEVERAL, only_worker
 
 __all__ = ["MemoryLog"]
+
+logger = logging.getLogger("sseapp")
 
 #: Streams looked at by the upkeep between two turns of the loop: about a millisecond.
 _UPKEEP_STEP: Final = 1000
@@ -85,7 +89,14 @@ class MemoryLog(Alone):
     async def running(self) -> AsyncIterator[None]:
         failure = None
         self._crowded = anyio.Event()
-        async with anyio.create_task_group() as group:
+        async with AsyncExitStack() as stack:
+            if not stack.enter_context(only_worker()):
+                logger.warning(
+                    "this server has several workers, each with a memory log of its own: a client that comes back may "
+                    "reach one that doesn't know its run or topic; %s. (Streams without run= are not concerned.)",
+                    SEVERAL,
+                )
+            group = await stack.enter_async_context(anyio.create_task_group())
             group.start_soon(self._keep_up)
             try:
                 yield

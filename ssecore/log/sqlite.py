@@ -75,6 +75,7 @@ from ssecore.log import (
     unpacked,
 )
 from ssecore.wire import encode_json
+from ssecore.workers import SEVERAL
 
 __all__ = ["SqliteLog"]
 
@@ -532,8 +533,8 @@ class SqliteLog(Alone):
                 return lock
             if current_time() >= until:
                 raise LogError(
-                    f"the event log {self.path} is in use by {holder}: stop it, or name another data folder"
-                    " (replicas need the Redis log)"
+                    f"the event log {self.path} is in use by {holder}: stop it, or name another data folder. "
+                    f"If the two are workers of one server: {SEVERAL}"
                 )
             await anyio.sleep(_LOCK_POLL_S)
 
