@@ -3,7 +3,7 @@
 #     docker build -t sseapp .
 #     docker run -p 127.0.0.1:8000:8000 -v sseapp:/data -e SSEAPP_AUTH=off sseapp
 #
-# BASE is any Debian-like image with Python 3.11 to 3.13 and its venv module. A digest pins it for good:
+# BASE is any Debian-like image with Python 3.11 to 3.15 and its venv module. A digest pins it for good:
 #     --build-arg BASE=python:3.13.9-slim-bookworm@sha256:…
 # Packages from another index: --secret id=pip.conf,src=pip.conf (nothing of it stays in the image).
 ARG BASE=python:3.13.9-slim-bookworm

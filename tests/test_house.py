@@ -211,7 +211,10 @@ def link_distribution(name: str, packages: Path) -> None:
         (packages / top).symlink_to(str(installed.locate_file(top)))
 
 
-@pytest.mark.parametrize("lock", ["requirements.txt", "requirements-dev.txt", "requirements-local-model.txt"])
+LOCKS: Final = [f"requirements{name}.txt" for name in ("", "-build", "-dev", "-local-model")]
+
+
+@pytest.mark.parametrize("lock", LOCKS)
 def test_a_lock_holds_versions_and_hashes_and_no_address(lock: str) -> None:
     text = (ROOT / lock).read_text()
     assert "://" not in text
