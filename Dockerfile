@@ -22,6 +22,12 @@ COPY handlers /srv/sseapp/handlers
 RUN /srv/venv/bin/python -m compileall -q /srv/sseapp && mkdir /srv/data
 
 FROM ${BASE}
+ARG BASE
+LABEL org.opencontainers.image.title="sseapp" \
+    org.opencontainers.image.description="A streaming server for Server-Sent Events" \
+    org.opencontainers.image.version="0.1.0" \
+    org.opencontainers.image.licenses="MIT" \
+    org.opencontainers.image.base.name="${BASE}"
 COPY --from=build /srv/venv /srv/venv
 COPY --from=build /srv/sseapp /srv/sseapp
 # A volume that is mounted here for the first time takes its owner over.

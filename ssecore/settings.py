@@ -60,7 +60,7 @@ class Settings:
     cors_origins: tuple[_Origin, ...] | None = _setting(
         None, "origins whose pages may ask, as https://example.com, by comma; * is any, without cookies"
     )
-    heartbeat_s: _Seconds = _setting(15.0, "idle time before a heartbeat")
+    heartbeat_s: _Seconds | None = _setting(15.0, "idle time before a heartbeat")
     send_timeout_s: _Seconds = _setting(30.0, "a client whose window stays shut for so long is dropped")
     drain_s: Annotated[float, Meta(ge=0)] = _setting(8.0, "from SIGTERM to the end; 'docker stop' gives 10")
     retry_ms: Annotated[int, Meta(ge=0)] = _setting(2000, "reconnection time that each stream opens with")

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import pytest
 
 from ssecore import workers
@@ -52,6 +53,37 @@ def test_workers_with_memory_logs_are_warned_about(more: Sequence[str], told: in
         ended(process)
     assert log and log.count("this server has several workers, each with a memory log of its own") == told
     assert not list(tmp_path.glob("sseapp-worker-of-*"))
+
+
+def test_gunicorns_workers_are_warned_about_too_and_say_farewell(tmp_path: Path) -> None:
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "gunicorn",
+        "-k",
+        "asgi",
+        "-w",
+        "2",
+        "-b",
+        f"127.0.0.1:{port}",
+        "--no-control-socket",
+    ]
+    environ = {**os.environ, "SSEAPP_DATA_DIR": str(tmp_path), "SSEAPP_LOG": "memory", "TMPDIR": str(tmp_path)}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "sseapp:create_app()"], cwd=ROOT, env=environ, stdout=log, stderr=log)
+    try:
+        told = wait_until(lambda: (text := (tmp_path / "log").read_text()).count("server listening") == 2 and text)
+        assert told and told.count("this server has several workers") == 1
+        with httpx.stream("GET", f"http://127.0.0.1:{port}/topics/news", trust_env=False) as answer:
+            chunks = answer.iter_raw()
+            assert b"event: init" in next(chunks)
+            process.terminate()
+            assert b"".join(chunks).startswith(b"retry: "), "and its proper end, else httpx raises"
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_two_apps_of_one_process_are_one_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
