@@ -35,13 +35,14 @@ def test_alone_it_prints_its_help() -> None:
     assert all(f"\n    {command} " in done.stdout for command in ("serve", "token", "listen", "publish"))
 
 
-def test_it_serves_a_program_that_an_app_is_mounted_in(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
+def test_it_serves_a_program_that_an_app_is_mounted_in(number: signal.Signals, tmp_path: Path) -> None:
     with serve(tmp_path, "tests.hosts:make") as server:
         assert server.client.post("/fastapi/none/publish", json={"a": 1}).is_success
         with server.client.stream("GET", "/fastapi/none/deep/sse/news") as answer:
             chunks = answer.iter_raw()
             assert b"event: init" in next(chunks)
-            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(number)
             assert b"".join(chunks).startswith(b"retry: "), "and its proper end, else httpx raises"
         assert server.wait() == 0
     assert serving.is_clean(server.log())
