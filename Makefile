@@ -8,16 +8,17 @@ INSTALLED := .venv/installed
 LOCAL_MODEL := .venv/local-model
 NODE_CLIENTS := tests/node/node_modules/.package-lock.json
 PEERS := .venv-peers/installed
+OTHER_TESTS := wire routes inputs settings cli filelock stream topics log_sqlite testing client_file embedding typing
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
 	--python-version 3.11 $(ARGS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help install run test system lint bench pictures lock clean
+.PHONY: help install run test test-python system lint bench pictures lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## .venv with all that running and testing need (PYTHON=python3.12 to choose one)
 
@@ -57,6 +58,12 @@ test: system install lint ## lint, types and tests (ARGS='-k wire')
 	@$(if $(ARGS),,echo 'all tests: half an hour, more or less (ARGS="-k wire" runs some of them)')
 	$(BIN)/python -m pytest $(ARGS)
 
+test-python: ## the library's own tests on another Python, in .venv-other (PYTHON=python3.13)
+	@echo 'installing what the tests need into .venv-other: 900 MB, some minutes'
+	@$(PYTHON) -m venv --clear .venv-other
+	@.venv-other/bin/python -m pip install --quiet --require-hashes -r requirements-dev.txt
+	.venv-other/bin/python -m pytest $(OTHER_TESTS:%=tests/test_%.py) $(ARGS)
+
 system: ## what the tests need of the system: looked for, installed with apt where that can be done (on a terminal it asks)
 	@sh tests/system-packages.sh
 
@@ -85,5 +92,5 @@ lock: ## the locks again, with uv (ARGS=--upgrade for newer versions)
 	$(LOCK) --constraints requirements.txt --output-file benchmarks/requirements-peers.txt benchmarks/requirements-peers.in
 
 clean: ## all that was made, but not the data in ./var
-	rm -rf .venv .venv-peers tests/node/node_modules dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-other .venv-peers tests/node/node_modules dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
