@@ -117,7 +117,7 @@ def _serve(options: argparse.Namespace) -> int:
     for name in OF_THE_SERVICE:
         if given[name] is not None:
             option = f"--{name.replace('_', '-')}"
-            text = f"{option} is for the service: {options.app} decides it in its code, Settings({name}=…)"
+            text = f"{option} applies to the service only: set it in the code of {options.app}, Settings({name}=…)"
             raise SettingsError(text, field=name)
     settings = Settings.from_env(**given)  # of the runner; the program's streams have those that it made them with
     sys.path.insert(0, "")  # the folder that it is started in; a script has its own there
@@ -138,7 +138,7 @@ def load(target: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the program itself lacks something
-        text = f"there is no module {error.name!r}: start it in the folder of your program, or install that"
+        text = f"no module named {error.name!r}: run this in the folder of your program, or install the package"
         raise SettingsError(text, field="app") from None
     for name in path.split("."):
         if not hasattr(found, name):
@@ -159,7 +159,7 @@ def _token(options: argparse.Namespace) -> int:
     # No other setting is read: a wrong one is no reason to keep a token alive.
     given = os.environ.get("SSEAPP_TOKENS_FILE", "") if options.tokens_file is None else options.tokens_file
     if given.lower() in ("none", ""):
-        raise SettingsError("where are the tokens? name the file in SSEAPP_TOKENS_FILE, or by --tokens-file")
+        raise SettingsError("no token file given: set SSEAPP_TOKENS_FILE, or pass --tokens-file")
     path = Path(given)
     if options.action == "add":
         _check_patterns(options.may)

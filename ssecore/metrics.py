@@ -5,7 +5,6 @@ Nothing is counted for an event: streams count what they send (per write), and a
 
 from collections import Counter as Sums
 from collections.abc import Callable, Collection, Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 from typing import Final, NamedTuple, Protocol
 
@@ -19,6 +18,8 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+import ssecore
 
 __all__ = ["MEDIA_TYPE", "Facts", "Measurable", "Metrics"]
 
@@ -91,12 +92,8 @@ class Metrics:
         self._ended = Counter(
             "sseapp_streams_ended", "Streams that ended, by route and why", ["route", "reason"], registry=registry
         )
-        try:
-            own = version("sseapp")
-        except PackageNotFoundError:  # run from a checkout that isn't installed
-            own = "unknown"
         build = Info("sseapp_build", "The version that runs", registry=registry)
-        build.info({"version": own, "python": python_version()})
+        build.info({"version": ssecore.__version__, "python": python_version()})
         ProcessCollector(registry=registry)
         registry.register(self)
 

@@ -70,8 +70,8 @@ def test_it_serves_an_app_of_ones_own(tmp_path: Path) -> None:
     ("target", "said"),
     [
         ("nothing", "write MODULE:APP"),
-        ("nothing.here:app", "there is no module 'nothing'"),
-        ("tests.nothing:app", "there is no module 'tests.nothing'"),
+        ("nothing.here:app", "no module named 'nothing'"),
+        ("tests.nothing:app", "no module named 'tests.nothing'"),
         ("tests.hosts:nothing", "tests.hosts has no 'nothing'"),
         ("tests.hosts:FLOOD", "is not an ASGI program: int"),
     ],
