@@ -47,7 +47,17 @@ from ssecore.log.tail import Attached, Reader, Tails
 from ssecore.metrics import Facts, Metrics
 from ssecore.progress import LogLevel, ProgressLogger, from_thread
 from ssecore.request import Receive, Request, Room, Services
-from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, response_start, send_response
+from ssecore.responses import (
+    JSON,
+    ByteStream,
+    Response,
+    Send,
+    http_error,
+    problem,
+    raw_headers,
+    response_start,
+    send_response,
+)
 from ssecore.routes import DELETE, GET, PATCH, POST, PUT, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
@@ -190,7 +200,8 @@ class SSEApp:
         except get_cancelled_exc_class():
             raise
         except BaseException as error:
-            answer, start = self._refused(request, failure_of(error))
+            failure = failure_of(error)
+            answer, start = self._refused(request, http_error(failure) or failure)
         finally:
             self._leave_place(request)
             request.close()

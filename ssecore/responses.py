@@ -97,8 +97,9 @@ def http_error(error: Exception) -> SSEAppError | None:
     It is known by its `status_code`, 400 to 599, and its `detail`, which is meant for the client.
     """
     status, detail = getattr(error, "status_code", None), getattr(error, "detail", None)
-    if isinstance(error, SSEAppError) or type(status) is not int or detail is None or status not in _ERRORS:
+    if isinstance(error, SSEAppError) or not isinstance(status, int) or detail is None or status not in _ERRORS:
         return None
+    status = int(status)  # an HTTPStatus, maybe
     kinds = {kind.status: kind for kind in reversed([*_kinds(SSEAppError)])}
     code = kinds[status].code if status in kinds else HTTPStatus(status).name.lower()
     given = getattr(error, "headers", None)

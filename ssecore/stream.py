@@ -178,7 +178,8 @@ class Pump(Generic[T]):
     def took(self, error: BaseException) -> bool:
         """Note it as the generator's failure: anything is, except a cancellation by `stop`."""
         if not isinstance(error, get_cancelled_exc_class()):
-            self.failure = failure_of(error)
+            failure = failure_of(error)
+            self.failure = http_error(failure) or failure
         elif not self._stopped:
             # By a task that the generator waited for, not by us.
             self.failure = RuntimeError("the handler was cancelled from within")
@@ -718,13 +719,12 @@ def public_text(error: Exception) -> str:
 def failure_of(error: BaseException, what: str = "a handler") -> Exception:
     """What a user's code raised, as a failure of that code alone.
 
-    An `Exception` stays as it is, but a framework's HTTP error becomes ours, with its status. Anything else
-    (`SystemExit`, `GeneratorExit`, a Rust panic, a group of such) becomes a `RuntimeError` with the original as its
-    cause: raised on, it would end the event loop or the app's task group.
+    An `Exception` stays as it is. Anything else (`SystemExit`, `GeneratorExit`, a Rust panic, a group of such) becomes
+    a `RuntimeError` with the original as its cause: raised on, it would end the event loop or the app's task group.
     The caller has sorted out cancellations of its own before.
     """
     if isinstance(error, Exception):
-        return http_error(error) or error
+        return error
     failure = RuntimeError(f"{what} raised {type(error).__name__}")
     failure.__cause__ = error
     return failure

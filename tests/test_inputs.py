@@ -4,6 +4,7 @@ import enum
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import date
+from http import HTTPStatus
 from typing import Any, Literal, TypedDict
 
 import httpx
@@ -201,6 +202,7 @@ class Teapot(Exception):
     [
         (HTTPException(404, "no such cup"), 404, "not_found", "no such cup"),
         (HTTPException(401, headers={"WWW-Authenticate": "Basic"}), 401, "unauthorized", "Unauthorized"),
+        (HTTPException(HTTPStatus.CONFLICT, "taken"), 409, "conflict", "taken"),
         (HTTPException(402), 402, "payment_required", "Payment Required"),
         (HTTPException(503, "later"), 503, "unavailable", "later"),
         (Teapot(), 418, "im_a_teapot", '["short","stout"]'),
