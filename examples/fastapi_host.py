@@ -41,10 +41,7 @@ def make() -> FastAPI:
 
     def caller(request: Request) -> str | None:
         """The program's users are the streams' callers. Who is none is refused with 401."""
-        cookies = dict(
-            part.strip().split("=", 1) for part in request.headers.get("cookie", "").split(";") if "=" in part
-        )
-        return sessions.get(cookies.get("session", ""))
+        return sessions.get(request.cookies.get("session", ""))
 
     streams = SSEApp(
         [GET("/answer", answer, query=Question, run=Run(linger_s=60)), GET("/news", news)],

@@ -323,7 +323,7 @@ def _counted(count: int, noun: str) -> str:
 # The four vocabularies
 
 
-class _Query(msgspec.Struct):
+class _Query(msgspec.Struct, forbid_unknown_fields=True):
     query: Annotated[str, Meta(min_length=1, max_length=8000)]
 
 

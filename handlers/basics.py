@@ -19,7 +19,7 @@ Interval = Annotated[float, Meta(ge=0, le=3600)]
 DONE = Event("[DONE]")
 
 
-class Paced(msgspec.Struct):
+class Paced(msgspec.Struct, forbid_unknown_fields=True):
     interval: Interval = 0.5
 
 
@@ -27,17 +27,17 @@ class Counted(Paced):
     count: Annotated[int, Meta(ge=0, le=1_000_000)] = 10
 
 
-class Countdown(msgspec.Struct):
+class Countdown(msgspec.Struct, forbid_unknown_fields=True):
     interval: Interval = 1.0
 
 
-class Errors(msgspec.Struct):
+class Errors(msgspec.Struct, forbid_unknown_fields=True):
     total: Annotated[int, Meta(ge=0, le=1_000_000)] = 100
     at: Annotated[int, Meta(ge=0, le=1_000_000)] = 50
     interval: Interval = 0.05
 
 
-class Limit(msgspec.Struct):
+class Limit(msgspec.Struct, forbid_unknown_fields=True):
     limit: Annotated[float, Meta(ge=0, le=3600)] = 30
     interval: Interval = 1.0
 

@@ -55,7 +55,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
     content: Annotated[str, Meta(max_length=100_000)]
 
 
-class Prompt(msgspec.Struct):
+class Prompt(msgspec.Struct, forbid_unknown_fields=True):
     prompt: Annotated[str, Meta(min_length=1, max_length=8000)]
 
 

@@ -37,7 +37,7 @@ __all__ = ["ROUTES", "content_disposition", "open_folder"]
 CHUNK_BYTES: Final = 256 * 1024
 
 #: The names' types as Python knows them: without the system's own table, which differs from machine to machine.
-_MEDIA_TYPES: Final = MimeTypes().types_map[True]
+_MEDIA_TYPES: Final = {**MimeTypes().types_map[True], ".gz": "application/gzip"}  # as from Python 3.14 on
 _UNKNOWN_TYPE: Final = "application/octet-stream"
 #: With `nosniff` no page takes a script or a style from a file of another type than these; so no file has them. A page
 #: of ours, whose policy allows what comes from its own origin, can't be made to run one.

@@ -22,7 +22,7 @@ MAX_GROWTH: Final = 2
 MAX_NAME = 200
 
 
-class Publication(msgspec.Struct):
+class Publication(msgspec.Struct, forbid_unknown_fields=True):
     #: Without line breaks and NUL: it goes into the `event:` field.
     event: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[^\r\n\x00]+\Z")] = "message"
 

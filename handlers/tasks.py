@@ -44,7 +44,7 @@ _PRIORITIES: Final = {str(number): number for number in range(1, 6)}
 _BOM: Final = b"\xef\xbb\xbf"
 
 
-class _Rows(msgspec.Struct):
+class _Rows(msgspec.Struct, forbid_unknown_fields=True):
     status: Status | UnsetType = UNSET
 
 
@@ -56,7 +56,7 @@ class _Search(_Rows):
 Operation = Literal["analyze", "summarize", "finish"]
 
 
-class _Operation(msgspec.Struct):
+class _Operation(msgspec.Struct, forbid_unknown_fields=True):
     operation: Operation
 
 

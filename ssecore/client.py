@@ -24,7 +24,6 @@ the text of a refusal, the time that it makes us wait. Headers of the caller's, 
 origin.
 """
 
-import fcntl
 import logging
 import mmap
 import os
@@ -50,6 +49,7 @@ from anyio import current_time
 from anyio.abc import TaskGroup
 
 from ssecore.errors import TooLarge, UpstreamError
+from ssecore.filelock import try_lock
 from ssecore.outbound import http_client
 from ssecore.wire import CONTENT_TYPE, DEFAULT_MAX_EVENT_BYTES, Decoder, Event
 
@@ -612,14 +612,12 @@ def json_line(event: Event) -> bytes:
 
 def _take(path: Path) -> int:
     """Open the file, for this process alone."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise SourceError(f"{path} is not a regular file")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SourceError(f"{path} is being written by another process") from None
+        if not try_lock(file):
+            raise SourceError(f"{path} is being written by another process")
     except BaseException:
         os.close(file)
         raise

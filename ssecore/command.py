@@ -15,9 +15,9 @@ __all__ = ["main", "prepare"]
 def main() -> int:
     """The command. Returns the exit code."""
     prepare()
-    import sseapp
+    from ssecore import cli
 
-    return sseapp.main()
+    return cli.main()
 
 
 def prepare() -> None:
@@ -32,8 +32,9 @@ def prepare() -> None:
             setattr(sys, f"__{name}__", stream)
     if sys.argv[1:2] == ["serve"]:
         # The kernel doesn't apply default actions to PID 1: in a container a signal without a handler is lost.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
                 signal.signal(number, _end)
 
 

@@ -51,6 +51,8 @@ def engine_frames(name: str, data: dict[str, Any], *, data_only: bool) -> list[b
 def public_text(error: Exception) -> str:
     """What a client may read of an exception; what it may not is logged under a reference."""
     if isinstance(error, SSEAppError):
+        if isinstance(error, EncodeError) and error.__cause__ is not None:
+            logger.error("a handler's event: %s: %r", error.detail, error.__cause__)
         return error.detail
     return f"internal error (reference {log_failure(error)})"
 

@@ -16,7 +16,9 @@ What is configured makes the mode:
     by `Origin`, which is then compared with `Host`. (Go's `CrossOriginProtection` has the same order, for the same
     reason: behind a proxy `Host` may be another.)
 3.  A page of another origin may not use an unsafe method (403), and with a cookie none at all. An origin that is named
-    in `SSEAPP_CORS_ORIGINS` is not another; `*` is none, and lets in only who brings a token along by itself.
+    in `SSEAPP_CORS_ORIGINS` is not another; `*` is none, and lets in only who brings a token along by itself. With
+    `caller` and no origins named this rule is the embedding program's: its CORS middleware has answered the preflight,
+    and only its function knows what its credentials are.
 4.  A request with neither of these headers comes from a program, or from a browser by a GET of a page (an image, a
     frame, a link, `fetch` with `no-cors`), of whichever origin. Browsers leave `Sec-Fetch-Site` out where the address
     is not "potentially trustworthy" (Secure Contexts, 3.1): on plain HTTP, unless the host is `localhost`, a name
@@ -78,6 +80,10 @@ MAX_HEADER_LINES: Final = 100
 #: Callers whose rate is kept in mind; those that have been quiet are forgotten first.
 MAX_RATES: Final = 10_000
 
+#: What Starlette's TestClient calls itself and its host. No server gives such a peer: it has an address.
+TEST_CLIENT: Final = "testclient"
+TEST_SERVER: Final = "testserver"
+
 #: Names of headers that proxies and CDNs add. Nothing else has a reason to send them to this machine.
 _FORWARDED: Final = re.compile(
     "via|cdn-loop|front-end-https|surrogate-capability|x-(url-)?scheme"
@@ -87,10 +93,6 @@ _FORWARDED: Final = re.compile(
 # Of a token first the dot: from every digit on it would be looked for sixteen times (21 ms for 60 KiB of them).
 _TOKEN_IN_URL: Final = re.compile(rb"(?:^|&)(?:access_token|api_key|token)=|\.(?<=[0-9a-f]{16}\.)[A-Za-z0-9_-]{43}")
 _OUR_COOKIE: Final = re.compile(rf"(?:^|[;,] *){COOKIE}=([^;,]*)")
-_TO_OPEN_IT: Final = (
-    "no authentication is configured, so only requests from this machine are accepted: configure tokens "
-    "(SSEAPP_TOKENS_FILE; in a program of your own, caller=), or set SSEAPP_AUTH=off if everybody may use it"
-)
 
 
 class Guard:
@@ -99,7 +101,8 @@ class Guard:
     def __init__(self, settings: Settings, caller: Caller | None = None) -> None:
         given = [caller is not None, settings.tokens_file is not None, settings.auth == "off"]
         if sum(given) > 1:
-            raise SettingsError("SSEAPP_AUTH=off, SSEAPP_TOKENS_FILE and caller= exclude each other", field="auth")
+            names = f"{settings.written('auth', 'off')}, {settings.written('tokens_file')}"
+            raise SettingsError(f"{names} and caller= exclude each other", field="auth")
         self.mode: Literal["caller", "tokens", "off", "private"] = "private"
         if any(given):
             self.mode = ("caller", "tokens", "off")[given.index(True)]
@@ -108,9 +111,20 @@ class Guard:
         self._caller = caller
         origins = frozenset(settings.cors_origins or ())
         self._any_origin, self._origins = "*" in origins, origins - {"*"}
+        self._names_origins = bool(origins)
         # With or without an Origin: a cache keeps either.
         self._vary = [(b"vary", b"Origin")] if self._origins else []
         self._full_at: dict[str, float] = {}
+
+    @property
+    def _to_open_it(self) -> str:
+        settings = self._settings
+        tokens = settings.written("tokens_file")
+        how = f"set {tokens}" if settings.of_environment else f"give SSEApp a caller=, or {tokens}"
+        return (
+            f"no authentication is configured, so only requests from this machine are accepted: {how}, "
+            f"or {settings.written('auth', 'off')} if everybody may use it"
+        )
 
     @property
     def routes(self) -> list[Route]:
@@ -140,29 +154,40 @@ class Guard:
         forwarded = [name for name in headers if _FORWARDED.fullmatch(name)]
         if forwarded or request.scope.get("http_version") == "1.0":  # which nobody speaks but a proxy told nothing
             raise Forbidden(
-                f"this request was forwarded ({[*forwarded, 'HTTP/1.0'][0]:.80}); {_TO_OPEN_IT}", code="private"
+                f"this request was forwarded ({[*forwarded, 'HTTP/1.0'][0]:.80}); {self._to_open_it}", code="private"
             )
-        if "host" in headers and not _is_loopback(headers["host"]):
-            raise Forbidden(f"Host {headers['host']!r:.80} is not this machine; {_TO_OPEN_IT}", code="private")
-        if peer is not None and peer[0] and not _is_loopback_address(peer[0].removeprefix("::ffff:")):
-            raise Forbidden(f"this request comes from another machine; {_TO_OPEN_IT}", code="private")
+        address = peer[0] if peer is not None else ""
+        in_process = address == TEST_CLIENT
+        if "host" in headers and not (_is_loopback(headers["host"]) or (in_process and headers["host"] == TEST_SERVER)):
+            raise Forbidden(f"Host {headers['host']!r:.80} is not this machine; {self._to_open_it}", code="private")
+        if (
+            peer is not None
+            and peer[0]
+            and not in_process
+            and not _is_loopback_address(peer[0].removeprefix("::ffff:"))
+        ):
+            raise Forbidden(f"this request comes from another machine; {self._to_open_it}", code="private")
         if origin is not None and origin not in self._origins and not _is_loopback(origin.partition("://")[2]):
-            raise Forbidden("this page is not one of this machine; name its origin in SSEAPP_CORS_ORIGINS")
+            origins = self._settings.written("cors_origins")
+            raise Forbidden(f"this page is not one of this machine; name its origin in {origins}")
 
     async def enter(self, request: Request) -> None:
         """Find out who it is, and whether the page behind it may ask. For routes that are not `open`."""
         if self.mode == "off":
             return
-        foreign = self._is_foreign(request)
+        foreign = self._is_foreign(request) and not (self.mode == "caller" and not self._names_origins)
         safe = request.method in ("GET", "HEAD")
         brings_token = self._any_origin and "authorization" in request.headers
         if foreign and (self.mode == "private" or not (safe or brings_token)):
-            raise _foreign()
+            raise self._refuse_foreign()
         if self.mode == "private":
             _check_browser(request)
         if self._caller is not None:
             name = self._caller(request)
             name = await name if isawaitable(name) else name
+            if name is not None and not isinstance(name, str):
+                text = f"caller= must return a string, the caller's name, or None, not {type(name).__name__}"
+                raise TypeError(text)
             if not name:
                 raise Unauthorized("nobody is known by these credentials", headers={"www-authenticate": "Bearer"})
             request.caller = name
@@ -170,7 +195,7 @@ class Guard:
             credential, by_cookie = self._shown(request, self.tokens)
             if by_cookie:
                 if foreign:
-                    raise _foreign()
+                    raise self._refuse_foreign()
                 _check_browser(request)
             request.caller, request.credential = credential.name, credential
 
@@ -198,6 +223,10 @@ class Guard:
         if site is not None:
             return site not in ("same-origin", "none")  # none: the user's own doing, an address typed in
         return origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
+
+    def _refuse_foreign(self) -> Forbidden:
+        origins = self._settings.written("cors_origins")
+        return Forbidden(f"this page is of another origin; name its origin in {origins} if it may ask")
 
     def _shown(self, request: Request, tokens: Tokens) -> tuple[Credential, bool]:
         """The credential, and whether it came as a cookie."""
@@ -280,7 +309,7 @@ class Guard:
         if request.method != "OPTIONS" or method is None or "origin" not in headers:
             return None
         if not (self._any_origin or headers["origin"] in self._origins):
-            raise Forbidden("this origin is not in SSEAPP_CORS_ORIGINS")
+            raise Forbidden(f"this origin is not in {self._settings.written('cors_origins')}")
         # What it wants to send may be anything: the request itself is looked at like every other.
         allowed = {
             "access-control-allow-methods": method,
@@ -288,10 +317,6 @@ class Guard:
             "access-control-max-age": str(PREFLIGHT_S),
         }
         return Response(status=204, headers={name: value for name, value in allowed.items() if value})
-
-
-def _foreign() -> Forbidden:
-    return Forbidden("this page is of another origin; name its origin in SSEAPP_CORS_ORIGINS if it may ask")
 
 
 def _check_browser(request: Request) -> None:

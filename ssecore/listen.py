@@ -13,7 +13,6 @@ from typing import Any, Final, Literal, TextIO
 
 import anyio
 import httpx
-import orjson
 
 from ssecore.client import (
     Broken,
@@ -27,6 +26,7 @@ from ssecore.client import (
     json_object,
     to_file,
 )
+from ssecore.publish import json_argument
 from ssecore.wire import Event
 
 __all__ = ["ENDS", "configure", "listen"]
@@ -47,6 +47,8 @@ BAR: Final = 30
 #: Members of a progress event that say what is being done, and how much of it fits behind the bar.
 LABELS: Final = ("message", "step_name", "step", "status")
 MAX_LABEL: Final = 40
+#: A token of RFC 9110, 5.6.2: the name of a header, or a method.
+_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 #: C0, C1, and what turns the direction of writing: a server must not steer a terminal. Lines and tabs stay.
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -61,7 +63,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = f"variables:\n  {TOKEN}  the token, where no other user's `ps` shows it\n\nexit codes:\n{codes}"
     parser.add_argument("url", metavar="URL")
-    parser.add_argument("--post", metavar="JSON", help="ask by POST, with this body")
+    parser.add_argument("--post", metavar="JSON", help="ask by POST, with this body; @FILE reads it, @- from stdin")
+    parser.add_argument("--method", help="ask by another method than GET, or POST with --post")
+    parser.add_argument(
+        "--header", metavar="NAME:VALUE", action="append", default=[], help="send this one too; several add up"
+    )
     parser.add_argument("--token", help=f"sent as `Authorization: Bearer`; better set the variable {TOKEN}")
     parser.add_argument(
         "--to", metavar="FILE", help="write JSON Lines into this file; started again, go on after its last event"
@@ -102,24 +108,27 @@ def _say(error: Exception, code: int) -> int:
 def _source(options: argparse.Namespace) -> Source:
     if options.batch is not None and (options.batch < 1 or options.to):
         raise ValueError("--batch: at least 1, and not together with --to")
-    body = None
-    if options.post is not None:
-        try:
-            body = orjson.loads(options.post)
-        except ValueError as error:
-            raise ValueError(f"--post: not JSON: {error}") from None
-    content = None if options.post is None else orjson.dumps(body)
+    content = None if options.post is None else json_argument(options.post, "--post")
+    headers = {} if content is None else {"content-type": "application/json"}
     token = options.token or os.environ.get(TOKEN)
-    headers = {} if token is None else {"authorization": f"Bearer {token}"}
-    if content is not None:
-        headers["content-type"] = "application/json"
-    return connect(options.url, content=content, headers=headers, gaps="yield")
+    if token is not None:
+        headers["authorization"] = f"Bearer {token}"
+    for header in options.header:
+        name, colon, value = header.partition(":")
+        if not colon or not _NAME.fullmatch(name):
+            raise ValueError(f"--header: {name!r:.60} is not a header's name and a colon, as in 'X-Name: value'")
+        headers[name.lower()] = value.strip()
+    if options.method is not None and not _NAME.fullmatch(options.method):
+        raise ValueError(f"--method: {options.method!r:.60} is not a method")
+    method = options.method.upper() if options.method else None
+    return connect(options.url, method=method, content=content, headers=headers, gaps="yield")
 
 
 async def _listen(source: Source, options: argparse.Namespace, screen: "Screen") -> int:
     async with source:
         if options.to:
-            await to_file(source, options.to)
+            if not await to_file(source, options.to) and source.last_event_id:
+                print(f"sseapp: {options.to} is complete already: the stream has nothing more", file=sys.stderr)
         elif options.batch:
             async with aclosing(batches(source, options.batch, WITHIN_S)) as groups:  # type: ignore[type-var]
                 async for group in groups:

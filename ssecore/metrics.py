@@ -6,7 +6,6 @@ model's answer the tokens are counted by whoever hands them on, 0.1 µs each.
 
 from collections import Counter as Sums
 from collections.abc import Callable, Collection, Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 from time import monotonic
 from typing import Final, NamedTuple, Protocol
@@ -21,6 +20,8 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+import ssecore
 
 __all__ = ["MEDIA_TYPE", "AnswerTimes", "Facts", "Measurable", "Metrics"]
 
@@ -135,12 +136,8 @@ class Metrics:
         self._ended = Counter(
             "sseapp_streams_ended", "Streams that ended, by route and why", ["route", "reason"], registry=registry
         )
-        try:
-            own = version("sseapp")
-        except PackageNotFoundError:  # run from a checkout that isn't installed
-            own = "unknown"
         build = Info("sseapp_build", "The version that runs", registry=registry)
-        build.info({"version": own, "python": python_version()})
+        build.info({"version": ssecore.__version__, "python": python_version()})
         ProcessCollector(registry=registry)
         registry.register(self)
 

@@ -29,6 +29,7 @@ from anyio.lowlevel import checkpoint
 from ssecore.dialects import CURSOR_EVENT, END_ID, error_frames, failure_of
 from ssecore.errors import StreamTimeout
 from ssecore.request import EndReason, Request
+from ssecore.responses import http_error
 from ssecore.wire import Event, encode
 
 __all__ = ["CLOSE_S", "FIRST_ITEM_S", "EventPump", "GeneratorTask", "Pump"]
@@ -271,6 +272,8 @@ class Pump(GeneratorTask[T]):
             self.told()
 
     def over(self) -> None:
+        if self.failure is not None:
+            self.failure = http_error(self.failure) or self.failure
         if self.told is not None:
             self.told()
 

@@ -17,14 +17,15 @@ import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from tempfile import SpooledTemporaryFile
-from typing import IO, Any, Final, Literal, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar, overload
 from urllib.parse import parse_qsl
 
 import anyio
 import msgspec
+from msgspec import inspect as types
 
 from ssecore.errors import (
     BadRequest,
@@ -40,8 +41,14 @@ from ssecore.routes import Route, Upload
 from ssecore.tokens import Credential
 from ssecore.wire import cut
 
+if TYPE_CHECKING:
+    from ssecore.metrics import Metrics
+    from ssecore.runs import Runs
+    from ssecore.topics import Topics
+
 __all__ = ["CURSOR_PARAMETERS", "EndReason", "Receive", "Request", "RequestFacts", "Room", "Services"]
 
+T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", "cancelled", "unauthorized"]
 
@@ -100,9 +107,30 @@ class Room:
 class Services(NamedTuple):
     """What of the engine a handler finds in its request. (`runs` and `topics` import this module, not the reverse.)"""
 
-    runs: Any
-    topics: Any
-    metrics: Any
+    runs: "Runs"
+    topics: "Topics"
+    metrics: "Metrics"
+
+
+class Headers(dict[str, str]):
+    """Headers by their names in lower case, found by a name in any case."""
+
+    def __missing__(self, name: str) -> str:
+        if name == (lower := name.lower()):
+            raise KeyError(name)
+        return self[lower]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and dict.__contains__(self, name.lower())
+
+    @overload
+    def get(self, name: str, default: None = None, /) -> str | None: ...
+    @overload
+    def get(self, name: str, default: str, /) -> str: ...
+    @overload
+    def get(self, name: str, default: T, /) -> str | T: ...
+    def get(self, name: str, default: Any = None, /) -> Any:
+        return dict.get(self, name.lower(), default)
 
 
 class RequestFacts:
@@ -187,17 +215,17 @@ class Request(RequestFacts):
         return self._services is not None
 
     @property
-    def runs(self) -> Any:
+    def runs(self) -> "Runs":
         """The app's `Runs`."""
         return self._running().runs
 
     @property
-    def topics(self) -> Any:
+    def topics(self) -> "Topics":
         """The app's `Topics`."""
         return self._running().topics
 
     @property
-    def metrics(self) -> Any:
+    def metrics(self) -> "Metrics":
         """The app's `Metrics`."""
         return self._running().metrics
 
@@ -230,26 +258,59 @@ class Request(RequestFacts):
         return "../" * depth + target.removeprefix("/")
 
     @cached_property
-    def headers(self) -> Mapping[str, str]:
-        """Names in lower case; several headers of one name are joined by a comma (RFC 9110, 5.2)."""
+    def headers(self) -> Headers:
+        """By names in any case; several headers of one name are joined by a comma (RFC 9110, 5.2)."""
         values: dict[str, list[str]] = {}
         for name, value in self.scope["headers"]:
             values.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-        return {name: ", ".join(several) for name, several in values.items()}
+        return Headers({name: ", ".join(several) for name, several in values.items()})
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        """By name, without the quotes that may stand around a value. Of two of one name the first, the closest one.
+
+        RFC 6265, 5.4: "Cookies with longer paths are listed before cookies with shorter paths."
+        """
+        lines = [value.decode("latin-1") for name, value in self.scope["headers"] if name.lower() == b"cookie"]
+        found: dict[str, str] = {}
+        for part in ";".join(lines).split(";"):
+            name, equals, value = part.strip(" \t").partition("=")
+            if equals:
+                value = value.strip(" \t")
+                quoted = len(value) > 1 and value[0] == value[-1] == '"'
+                found.setdefault(name.rstrip(" \t"), value[1:-1] if quoted else value)
+        return found
 
     @cached_property
     def query_params(self) -> Mapping[str, str]:
-        """The query as it came. Raises `BadRequest` for a name given twice, and for what is not UTF-8."""
+        """The query as it came, of a list its first value.
+
+        Raises `BadRequest` for what is not UTF-8, and for a name given twice where the route has no list of this name.
+        """
+        params: dict[str, str] = {}
+        for name, value in self.query_pairs():
+            if name not in params:
+                params[name] = value
+            elif self.route is None or name not in self.route.lists:
+                raise BadRequest(f"{name!r:.60} is given twice", field=name[:60])
+        return params
+
+    def query_pairs(self) -> list[tuple[str, str]]:
+        """All names and values of the query, in their order. Raises `BadRequest` for what is not UTF-8."""
         try:
             text = self.scope.get("query_string", b"").decode("ascii")
-            pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY_FIELDS)
+            return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY_FIELDS)
         except ValueError as error:
             raise BadRequest(f"the query can't be read: {error}") from None
-        params = dict(pairs)
-        if len(params) != len(pairs):
-            twice = next(name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1)
-            raise BadRequest(f"{twice!r:.60} is given twice", field=twice[:60])
-        return params
+
+    def _query_values(self, route: Route) -> dict[str, Any]:
+        """The query without what is the engine's own, lists as lists."""
+        own = (*CURSOR_PARAMETERS, "key") if route.run is not None else CURSOR_PARAMETERS
+        values: dict[str, Any] = {name: value for name, value in self.query_params.items() if name not in own}
+        for name in route.lists:
+            if name in values:
+                values[name] = [value for other, value in self.query_pairs() if other == name]
+        return values
 
     @cached_property
     def last_event_id(self) -> str:
@@ -316,7 +377,7 @@ class Request(RequestFacts):
         """
         self.route, self.path_params = route, params
         if route.query is not None:
-            self.query = _convert(dict(self.query_params), route.query)
+            self.query = _convert(self._query_values(route), route.query)
         if isinstance(route.body, Upload):
             self._check_media_type(route.body.media_type)
             self._room = uploads
@@ -447,18 +508,37 @@ async def _no_connection() -> Any:
     raise RuntimeError("this request has no connection any more: its body was read before")
 
 
-def _convert(values: Mapping[str, str], kind: Any) -> Any:
+class _Unfit(ValueError):
+    """What a model of pydantic's says of its first mistake, and where it is, below the model."""
+
+    def __init__(self, error: Any) -> None:
+        first = error.errors(include_url=False)[0]
+        super().__init__(first["msg"])
+        self.place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+
+
+def _model(kind: Any, value: Any, *, json: bool) -> Any:
+    """A model of pydantic's out of what JSON gave, or out of a query's strings."""
     try:
-        return msgspec.convert(values, kind, strict=False)
+        return kind.model_validate_json(msgspec.json.encode(value)) if json else kind.model_validate(value)
+    except ValueError as error:
+        if not hasattr(error, "errors"):
+            raise
+        raise _Unfit(error) from None
+
+
+def _convert(values: Mapping[str, Any], kind: Any) -> Any:
+    try:
+        return msgspec.convert(values, kind, strict=False, dec_hook=partial(_model, json=False))
     except msgspec.ValidationError as error:
-        raise _bad(error) from None
+        raise _bad(error, kind) from None
 
 
 def _decode_json(body: bytes, kind: Any) -> Any:
     try:
-        return msgspec.json.decode(body, type=kind)
+        return msgspec.json.decode(body, type=kind, dec_hook=partial(_model, json=True))
     except msgspec.ValidationError as error:
-        raise _bad(error) from None
+        raise _bad(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         what = "it has half of a surrogate pair: a character was cut in two" if _has_half(body) else str(error)
         raise BadRequest(f"the body is not JSON: {what}") from None
@@ -477,19 +557,42 @@ def _has_half(body: bytes) -> bool:
     return False
 
 
-def _bad(error: msgspec.ValidationError) -> BadRequest:
+def _bad(error: msgspec.ValidationError, kind: Any) -> BadRequest:
     """What msgspec says, with the field to blame.
 
     It says "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", or of a key
     "Expected `int`, got `str` - at `key` in `$.by_number`". Of a word out of a list it quotes the value as it came,
-    however long, whatever stands in it: "Invalid enum value 'x' - at `$.status`".
+    however long, whatever stands in it: "Invalid enum value 'x' - at `$.status`". It doesn't say what the list is.
     """
     whole = str(error)
     text, _, place = whole.rpartition(" - at ") if " - at " in whole else (whole, "", "")
     path = place.rpartition(" in ")[2].strip("`").removeprefix("$")
+    if text.startswith("Invalid enum value") and (choices := _choices(types.type_info(kind), path)):
+        text = f"expected {' or '.join(choices)}"
     if missing := _MISSING_FIELD.fullmatch(text):
         path += f".{missing[1]}"
+    if isinstance(error.__cause__, _Unfit):
+        path += error.__cause__.place
     field = path.removeprefix(".") or None
     if len(text) > MAX_ERROR_CHARS:
         text = f"{text[:MAX_ERROR_CHARS]}…"
     return BadRequest(f"{field}: {text}" if field else text, field=field)
+
+
+def _choices(info: Any, path: str) -> list[str]:
+    """The words that may stand at a place of msgspec's within a type: `.status`, `[...].kind`."""
+    if isinstance(info, types.UnionType):
+        return [choice for part in info.types for choice in _choices(part, path)]
+    if not path:
+        values: Any = info.values if isinstance(info, types.LiteralType) else ()
+        if isinstance(info, types.EnumType):
+            values = [member.value for member in info.cls]
+        return [str(value) for value in values]
+    if path.startswith("[...]"):
+        inner = getattr(info, "item_type", None) or getattr(info, "value_type", None)
+        return _choices(inner, path.removeprefix("[...]"))
+    for field in getattr(info, "fields", ()):
+        rest = path.removeprefix(f".{field.encode_name}")
+        if rest != path and rest[:1] in ("", ".", "["):
+            return _choices(field.type, rest)
+    return []

@@ -4,15 +4,25 @@ A `Response` is whole; a `ByteStream` is sent as its chunks come, by the same se
 problems, `application/problem+json` (RFC 9457).
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from ssecore.errors import SSEAppError
 from ssecore.wire import encode_json
 
-__all__ = ["JSON", "ByteStream", "Response", "Send", "problem", "raw_headers", "response_start", "send_response"]
+__all__ = [
+    "JSON",
+    "ByteStream",
+    "Response",
+    "Send",
+    "http_error",
+    "problem",
+    "raw_headers",
+    "response_start",
+    "send_response",
+]
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -79,3 +89,31 @@ async def send_response(response: Response, start: MutableMapping[str, Any], sen
     """Send a whole answer; for HEAD its headers alone, with the length that GET would have."""
     await send(start)
     await send({"type": "http.response.body", "body": b"" if head else response.body, "more_body": False})
+
+
+def http_error(error: Exception) -> SSEAppError | None:
+    """An `HTTPException` of a framework (FastAPI's, Starlette's, Litestar's) as one of ours; `None`: it is not one.
+
+    It is known by its `status_code`, 400 to 599, and its `detail`, which is meant for the client.
+    """
+    status, detail = getattr(error, "status_code", None), getattr(error, "detail", None)
+    if isinstance(error, SSEAppError) or not isinstance(status, int) or detail is None or status not in _ERRORS:
+        return None
+    status = int(status)  # an HTTPStatus, maybe
+    kinds = {kind.status: kind for kind in reversed([*_kinds(SSEAppError)])}
+    code = kinds[status].code if status in kinds else HTTPStatus(status).name.lower()
+    given = getattr(error, "headers", None)
+    headers = {str(name): str(value) for name, value in given.items()} if isinstance(given, Mapping) else {}
+    ours = SSEAppError(detail if isinstance(detail, str) else encode_json(detail).decode(), code=code, headers=headers)
+    ours.status = status
+    ours.__cause__ = error
+    return ours
+
+
+_ERRORS: Final = frozenset(int(status) for status in HTTPStatus if status >= 400)
+
+
+def _kinds(of: type[SSEAppError]) -> Iterator[type[SSEAppError]]:
+    yield of
+    for kind in of.__subclasses__():
+        yield from _kinds(kind)

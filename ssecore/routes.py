@@ -6,8 +6,9 @@
     ]
 
 A path parameter is `{name}` (one segment), `{name:int}` (a whole number) or `{name:path}` (the rest, slashes included);
-the handler gets it as a keyword argument. `query` and `body` are types for msgspec (a `Struct` for the query): they are
-checked before the handler runs, and stand decoded in `request.query` and `request.body`.
+the handler gets it as a keyword argument. `query` and `body` are types for msgspec (a `Struct` for the query), or
+pydantic's models: they are checked before the handler runs, and stand decoded in `request.query` and `request.body`. A
+name may stand in the query several times where its field is a list (or a set, a tuple).
 
 Matching is one step, however many routes there are: a dictionary for the paths without parameters, one regular
 expression for all the others. Its alternatives end in an empty group each, so that `match.lastindex` tells which one
@@ -17,13 +18,20 @@ it was: `/users/{id}/x` and `/topics/{name}` become `/users/([^/]+)/x()|/topics/
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypedDict, Unpack, get_args, get_origin
 
-from ssecore.errors import MethodNotAllowed, NotFound
+import msgspec
+from msgspec import inspect as types
 
-__all__ = ["DELETE", "GET", "POST", "Route", "Run", "Table", "Upload"]
+from ssecore.errors import BadRequest, MethodNotAllowed, NotFound
+from ssecore.wire import Event
+
+__all__ = ["DELETE", "GET", "PATCH", "POST", "PUT", "Handler", "Options", "Route", "Run", "Table", "Upload"]
+
+#: An async generator of events, or a coroutine; of the request, and of the path's parameters by name.
+Handler = Callable[..., AsyncIterator[Event] | Awaitable[Any]]
 
 # 18 digits: what fits into SQLite's and JavaScript's idea of a whole number, and no time is lost on a longer one.
 _CONVERTERS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
@@ -83,12 +91,20 @@ class Route:
     #: The right that a token needs for it, with path parameters: `publish:topics/{name}`. Empty: any token will do.
     may: str = ""
     streams: bool = field(init=False)
+    #: The parameters of the query that may come several times.
+    lists: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.path.startswith("/"):
             raise ValueError(f"{self.path!r}: a path begins with /")
         if self.run is not None and not isinstance(self.run, Run):
             raise TypeError(f"{self.method} {self.path}: run must be a Run, as in run=Run(), not {self.run!r}")
+        try:
+            object.__setattr__(self, "lists", frozenset(_lists(self.query)))
+            if not isinstance(self.body, Upload):
+                _check(self.body)
+        except TypeError as error:
+            raise TypeError(f"{self.method} {self.path}: {error}") from None
         names = {name: name for name, _ in _PARAMETER.findall(self.path)}
         try:
             self.may.format(**names)
@@ -109,19 +125,103 @@ class Route:
         object.__setattr__(self, "streams", streams)
 
 
-def GET(path: str, handler: Callable[..., Any], **options: Any) -> Route:
+class Options(TypedDict, total=False):
+    """What a route may have besides its path and its handler; each as in `Route`."""
+
+    query: Any
+    body: Any
+    data_only: bool
+    run: Run | None
+    open: bool
+    publishes: bool
+    may: str
+
+
+def GET(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
     """A route for GET, and for HEAD: that answers the headers and starts nothing. `options` are `Route`'s."""
     return Route("GET", path, handler, **options)
 
 
-def POST(path: str, handler: Callable[..., Any], **options: Any) -> Route:
+def POST(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
     """A route for POST. `options` are `Route`'s."""
     return Route("POST", path, handler, **options)
 
 
-def DELETE(path: str, handler: Callable[..., Any], **options: Any) -> Route:
+def PUT(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
+    """A route for PUT. `options` are `Route`'s."""
+    return Route("PUT", path, handler, **options)
+
+
+def PATCH(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
+    """A route for PATCH. `options` are `Route`'s."""
+    return Route("PATCH", path, handler, **options)
+
+
+def DELETE(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
     """A route for DELETE. `options` are `Route`'s."""
     return Route("DELETE", path, handler, **options)
+
+
+def _is_model(kind: Any) -> bool:
+    """Whether it is a class of pydantic's, which needn't be installed."""
+    return isinstance(kind, type) and all(
+        hasattr(kind, name) for name in ("model_fields", "model_validate", "model_validate_json")
+    )
+
+
+def _check(kind: Any) -> Any:
+    """What msgspec finds in a type that a body is to be decoded into. Raises `TypeError` if that can't be done."""
+    if kind is None:
+        return None
+    if kind is Run or isinstance(kind, Upload | Run | Route):
+        raise TypeError(f"{kind!r} is not the type of a body")
+    try:
+        info = types.type_info(kind)
+        msgspec.json.Decoder(kind, dec_hook=lambda kind, value: value)
+    except Exception as error:  # of a name in an annotation that isn't there, say
+        raise TypeError(f"{kind!r} can't be decoded into: {error}") from error
+    for found in _inside(info, set()):
+        if isinstance(found, types.CustomType) and not _is_model(found.cls):
+            raise TypeError(f"{found.cls!r} can't be decoded into: a Struct, a dataclass or a model of pydantic's can")
+    return info
+
+
+def _inside(info: Any, seen: set[int]) -> Iterator[types.Type]:
+    """A type and those that it is made of, each once."""
+    if isinstance(info, types.Type):
+        if id(info) in seen:
+            return
+        seen.add(id(info))
+        yield info
+    if isinstance(info, types.Type | types.Field):
+        for name in info.__struct_fields__:
+            yield from _inside(getattr(info, name), seen)
+    elif isinstance(info, tuple):
+        for part in info:
+            yield from _inside(part, seen)
+
+
+_LISTS: Final = (types.ListType, types.SetType, types.FrozenSetType, types.VarTupleType, types.TupleType)
+
+
+def _lists(query: Any) -> Iterator[str]:
+    """The names of the fields that are lists. Raises `TypeError` for what is no type of a query."""
+    info = _check(query)
+    if info is None or isinstance(info, types.DictType):
+        return
+    if isinstance(info, types.CustomType):
+        model: Any = info.cls
+        for name, of_model in model.model_fields.items():
+            kinds = (of_model.annotation, *get_args(of_model.annotation))
+            if any((get_origin(kind) or kind) in (list, set, frozenset, tuple) for kind in kinds):
+                yield of_model.alias or name
+        return
+    if not isinstance(info, types.StructType | types.DataclassType | types.TypedDictType):
+        raise TypeError(f"query must be a Struct, a dataclass, a TypedDict or a model of pydantic's, not {query!r}")
+    for of_struct in info.fields:
+        kind = of_struct.type
+        if any(isinstance(one, _LISTS) for one in (kind.types if isinstance(kind, types.UnionType) else (kind,))):
+            yield of_struct.encode_name
 
 
 class Table:
@@ -151,15 +251,21 @@ class Table:
             self._dynamic[groups] = (methods, first, parameters)
         # DOTALL: a line end is a character of a path like any other.
         self._pattern = re.compile("|".join(alternatives) or "(?!)", re.DOTALL)
+        # The same with any text where a whole number should be, to say what is wrong with it.
+        pattern = "|".join(alternatives).replace(_CONVERTERS["int"][0], _CONVERTERS[""][0])
+        self._nearly = re.compile(pattern or "(?!)", re.DOTALL)
 
     def match(self, method: str, path: str) -> tuple[Route, dict[str, Any]]:
-        """The route and its path parameters. Raises `NotFound`, or `MethodNotAllowed` with `Allow`."""
+        """The route and its path parameters. Raises `NotFound`, or `MethodNotAllowed` with `Allow`.
+
+        `BadRequest`: of a path that is there but for a parameter that must be a whole number and isn't.
+        """
         methods = self._static.get(path)
         parameters: dict[str, Any] = {}
         if methods is None:
             match = self._pattern.fullmatch(path)
             if match is None or match.lastindex is None:
-                raise NotFound("there is nothing at this path")
+                raise self._unknown(path)
             methods, first, converters = self._dynamic[match.lastindex]
             parameters = {name: convert(match[first + at]) for at, (name, convert) in enumerate(converters)}
         route = methods.get(method)
@@ -167,6 +273,15 @@ class Table:
             allow = ", ".join(sorted(methods))
             raise MethodNotAllowed(f"this path takes {allow}", headers={"allow": allow})
         return route, parameters
+
+    def _unknown(self, path: str) -> NotFound | BadRequest:
+        match = self._nearly.fullmatch(path)
+        if match is not None and match.lastindex is not None:
+            _, first, converters = self._dynamic[match.lastindex]
+            for at, (name, convert) in enumerate(converters):
+                if convert is int and not re.fullmatch(_CONVERTERS["int"][0], match[first + at]):
+                    return BadRequest(f"{name} in the path must be a whole number, of 18 digits at most", field=name)
+        return NotFound("there is nothing at this path")
 
 
 def _compile(path: str) -> tuple[str, list[tuple[str, Callable[[str], Any]]]]:

@@ -842,7 +842,7 @@ def _state(stat: Stat) -> dict[str, Any]:
 
 def _fingerprint(request: Request) -> _Print:
     own = ("key", *CURSOR_PARAMETERS)
-    query = sorted((name, value) for name, value in request.query_params.items() if name not in own)
+    query = sorted((name, value) for name, value in request.query_pairs() if name not in own)
     target = _digest(request.path, repr(query))
     media_type = request.headers.get("content-type", "")
     return _Print(target, _digest(target, media_type, request.body_digest))

@@ -9,6 +9,7 @@ streams still end, as thousands do on a busy machine, MAX_END_S.
 import asyncio
 import faulthandler
 import gc
+import importlib
 import ipaddress
 import logging
 import math
@@ -19,21 +20,22 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from types import FrameType
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, Literal, NoReturn, Protocol
 
 import uvicorn
 
 from ssecore import stderr
 from ssecore.errors import SettingsError
-from ssecore.guard import Guard
 from ssecore.protocol import HEAD_SYNTAX_BYTES, BoundedProtocol
+from ssecore.sender import EXTENSION
 from ssecore.settings import Settings
 from ssecore.wire import encode_json
 
-__all__ = ["serve"]
+__all__ = ["Hosted", "serve"]
 
 logger = logging.getLogger("sseapp")
 
@@ -71,8 +73,10 @@ class Drainable(Protocol):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
 
     drained_by_runner: bool
-    guard: Guard
     failed: bool
+
+    @property
+    def private(self) -> bool: ...
 
     def at_work(self) -> list[str]: ...
 
@@ -80,6 +84,54 @@ class Drainable(Protocol):
 
     def abort(self) -> None: ...
     def give_up(self) -> None: ...
+
+
+class Hosted:
+    """Any ASGI program, as `serve` takes one: who may use it is for the program to decide.
+
+    A `SSEApp` that is mounted in it hears of the signal by itself, as under other servers, and says farewell at once.
+    """
+
+    drained_by_runner = failed = private = False
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._open: dict[int, str] = {}  # requests by a number
+        self._count = 0
+        self._change: asyncio.Event | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Call the program, and count its requests."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        self._count = number = self._count + 1
+        self._open[number] = f"{scope.get('method', scope['type'])} {scope['path']!r:.200}"
+        # Nothing of it is parked: what stands in front of an app in it may have to last for as long as the answer does.
+        extensions = {name: what for name, what in scope.get("extensions", {}).items() if name != EXTENSION}
+        try:
+            await self._app({**scope, "extensions": extensions}, receive, send)
+        finally:
+            del self._open[number]
+            if not self._open and self._change is not None:
+                self._change.set()
+
+    def at_work(self) -> list[str]:
+        """The open requests."""
+        return list(self._open.values())
+
+    async def drain(self, grace_s: float) -> None:
+        """Wait until no request is open, at most so long."""
+        self._change = asyncio.Event()
+        if self._open:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._change.wait(), min(grace_s, LONGEST_S))
+
+    def abort(self) -> None:
+        """Nothing: uvicorn cancels what is still open."""
+
+    def give_up(self) -> None:
+        """Nothing."""
 
 
 class _Server(uvicorn.Server):
@@ -218,16 +270,16 @@ def serve(app: Drainable, settings: Settings) -> int:
     for name, level in (("uvicorn.error", logging.WARNING), ("httpx", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
     logging.getLogger("uvicorn.error").addFilter(_TruncatedOnPurpose())
-    sock = _listen(settings, private=app.guard.mode == "private")
+    sock = _listen(settings, private=app.private)
     host, port = sock.getsockname()[:2]
     bounds = (settings.max_header_bytes, settings.max_target_bytes)
     limit = sum(filter(None, bounds)) + HEAD_SYNTAX_BYTES if None not in bounds else None
     config = uvicorn.Config(
         app,
-        loop="uvloop",
+        loop=_loop(),
         http=type("_Bounded", (BoundedProtocol,), {"max_head_bytes": limit}),
         ws="none",
-        lifespan="on",
+        lifespan="auto" if isinstance(app, Hosted) else "on",  # not every program has one
         log_config=None,
         access_log=False,
         server_header=False,
@@ -239,14 +291,24 @@ def serve(app: Drainable, settings: Settings) -> int:
     app.drained_by_runner = True
     server = _Server(config, app, settings.drain_s)
     logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, server.handle_exit)  # the other two are uvicorn's
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows; the other two are uvicorn's
+    if threading.current_thread() is threading.main_thread() and hangup is not None:
+        if signal.getsignal(hangup) is not signal.SIG_IGN:
+            signal.signal(hangup, server.handle_exit)
     try:
         server.run(sockets=[sock])
     except (KeyboardInterrupt, SystemExit) as error:
         if server.started and not server.should_exit:
             logger.error("the server was ended by %r", error)
     return server.exit_code
+
+
+def _loop() -> Literal["uvloop", "asyncio"]:
+    try:
+        importlib.import_module("uvloop")
+    except ImportError:  # there is none for Windows
+        return "asyncio"
+    return "uvloop"
 
 
 def _listen(settings: Settings, *, private: bool) -> socket.socket:
@@ -256,8 +318,9 @@ def _listen(settings: Settings, *, private: bool) -> socket.socket:
         raise SettingsError(f"can't listen on {settings.host!r}: {error.strerror}", field="host") from None
     if private and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise SettingsError(
-            f"{settings.host} is not a loopback address, and nobody is asked for credentials: "
-            "set SSEAPP_TOKENS_FILE to a file of tokens, or SSEAPP_AUTH=off if everybody who reaches it may use it",
+            f"{settings.host} is not a loopback address, and nobody is asked for credentials: set "
+            f"{settings.written('tokens_file')} to a file of tokens, or {settings.written('auth', 'off')} if everybody "
+            "who reaches it may use it",
             field="host",
         )
     try:

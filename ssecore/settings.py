@@ -9,11 +9,10 @@ import difflib
 import logging
 import os
 import re
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
@@ -61,7 +60,7 @@ class Settings:
     cors_origins: tuple[_Origin, ...] | None = _setting(
         None, "origins whose pages may ask, as https://example.com, by comma; * is any, without cookies"
     )
-    heartbeat_s: _Seconds = _setting(15.0, "idle time before a heartbeat")
+    heartbeat_s: _Seconds | None = _setting(15.0, "idle time before a heartbeat")
     send_timeout_s: _Seconds = _setting(30.0, "a client whose window stays shut for so long is dropped")
     drain_s: Annotated[float, Meta(ge=0)] = _setting(8.0, "from SIGTERM to the end; 'docker stop' gives 10")
     retry_ms: Annotated[int, Meta(ge=0)] = _setting(2000, "reconnection time that each stream opens with")
@@ -102,10 +101,22 @@ class Settings:
     openai_api_key: str | None = _setting(None, "its key", variable="OPENAI_API_KEY", secret=True)
     openai_model: str = _setting("gpt-4o-mini", "its model", variable="OPENAI_MODEL")
 
+    #: Made by `from_env`: texts name variables then, else what to write in code.
+    of_environment: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
-        """Raises `SettingsError`."""
-        _check_url("SSEAPP_LOG", self.log)
-        _check_url("OPENAI_BASE_URL", self.openai_base_url or "")
+        """Raises `SettingsError`, with the field's name."""
+        hints = get_type_hints(type(self), include_extras=True)
+        for field in dataclasses.fields(Settings):
+            value = _checked(f"Settings({field.name}=…)", getattr(self, field.name), hints[field.name], field)
+            object.__setattr__(self, field.name, value)
+
+    def written(self, name: str, value: str = "") -> str:
+        """How a setting is written where these came from: `SSEAPP_AUTH=off`, or `Settings(auth='off')`."""
+        if self.of_environment:
+            field = next(field for field in dataclasses.fields(self) if field.name == name)
+            return f"{_variable(field)}={value}" if value else _variable(field)
+        return f"Settings({name}={repr(value) if value else '…'})"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: str | None) -> "Settings":
@@ -118,7 +129,7 @@ class Settings:
         hints = get_type_hints(cls, include_extras=True)
         values: dict[str, Any] = {}
         known: list[str] = []
-        for field in dataclasses.fields(cls):
+        for field in dataclasses.fields(Settings):
             variable = _variable(field)
             known.append(variable)
             text = overrides.get(field.name)
@@ -133,12 +144,14 @@ class Settings:
                 )
                 continue
             if text is not None and (text != "" or not variable.startswith("OPENAI_")):
-                values[field.name] = _parse(name, text, hints[field.name])
+                values[field.name] = _parse(name, text, hints[field.name], field)
         for variable in sorted(set(environ) - set(known)):
             if variable.startswith(_PREFIX) and not _OF_A_SERVICE.fullmatch(variable):
                 near = difflib.get_close_matches(variable, known, 1)
                 logger.warning("unknown setting %s is ignored%s", variable, f"; is it {near[0]}?" if near else "")
-        return cls(**values)
+        settings = cls(**values)
+        object.__setattr__(settings, "of_environment", True)
+        return settings
 
 
 def describe() -> str:
@@ -150,7 +163,7 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _check_url(variable: str, url: str) -> None:
+def _check_url(name: str, url: str) -> None:
     """Refuse a URL whose password ends too early: its rest would be taken for a port or a path, and would be logged.
 
     No part of the URL goes into the error.
@@ -163,9 +176,9 @@ def _check_url(variable: str, url: str) -> None:
         wrong = True
     if wrong:
         raise SettingsError(
-            f"{variable}: the URL can't be read. In a user name, a password or a path write / ? # [ ] @ and % as "
+            f"{name}: the URL can't be read. In a user name, a password or a path write / ? # [ ] @ and % as "
             "%2F %3F %23 %5B %5D %40 and %25",
-            field=variable,
+            field=name,
         )
 
 
@@ -173,24 +186,45 @@ def _variable(field: "dataclasses.Field[Any]") -> str:
     return field.metadata["variable"] or _PREFIX + field.name.upper()
 
 
-def _parse(name: str, text: str, hint: Any) -> Any:
-    optional = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
+def _parse(name: str, text: str, hint: Any, field: "dataclasses.Field[Any]") -> Any:
+    """A value out of a variable, or of an option."""
+    optional = type(None) in get_args(hint)
     if optional and text.lower() in ("none", ""):
         return None
     if Path in (hint, *get_args(hint)):
         return Path(text)
     by_comma = any(get_origin(kind) is tuple for kind in get_args(hint))
     value = [part.strip() for part in text.split(",")] if by_comma else text
+    return _checked(name, value, hint, field, text)
+
+
+def _checked(name: str, value: Any, hint: Any, field: "dataclasses.Field[Any]", text: str | None = None) -> Any:
+    """The value in its own type; out of `text`, where it was one. Raises `SettingsError`."""
+    optional = type(None) in get_args(hint)
+    if Path in (hint, *get_args(hint)) and isinstance(value, str | Path):
+        value = Path(value)  # in code a string will do
+    wrong = ""
     try:
-        return msgspec.convert(value, hint, strict=False)
+        if Path not in (hint, *get_args(hint)):
+            value = msgspec.convert(value, hint, strict=text is None)
+        elif not isinstance(value, Path) and not (optional and value is None):
+            wrong = "expected a path"
     except msgspec.ValidationError as error:
-        if name in ("--log", f"{_PREFIX}LOG"):  # not as it is: there may be a password in it
-            raise SettingsError(f"{name}: expected sqlite, memory, or a Redis URL", field=name) from None
+        wrong = str(error).replace("`", "").replace(" | null", "")
+    if wrong and field.name == "log":  # not as it is: there may be a password in it
+        raise SettingsError(f"{name}: expected sqlite, memory, or a Redis URL", field=name)
+    if wrong:
         choices = [choice for literal in (hint, *get_args(hint)) for choice in _choices(literal)]
-        if by_comma:
-            choices = ["origins as https://example.com, by comma"]
-        said = f"expected {' or '.join(choices)}" if choices else str(error).replace("`", "").replace(" | null", "")
-        raise SettingsError(f"{name}={text!r}: {said}{', or none' if optional else ''}", field=name) from None
+        if any(get_origin(kind) is tuple for kind in get_args(hint)):
+            choices = ["origins as https://example.com, by comma" if text is not None else "a tuple of origins"]
+        said = f"expected {' or '.join(choices)}" if choices else wrong
+        none = "" if not optional else ", or none" if text is not None else ", or None"
+        # In code the value may be a secret's, too.
+        shown = f"{name}={text!r}" if text is not None else name.replace("…", f"{value!r:.60}" if field.repr else "…")
+        raise SettingsError(f"{shown}: {said}{none}", field=name)
+    if field.name in ("log", "openai_base_url"):
+        _check_url(name, value or "")
+    return value
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

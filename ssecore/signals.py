@@ -1,4 +1,4 @@
-"""Hear of SIGTERM and SIGINT under a server that tells an app of its end too late.
+"""Hear of SIGTERM, SIGINT and SIGHUP under a server that tells an app of its end too late.
 
 uvicorn says so (by the lifespan) when all connections are closed, which a stream never does by itself. So the app puts
 a handler of its own before the server's, which tells the loop and then does what the server would have done.
@@ -27,7 +27,9 @@ def chained(heard: Callable[[], object]) -> Iterator[None]:
     installed: list[tuple[signal.Signals, Handler, Handler]] = []
     with suppress(RuntimeError):  # trio
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # Windows lacks the last one
+            if (number := getattr(signal, name, None)) is None:
+                continue
             old = signal.getsignal(number)
             if threading.current_thread() is threading.main_thread() and callable(old):
                 ours = _handler(loop, heard, old)

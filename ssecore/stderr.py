@@ -39,7 +39,8 @@ class _Unblocked(io.TextIOBase):
         self._forked = False
         self._lock = threading.RLock()  # a signal's handler may write while the main thread does
         threading.Thread(target=self._work, name="stderr", daemon=True).start()
-        os.register_at_fork(after_in_child=self._in_child)
+        if hasattr(os, "register_at_fork"):  # Windows has no fork
+            os.register_at_fork(after_in_child=self._in_child)
 
     def write(self, text: str) -> int:
         data = text.encode(self.encoding, self.errors)

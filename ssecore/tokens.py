@@ -16,7 +16,6 @@ whose names match (`*` stands for any characters), `metrics`. They add up. Every
 work and reads what is its caller's own. What a route needs is declared in the table (`Route.may`).
 """
 
-import fcntl
 import hashlib
 import hmac
 import logging
@@ -37,6 +36,7 @@ import msgspec
 from msgspec import Meta
 
 from ssecore.errors import SettingsError, Unauthorized
+from ssecore.filelock import FOLDERS, lock
 
 __all__ = [
     "Credential",
@@ -322,13 +322,16 @@ def parse_expiry(text: str) -> datetime:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One writer at a time. The folder is locked, since the file itself gets replaced."""
+    """One writer at a time. The folder is locked, since the file itself gets replaced; on Windows a file beside it."""
+    place, flags = os.path.realpath(path.parent), os.O_RDONLY
+    if not FOLDERS:
+        place, flags = os.path.join(place, f".{path.name}.lock"), os.O_RDWR | os.O_CREAT
     try:
-        folder = os.open(os.path.realpath(path.parent), os.O_RDONLY)
+        folder = os.open(place, flags, 0o600)
     except OSError as error:
         raise SettingsError(f"{path.parent} can't be opened: {error.strerror}", field="tokens_file") from None
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        lock(folder)
         yield
     finally:
         os.close(folder)
@@ -341,7 +344,7 @@ def _replace(path: Path, entries: list[Entry]) -> None:
     try:
         file, new = mkstemp(dir=os.path.dirname(target), prefix=".tokens-")  # mode 0600
         with open(file, "wb") as output:
-            with suppress(OSError):  # the service may run as another user than who adds tokens
+            with suppress(OSError, AttributeError):  # the service may run as another user than who adds tokens
                 owner = os.stat(target)
                 os.fchown(output.fileno(), owner.st_uid, owner.st_gid)
             output.write(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries) + b"\n")

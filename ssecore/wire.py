@@ -8,7 +8,9 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html
 refused with an `EncodeError` before a byte of it is made.
 """
 
+import os
 import re
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Final
 
 import msgspec
@@ -65,16 +67,41 @@ class Event(msgspec.Struct, frozen=True, gc=False):
 def encode_json(data: Any) -> bytes:
     """JSON in UTF-8, on one line. Dataclasses, datetimes (RFC 3339, `Z` for UTC), UUIDs, msgspec structs, sets.
 
-    Raises `EncodeError` for what has no JSON form.
+    More slowly also: pydantic's models, numpy's scalars and arrays, paths, deques and other collections, numbers of any
+    size, and keys that are no strings. Raises `EncodeError` for what has no JSON form.
     """
     try:
         return orjson.dumps(data, msgspec.to_builtins, _JSON_OPTIONS)
-    except TypeError as error:
-        raise _no_json(error) from error
+    except TypeError:  # orjson.JSONEncodeError is one
+        return _slow_json(data)
 
 
-def _no_json(error: TypeError) -> EncodeError:  # orjson.JSONEncodeError is one
-    return EncodeError(f"data can't be encoded as JSON: {error.__cause__ or error}", field="data")
+def _slow_json(data: Any) -> bytes:
+    """The second attempt, for what orjson doesn't know. Raises `EncodeError`, whose cause has the type, for the log."""
+    try:
+        return msgspec.json.encode(data, enc_hook=_plain)
+    except Exception as error:  # a model's own, too
+        raise EncodeError("data can't be encoded as JSON", field="data") from error
+
+
+def _plain(value: Any) -> Any:
+    """What msgspec has no form for, in simpler types. By their methods: none of these packages has to be there."""
+    if value is None or isinstance(value, bool):  # as a key only
+        return {None: "null", True: "true", False: "false"}[value]
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if callable(dump := getattr(value, "model_dump", None)):  # pydantic's, by its aliases as FastAPI does it
+        return dump(mode="json", by_alias=True)
+    if callable(as_list := getattr(value, "tolist", None)):  # numpy's
+        return as_list()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence | Set):
+        return list(value)
+    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} has no JSON form")
 
 
 def encode(event: Event) -> bytes:
@@ -87,8 +114,8 @@ def encode(event: Event) -> bytes:
     if type(data) is dict or not isinstance(data, _TEXT):
         try:
             body = orjson.dumps(data, msgspec.to_builtins, _JSON_OPTIONS)  # never holds a line break
-        except TypeError as error:
-            raise _no_json(error) from error
+        except TypeError:
+            body = _slow_json(data)
     else:
         body = _utf8(data, "data") if isinstance(data, str) else _checked_utf8(bytes(data))
         if b"\n" in body or b"\r" in body:

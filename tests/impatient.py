@@ -2,8 +2,8 @@
 
 import sys
 
-from sseapp import main
 from ssecore import protocol, request, server
+from ssecore.cli import main
 
 if __name__ == "__main__":
     protocol.HEAD_S = 1.0

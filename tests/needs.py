@@ -14,8 +14,10 @@ import pytest
 
 __all__ = ["find", "needs"]
 
+_NODE: Final = Path(__file__).parent / "node" / "node_modules"
+
 #: Each name with the programs or files of which one has to be there. What is added here goes into
-#: tests/system-packages.sh too, but for what comes from a lock (see the Makefile): the local model, clients for Node.
+#: tests/system-packages.sh too, but for what comes from a lock (see the Makefile): the local model, and what Node runs.
 _PLACES: Final = {
     "buildah": ("buildah",),
     "cc": ("cc", "gcc", "clang"),
@@ -27,9 +29,10 @@ _PLACES: Final = {
     "mmdebstrap": ("mmdebstrap",),
     "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),
     "nginx": ("nginx",),
-    "node-clients": (str(Path(__file__).parent / "node" / "node_modules" / "eventsource" / "package.json"),),
+    "node-clients": (str(_NODE / "eventsource" / "package.json"),),
     "openssl": ("openssl",),
     "podman": ("podman",),
+    "pyright": (str(_NODE / "pyright" / "index.js"),),
     "redis": ("redis-server",),
     "runc": ("runc",),
     "tmpfs": ("mount",),

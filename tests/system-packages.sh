@@ -1,6 +1,6 @@
 #!/bin/sh
-# What the tests need of the system: looked for, and installed with apt where that can be done without a question
-# (Debian or Ubuntu, as root or with sudo that asks for no password). What is still missing is named; the tests that
+# What the tests need of the system: looked for, and installed with apt where that can be done without a password
+# (Debian or Ubuntu, as root or with sudo that asks for none). On a terminal it asks first, unless CI is set. What is still missing is named; the tests that
 # need it are then skipped by name (tests/needs.py). The exit status is always 0.
 set -u
 PATH="$PATH:/usr/sbin:/sbin"
@@ -42,7 +42,15 @@ packages=$(missing)
 
 sudo=''
 [ "$(id -u)" -eq 0 ] || sudo='sudo -n'
-if command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
+install=yes
+# A person is asked, a CI isn't.
+if [ -t 0 ] && [ -t 1 ] && [ -z "${CI:-}" ] && [ "${SSEAPP_TEST_ALL:-}" != 1 ]; then
+    printf 'Some tests need these packages of the system:\n%s\n' "$(echo $packages)"
+    printf 'Install them with apt? Without them those tests are skipped. [y/N] '
+    read -r install || install=no
+fi
+case $install in [yY]*) install=yes ;; *) install=no ;; esac
+if [ $install = yes ] && command -v apt-get >/dev/null && $sudo true 2>/dev/null; then
     # Debian's own way to start no daemon of what gets installed, see invoke-rc.d(8).
     policy=/usr/sbin/policy-rc.d
     if [ ! -e $policy ]; then

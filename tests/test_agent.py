@@ -859,7 +859,7 @@ def refused(server: Server, response: httpx.Response, status: int, field: str | 
     [
         ("", "query"),
         ("query=", "query"),
-        ("question=x", "query"),
+        ("question=x", "question"),
         ("query=" + "x" * 8001, "query"),
         ("query=a&query=b", "query"),
         ("query=%ff", None),

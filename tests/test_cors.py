@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Mount
 
 from sseapp import GET, POST, ByteStream, Event, Request, Response, Settings, SSEApp
 from ssecore.errors import SettingsError
@@ -112,7 +116,7 @@ async def test_a_preflight_of_another_page_is_refused() -> None:
     for app in (app_of(LISTED, auth="off"), app_of(auth="off")):
         answer = await preflight(app, OTHER)
         assert answer.status == 403 and cors(answer) == {}
-        assert "SSEAPP_CORS_ORIGINS" in answer.json["detail"]
+        assert "Settings(cors_origins=…)" in answer.json["detail"]
 
 
 async def test_options_that_are_no_preflight_are_a_method_like_any_other() -> None:
@@ -138,3 +142,22 @@ def test_what_is_no_origin_is_refused_at_the_start(text: str) -> None:
 def test_origins_stand_with_commas_between() -> None:
     settings = Settings.from_env({"SSEAPP_CORS_ORIGINS": "https://a.example, http://localhost:3000"})
     assert settings.cors_origins == ("https://a.example", "http://localhost:3000")
+
+
+async def test_the_cors_of_a_host_is_the_hosts() -> None:
+    """Its middleware answers preflights and adds the headers, `caller=` says who it is. Ours adds nothing."""
+    streams = SSEApp([POST("/post", plain)], caller=lambda request: request.cookies.get("user"))
+    host: Any = Starlette(
+        routes=[Mount("/s", streams)],
+        middleware=[Middleware(CORSMiddleware, allow_origins=[LISTED], allow_credentials=True, allow_methods=["POST"])],
+    )
+    headers = {"origin": LISTED, "sec-fetch-site": "cross-site", "cookie": "user=ann"}
+    answer = await ask(host, "/s/post", "POST", headers=headers)
+    assert answer.status == 200
+    assert cors(answer)["access-control-allow-origin"] == LISTED
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "x-key"}
+    assert (await ask(host, "/s/post", "OPTIONS", headers={"origin": OTHER, **asked})).status == 400
+    # Who names origins to us as well has both.
+    strict = SSEApp([POST("/post", plain)], Settings(cors_origins=(LISTED,)), caller=lambda request: "ann")
+    assert (await ask(strict, "/post", "POST", headers={"origin": OTHER})).status == 403
+    assert (await ask(strict, "/post", "POST", headers={"origin": LISTED})).status == 200

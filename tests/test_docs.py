@@ -6,14 +6,18 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 import pytest
 from playwright.sync_api import Browser
 
 from handlers import ROUTES
 from ssecore.client import SourceError
 from ssecore.errors import ClientGone, SSEAppError
+from ssecore.guard import Guard
+from ssecore.runs import ROUTES as RUN_ROUTES
+from ssecore.settings import Settings
 from tests import chromium, serving
 from tests.needs import needs
 from tests.pages import Page, blocks, same
@@ -107,6 +111,20 @@ def test_the_protocol_has_every_status_and_code() -> None:
     for kind in ours - {ClientGone}:
         if not issubclass(kind, SourceError) and kind.code not in in_events:
             assert any(str(kind.status) in row and f"`{kind.code}`" in row for row in rows), kind
+
+
+def test_every_route_is_there_with_its_parameters() -> None:
+    page = (DOCS / "routes.md").read_text()
+    rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
+    with_tokens = Guard(Settings(tokens_file=Path("tokens"))).routes
+    for route in (*ROUTES, *RUN_ROUTES, *with_tokens):
+        name = f"{route.method} {re.sub(':(int|path)', '', route.path)}"
+        row = rows.pop(name)
+        fields: Any = msgspec.inspect.type_info(route.query) if route.query else None
+        for field in fields.fields if fields else ():
+            assert f"`{field.encode_name}`" in row, row
+        assert (" R |" in row) == (route.run is not None), row
+    assert not rows
 
 
 def test_links_lead_somewhere() -> None:

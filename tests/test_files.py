@@ -410,7 +410,7 @@ def test_any_name_can_be_read_back_from_its_header(name: str) -> None:
         ("a.js", "application/octet-stream"),
         ("a.mjs", "application/octet-stream"),
         ("a.css", "application/octet-stream"),
-        ("a.tar.gz", "application/octet-stream"),
+        ("a.tar.gz", "application/gzip"),
         ("a", "application/octet-stream"),
         ("a.html", "text/html"),
         ("a.svg", "image/svg+xml"),

@@ -763,7 +763,7 @@ async def test_a_private_service_answers_nobody_else(headers: dict[str, str]) ->
         assert answer.status == 403
     if "origin" not in headers:
         assert answer.json["code"] == "private"
-        assert "SSEAPP_TOKENS_FILE" in answer.json["detail"] and "SSEAPP_AUTH=off" in answer.json["detail"]
+        assert "caller=" in answer.json["detail"] and "Settings(auth='off')" in answer.json["detail"]
 
 
 @pytest.mark.parametrize(

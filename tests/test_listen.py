@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sseapp import main
+from ssecore.cli import main
 from tests import serving, upstream
 from tests.serving import Server, run_sseapp
 from tests.test_client import cut, numbered, over, quick, stream
@@ -94,12 +94,36 @@ def test_the_exit_code_says_how_it_ended(foreign: Upstream, body: upstream.Scrip
         ["http://127.0.0.1:1", "--batch", "0"],
         ["http://127.0.0.1:1", "--batch", "2", "--to", "file"],
         ["http://127.0.0.1:1", "--to", "/dev/null"],
+        ["http://127.0.0.1:1", "--header", "X-Name"],
+        ["http://127.0.0.1:1", "--header", "X Name: 1"],
+        ["http://127.0.0.1:1", "--method", "P T"],
+        ["http://127.0.0.1:1", "--post", "@nothing"],
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(arguments: list[str], capfd: Any) -> None:
     assert main(["listen", *arguments]) == 2
     said = capfd.readouterr().err
     assert said.startswith("sseapp: ") and said.count("\n") == 1
+
+
+def test_any_method_any_header_and_a_body_out_of_a_file(foreign: Upstream, tmp_path: Path) -> None:
+    (tmp_path / "body.json").write_text('{"a": 1}')
+    foreign.plan(stream(b"data: 1\n\n"))
+    headers = ["--header", "X-Api-Key: secret", "--header", "accept-language:de"]
+    assert main(["listen", foreign.url, "--method", "put", "--post", f"@{tmp_path / 'body.json'}", *headers]) == 0
+    [call] = foreign.calls
+    assert call.request_line.startswith("PUT ") and call.json == {"a": 1}
+    assert (call.headers["x-api-key"], call.headers["accept-language"]) == ("secret", "de")
+
+
+def test_a_file_that_is_complete_already_is_said_to_be(foreign: Upstream, tmp_path: Path, capfd: Any) -> None:
+    listening = ["listen", foreign.url, "--to", str(tmp_path / "events.jsonl")]
+    foreign.plan(stream(numbered(1)), over)
+    assert main(listening) == 0
+    assert "complete" not in capfd.readouterr().err
+    foreign.plan(over)
+    assert main(listening) == 0
+    assert "events.jsonl is complete already" in capfd.readouterr().err
 
 
 def test_a_token_that_no_header_can_hold_is_not_tried_again(server: Server, capfd: Any) -> None:

@@ -4,13 +4,14 @@ import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ssecore.errors import MethodNotAllowed, NotFound
+from ssecore.errors import BadRequest, MethodNotAllowed, NotFound
 from ssecore.request import Request
-from ssecore.routes import DELETE, GET, POST, Route, Run, Table
+from ssecore.routes import DELETE, GET, PATCH, POST, PUT, Route, Run, Table, Upload
 from ssecore.wire import Event
 
 
@@ -70,7 +71,6 @@ def test_a_number_comes_as_an_int(text: str, number: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "",
         "-",
         "--1",
         "+1",
@@ -85,13 +85,24 @@ def test_a_number_comes_as_an_int(text: str, number: int) -> None:
         "abc",
         "٣",
         "²",
-        "1/",
         "1" * 19,
         "1" * 10**5,
     ],
 )
-def test_what_is_no_number_that_a_database_holds_is_nothing_there(text: str) -> None:
+def test_what_is_no_number_that_a_database_holds_is_refused_by_its_name(text: str) -> None:
+    for path, asked in (("/jobs/{id:int}", f"/jobs/{text}"), ("/{a}/{b:int}/{id:int}/c", f"/x/1/{text}/c")):
+        with pytest.raises(BadRequest, match=r"^id in the path must be a whole number") as refusal:
+            table(path).match("GET", asked)
+        assert refusal.value.field == "id"
+
+
+@pytest.mark.parametrize("text", ["", "1/", "a/b"])
+def test_no_segment_and_more_than_one_are_nothing_there(text: str) -> None:
     assert found(table("/jobs/{id:int}"), f"/jobs/{text}") is None
+
+
+def test_what_is_no_number_may_be_another_routes_word() -> None:
+    assert found(table("/jobs/{id:int}", "/jobs/{name}"), "/jobs/abc") == ("/jobs/{name}", {"name": "abc"})
 
 
 @pytest.mark.parametrize("rest", ["a", "a/b", "a/b/", "/", "//", "../a", "a\nb/c", "\0", "ä/ö"])
@@ -347,7 +358,7 @@ def test_the_table_answers_as_a_walk_over_its_routes_does(
     try:
         route, params = made.match(method, path)
         answer = route.path, list(params.values())
-    except NotFound:
+    except (NotFound, BadRequest):
         answer = None
     except MethodNotAllowed as error:
         answer = error.headers["allow"]
@@ -358,6 +369,33 @@ def test_the_table_answers_as_a_walk_over_its_routes_does(
 def test_what_is_no_run_does_not_make_a_route_resumable(run: Any) -> None:
     with pytest.raises(TypeError, match=r"^GET /work: run must be a Run, as in run=Run\(\)"):
         GET("/work", stream, run=run)
+
+
+class Plain:
+    pass
+
+
+class Recursive(msgspec.Struct):
+    inner: "Recursive | None" = None
+    plain: Plain | None = None
+
+
+@pytest.mark.parametrize("query", [int, str, list[int], Plain, "Page", 5, Upload("text/csv"), Run, Run(), {}])
+def test_what_is_no_type_of_a_query_is_refused_when_the_table_is_made(query: Any) -> None:
+    with pytest.raises(TypeError, match=r"^GET /work: .*(query must be|can't be decoded into|is not the type)"):
+        GET("/work", stream, query=query)
+
+
+@pytest.mark.parametrize("body", [Plain, list[Plain], Recursive, 5, "Page", Run(), {}, dict[Plain, int]])
+def test_what_is_no_type_of_a_body_is_refused_when_the_table_is_made(body: Any) -> None:
+    with pytest.raises(TypeError, match=r"^POST /work: .*(can't be decoded into|is not the type)"):
+        POST("/work", stream, body=body)
+
+
+@pytest.mark.parametrize("make", [GET, POST, PUT, PATCH, DELETE])
+def test_each_method_has_its_function(make: Callable[..., Route]) -> None:
+    route = make("/work", handler, body=list[int], may="publish")
+    assert (route.method, route.may) == (make.__name__, "publish")
 
 
 async def later(request: Request, run: str) -> None:

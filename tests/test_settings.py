@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sseapp import SSEApp
 from ssecore.errors import SettingsError
 from ssecore.settings import Settings
 from tests.serving import free_port, is_clean, run_sseapp, serve
@@ -342,7 +343,46 @@ def test_the_command_warns_of_an_unknown_variable() -> None:
     assert re.search(r"SSEAPP_POTR.*SSEAPP_PORT\?", result.stderr)
 
 
-def test_the_command_alone_says_how_it_is_used() -> None:
-    result = run_sseapp()
-    assert result.returncode == 2
-    assert "serve" in result.stderr
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("port", 70_000, "Settings(port=70000): Expected int <= 65535"),
+        ("port", "8000", "Settings(port='8000'): Expected int, got str"),
+        ("heartbeat_s", 0, "Settings(heartbeat_s=0): Expected float > 0.0"),
+        ("log_full_sync", 1, "Settings(log_full_sync=1): Expected bool, got int"),
+        ("auth", "on", "Settings(auth='on'): expected off, or None"),
+        ("max_runs", -1, "Settings(max_runs=-1): Expected int >= 1, or None"),
+        ("log", "redis//:secret@host", "Settings(log=…): expected sqlite, memory, or a Redis URL"),
+        ("log", "redis://:sec/ret@host", "Settings(log=…): the URL can't be read."),
+        ("openai_api_key", 5, "Settings(openai_api_key=…): Expected str, got int, or None"),
+        ("cors_origins", "https://example.com", "Settings(cors_origins='https://example.com'): expected a tuple of"),
+        ("cors_origins", ("example.com",), "Settings(cors_origins=('example.com',)): expected a tuple of origins"),
+        ("data_dir", 5, "Settings(data_dir=5): expected a path"),
+        ("data_dir", None, "Settings(data_dir=None): expected a path"),
+    ],
+)
+def test_what_is_written_in_code_is_checked_too(field: str, value: Any, said: str) -> None:
+    wrong: dict[str, Any] = {field: value}
+    with pytest.raises(SettingsError) as refusal:
+        Settings(**wrong)
+    assert str(refusal.value).startswith(said)
+    assert field in str(refusal.value.field)
+
+
+def test_what_is_written_in_code_gets_its_own_type() -> None:
+    written: dict[str, Any] = {"data_dir": "var/other", "heartbeat_s": 5, "cors_origins": ["https://example.com"]}
+    settings = Settings(**written)
+    assert settings == Settings(data_dir=Path("var/other"), heartbeat_s=5.0, cors_origins=("https://example.com",))
+    assert type(settings.heartbeat_s) is float
+
+
+def test_an_app_in_a_program_reads_the_environment_only_if_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSEAPP_MAX_RUNS", "7")
+    assert SSEApp([]).settings.max_runs == 1000
+    assert SSEApp([], Settings.from_env()).settings.max_runs == 7
+
+
+def test_texts_name_what_to_write() -> None:
+    written, read = Settings(), Settings.from_env({})
+    assert (written.written("auth", "off"), read.written("auth", "off")) == ("Settings(auth='off')", "SSEAPP_AUTH=off")
+    assert (written.written("log"), read.written("log")) == ("Settings(log=…)", "SSEAPP_LOG")

@@ -692,7 +692,7 @@ async def test_an_import_goes_on_to_its_end_when_its_client_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch)
-    async with service(tmp_path, linger_s=0) as s:
+    async with service(tmp_path, linger_s=0.001) as s:
         body = numbered(5000).encode()
         async with connect(s.app, "POST", "/tasks/import", headers=CSV, body=body) as exchange:
             assert await exchange.chunk()

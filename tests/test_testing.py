@@ -382,7 +382,7 @@ async def test_an_app_that_is_mounted_finds_its_path() -> None:
 
 
 # httpx wraps one generator into another, and who stops early can't close the inner ones: trio complains.
-@pytest.mark.filterwarnings("ignore:Exception ignored in.*async_generator:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored .*async_generator:pytest.PytestUnraisableExceptionWarning")
 async def test_httpx_streams_an_endless_answer() -> None:
     app = Ticker()
     async with client_of(app) as client:

@@ -6,18 +6,22 @@ behind it. What is quoted is the standard's text, https://html.spec.whatwg.org/m
 
 import enum
 import json
+from collections import UserDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from itertools import cycle
+from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
 import msgspec
+import numpy
 import orjson
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, Field
 
 from ssecore.errors import EncodeError, TooLarge
 from ssecore.wire import DEFAULT_MAX_EVENT_BYTES, HEARTBEAT, Decoder, Event, encode, encode_json
@@ -723,6 +727,32 @@ class TestEncode:
         assert {encode(event) for _ in range(3)} == {b"event: again\ndata: x\n\n"}
 
 
+class Inner(BaseModel):
+    size: int
+
+
+class Model(BaseModel):
+    when: date
+    inner: Inner = Field(alias="in")
+
+
+class Cyclic:
+    def model_dump(self, **options: Any) -> Any:
+        return self
+
+
+class Hue(enum.Enum):
+    RED = "red"
+
+
+class Key(str):
+    pass
+
+
+class Number(int):
+    pass
+
+
 def circle() -> list[Any]:
     ring: list[Any] = []
     ring.append(ring)
@@ -792,15 +822,43 @@ class TestRefused:
         "data",
         [
             *(["\ud800"], {"\ud800": 1}, {"a": {"b": "\udfff"}}, Task("\ud800")),  # type: ignore[arg-type]
-            *(2**64, -(2**63) - 1, [10**30], Task(2**64), Point(2**64, 0.0)),
             *(object(), object, len, 1j, [object()], {object()}, Task(object()), Point(object(), 0.0)),  # type: ignore[arg-type]
-            *({1: 2}, {None: 1}, {(1, 2): 3}, {b"a": 1}, range(3), iter("a"), ValueError("x"), circle()),
+            *({(1, 2): 3}, {object(): 1}, iter("a"), ValueError("x"), circle(), Model, [Model], {1: object()}),
+            *([Path("\udc80")], {"\ud800": 1, 2: 3}, Cyclic()),
         ],
     )
     def test_data_without_a_json_form(self, data: Any) -> None:
         refused(Event(data), "data")
         with pytest.raises(EncodeError, match=r"^data "):
             encode_json(data)
+
+    @pytest.mark.parametrize(
+        ("data", "json"),
+        [
+            (
+                Model(when=date(2026, 1, 2), **{"in": Inner(size=2**70)}),
+                b'{"when":"2026-01-02","in":{"size":%d}}' % 2**70,
+            ),
+            ({"models": [Inner(size=1)]}, b'{"models":[{"size":1}]}'),
+            (Task(Inner(size=1)), b'{"taskId":{"size":1},"dueAt":null}'),  # type: ignore[arg-type]
+            ([2**64, -(2**63) - 1, 10**30], b"[%d,%d,%d]" % (2**64, -(2**63) - 1, 10**30)),
+            ({1: {None: {True: 2}}}, b'{"1":{"null":{"true":2}}}'),
+            ({Hue.RED: 1, UUID(int=7): 2}, b'{"red":1,"00000000-0000-0000-0000-000000000007":2}'),
+            ([deque([1]), Path("a/b"), range(2), UserDict(a=1)], b'[[1],"a/b",[0,1],{"a":1}]'),
+            ([numpy.int64(1), numpy.float32(0.5), numpy.bool_(True), numpy.str_("x")], b'[1,0.5,true,"x"]'),
+            (numpy.arange(6).reshape(2, 3)[:, ::2], b"[[0,2],[3,5]]"),
+            (numpy.array([numpy.nan, 1.0]), b"[null,1.0]"),
+            ({Key("k"): Number(3)}, b'{"k":3}'),
+        ],
+    )
+    def test_what_orjson_does_not_know_is_encoded_all_the_same(self, data: Any, json: bytes) -> None:
+        assert encode_json(data) == json
+        assert encode(Event(data)) == b"data: %b\n\n" % json
+
+    def test_what_has_no_form_is_told_to_the_log_and_not_to_the_client(self) -> None:
+        error = refused(Event({"a": object()}), "data")
+        assert error.detail == "data can't be encoded as JSON"
+        assert "builtins.object" in str(error.__cause__)
 
     def test_error_can_be_shown_to_a_client(self) -> None:
         error = refused(Event("x", "a\nb"), "event")

@@ -3,8 +3,8 @@
 import json
 from collections.abc import AsyncIterator
 
-from litestar import Litestar, get  # type: ignore[import-not-found]
-from litestar.response import ServerSentEvent, ServerSentEventMessage  # type: ignore[import-not-found]
+from litestar import Litestar, get
+from litestar.response import ServerSentEvent, ServerSentEventMessage
 
 from benchmarks.peers.work import update
 
@@ -15,7 +15,7 @@ async def counter(count: int, pad: int) -> AsyncIterator[ServerSentEventMessage]
     yield ServerSentEventMessage(event="complete", data=json.dumps({"done": True}))
 
 
-@get("/stream", sync_to_thread=False)  # type: ignore[untyped-decorator]
+@get("/stream", sync_to_thread=False)
 def stream(count: int, pad: int = 0) -> ServerSentEvent:
     return ServerSentEvent(counter(count, pad))
 

@@ -23,6 +23,7 @@ from ssecore.log import Log
 from ssecore.log.facts import Row, Stat, cost
 from ssecore.log.ledger import Entry, Ledger, LocalStore, logger
 from ssecore.log.writer import Batch
+from ssecore.workers import SEVERAL, only_worker
 
 __all__ = ["MemoryLog"]
 
@@ -55,7 +56,14 @@ class _Store(LocalStore):
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        yield
+        with only_worker() as alone:
+            if not alone:
+                logger.warning(
+                    "this server has several workers, each with a memory log of its own: a client that comes back may "
+                    "reach one that doesn't know its run or topic; %s. (Streams without run= are not concerned.)",
+                    SEVERAL,
+                )
+            yield
 
     def give_up(self) -> None:
         """Nothing waits for what is in this process."""

@@ -29,7 +29,6 @@ its next transaction. The event loop hears of it by one call, and goes on with w
     tries that from time to time.
 """
 
-import fcntl
 import logging
 import os
 import sqlite3
@@ -53,11 +52,13 @@ from anyio.lowlevel import current_token
 from anyio.to_thread import run_sync
 
 from ssecore.errors import LogError, LogUnavailable, SSEAppError
+from ssecore.filelock import try_lock
 from ssecore.log import Log
 from ssecore.log.facts import OWNERS, Retention, Row, Stat, cost, legible, packed, unpacked
 from ssecore.log.ledger import Entry, Ledger, LocalStore
 from ssecore.log.writer import GAP_S, Batch
 from ssecore.wire import encode_json
+from ssecore.workers import SEVERAL
 
 __all__ = ["SqliteLog"]
 
@@ -534,8 +535,8 @@ class SqliteStore(LocalStore):
                 return lock
             if current_time() >= until:
                 raise LogError(
-                    f"the event log {self.path} is in use by {holder}: stop it, or name another data folder"
-                    " (replicas need the Redis log)"
+                    f"the event log {self.path} is in use by {holder}: stop it, or name another data folder. "
+                    f"If the two are workers of one server: {SEVERAL}"
                 )
             await anyio.sleep(_LOCK_POLL_S)
 
@@ -545,9 +546,7 @@ class SqliteStore(LocalStore):
             lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise LogError(f"the folder of the event log {self.path} can't be written: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(lock):
             pid = os.read(lock, 20).strip().decode("ascii", "replace")
             os.close(lock)
             return None, f"process {pid}" if pid else "another process"

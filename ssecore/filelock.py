@@ -1,0 +1,59 @@
+"""A lock on an open file that the system releases with the process, whatever ends it.
+
+POSIX has it as `flock`, Windows as `msvcrt.locking` of a range of bytes, which may lie behind the file's end. Where
+there is neither, nothing is locked. (The library `filelock` locks a path of its own; ours is the file that is written.)
+"""
+
+import errno
+import os
+import time
+from typing import Any, Final
+
+__all__ = ["FOLDERS", "lock", "try_lock"]
+
+#: Where Windows locks, since nobody else can read what is locked. `msvcrt.locking` takes 31 bits.
+_FAR: Final = 2**31 - 2
+#: How often Windows is asked, which can't be told to wait for as long as it takes.
+_POLL_S: Final = 0.05
+
+fcntl: Any
+msvcrt: Any
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:
+    msvcrt = None
+
+#: Whether a folder can be opened and locked.
+FOLDERS: Final = fcntl is not None
+
+
+def try_lock(file: int) -> bool:
+    """Lock an open file for this process, until its descriptor is closed. False: another process has it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt is not None:
+            at = os.lseek(file, 0, os.SEEK_CUR)
+            os.lseek(file, _FAR, os.SEEK_SET)
+            try:
+                msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(file, at, os.SEEK_SET)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+def lock(file: int) -> None:
+    """The same, and wait for it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    else:
+        while not try_lock(file):
+            time.sleep(_POLL_S)

@@ -1,0 +1,63 @@
+"""What `make` says and asks before it installs anything."""
+
+import os
+import pty
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A folder of programs that has hardly any, and an apt-get that only tells that it was called."""
+    for name in ("id", "env", "cat"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    (tmp_path / "apt-get").write_text(f"#!/bin/sh\necho called >> {tmp_path}/apt.log\n")
+    (tmp_path / "apt-get").chmod(0o755)
+    return tmp_path
+
+
+def asked(bare: Path, answer: bytes) -> str:
+    """What the script writes on a terminal where somebody types this."""
+    terminal, screen = pty.openpty()
+    environ = {"PATH": str(bare), "HOME": str(bare)}
+    shell = str(shutil.which("sh"))
+    with subprocess.Popen(
+        [shell, "tests/system-packages.sh"], cwd=ROOT, env=environ, stdin=screen, stdout=screen, stderr=screen
+    ) as process:
+        os.close(screen)
+        os.write(terminal, answer)
+        written = b""
+        try:
+            while data := os.read(terminal, 65536):
+                written += data
+        except OSError:  # it has ended: Linux's way to say so
+            pass
+    os.close(terminal)
+    assert process.returncode == 0
+    return written.decode()
+
+
+@pytest.mark.parametrize("answer", [b"n\n", b"\n", b"\x04"])
+def test_system_packages_are_not_installed_unless_a_person_says_yes(bare: Path, answer: bytes) -> None:
+    written = asked(bare, answer)
+    assert "Install them with apt?" in written and "buildah" in written
+    assert "not installed: buildah (the tests that need it are skipped)" in written
+    assert not (bare / "apt.log").exists()
+
+
+def test_the_tests_say_first_how_long_they_take() -> None:
+    done = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.index("half an hour") < done.stdout.index("-m pytest")
+
+
+def test_running_installs_no_tools_of_the_tests() -> None:
+    fresh = ["make", "--dry-run", "--always-make", "run"]
+    done = subprocess.run(fresh, cwd=ROOT, capture_output=True, text=True)
+    assert "-r requirements.txt -r requirements-build.txt" in done.stdout
+    assert "requirements-dev.txt" not in done.stdout and "installing what running needs" in done.stdout

@@ -1,0 +1,5 @@
+"""`python -m sseapp` where the wheel is installed; see hatch_build.py beside it."""
+
+from ssecore.command import main
+
+raise SystemExit(main())
