@@ -431,7 +431,7 @@ def test_whatever_stands_in_the_file_is_read_or_refused(
         (("metrics",), {"metrics"}),
         (("metrics", "subscribe:topics/news"), {"metrics", "subscribe:topics/news"}),
     ],
-    ids=str,
+    ids=lambda rights: "+".join(sorted(rights)) or "none",
 )
 @pytest.mark.parametrize("shown", ["token", "cookie"])
 async def test_a_token_may_what_its_rights_say_and_no_more(

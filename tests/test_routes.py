@@ -413,7 +413,6 @@ async def later(request: Request, run: str) -> None:
         ({"accepted": "text"}, "accepted"),
         ({"accepted": later}, "accepted"),
     ],
-    ids=str,
 )
 def test_a_run_with_options_that_no_run_can_use_is_refused(options: dict[str, Any], name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be "):
