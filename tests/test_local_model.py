@@ -82,7 +82,7 @@ def test_the_agent_has_the_model_write_from_what_its_planner_found(service: Serv
 
 @needs("local-model")
 def test_the_model_answers_a_conversation_token_by_token(service: Server) -> None:
-    messages = [("user", "hi"), ("assistant", "Hello!"), ("user", "bye")]
+    messages = [("user", "hi"), ("assistant", "Hello!"), ("user", "Count from one to ten.")]
     body = [{"role": role, "content": content} for role, content in messages]
     *tokens, last = Decoder().feed(service.client.post("/chat/stream", json=body).content)
     assert {token.event for token in tokens} == {"token"}
