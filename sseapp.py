@@ -29,7 +29,19 @@ from typing import Any, Final
 import anyio
 from anyio import get_cancelled_exc_class
 
-from ssecore.dialects import failure_of, public_text, spread
+from ssecore.dialects import (
+    AG_UI,
+    AI_SDK,
+    DATA_ONLY,
+    NAMED,
+    OPENAI,
+    OPENAI_RESPONSES,
+    Dialect,
+    SoFar,
+    failure_of,
+    public_text,
+    spread,
+)
 from ssecore.errors import (
     ClientGone,
     Draining,
@@ -52,7 +64,7 @@ from ssecore.progress import LogLevel, ProgressLogger, from_thread
 from ssecore.pump import EventPump, Pump
 from ssecore.request import Receive, Request, RequestFacts, Room, Services
 from ssecore.responses import JSON, ByteStream, Response, Send, problem, raw_headers, response_start, send_response
-from ssecore.routes import DELETE, GET, POST, Route, Run, Table, Upload
+from ssecore.routes import DELETE, GET, POST, About, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
 from ssecore.sender import Sender, SenderOptions, Timekeeper
@@ -64,12 +76,20 @@ from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
 __all__ = [
+    "AG_UI",
+    "AI_SDK",
+    "DATA_ONLY",
     "DELETE",
     "GET",
     "JSON",
+    "NAMED",
+    "OPENAI",
+    "OPENAI_RESPONSES",
     "POST",
+    "About",
     "ByteStream",
     "Decoder",
+    "Dialect",
     "Event",
     "LogLevel",
     "NotFound",
@@ -81,6 +101,7 @@ __all__ = [
     "SSEApp",
     "SSEAppError",
     "Settings",
+    "SoFar",
     "Subscription",
     "Upload",
     "create_app",
@@ -231,7 +252,7 @@ class SSEApp:
             await stack.enter_async_context(log.running())
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tails = Tails(log)
-            runs = self._runs = Runs(log, tails, self.settings, tasks)
+            runs = self._runs = Runs(log, tails, self.settings, tasks, self._table.dialects)
             stack.push_async_callback(runs.close)
             await runs.recover()
             topics = Topics(log, tails, self.settings)

@@ -27,7 +27,7 @@ from handlers.chat import LINGERING, ChatMessage, MockModel, Model, ModelError, 
 from handlers.database import Exchange, Tasks
 from handlers.planner import plan, write
 from handlers.tools import DESCRIPTIONS, use
-from ssecore.dialects import public_text
+from ssecore.dialects import DATA_ONLY, public_text
 from ssecore.errors import BadRequest, SSEAppError, UpstreamError
 from ssecore.request import Request
 from ssecore.routes import GET, POST
@@ -399,5 +399,5 @@ ROUTES = [
     GET("/agent/stream", stream, query=_Query, run=LINGERING),
     GET("/agent/think/stream", think, query=_Query, run=LINGERING),
     POST("/agent/process/stream", process, query=_Query, run=LINGERING),
-    POST("/api/chat", chat, body=_Message, data_only=True, run=LINGERING),
+    POST("/api/chat", chat, body=_Message, dialect=DATA_ONLY, run=LINGERING),
 ]

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from handlers.local_model import LOCAL, local_model
+from ssecore.dialects import DATA_ONLY
 from ssecore.errors import BadRequest, SettingsError, TooLarge, UpstreamError
 from ssecore.outbound import http_client
 from ssecore.request import Request
@@ -367,6 +368,6 @@ _Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=100)]
 LINGERING: Final = Run(linger_s="setting")
 
 ROUTES = [
-    GET("/chat", chat, query=Prompt, data_only=True, run=LINGERING),
+    GET("/chat", chat, query=Prompt, dialect=DATA_ONLY, run=LINGERING),
     POST("/chat/stream", chat_stream, body=_Messages, run=LINGERING),
 ]

@@ -17,13 +17,14 @@ it was: `/users/{id}/x` and `/topics/{name}` become `/users/([^/]+)/x()|/topics/
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from ssecore.dialects import DIALECTS, NAMED, Dialect
 from ssecore.errors import MethodNotAllowed, NotFound
 
-__all__ = ["DELETE", "GET", "POST", "Route", "Run", "Table", "Upload"]
+__all__ = ["DELETE", "GET", "POST", "About", "Route", "Run", "Table", "Upload"]
 
 # 18 digits: what fits into SQLite's and JavaScript's idea of a whole number, and no time is lost on a longer one.
 _CONVERTERS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
@@ -43,6 +44,18 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
+class About:
+    """What a route knows of a run from the request that starts it."""
+
+    #: What the run belongs to, such as a chat: `GET /runs?thread=` lists its runs, and a page finds the running one.
+    thread: str | None = None
+    #: The run's idempotency key, where the client names the run in its body. It takes the place of the header's.
+    key: str | None = None
+    #: Kept with the run for its dialect, which may need it to end the run after a restart. A JSON object, and small.
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """Makes a route resumable: its generator works detached from any connection, into the log (see `runs`)."""
 
@@ -51,7 +64,10 @@ class Run:
     linger_s: float | Literal["setting"] | None = None
     #: Makes the route *detached*: nobody reads the run here. A request is answered at once with what this gives for it
     #: and the run's id (a `Response`, to say where the run can be read), as others are with `Prefer: respond-async`.
+    #: It may be a coroutine, which may wait for the run's end (`request.runs.whole`); `None` streams the run after all.
     accepted: Callable[[Any, str], Any] | None = None
+    #: What the request says about its run. Raises what the request is to be refused with.
+    about: Callable[[Any], About] | None = None
 
     def __post_init__(self) -> None:
         linger_s: Any = self.linger_s
@@ -59,8 +75,10 @@ class Run:
             number = isinstance(linger_s, int | float) and not isinstance(linger_s, bool)
             if not (number and 0 <= linger_s < math.inf):
                 raise TypeError(f"linger_s must be a number of seconds, None or 'setting', not {linger_s!r}")
-        if self.accepted is not None and (not callable(self.accepted) or inspect.iscoroutinefunction(self.accepted)):
-            raise TypeError("accepted must be a plain function of the request and the run's id")
+        if self.accepted is not None and not callable(self.accepted):
+            raise TypeError("accepted must be a function of the request and the run's id")
+        if self.about is not None and (not callable(self.about) or inspect.iscoroutinefunction(self.about)):
+            raise TypeError("about must be a plain function of the request")
 
 
 @dataclass(frozen=True)
@@ -72,8 +90,10 @@ class Route:
     handler: Callable[..., Any]
     query: Any = None
     body: Any = None
-    #: The stream has no named events and ends with `[DONE]`; the engine's own events are data there as well.
-    data_only: bool = False
+    #: The media types in which a JSON body is taken.
+    media_types: Sequence[str] = ("application/json",)
+    #: How the engine says errors, cancellations, gaps and the end in this route's streams.
+    dialect: Dialect = NAMED
     #: The stream survives its connection.
     run: Run | None = None
     #: Anybody may, whatever credentials are configured.
@@ -89,6 +109,8 @@ class Route:
             raise ValueError(f"{self.path!r}: a path begins with /")
         if self.run is not None and not isinstance(self.run, Run):
             raise TypeError(f"{self.method} {self.path}: run must be a Run, as in run=Run(), not {self.run!r}")
+        if not isinstance(self.dialect, Dialect):
+            raise TypeError(f"{self.method} {self.path}: dialect must be a Dialect, such as DATA_ONLY")
         names = {name: name for name, _ in _PARAMETER.findall(self.path)}
         try:
             self.may.format(**names)
@@ -128,6 +150,12 @@ class Table:
     """All routes, ready to match. Where two paths with parameters fit, the one that stands first wins."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
+        #: All that the routes have, for runs that were begun by an earlier process. Raises `ValueError`.
+        self.dialects = list({id(route.dialect): route.dialect for route in routes}.values())
+        for dialect in self.dialects:
+            others = [other for other in [*DIALECTS.values(), *self.dialects] if other is not dialect]
+            if any(other.name == dialect.name for other in others):
+                raise ValueError(f"{type(dialect).__name__}: there is another dialect named {dialect.name!r}")
         by_path: dict[str, dict[str, Route]] = {}
         for route in routes:
             methods = by_path.setdefault(route.path, {})

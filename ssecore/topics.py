@@ -24,9 +24,10 @@ from typing import Any, Final
 import anyio
 
 import ssecore.log
+from ssecore.dialects import Dialect
 from ssecore.errors import EncodeError, LogError, LogUnavailable, NotFound, Unavailable, WriterFenced
 from ssecore.log import Cursor, Log, Retention, Shared, Stat, locate, parse_cursor
-from ssecore.log.tail import Attached, Reader, Tail, Tails, gap_frame
+from ssecore.log.tail import Attached, Reader, Tail, Tails, gap_frames
 from ssecore.request import Request
 from ssecore.settings import Settings
 from ssecore.wire import Event, encode
@@ -108,8 +109,8 @@ class Topics:
                 raise Unavailable("the topic is being deleted; try again", retry_after_s=1)
             self._check_room(subscription.topic)  # many may have come at the same moment
             tail.settle(stat)
-            after, before = self._begin(stat, tail, subscription, cursor, request.data_only)
-            reader = Reader(tail, after, data_only=request.data_only, before=before)
+            after, before = self._begin(stat, tail, subscription, cursor, request.dialect)
+            reader = Reader(tail, after, dialect=request.dialect, before=before)
         finally:
             self._tails.leave(tail)
         reader.on_close = tail.leave
@@ -121,7 +122,7 @@ class Topics:
             raise Unavailable("too many subscribers to this topic; try again")
 
     def _begin(
-        self, stat: Stat, tail: Tail, subscription: Subscription, cursor: Cursor | None, data_only: bool
+        self, stat: Stat, tail: Tail, subscription: Subscription, cursor: Cursor | None, dialect: Dialect
     ) -> tuple[int, bytes]:
         if cursor is None:
             top = Cursor(stat.epochs[-1][0], max(stat.last, tail.top))
@@ -131,7 +132,7 @@ class Topics:
         if gap is None:
             return after, b""
         self._tails.gaps[gap.reason] += 1
-        return after, gap_frame(gap, data_only=data_only)
+        return after, gap_frames(gap, dialect)
 
     async def _epoch(self, stream: str) -> str:
         """This process's epoch on the stream, opened when it is first needed."""

@@ -360,7 +360,7 @@ def test_what_is_no_run_does_not_make_a_route_resumable(run: Any) -> None:
         GET("/work", stream, run=run)
 
 
-async def later(request: Request, run: str) -> None:
+async def later(request: Request) -> None:
     """Would have to be awaited."""
 
 
@@ -373,7 +373,8 @@ async def later(request: Request, run: str) -> None:
         ({"linger_s": float("nan")}, "linger_s"),
         ({"linger_s": float("inf")}, "linger_s"),
         ({"accepted": "text"}, "accepted"),
-        ({"accepted": later}, "accepted"),
+        ({"about": "text"}, "about"),
+        ({"about": later}, "about"),
     ],
     ids=str,
 )
