@@ -531,7 +531,7 @@ class SSEApp:
         if isinstance(error, Unavailable) and request.like_event_source:
             body = b"%bretry: %d\n" % (request.preamble, spread(self._options.retry_ms))
             return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
-        return problem(error, reference)
+        return problem(error, reference, request.dialect)
 
     def _log_refusal(self, request: Request, error: SSEAppError) -> str | None:
         """Gives the reference of a 5xx, which its client gets too."""

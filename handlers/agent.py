@@ -33,7 +33,20 @@ from ssecore.request import Request
 from ssecore.routes import GET, POST
 from ssecore.wire import Event, encode_json
 
-__all__ = ["ROUTES", "Agent", "End", "Source", "Status", "Step", "Thought", "Token", "ToolResult", "ToolStart"]
+__all__ = [
+    "MAX_QUESTION_CHARS",
+    "ROUTES",
+    "Agent",
+    "End",
+    "Source",
+    "Status",
+    "Step",
+    "Thought",
+    "Token",
+    "ToolResult",
+    "ToolStart",
+    "steps_of",
+]
 
 logger = logging.getLogger("sseapp")
 
@@ -46,6 +59,7 @@ MAX_NAME_CHARS: Final = 64
 MAX_SOURCES: Final = 20
 #: How many thoughts there are, each time.
 THOUGHTS: Final = 3
+MAX_QUESTION_CHARS: Final = 8000
 #: Of a question that a thought repeats.
 QUOTED_CHARS: Final = 200
 #: Where nobody has a name, a session's id is the only key to it: 22 characters of base64url are 128 bits.
@@ -97,6 +111,7 @@ class Thought:
 @dataclass(frozen=True, slots=True)
 class ToolStart:
     tool: str
+    arguments: str  #: a JSON object
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +190,7 @@ class Agent:
         if calls:
             yield Status("retrieving")
         for call in calls:
-            yield ToolStart(call.name)
+            yield ToolStart(call.name, call.arguments)
             yield await self._use(call)
         for step in self._concluded():
             yield step
@@ -227,7 +242,7 @@ class Agent:
             messages.append(_asked(text, calls))
             yield Status("retrieving")
             for number, call in enumerate(calls):
-                yield ToolStart(call.name)
+                yield ToolStart(call.name, _object(call.arguments))
                 result = await self._use(call) if number < MAX_CALLS else _too_many(call)
                 yield result
                 content = encode_json(result.result).decode()
@@ -301,22 +316,23 @@ def _counted(count: int, noun: str) -> str:
 
 
 class _Query(msgspec.Struct):
-    query: Annotated[str, Meta(min_length=1, max_length=8000)]
+    query: Annotated[str, Meta(min_length=1, max_length=MAX_QUESTION_CHARS)]
 
 
 class _Message(msgspec.Struct):
-    message: Annotated[str, Meta(min_length=1, max_length=8000)]
+    message: Annotated[str, Meta(min_length=1, max_length=MAX_QUESTION_CHARS)]
     #: `\Z`, since `$` would take a line end behind it.
     session_id: Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._~-]+\Z")] | None = None
 
 
-def _steps(request: Request, question: str, history: Sequence[Exchange] = ()) -> aclosing[AsyncGenerator[Step, None]]:
+def steps_of(request: Request, question: str, history: Sequence[Exchange] = ()) -> aclosing[AsyncGenerator[Step, None]]:
+    """The agent's steps on a question, for a handler."""
     return aclosing(Agent(request.state.tasks, request.state.model).steps(question, history))
 
 
 async def stream(request: Request) -> AsyncIterator[Event]:
     query: str = request.query.query
-    async with _steps(request, query) as steps:
+    async with steps_of(request, query) as steps:
         async for step in steps:
             match step:
                 case Status(stage="analyzing"):
@@ -330,7 +346,7 @@ async def stream(request: Request) -> AsyncIterator[Event]:
 
 async def think(request: Request) -> AsyncIterator[Event]:
     thoughts = 0
-    async with _steps(request, request.query.query) as steps:
+    async with steps_of(request, request.query.query) as steps:
         async for step in steps:
             match step:
                 case Thought(1, text):
@@ -351,7 +367,7 @@ async def think(request: Request) -> AsyncIterator[Event]:
 
 async def process(request: Request) -> AsyncIterator[Event]:
     tokens = 0
-    async with _steps(request, request.query.query) as steps:
+    async with steps_of(request, request.query.query) as steps:
         async for step in steps:
             match step:
                 case Thought(1, text):
@@ -376,7 +392,7 @@ async def chat(request: Request) -> AsyncIterator[Event]:
     tasks: Tasks = request.state.tasks
     history = await tasks.session(request.caller, session) if session is not None else []
     try:
-        async with _steps(request, message, history) as steps:
+        async with steps_of(request, message, history) as steps:
             async for step in steps:
                 match step:
                     case Status(stage):

@@ -7,9 +7,10 @@ Boundary of trust: what the upstream sends is bounded and checked here; its own 
 import logging
 import random
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Protocol, overload
 
 import anyio
@@ -232,17 +233,23 @@ class OpenAIModel:
 
     @overload
     def stream(
-        self, messages: Sequence[Any], tools: Sequence[Any], *, call: bool = True
+        self, messages: Sequence[Any], tools: Sequence[Any], *, call: bool = True, options: Mapping[str, Any] = ...
     ) -> AsyncGenerator[str | ToolCall, None]: ...
 
     async def stream(
-        self, messages: Sequence[Any], tools: Sequence[Any] = (), *, call: bool = True
+        self,
+        messages: Sequence[Any],
+        tools: Sequence[Any] = (),
+        *,
+        call: bool = True,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> AsyncGenerator[str | ToolCall, None]:
         """With `tools`, as OpenAI describes them, the calls that the model makes come behind its text.
 
         Without `call` it shall make none; the tools are told all the same, since earlier messages speak of them.
+        `options` are more fields of the request.
         """
-        body: dict[str, Any] = {"model": self.model, "messages": messages, "stream": True}
+        body: dict[str, Any] = {**options, "model": self.model, "messages": messages, "stream": True}
         if tools:
             body |= {"tools": tools} if call else {"tools": tools, "tool_choice": "none"}
         content = encode_json(body)
@@ -267,6 +274,12 @@ class OpenAIModel:
         if tools:
             for tool_call in reader.tool_calls:
                 yield tool_call
+
+    @asynccontextmanager
+    async def answer(self, asked: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The bytes of the streamed answer to a caller's own request. Raises `ModelError`, or what httpx raises."""
+        async with _body(await self._open(encode_json({**asked, "model": self.model, "stream": True}))) as chunks:
+            yield chunks
 
     async def _open(self, content: bytes) -> httpx.Response:
         request = self.client.build_request("POST", self.url, content=content)

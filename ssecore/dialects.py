@@ -107,6 +107,10 @@ class Dialect:
         """A gap behind which nothing comes any more."""
         return [self.gap(gap)]
 
+    def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
+        """More members of the problem (RFC 9457) by which a request to the route is refused."""
+        return {}
+
     def is_last(self, event: Event) -> bool:
         """Whether a stream is complete with this event: if a crash left it so, there is nothing to add.
 
@@ -214,11 +218,18 @@ class AGUI(Dialect):
         return _object(event).get("type") in ("RUN_FINISHED", "RUN_ERROR")
 
 
+def _openai_refusal(text: str, code: str, field: str | None) -> Mapping[str, Any]:
+    return {"error": {"message": text, "type": "invalid_request_error", "param": field, "code": code}}
+
+
 class OpenAI(DataOnly):
     """OpenAI's chat completions. Its SDKs raise what stands under `error`; they know no other event of ours."""
 
     name = "openai"
     only_json = True
+
+    def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
+        return _openai_refusal(text, code, field)
 
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
         return [Event({"error": {"message": text, "type": "server_error", "param": None, "code": code}}), _DONE]
@@ -235,6 +246,9 @@ class OpenAIResponses(Dialect):
 
     name = "openai_responses"
     only_json = True
+
+    def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
+        return _openai_refusal(text, code, field)
 
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
         return [_response("failed", so_far, error={"code": code, "message": text})]

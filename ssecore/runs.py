@@ -776,8 +776,8 @@ class Runs:
         found = [_state(stat) for stat in await self.log.runs(request.caller, MAX_LIST)]
         return [run for run in found if state is None or run["state"] == state]
 
-    async def cancel(self, request: Request, run: str) -> int:
-        """Running: cancel it, 202. Over: delete its events, 204."""
+    async def cancel(self, request: Request, run: str, *, keep: bool = False) -> int:
+        """Running: cancel it, 202. Over: delete its events, unless they are to be kept, 204."""
         stat = await self._owned(request, run)
         worker = self._workers.get(run)
         if worker is not None and not stat.closed:
@@ -786,7 +786,8 @@ class Runs:
         if self.log.shared and not stat.closed:
             await self.log.call(run, "cancel")
             return 202
-        await self.log.delete(run)
+        if not keep:
+            await self.log.delete(run)
         return 204
 
 
@@ -856,8 +857,8 @@ def _epoch_at(stat: Stat, seq: int) -> str:
 
 def _state(stat: Stat) -> dict[str, Any]:
     epoch = _epoch_at(stat, stat.last)
-    thread = {"thread": stat.meta["thread"]} if "thread" in stat.meta else {}
-    return thread | {
+    about = {name: stat.meta[name] for name in ("thread", "note") if name in stat.meta}
+    return about | {
         "run": stat.stream,
         "route": stat.meta.get("route"),
         "state": stat.meta.get("state"),
