@@ -1,11 +1,12 @@
 """Front ends by their own packages, against the real service over a line that breaks."""
 
 import json
+import os
 import random
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any, Final
@@ -15,6 +16,7 @@ import pytest
 from ag_ui_validate import create_validator
 
 from ssecore.wire import Decoder
+from tests import redis_server
 from tests import upstream as llm
 from tests.needs import needs
 from tests.relay import relay
@@ -22,6 +24,8 @@ from tests.serving import Server, serve, wait_until
 from tests.upstream import Upstream
 
 node_clients = needs("node-clients")
+#: Each with other cuts. All of the suite's: once. `SSEAPP_TEST_ROUNDS=30` makes it a thousand cuts.
+rounds = pytest.mark.parametrize("seed", range(int(os.environ.get("SSEAPP_TEST_ROUNDS", "1"))))
 
 NODE: Final = Path(__file__).parent / "node"
 #: A question with two tools, and an answer of many words.
@@ -141,8 +145,9 @@ def fresh() -> str:
 
 
 @node_clients
-def test_ai_sdk_has_every_chunk_once_over_cuts(server: Server) -> None:
-    with relay(server.port, cuts(6, "ai")) as line:
+@rounds
+def test_ai_sdk_has_every_chunk_once_over_cuts(server: Server, seed: int) -> None:
+    with relay(server.port, cuts(6, ("ai", seed))) as line:
         told = node("ai", url=f"{line.url}/ai/chat", chatId=fresh(), text=QUESTION, resuming=True)
         line.wait_streams(7)
     assert told.chunks == stored(server, newest(server))
@@ -227,9 +232,10 @@ def check_ag_ui(events: Sequence[Any]) -> None:
 
 
 @node_clients
-def test_ag_ui_has_every_event_once_over_cuts(server: Server) -> None:
+@rounds
+def test_ag_ui_has_every_event_once_over_cuts(server: Server, seed: int) -> None:
     asked = {"threadId": fresh(), "runId": fresh(), "text": QUESTION}
-    with relay(server.port, cuts(6, "ag-ui")) as line:
+    with relay(server.port, cuts(6, ("ag-ui", seed))) as line:
         told = node("ag-ui", url=f"{line.url}/ag-ui", **asked, resuming=True)
         line.wait_streams(7)
     whole = stored(server, newest(server))
@@ -264,9 +270,10 @@ def test_an_ag_ui_run_that_is_cancelled_or_fails_is_in_order(behind: Server, ups
 
 
 @node_clients
-def test_tanstack_resumes_by_itself_over_five_cuts(server: Server) -> None:
+@rounds
+def test_tanstack_resumes_by_itself_over_five_cuts(server: Server, seed: int) -> None:
     thread, run = fresh(), fresh()
-    with relay(server.port, cuts(5, "tanstack")) as line:
+    with relay(server.port, cuts(5, ("tanstack", seed))) as line:
         told = node("tanstack", url=f"{line.url}/ag-ui", threadId=thread, runId=run, text=QUESTION)
         line.wait_streams(6)
     whole = stored(server, newest(server))
@@ -296,8 +303,9 @@ def test_tanstack_finds_the_run_that_is_at_work_on_a_thread(behind: Server, upst
 
 
 @node_clients
-def test_openai_node_streams_a_completion_over_cuts(server: Server) -> None:
-    with relay(server.port, cuts(6, "openai")) as line:
+@rounds
+def test_openai_node_streams_a_completion_over_cuts(server: Server, seed: int) -> None:
+    with relay(server.port, cuts(6, ("openai", seed))) as line:
         told = node("openai", url=f"{line.url}/v1", model="mock", text=LONG, resuming=True)
         line.wait_streams(7)
     assert told.chunks == stored(server, newest(server))
@@ -310,8 +318,9 @@ def test_openai_node_streams_a_completion_over_cuts(server: Server) -> None:
 
 
 @node_clients
-def test_openai_node_streams_a_response_over_cuts(server: Server) -> None:
-    with relay(server.port, cuts(6, "responses")) as line:
+@rounds
+def test_openai_node_streams_a_response_over_cuts(server: Server, seed: int) -> None:
+    with relay(server.port, cuts(6, ("responses", seed))) as line:
         asked = {"url": f"{line.url}/v1", "model": "agent", "responses": True}
         told = node("openai", **asked, text=QUESTION, resuming=True)
         line.wait_streams(7)
@@ -340,10 +349,11 @@ def test_openai_python_reads_models_completions_and_refusals(client: openai.Open
     assert caught.value.code == "model_not_found"
 
 
-def test_openai_python_resumes_a_response_by_its_last_number(server: Server) -> None:
+@rounds
+def test_openai_python_resumes_a_response_by_its_last_number(server: Server, seed: int) -> None:
     numbers: list[int] = []
     final: Any = None
-    with relay(server.port, cuts(6, "python")) as line:
+    with relay(server.port, cuts(6, ("python", seed))) as line:
         client = openai.OpenAI(api_key="none", base_url=f"{line.url}/v1", max_retries=0)
         id = ""
         while final is None:
@@ -465,4 +475,45 @@ def test_a_function_of_the_clients_is_called_in_a_response(behind: Server, upstr
         "tool",
     ]
     assert upstream.calls[1].json["tools"][0]["function"]["name"] == "weather"
+    upstream.settle()
+
+
+# Two replicas on one Redis
+
+
+@node_clients
+def test_every_client_goes_on_at_another_replica(tmp_path: Path, upstream: Upstream) -> None:
+    """Each connection goes to the other one of the two."""
+    thread, run = fresh(), fresh()
+    upstream.plan(*[llm.answer(*WORDS * 5)] * 5, llm.silent(llm.FIRST, *map(llm.token, WORDS)))
+    with redis_server.serving("valkey") as redis, ExitStack() as stack:
+        env = {**ENV, "SSEAPP_LOG": redis.url, "OPENAI_BASE_URL": upstream.url, "OPENAI_MODEL": "m"}
+        first, second = [stack.enter_context(serve(tmp_path / name, env=env)) for name in ("1", "2")]
+
+        def over_cuts(client: str, path: str, cut: Sequence[int], **asked: Any) -> Told:
+            with relay([first.port, second.port], cut) as line:
+                told = node(client, url=f"{line.url}{path}", **asked)
+                line.wait_streams(len(cut) + 1)
+            return told
+
+        told = over_cuts("ai", "/ai/chat", cuts(5), chatId=fresh(), text=QUESTION, resuming=True)
+        assert told.chunks == stored(second, newest(second))
+        told = over_cuts("workflow", "/ai/chat", [900, 700, 1200], chatId=fresh(), text=QUESTION)
+        assert told.chunks == stored(second, told.rest["run"])
+        told = over_cuts("ag-ui", "/ag-ui", cuts(5), threadId=thread, runId=fresh(), text=QUESTION, resuming=True)
+        assert told.chunks == stored(second, newest(second))
+        told = over_cuts("tanstack", "/ag-ui", cuts(5), threadId=thread, runId=run, text=QUESTION)
+        assert len(told.chunks) == len(stored(second, newest(second)))
+        told = over_cuts("openai", "/v1", cuts(5), model="agent", responses=True, text=QUESTION, resuming=True)
+        assert [chunk["sequence_number"] for chunk in told.chunks] == list(range(len(told.chunks)))
+        assert told.rest["final"]["status"] == "completed"
+        # A page's reload, and its stop, at the replica that doesn't work on the run.
+        chat = fresh()
+        with at_work("ai", url=f"{first.url}/ai/chat", chatId=chat, text=QUESTION) as client:
+            found = wait_for_run(second, chat)
+            with relay(second.port) as line:
+                with at_work("ai", url=f"{line.url}/ai/chat", chatId=chat, reconnect=True) as again:
+                    line.wait_streams(1)
+                    assert second.client.post(f"/ai/chat/{chat}/stop").status_code == 204
+                    assert ended(client).chunks == stored(second, found) == ended(again).chunks
     upstream.settle()
