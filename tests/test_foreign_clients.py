@@ -303,6 +303,12 @@ def test_sse_js_loses_no_event_wherever_in_an_event_it_is_cut(server: Server, br
     check_cuts(server, read, "sse.js")
 
 
+@needs("node-clients")
+def test_resuming_fetch_withstands_a_server_that_does_everything_wrong() -> None:
+    done = subprocess.run(["node", "resuming.js"], cwd=NODE, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_lock_for_node_names_no_address() -> None:
     lock = json.loads((NODE / "package-lock.json").read_text())
     assert all(re.match("sha512-", package["integrity"]) for name, package in lock["packages"].items() if name)

@@ -14,15 +14,17 @@ from typing import Any, Final
 import openai
 import pytest
 from ag_ui_validate import create_validator
+from playwright.sync_api import Browser
 
 from ssecore.wire import Decoder
-from tests import redis_server
+from tests import chromium, redis_server
 from tests import upstream as llm
 from tests.needs import needs
 from tests.relay import relay
 from tests.serving import Server, serve, wait_until
 from tests.upstream import Upstream
 
+browser = chromium.browser
 node_clients = needs("node-clients")
 #: Each with other cuts. All of the suite's: once. `SSEAPP_TEST_ROUNDS=30` makes it a thousand cuts.
 rounds = pytest.mark.parametrize("seed", range(int(os.environ.get("SSEAPP_TEST_ROUNDS", "1"))))
@@ -476,6 +478,33 @@ def test_a_function_of_the_clients_is_called_in_a_response(behind: Server, upstr
     ]
     assert upstream.calls[1].json["tools"][0]["function"]["name"] == "weather"
     upstream.settle()
+
+
+# In a page
+
+
+@needs("chromium")
+def test_a_page_posts_and_hears_every_event_once_over_cuts(server: Server, browser: Browser) -> None:
+    """By the module that the service serves."""
+    script = """async (body) => {
+      const { eventSource, resumingFetch } = await import("/static/resuming-fetch.js")
+      const headers = { "content-type": "application/json" }
+      const response = await resumingFetch("/v1/chat/completions", { method: "POST", headers, body })
+      const told = []
+      const source = eventSource(response.body)
+      source.addEventListener("message", (event) => told.push(event.data))
+      await new Promise((resolve) => source.addEventListener("error", resolve))
+      return told
+    }"""
+    asked = {"model": "agent", "stream": True, "messages": [{"role": "user", "content": QUESTION}]}
+    with relay(server.port, cuts(4, "page")) as line:
+        page = browser.new_page()
+        page.goto(f"{line.url}/healthz")
+        told = page.evaluate(script, json.dumps(asked))
+        page.close()
+        line.wait_streams(5)
+    assert [json.loads(data) for data in told[:-1]] == stored(server, newest(server))
+    assert told[-1] == "[DONE]"
 
 
 # Two replicas on one Redis

@@ -13,6 +13,7 @@
 //    request's headers may hold credentials.
 
 const FIRST_WAIT_MS = 1000 // until the server says otherwise, by `retry:`
+const LEAST_WAIT_MS = 50 // after a try in vain, whatever the server says
 const LONGEST_WAIT_MS = 30_000
 const AGAIN = new Set([408, 425, 429, 500, 502, 503, 504])
 const OF_THE_BODY = ["content-type", "content-length", "content-encoding", "idempotency-key", "prefer"]
@@ -91,11 +92,12 @@ class Body {
       try {
         for (;;) {
           const { done, value } = await reader.read()
+          const known = this.lastEventId
+          // At the end a CR that was held back is a line end; with an LF behind it, it is the same one.
+          const whole = done ? this.#rest.endsWith("\r") && this.#whole("\n") : this.#whole(value)
+          if (this.lastEventId !== known) this.#failed = 0
+          if (whole) yield whole
           if (done) break
-          const whole = this.#whole(value)
-          if (!whole) continue
-          this.#failed = 0
-          yield whole
         }
       } catch (error) {
         if (this.signal.aborted) throw error // else a cut
@@ -150,14 +152,17 @@ class Body {
 
   /** Before the next try: as long as the server wishes, twice as long after each in vain, not beyond "online". */
   async #pause() {
-    const ms = Math.min(this.#waitMs * 2 ** this.#failed++, LONGEST_WAIT_MS) * (0.75 + Math.random() / 2)
+    const least = this.#failed ? Math.max(this.#waitMs, LEAST_WAIT_MS) : this.#waitMs
+    const ms = Math.min(least * 2 ** this.#failed++, LONGEST_WAIT_MS) * (0.75 + Math.random() / 2)
     const over = new AbortController() // takes the listeners away
+    let timer
     await new Promise((resolve) => {
-      setTimeout(resolve, ms)
+      timer = setTimeout(resolve, ms)
       globalThis.addEventListener?.("online", resolve, { signal: over.signal })
       this.signal.addEventListener("abort", resolve, { signal: over.signal })
     })
     over.abort()
+    clearTimeout(timer)
     this.signal.throwIfAborted()
   }
 }
