@@ -24,7 +24,8 @@ import msgspec
 from msgspec import Meta
 
 from handlers.agent import End
-from handlers.chat import LINGERING, ChatMessage, MockModel, Model, ModelError, OpenAIModel, ToolCall
+from handlers.chat import LINGERING, ChatMessage, Model, ModelError, OpenAIModel, ToolCall
+from handlers.database import Exchange
 from handlers.parts import Called, Closed, Delta, Opened, Returned, conversation, parts_of, text_of
 from ssecore.dialects import OPENAI, OPENAI_RESPONSES
 from ssecore.errors import BadRequest, NotFound, TooLarge
@@ -114,28 +115,28 @@ async def completion(request: Request) -> AsyncIterator[Event]:
             async for chunk in chunks:
                 yield Event(chunk)
     else:
+        question, history = conversation(_spoken(request.body.messages))
         head = {"id": f"chatcmpl-{request.run_id}", "object": "chat.completion.chunk", "created": int(time.time())}
         head["model"] = chosen
         choice: dict[str, Any] = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         yield Event({**head, "choices": [choice]})
-        async with aclosing(_agents(request) if chosen == AGENT else _mocks(request)) as deltas:
+        by = _agents(request, question, history) if chosen == AGENT else _mocks(model, question)
+        async with aclosing(by) as deltas:
             async for delta in deltas:
                 yield Event({**head, "choices": [{**choice, "delta": delta}]})
         yield Event({**head, "choices": [{**choice, "delta": {}, "finish_reason": "stop"}]})
     yield Event("[DONE]")
 
 
-async def _agents(request: Request) -> AsyncGenerator[dict[str, str], None]:
-    question, history = conversation(_spoken(request.body.messages))
+async def _agents(request: Request, question: str, history: list[Exchange]) -> AsyncGenerator[dict[str, str], None]:
     async with aclosing(parts_of(request, question, history)) as parts:
         async for part in parts:
             if isinstance(part, Delta):
                 yield {"content" if part.kind == "text" else "reasoning_content": part.text}
 
 
-async def _mocks(request: Request) -> AsyncGenerator[dict[str, str], None]:
-    question, _ = conversation(_spoken(request.body.messages))
-    async with aclosing(request.state.model.stream([ChatMessage("user", question)])) as texts:
+async def _mocks(model: Model, question: str) -> AsyncGenerator[dict[str, str], None]:
+    async with aclosing(model.stream([ChatMessage("user", question)])) as texts:
         async for text in texts:
             yield {"content": text}
 
@@ -234,52 +235,50 @@ async def response(request: Request) -> AsyncIterator[Event]:
     if body.previous_response_id is not None or body.conversation is not None:
         text = "conversations are not kept here: send the earlier messages in `input`"
         raise BadRequest(text, code="unsupported", field="previous_response_id")
+    messages, tools = _messages(body), [_nested(tool) for tool in body.tools or ()]
+    question, history = (
+        conversation(_spoken(messages)) if not isinstance(model, OpenAIModel) or chosen == AGENT else ("", [])
+    )
     told = _Telling(request)
     yield told.response("created", "in_progress")
     yield told.response("in_progress", "in_progress")
     if chosen == AGENT:
-        question, history = conversation(_spoken(_messages(body)))
-        parts = parts_of(request, question, history)
-        async with aclosing(parts):
+        async with aclosing(parts_of(request, question, history)) as parts:
             async for part in parts:
                 for event in told.part(part):
                     yield event
     else:
-        async with aclosing(_pieces(model, body)) as pieces:
-            id, said = f"msg_{request.run_id}", list[str]()
+        if isinstance(model, OpenAIModel):
+            pieces = model.stream(messages, tools, options=_options(body))
+        else:
+            pieces = model.stream([ChatMessage("user", question)])
+        said: list[str] = []
+        async with aclosing(pieces):
             async for piece in pieces:
                 if isinstance(piece, str):
-                    for event in told.part(Opened("text", id)) if not said else ():
+                    for event in told.part(Opened("text", request.run_id or "")) if not said else ():
                         yield event
                     said.append(piece)
                     yield told.delta(piece)
                 elif isinstance(piece, ToolCall):
-                    for event in told.text_ended(said):
-                        yield event
-                    for event in told.call(piece):
+                    for event in [*told.text_ended(said), *told.call(piece)]:
                         yield event
             for event in told.text_ended(said):
                 yield event
     yield told.response("completed", "completed")
 
 
-def _pieces(model: Model, body: _Response) -> AsyncGenerator[Any, None]:
-    messages = _messages(body)
-    if isinstance(model, MockModel):
-        return model.stream([ChatMessage("user", conversation(_spoken(messages))[0])])
-    options: dict[str, Any] = {
+def _options(body: _Response) -> dict[str, Any]:
+    """What of the request the upstream is told besides."""
+    choice = body.tool_choice if body.tools else None
+    options = {
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
-        "parallel_tool_calls": body.parallel_tool_calls,
+        "parallel_tool_calls": body.parallel_tool_calls if body.tools else None,
+        "tool_choice": _nested(choice) if isinstance(choice, dict) else choice,
     }
-    tools = [_nested(tool) for tool in body.tools or ()]
-    if isinstance(body.tool_choice, dict) and tools:
-        options["tool_choice"] = _nested(body.tool_choice)
-    elif tools:
-        options["tool_choice"] = body.tool_choice
-    assert isinstance(model, OpenAIModel)
-    return model.stream(messages, tools, options={name: value for name, value in options.items() if value is not None})
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _nested(tool: dict[str, Any]) -> dict[str, Any]:
@@ -362,7 +361,7 @@ class _Telling:
     def part(self, part: Any) -> list[Event]:
         match part:
             case Opened("text", id):
-                item = {"id": f"msg_{id.removeprefix('msg_')}", "type": "message", "role": "assistant"}
+                item = {"id": f"msg_{id}", "type": "message", "role": "assistant"}
                 return [
                     self._added({**item, "status": "in_progress", "content": []}),
                     self._content("added", _text("")),
