@@ -236,9 +236,8 @@ async def response(request: Request) -> AsyncIterator[Event]:
         text = "conversations are not kept here: send the earlier messages in `input`"
         raise BadRequest(text, code="unsupported", field="previous_response_id")
     messages, tools = _messages(body), [_nested(tool) for tool in body.tools or ()]
-    question, history = (
-        conversation(_spoken(messages)) if not isinstance(model, OpenAIModel) or chosen == AGENT else ("", [])
-    )
+    by_upstream = chosen != AGENT and isinstance(model, OpenAIModel)
+    question, history = ("", []) if by_upstream else conversation(_spoken(messages))
     told = _Telling(request)
     yield told.response("created", "in_progress")
     yield told.response("in_progress", "in_progress")

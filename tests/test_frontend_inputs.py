@@ -1,6 +1,8 @@
 """What front ends may send us: any JSON gets an answer, and no more than it should."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -11,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handlers import ROUTES, Resources, resources
+from handlers.chat import MockModel
 from handlers.database import MAX_SESSION_CHARS, Exchange
 from handlers.parts import conversation, text_of
-from sseapp import Settings, create_app
+from sseapp import Settings, SSEApp, create_app
 from ssecore.errors import BadRequest
 from ssecore.testing import Transport
 from ssecore.wire import Decoder
@@ -144,6 +148,51 @@ async def test_a_run_of_another_route_is_no_response_and_no_chat(http: httpx.Asy
     assert (await http.get(f"/ai/chat/{run}/stream")).status_code == 204
     assert (await http.post(f"/ai/chat/{run}/stop")).status_code == 204
     assert (await http.get(f"/runs/{run}")).json()["state"] == "completed"
+
+
+async def test_nobody_finds_what_is_anothers(tmp_path: Path) -> None:
+    held = anyio.Event()
+
+    class Waiting(MockModel):
+        async def say(self, text: str) -> AsyncGenerator[str, None]:
+            yield "one "
+            await held.wait()
+
+    @asynccontextmanager
+    async def lifespan(app: SSEApp) -> AsyncIterator[Resources]:
+        async with resources(app.settings) as opened:
+            yield replace(opened, model=Waiting(0))
+
+    app = SSEApp(ROUTES, Settings(data_dir=tmp_path), lifespan=lifespan, caller=lambda r: r.headers.get("x-caller"))
+    ann, bob = {"x-caller": "ann"}, {"x-caller": "bob"}
+    with anyio.fail_after(30):
+        async with app.running(), httpx.AsyncClient(transport=Transport(app), base_url="http://localhost") as http:
+            background = {"input": "hello", "background": True}
+            response = (await http.post("/v1/responses", json=background, headers=ann)).json()["id"]
+            asked = {"messages": [USER], "threadId": "t", "runId": "r"}  # short: whose it is is known
+            body = {"messages": [PART], "id": "chat"}
+            async with (
+                http.stream("POST", "/ai/chat", json=body, headers=ann),
+                http.stream("POST", "/ag-ui", json=asked, headers=ann),
+            ):
+                for path, others, own in (
+                    (f"/v1/responses/{response}", 404, 200),
+                    (f"/v1/responses/{response}?stream=true", 404, 200),
+                    ("/ai/chat/chat/stream", 204, 200),
+                    ("/ag-ui?runId=r", 404, 200),
+                ):
+                    for caller, expected in ((bob, others), (ann, own)):
+                        async with http.stream("GET", path, headers=caller) as answer:
+                            assert answer.status_code == expected, path
+                for caller, expected_run in ((bob, None), (ann, {"runId": "r"})):
+                    assert (await http.get("/ag-ui?threadId=t", headers=caller)).json()["activeRun"] == expected_run
+                    found = (await http.get("/runs?thread=chat", headers=caller)).json()["runs"]
+                    assert len(found) == (caller is ann)
+                assert (await http.post(f"/v1/responses/{response}/cancel", headers=bob)).status_code == 404
+                await http.post("/ai/chat/chat/stop", headers=bob)
+                running = (await http.get("/runs?state=running", headers=ann)).json()["runs"]
+                assert len(running) == 3  # all of them go on
+            held.set()
 
 
 async def test_any_json_gets_an_answer(http: httpx.AsyncClient) -> None:
