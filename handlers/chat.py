@@ -339,7 +339,7 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
     if base == LOCAL:
         async with local_model() as (base, key):
             async with open_model(replace(settings, openai_base_url=base, openai_api_key=key)) as model:
-                yield replace(model, calls_tools=False) if isinstance(model, OpenAIModel) else model
+                yield replace(model, model=LOCAL, calls_tools=False) if isinstance(model, OpenAIModel) else model
         return
     try:
         url = httpx.URL(base or "https://api.openai.com/v1")
