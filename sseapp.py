@@ -25,7 +25,19 @@ from typing import Any, Final
 import anyio
 from anyio import get_cancelled_exc_class
 
-from ssecore.dialects import failure_of, public_text, spread
+from ssecore.dialects import (
+    AG_UI,
+    AI_SDK,
+    DATA_ONLY,
+    NAMED,
+    OPENAI,
+    OPENAI_RESPONSES,
+    Dialect,
+    SoFar,
+    failure_of,
+    public_text,
+    spread,
+)
 from ssecore.errors import (
     ClientGone,
     Draining,
@@ -59,7 +71,7 @@ from ssecore.responses import (
     response_start,
     send_response,
 )
-from ssecore.routes import DELETE, GET, PATCH, POST, PUT, Route, Run, Table, Upload
+from ssecore.routes import DELETE, GET, PATCH, POST, PUT, About, Route, Run, Table, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
 from ssecore.sender import Sender, SenderOptions, Timekeeper
@@ -70,14 +82,22 @@ from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
 __all__ = [
+    "AG_UI",
+    "AI_SDK",
+    "DATA_ONLY",
     "DELETE",
     "GET",
     "JSON",
+    "NAMED",
+    "OPENAI",
+    "OPENAI_RESPONSES",
     "PATCH",
     "POST",
     "PUT",
+    "About",
     "ByteStream",
     "Decoder",
+    "Dialect",
     "Event",
     "LogLevel",
     "NotFound",
@@ -89,6 +109,7 @@ __all__ = [
     "SSEApp",
     "SSEAppError",
     "Settings",
+    "SoFar",
     "Subscription",
     "Upload",
     "create_app",
@@ -244,7 +265,7 @@ class SSEApp:
             await stack.enter_async_context(log.running())
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tails = Tails(log)
-            runs = self._runs = Runs(log, tails, self.settings, tasks)
+            runs = self._runs = Runs(log, tails, self.settings, tasks, self._table.dialects)
             stack.push_async_callback(runs.close)
             await runs.recover()
             topics = Topics(log, tails, self.settings)
@@ -524,7 +545,7 @@ class SSEApp:
         if isinstance(error, Unavailable) and request.like_event_source:
             body = b"%bretry: %d\n" % (request.preamble, spread(self._options.retry_ms))
             return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
-        return problem(error, reference)
+        return problem(error, reference, request.dialect)
 
     def _log_refusal(self, request: Request, error: SSEAppError) -> str | None:
         """Gives the reference of a 5xx, which its client gets too."""

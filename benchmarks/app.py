@@ -19,6 +19,7 @@ from handlers import ROUTES, resources
 from handlers.basics import Counted, counter
 from handlers.chat import Prompt, chat
 from sseapp import SSEApp
+from ssecore.dialects import DATA_ONLY
 from ssecore.request import Receive, Request
 from ssecore.responses import JSON, Response, Send
 from ssecore.routes import GET, POST, Run
@@ -87,7 +88,7 @@ def main() -> int:
     routes = [
         *ROUTES,
         GET("/alive", alive),
-        GET("/chat/fleeting", chat, query=Prompt, data_only=True),
+        GET("/chat/fleeting", chat, query=Prompt, dialect=DATA_ONLY),
         GET("/durable", counter, query=Counted, run=Run()),
         GET("/padded", padded, query=Padded),
         GET("/ticks", ticks, query=Ticking),

@@ -42,6 +42,7 @@ import msgspec
 from benchmarks.process import ROOT, pin_server
 from benchmarks.report import Check, Report, Spread
 from sseapp import SSEApp
+from ssecore.dialects import DATA_ONLY
 from ssecore.request import Request
 from ssecore.responses import JSON, Response
 from ssecore.routes import GET, POST, Run
@@ -410,7 +411,7 @@ def _serve(folder: str, port: str, log: str, lease_s: str) -> int:
         retention_events=RETENTION_EVENTS,
     )
     runs = [GET(f"/{name}", _perform, query=_Query, run=Run()) for name in ("steady", "quick", "failing")]
-    runs.append(GET("/plain", _perform, query=_Query, run=Run(), data_only=True))
+    runs.append(GET("/plain", _perform, query=_Query, run=Run(), dialect=DATA_ONLY))
     routes = [*runs, GET("/topics/{name}", _listen), POST("/topics/{name}", _publish, body=Any)]
     return serve(SSEApp(routes, settings), settings)
 

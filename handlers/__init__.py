@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from handlers import agent, basics, chat, files, jobs, notifications, ops, page, tasks
+from handlers import ag_ui, agent, ai_sdk, basics, chat, files, jobs, notifications, openai, ops, page, tasks
 from handlers.chat import Model, open_model
 from handlers.files import open_folder
 from handlers.tasks import Tasks, open_tasks
@@ -18,7 +18,10 @@ ROUTES: list[Route] = [
     *basics.ROUTES,
     *tasks.ROUTES,
     *agent.ROUTES,
+    *ai_sdk.ROUTES,
+    *ag_ui.ROUTES,
     *chat.ROUTES,
+    *openai.ROUTES,
     *jobs.ROUTES,
     *notifications.ROUTES,
     *files.ROUTES,

@@ -29,14 +29,27 @@ from handlers.chat import LINGERING, ChatMessage, MockModel, Model, OpenAIModel,
 from handlers.database import Exchange, Tasks
 from handlers.planner import plan, write
 from handlers.tools import DESCRIPTIONS, use
-from ssecore.dialects import public_text
+from ssecore.dialects import DATA_ONLY, public_text
 from ssecore.errors import BadRequest, SSEAppError, UpstreamError
 from ssecore.metrics import AnswerTimes
 from ssecore.request import Request
 from ssecore.routes import GET, POST
 from ssecore.wire import Event, encode_json
 
-__all__ = ["ROUTES", "Agent", "End", "Source", "Status", "Step", "Thought", "Token", "ToolResult", "ToolStart"]
+__all__ = [
+    "MAX_QUESTION_CHARS",
+    "ROUTES",
+    "Agent",
+    "End",
+    "Source",
+    "Status",
+    "Step",
+    "Thought",
+    "Token",
+    "ToolResult",
+    "ToolStart",
+    "steps_of",
+]
 
 logger = logging.getLogger("sseapp")
 
@@ -49,6 +62,7 @@ MAX_NAME_CHARS: Final = 64
 MAX_SOURCES: Final = 20
 #: How many thoughts there are, each time.
 THOUGHTS: Final = 3
+MAX_QUESTION_CHARS: Final = 8000
 #: Of a question that a thought repeats.
 QUOTED_CHARS: Final = 200
 #: Where nobody has a name, a session's id is the only key to it: 22 characters of base64url are 128 bits.
@@ -100,6 +114,7 @@ class Thought:
 @dataclass(frozen=True, slots=True)
 class ToolStart:
     tool: str
+    arguments: str  #: a JSON object
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +196,7 @@ class Agent:
         if calls:
             yield Status("retrieving")
         for call in calls:
-            yield ToolStart(call.name)
+            yield ToolStart(call.name, call.arguments)
             yield await self._use(call)
         for step in self._concluded():
             yield step
@@ -247,7 +262,7 @@ class Agent:
             messages.append(_asked(text, calls))
             yield Status("retrieving")
             for number, call in enumerate(calls):
-                yield ToolStart(call.name)
+                yield ToolStart(call.name, _object(call.arguments))
                 result = await self._use(call) if number < MAX_CALLS else _too_many(call)
                 yield result
                 content = encode_json(result.result).decode()
@@ -324,23 +339,24 @@ def _counted(count: int, noun: str) -> str:
 
 
 class _Query(msgspec.Struct, forbid_unknown_fields=True):
-    query: Annotated[str, Meta(min_length=1, max_length=8000)]
+    query: Annotated[str, Meta(min_length=1, max_length=MAX_QUESTION_CHARS)]
 
 
 class _Message(msgspec.Struct):
-    message: Annotated[str, Meta(min_length=1, max_length=8000)]
+    message: Annotated[str, Meta(min_length=1, max_length=MAX_QUESTION_CHARS)]
     #: `\Z`, since `$` would take a line end behind it.
     session_id: Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._~-]+\Z")] | None = None
 
 
-def _steps(request: Request, question: str, history: Sequence[Exchange] = ()) -> aclosing[AsyncGenerator[Step, None]]:
+def steps_of(request: Request, question: str, history: Sequence[Exchange] = ()) -> aclosing[AsyncGenerator[Step, None]]:
+    """The agent's steps on a question, for a handler."""
     agent = Agent(request.state.tasks, request.state.model, lambda: answer_times(request))
     return aclosing(agent.steps(question, history))
 
 
 async def stream(request: Request) -> AsyncIterator[Event]:
     query: str = request.query.query
-    async with _steps(request, query) as steps:
+    async with steps_of(request, query) as steps:
         async for step in steps:
             match step:
                 case Status(stage="analyzing"):
@@ -358,7 +374,7 @@ async def stream(request: Request) -> AsyncIterator[Event]:
 
 async def think(request: Request) -> AsyncIterator[Event]:
     thoughts = 0
-    async with _steps(request, request.query.query) as steps:
+    async with steps_of(request, request.query.query) as steps:
         async for step in steps:
             match step:
                 case Thought(1, text):
@@ -383,7 +399,7 @@ async def think(request: Request) -> AsyncIterator[Event]:
 
 async def process(request: Request) -> AsyncIterator[Event]:
     tokens = 0
-    async with _steps(request, request.query.query) as steps:
+    async with steps_of(request, request.query.query) as steps:
         async for step in steps:
             match step:
                 case Thought(1, text):
@@ -412,7 +428,7 @@ async def chat(request: Request) -> AsyncIterator[Event]:
     tasks: Tasks = request.state.tasks
     history = await tasks.session(request.caller, session) if session is not None else []
     try:
-        async with _steps(request, message, history) as steps:
+        async with steps_of(request, message, history) as steps:
             async for step in steps:
                 match step:
                     case Status(stage):
@@ -439,5 +455,5 @@ ROUTES = [
     GET("/agent/stream", stream, query=_Query, run=LINGERING),
     GET("/agent/think/stream", think, query=_Query, run=LINGERING),
     POST("/agent/process/stream", process, query=_Query, run=LINGERING),
-    POST("/api/chat", chat, body=_Message, data_only=True, run=LINGERING),
+    POST("/api/chat", chat, body=_Message, dialect=DATA_ONLY, run=LINGERING),
 ]

@@ -7,6 +7,7 @@ import anyio
 import msgspec
 from msgspec import Meta
 
+from ssecore.dialects import DATA_ONLY
 from ssecore.errors import BadRequest
 from ssecore.merge import merge
 from ssecore.request import Request
@@ -171,11 +172,11 @@ def _plain(number: float) -> float | int:
 
 ROUTES = [
     GET("/stream", counter, query=Counted),
-    GET("/stream/data", data_only, query=Counted, data_only=True),
+    GET("/stream/data", data_only, query=Counted, dialect=DATA_ONLY),
     GET("/stream/hello", hello, query=Paced),
     GET("/stream/progress", progress, query=Paced),
     GET("/stream/format", shapes, query=Paced),
-    GET("/stream/merge", merged, query=Paced, data_only=True),
+    GET("/stream/merge", merged, query=Paced, dialect=DATA_ONLY),
     GET("/stream/errors", errors, query=Errors),
     GET("/stream/timeout", limited, query=Limit),
     GET("/countdown/{seconds:int}", countdown, query=Countdown),

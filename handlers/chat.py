@@ -8,9 +8,10 @@ import asyncio
 import logging
 import random
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Protocol
 
 import anyio
@@ -21,6 +22,7 @@ from msgspec import Meta
 from handlers.answer import AnswerReader, ModelError, Piece, Reasoning, ToolCall, Usage, says_error
 from handlers.local_model import LOCAL, local_model
 from handlers.upstream import UpstreamTransport
+from ssecore.dialects import DATA_ONLY
 from ssecore.errors import BadRequest, SettingsError, TooLarge
 from ssecore.metrics import AnswerTimes
 from ssecore.outbound import Transport, http_client
@@ -93,13 +95,19 @@ class OpenAIModel:
     calls_tools: bool = True  #: the local model is too small for it
 
     async def stream(
-        self, messages: Sequence[Any], tools: Sequence[Any] = (), *, call: bool = True
+        self,
+        messages: Sequence[Any],
+        tools: Sequence[Any] = (),
+        *,
+        call: bool = True,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> AsyncGenerator[Piece, None]:
         """With `tools`, as OpenAI describes them, the calls that the model makes come behind its text.
 
         Without `call` it shall make none; the tools are told all the same, since earlier messages speak of them.
+        `options` are more fields of the request.
         """
-        body: dict[str, Any] = {"model": self.model, "messages": messages, "stream": True}
+        body: dict[str, Any] = {**options, "model": self.model, "messages": messages, "stream": True}
         if tools:
             body |= {"tools": tools} if call else {"tools": tools, "tool_choice": "none"}
         content = encode_json(body)
@@ -121,6 +129,12 @@ class OpenAIModel:
             said = failure.said.replace(self.key, "***") if self.key else failure.said
             logger.warning("%s: %.500r", failure.code, said)
             raise failure from None
+
+    @asynccontextmanager
+    async def answer(self, asked: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The bytes of the streamed answer to a caller's own request. Raises `ModelError`, or what httpx raises."""
+        async with _body(await self._open(encode_json({**asked, "model": self.model, "stream": True}))) as chunks:
+            yield chunks
 
     async def _open(self, content: bytes) -> httpx.Response:
         request = self.client.build_request("POST", self.url, content=content)
@@ -198,7 +212,7 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
     if base == LOCAL:
         async with local_model() as (base, key):
             async with open_model(replace(settings, openai_base_url=base, openai_api_key=key)) as model:
-                yield replace(model, calls_tools=False) if isinstance(model, OpenAIModel) else model
+                yield replace(model, model=LOCAL, calls_tools=False) if isinstance(model, OpenAIModel) else model
         return
     try:
         url = httpx.URL(base or "https://api.openai.com/v1")
@@ -277,6 +291,6 @@ _Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=100)]
 LINGERING: Final = Run(linger_s="setting")
 
 ROUTES = [
-    GET("/chat", chat, query=Prompt, data_only=True, run=LINGERING),
+    GET("/chat", chat, query=Prompt, dialect=DATA_ONLY, run=LINGERING),
     POST("/chat/stream", chat_stream, body=_Messages, run=LINGERING),
 ]

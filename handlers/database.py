@@ -38,6 +38,7 @@ __all__ = [
     "Status",
     "Task",
     "Tasks",
+    "bounded",
     "open_tasks",
 ]
 
@@ -407,7 +408,7 @@ def _session(owner: str, id: str, connection: sqlite3.Connection) -> list[Exchan
 def _add_exchange(owner: str, id: str, exchange: Exchange, connection: sqlite3.Connection) -> None:
     now = time.time()
     with _transaction(connection):
-        exchanges = _bounded([*_session(owner, id, connection), exchange])
+        exchanges = bounded([*_session(owner, id, connection), exchange])
         values = (owner, id, now, msgspec.json.encode(exchanges).decode())
         connection.execute("INSERT OR REPLACE INTO sessions (owner, id, used, exchanges) VALUES (?, ?, ?, ?)", values)
         connection.execute("DELETE FROM sessions WHERE used <= ?", (now - MAX_SESSION_AGE_S,))
@@ -415,7 +416,7 @@ def _add_exchange(owner: str, id: str, exchange: Exchange, connection: sqlite3.C
         connection.execute(f"DELETE FROM sessions WHERE rowid IN ({over})", (owner, MAX_SESSIONS))
 
 
-def _bounded(exchanges: Sequence[Exchange]) -> list[Exchange]:
+def bounded(exchanges: Sequence[Exchange]) -> list[Exchange]:
     """The newest ones that have room; of the newest itself each text has half of it."""
     half = MAX_SESSION_CHARS // 2
     newest = Exchange(_cut(exchanges[-1].question, half), _cut(exchanges[-1].answer, half))

@@ -28,7 +28,7 @@ from msgspec import Meta
 
 from handlers.database import Status, Tasks
 from handlers.tasks import outcome
-from ssecore.dialects import public_text
+from ssecore.dialects import DATA_ONLY, public_text
 from ssecore.errors import SSEAppError
 from ssecore.progress import LogLevel, ProgressLogger, Report, from_thread
 from ssecore.request import Request
@@ -364,8 +364,8 @@ def _hashed(text: str) -> str:
 _JSON_NAMES: Final = {dict: "an object", list: "an array", bool: "a truth value", type(None): "null"}
 
 ROUTES = [
-    POST("/jobs", job, body=_Digest | _Report | _Sleep, data_only=True, run=Run(accepted=accepted)),
-    GET("/jobs/{job_id}/progress", job_progress, data_only=True),
+    POST("/jobs", job, body=_Digest | _Report | _Sleep, dialect=DATA_ONLY, run=Run(accepted=accepted)),
+    GET("/jobs/{job_id}/progress", job_progress, dialect=DATA_ONLY),
     GET("/api/process/stream", process_stream, run=Run()),
     POST("/process", process_items, body=Annotated[list[Any], Meta(max_length=MAX_ITEMS)], run=Run()),
 ]

@@ -47,6 +47,7 @@ def _end_with(service: IO[bytes]) -> None:
 def _parameters(weights: str, key: str) -> xllamacpp.CommonParams:
     params = xllamacpp.CommonParams()
     params.model.path = weights
+    params.model_alias = {"local"}  # what clients are told; else the file's path
     params.hostnames, params.port = ["127.0.0.1"], 0
     params.api_keys = [key]  # other users of this machine, and pages in its browsers, reach loopback too
     params.ui = params.endpoint_slots = False

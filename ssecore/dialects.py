@@ -1,17 +1,52 @@
-"""What the engine itself says in a stream: failures, cancellations, the end; in the words that a route speaks."""
+"""How a stream says what the engine itself has to say: a failure, a cancellation, a gap, its end.
+
+A route has a `Dialect`. Its handler yields the events of that dialect; the engine asks the dialect for the events that
+no handler can yield any more, because it has failed, was cancelled, or died with its process. `NAMED` is the default.
+
+A dialect of your own is a subclass, used as `GET(…, dialect=MyDialect())`:
+
+    class Ticker(Dialect):
+        name = "ticker"                                     # stored with each run: never change it
+
+        def error(self, text, code, so_far):
+            return [Event(f"E {code} {text}")]
+
+        def cancelled(self, reason, so_far):
+            return [Event("X")]
+
+        def gap(self, gap):
+            return Event(f"G {gap['from']}")
+
+        def is_last(self, event):
+            return event.data[:1] in ("E", "X", ".")
+"""
 
 import logging
 import random
 import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
+
+import msgspec
 
 from ssecore.errors import EncodeError, SSEAppError
 from ssecore.wire import Event, encode
 
 __all__ = [
+    "AG_UI",
+    "AI_SDK",
     "CURSOR_EVENT",
+    "DATA_ONLY",
+    "DIALECTS",
     "END_ID",
-    "engine_frames",
+    "NAMED",
+    "NOTHING",
+    "OPENAI",
+    "OPENAI_RESPONSES",
+    "Dialect",
+    "SoFar",
+    "cancelled_frames",
     "error_frames",
     "failure_of",
     "log_failure",
@@ -21,7 +56,6 @@ __all__ = [
 
 logger = logging.getLogger("sseapp")
 
-_DONE: Final = b"data: [DONE]\n\n"
 #: In place of the blank line of a last event: a `Last-Event-ID` that is answered 204.
 END_ID: Final = b"id: end\n\n"
 #: Firefox and WebKit take an id only from an event that has data, so for them a block that sets the cursor is an event,
@@ -29,23 +63,248 @@ END_ID: Final = b"id: end\n\n"
 CURSOR_EVENT: Final = b"event: cursor\ndata:\n"
 
 
-def error_frames(error: Exception, *, data_only: bool) -> list[bytes]:
-    """A failure as the engine's own event, `{"error", "code"}`; on data-only routes a typed object and `[DONE]`.
+@dataclass(frozen=True, slots=True)
+class SoFar:
+    """What stands before the engine's events."""
+
+    run: str = ""  #: the run's id; empty for a fleeting stream
+    note: Mapping[str, Any] = field(default_factory=dict)  #: what the route noted of the run (see `routes.About`)
+    events: int = 0  #: how many events stand before; only counted for a run
+    last: Event | None = None  #: the newest of them, as a client would decode it
+
+
+NOTHING: Final = SoFar()
+
+
+class Dialect:
+    """`NAMED`: the engine's events have a name, and JSON as their data."""
+
+    #: Stored with each run, so that it is ended in its own dialect after a restart.
+    name: str = "named"
+    #: In runs each `id:` stands before its `data:`. Only for clients that pair an id with the data behind it: see
+    #: `log.framed` for what a cut does to others.
+    id_first: bool = False
+    #: Its clients parse every data as JSON, so the engine sends no event without data.
+    only_json: bool = False
+
+    def headers(self, run: str) -> Mapping[str, str]:
+        """What an answer that streams the run has besides the usual headers."""
+        return {}
+
+    def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
+        """The stream's last events when it failed. `text` is for the client to read, `code` for its program."""
+        return [Event({"error": text, "code": code}, "error")]
+
+    def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
+        """The stream's last events when it was cancelled: `asked` (by a client) or `linger` (nobody read it)."""
+        return [Event({"reason": reason}, "cancelled")]
+
+    def gap(self, gap: Mapping[str, Any]) -> Event:
+        """Events are missing here: `{"reason", "from", "to"}`, the sequences of the first and the last of them."""
+        return Event(gap, "gap")
+
+    def gone(self, gap: Mapping[str, Any]) -> list[Event]:
+        """A gap behind which nothing comes any more."""
+        return [self.gap(gap)]
+
+    def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
+        """More members of the problem (RFC 9457) by which a request to the route is refused."""
+        return {}
+
+    def is_last(self, event: Event) -> bool:
+        """Whether a stream is complete with this event: if a crash left it so, there is nothing to add.
+
+        Not `result`: it also stands in the middle, and a run that is wrongly said to be interrupted is better than one
+        wrongly said to be complete.
+        """
+        return event.event in ("complete", "done", "error", "cancelled")
+
+
+_DONE: Final = Event("[DONE]")
+
+
+class DataOnly(Dialect):
+    """No event has a name; the engine's are objects with a `type`. The last event is `[DONE]`."""
+
+    name = "data_only"
+
+    def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
+        return [Event({"type": "error", "error": text, "code": code}), _DONE]
+
+    def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
+        return [Event({"type": "cancelled", "reason": reason}), _DONE]
+
+    def gap(self, gap: Mapping[str, Any]) -> Event:
+        return Event({"type": "gap", **gap})
+
+    def gone(self, gap: Mapping[str, Any]) -> list[Event]:
+        return [self.gap(gap), _DONE]
+
+    def is_last(self, event: Event) -> bool:
+        return bool(event.data == "[DONE]")
+
+
+_GONE: Final = "this answer is no longer kept by the server"
+
+
+class AISDK(DataOnly):
+    """Vercel's AI SDK, its UI message stream v1 (npm `ai`).
+
+    Each ends with `finish`: `WorkflowChatTransport` asks for more until it has one.
+    """
+
+    name = "ai_sdk"
+    only_json = True
+
+    def headers(self, run: str) -> Mapping[str, str]:
+        return {"x-vercel-ai-ui-message-stream": "v1", "x-workflow-run-id": run}
+
+    def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
+        finish = Event({"type": "finish", "finishReason": "error"})
+        return [Event({"type": "error", "errorText": text}), finish, _DONE]
+
+    def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
+        finish = Event({"type": "finish", "finishReason": "other"})
+        return [Event({"type": "abort", "reason": reason}), finish, _DONE]
+
+    def gap(self, gap: Mapping[str, Any]) -> Event:
+        return Event({"type": "data-gap", "data": gap, "transient": True})
+
+    def gone(self, gap: Mapping[str, Any]) -> list[Event]:
+        return [self.gap(gap), *self.error(_GONE, "gone", NOTHING)]
+
+
+#: What has to be closed before an AG-UI run may finish, by the type of its newest event.
+_CLOSE: Final[Mapping[str, Iterable[str]]] = {
+    "TEXT_MESSAGE_START": ["TEXT_MESSAGE_END"],
+    "TEXT_MESSAGE_CONTENT": ["TEXT_MESSAGE_END"],
+    "TOOL_CALL_START": ["TOOL_CALL_END"],
+    "TOOL_CALL_ARGS": ["TOOL_CALL_END"],
+    "REASONING_START": ["REASONING_END"],
+    "REASONING_MESSAGE_START": ["REASONING_MESSAGE_END", "REASONING_END"],
+    "REASONING_MESSAGE_CONTENT": ["REASONING_MESSAGE_END", "REASONING_END"],
+    "REASONING_MESSAGE_END": ["REASONING_END"],
+}
+
+
+class AGUI(Dialect):
+    """AG-UI (CopilotKit's `HttpAgent`, TanStack AI). The note holds `threadId` and `runId`.
+
+    No event of another message, tool call or the like may stand between the beginning of one and its end: then the
+    newest event alone tells what is open.
+    """
+
+    name = "ag_ui"
+    id_first = True  # @tanstack/ai-client 0.33 pairs a pending `id:` line with the next `data:` line
+    only_json = True
+
+    def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
+        return [Event({"type": "RUN_ERROR", "message": text, "code": code})]
+
+    def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
+        last = _object(so_far.last)
+        ids = {key: last[key] for key in ("messageId", "toolCallId") if key in last}
+        closed = [Event({"type": kind, **ids}) for kind in _CLOSE.get(str(last.get("type")), ())]
+        ids = {key: so_far.note.get(key, "") for key in ("threadId", "runId")}
+        return [*closed, Event({"type": "RUN_FINISHED", **ids, "outcome": {"type": "cancelled"}})]
+
+    def gap(self, gap: Mapping[str, Any]) -> Event:
+        return Event({"type": "CUSTOM", "name": "gap", "value": gap})
+
+    def gone(self, gap: Mapping[str, Any]) -> list[Event]:
+        return [self.gap(gap), *self.error(_GONE, "gone", NOTHING)]
+
+    def is_last(self, event: Event) -> bool:
+        return _object(event).get("type") in ("RUN_FINISHED", "RUN_ERROR")
+
+
+def _openai_refusal(text: str, code: str, field: str | None) -> Mapping[str, Any]:
+    return {"error": {"message": text, "type": "invalid_request_error", "param": field, "code": code}}
+
+
+class OpenAI(DataOnly):
+    """OpenAI's chat completions. Its SDKs raise what stands under `error`; they know no other event of ours."""
+
+    name = "openai"
+    only_json = True
+
+    def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
+        return _openai_refusal(text, code, field)
+
+    def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
+        return [Event({"error": {"message": text, "type": "server_error", "param": None, "code": code}}), _DONE]
+
+    def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
+        return self.error(f"the answer was cancelled ({reason})", "cancelled", so_far)
+
+    def gap(self, gap: Mapping[str, Any]) -> Event:
+        return self.error(f"a part of this answer is missing ({gap['reason']})", "gap", NOTHING)[0]
+
+
+class OpenAIResponses(Dialect):
+    """OpenAI's Responses. The note holds the fields of the `response` object that don't change."""
+
+    name = "openai_responses"
+    only_json = True
+
+    def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
+        return _openai_refusal(text, code, field)
+
+    def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
+        return [_response("failed", so_far, error={"code": code, "message": text})]
+
+    def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
+        # There is no event for it (openai 3.57); the response says it.
+        return [_response("incomplete", so_far, status="cancelled")]
+
+    def gap(self, gap: Mapping[str, Any]) -> Event:
+        text = f"a part of this answer is missing ({gap['reason']})"
+        data = {"type": "error", "code": "gap", "message": text, "param": None, "sequence_number": gap["from"] - 1}
+        return Event(data, "error")
+
+    def is_last(self, event: Event) -> bool:
+        return event.event in ("response.completed", "response.failed", "response.incomplete")
+
+
+def _response(kind: str, so_far: SoFar, **facts: Any) -> Event:
+    response = {**so_far.note, "id": f"resp_{so_far.run}", "status": kind, "output": [], **facts}
+    event = f"response.{kind}"
+    return Event({"type": event, "sequence_number": so_far.events, "response": response}, event)
+
+
+def _object(event: Event | None) -> Mapping[str, Any]:
+    """An event's data; empty where it isn't a JSON object."""
+    try:
+        return msgspec.json.decode(event.data, type=dict[str, Any]) if event is not None else {}
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return {}
+
+
+NAMED: Final = Dialect()
+DATA_ONLY: Final = DataOnly()
+AI_SDK: Final = AISDK()
+AG_UI: Final = AGUI()
+OPENAI: Final = OpenAI()
+OPENAI_RESPONSES: Final = OpenAIResponses()
+#: The dialects of the library, by name.
+DIALECTS: Final = {spoken.name: spoken for spoken in (NAMED, DATA_ONLY, AI_SDK, AG_UI, OPENAI, OPENAI_RESPONSES)}
+
+
+def error_frames(error: Exception, dialect: Dialect, so_far: SoFar = NOTHING) -> list[bytes]:
+    """A failure, as the dialect says it.
 
     The texts of our own exceptions go to the client. Anything else goes to the log, and a reference to both.
     """
     code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
     try:
-        return engine_frames("error", {"error": public_text(error), "code": code}, data_only=data_only)
+        return [encode(event) for event in dialect.error(public_text(error), code, so_far)]
     except EncodeError as unfit:  # a text that is no Unicode, say
-        return error_frames(unfit, data_only=data_only)
+        return error_frames(unfit, dialect, so_far)
 
 
-def engine_frames(name: str, data: dict[str, Any], *, data_only: bool) -> list[bytes]:
-    """A terminal event of the engine's own, in the way that the route speaks."""
-    if data_only:
-        return [encode(Event({"type": name, **data})), _DONE]
-    return [encode(Event(data, name))]
+def cancelled_frames(reason: str, dialect: Dialect, so_far: SoFar) -> list[bytes]:
+    """A cancellation, as the dialect says it."""
+    return [encode(event) for event in dialect.cancelled(reason, so_far)]
 
 
 def public_text(error: Exception) -> str:

@@ -71,7 +71,7 @@ COOKIE: Final = "sseapp_session"
 #: What a page of another origin may read of an answer, besides what the Fetch standard lets it.
 EXPOSED: Final = (
     "accept-ranges, content-disposition, content-location, content-range, etag, location, preference-applied, "
-    "retry-after, run-id"
+    "retry-after, run-id, x-vercel-ai-ui-message-stream, x-workflow-run-id, x-workflow-stream-tail-index"
 )
 #: How long a browser may keep a preflight's answer: Chromium's own limit.
 PREFLIGHT_S: Final = 7200

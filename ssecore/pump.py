@@ -343,8 +343,9 @@ class EventPump(Pump[Event]):
         if failure is None:
             if not self._ends_for_good or not self.exhausted or self._marked:
                 return b""
-            return CURSOR_EVENT + END_ID if self._request.from_browser else END_ID
-        frames = b"".join(error_frames(failure, data_only=self._request.data_only))
+            by_event = self._request.from_browser and not self._request.dialect.only_json
+            return CURSOR_EVENT + END_ID if by_event else END_ID
+        frames = b"".join(error_frames(failure, self._request.dialect))
         return frames[:-1] + END_ID if self._ends_for_good else frames
 
 

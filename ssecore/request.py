@@ -27,6 +27,7 @@ import anyio
 import msgspec
 from msgspec import inspect as types
 
+from ssecore.dialects import NAMED, Dialect
 from ssecore.errors import (
     BadRequest,
     ClientGone,
@@ -147,9 +148,9 @@ class RequestFacts:
         self.ended_for: EndReason | None = None  #: why the stream ends; see `end_for`
 
     @property
-    def data_only(self) -> bool:
-        """Whether the route speaks in data-only events."""
-        return self.route is not None and self.route.data_only
+    def dialect(self) -> Dialect:
+        """The route's."""
+        return self.route.dialect if self.route is not None else NAMED
 
     def end_for(self, reason: EndReason) -> None:
         """Note why the stream ends. The first reason is the one that counts."""
@@ -379,7 +380,7 @@ class Request(RequestFacts):
         if route.query is not None:
             self.query = _convert(self._query_values(route), route.query)
         if isinstance(route.body, Upload):
-            self._check_media_type(route.body.media_type)
+            self._check_media_type([route.body.media_type])
             self._room = uploads
             self._hold(1)
             # Without a name: gone with the last who holds it, after a crash too.
@@ -392,17 +393,17 @@ class Request(RequestFacts):
                     "folder for temporary files (TMPDIR), then send it again"
                 ) from error
         elif route.body is not None:
-            self._check_media_type("application/json")
+            self._check_media_type(route.media_types)
             self._room = body_bytes
             body = BytesIO()
             await self._read(max_body_bytes, body)
             self.raw_body = body.getvalue().removeprefix(codecs.BOM_UTF8)  # RFC 8259, 8.1: it may be ignored
             self.body = _decode_json(self.raw_body, route.body)
 
-    def _check_media_type(self, expected: str) -> None:
+    def _check_media_type(self, expected: Sequence[str]) -> None:
         given = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if given != expected:
-            raise UnsupportedMediaType(f"the body must be {expected}, not {given or 'without a content-type'}")
+        if given not in expected:
+            raise UnsupportedMediaType(f"the body must be {expected[0]}, not {given or 'without a content-type'}")
         encoding = self.headers.get("content-encoding", "").strip().lower()
         if encoding not in ("", "identity"):
             raise UnsupportedMediaType(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
 
+from ssecore.dialects import NAMED, Dialect
 from ssecore.errors import SSEAppError
 from ssecore.wire import encode_json
 
@@ -57,7 +58,7 @@ class ByteStream:
     status: int = 200
 
 
-def problem(error: SSEAppError, reference: str | None = None) -> Response:
+def problem(error: SSEAppError, reference: str | None = None, dialect: Dialect = NAMED) -> Response:
     """The answer to a request that failed before its first byte. `reference` finds it in the log."""
     data = {"type": "about:blank", "title": HTTPStatus(error.status).phrase, "status": error.status}
     data |= {"detail": error.detail, "code": error.code}
@@ -65,6 +66,7 @@ def problem(error: SSEAppError, reference: str | None = None) -> Response:
         data["field"] = error.field
     if reference is not None:
         data["reference"] = reference
+    data |= dialect.refusal(error.detail, error.code, error.field)
     return Response(encode_json(data), error.status, "application/problem+json", error.headers)
 
 

@@ -18,17 +18,18 @@ it was: `/users/{id}/x` and `/topics/{name}` become `/users/([^/]+)/x()|/topics/
 import inspect
 import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypedDict, Unpack, get_args, get_origin
 
 import msgspec
 from msgspec import inspect as types
 
+from ssecore.dialects import DIALECTS, NAMED, Dialect
 from ssecore.errors import BadRequest, MethodNotAllowed, NotFound
 from ssecore.wire import Event
 
-__all__ = ["DELETE", "GET", "PATCH", "POST", "PUT", "Handler", "Options", "Route", "Run", "Table", "Upload"]
+__all__ = ["DELETE", "GET", "PATCH", "POST", "PUT", "About", "Handler", "Options", "Route", "Run", "Table", "Upload"]
 
 #: An async generator of events, or a coroutine; of the request, and of the path's parameters by name.
 Handler = Callable[..., AsyncIterator[Event] | Awaitable[Any]]
@@ -51,6 +52,18 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
+class About:
+    """What a route knows of a run from the request that starts it."""
+
+    #: What the run belongs to, such as a chat: `GET /runs?thread=` lists its runs, and a page finds the running one.
+    thread: str | None = None
+    #: The run's idempotency key, where the client names the run in its body. It takes the place of the header's.
+    key: str | None = None
+    #: Kept with the run for its dialect, which may need it to end the run after a restart. A JSON object, and small.
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """Makes a route resumable: its generator works detached from any connection, into the log (see `runs`)."""
 
@@ -59,7 +72,10 @@ class Run:
     linger_s: float | Literal["setting"] | None = None
     #: Makes the route *detached*: nobody reads the run here. A request is answered at once with what this gives for it
     #: and the run's id (a `Response`, to say where the run can be read), as others are with `Prefer: respond-async`.
+    #: It may be a coroutine, which may wait for the run's end (`request.runs.whole`); `None` streams the run after all.
     accepted: Callable[[Any, str], Any] | None = None
+    #: What the request says about its run. Raises what the request is to be refused with.
+    about: Callable[[Any], About] | None = None
 
     def __post_init__(self) -> None:
         linger_s: Any = self.linger_s
@@ -67,8 +83,10 @@ class Run:
             number = isinstance(linger_s, int | float) and not isinstance(linger_s, bool)
             if not (number and 0 <= linger_s < math.inf):
                 raise TypeError(f"linger_s must be a number of seconds, None or 'setting', not {linger_s!r}")
-        if self.accepted is not None and (not callable(self.accepted) or inspect.iscoroutinefunction(self.accepted)):
-            raise TypeError("accepted must be a plain function of the request and the run's id")
+        if self.accepted is not None and not callable(self.accepted):
+            raise TypeError("accepted must be a function of the request and the run's id")
+        if self.about is not None and (not callable(self.about) or inspect.iscoroutinefunction(self.about)):
+            raise TypeError("about must be a plain function of the request")
 
 
 @dataclass(frozen=True)
@@ -80,8 +98,10 @@ class Route:
     handler: Callable[..., Any]
     query: Any = None
     body: Any = None
-    #: The stream has no named events and ends with `[DONE]`; the engine's own events are data there as well.
-    data_only: bool = False
+    #: The media types in which a JSON body is taken.
+    media_types: Sequence[str] = ("application/json",)
+    #: How the engine says errors, cancellations, gaps and the end in this route's streams.
+    dialect: Dialect = NAMED
     #: The stream survives its connection.
     run: Run | None = None
     #: Anybody may, whatever credentials are configured.
@@ -105,6 +125,8 @@ class Route:
                 _check(self.body)
         except TypeError as error:
             raise TypeError(f"{self.method} {self.path}: {error}") from None
+        if not isinstance(self.dialect, Dialect):
+            raise TypeError(f"{self.method} {self.path}: dialect must be a Dialect, such as DATA_ONLY")
         names = {name: name for name, _ in _PARAMETER.findall(self.path)}
         try:
             self.may.format(**names)
@@ -130,7 +152,8 @@ class Options(TypedDict, total=False):
 
     query: Any
     body: Any
-    data_only: bool
+    media_types: Sequence[str]
+    dialect: Dialect
     run: Run | None
     open: bool
     publishes: bool
@@ -228,6 +251,12 @@ class Table:
     """All routes, ready to match. Where two paths with parameters fit, the one that stands first wins."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
+        #: All that the routes have, for runs that were begun by an earlier process. Raises `ValueError`.
+        self.dialects = list({id(route.dialect): route.dialect for route in routes}.values())
+        for dialect in self.dialects:
+            others = [other for other in [*DIALECTS.values(), *self.dialects] if other is not dialect]
+            if any(other.name == dialect.name for other in others):
+                raise ValueError(f"{type(dialect).__name__}: there is another dialect named {dialect.name!r}")
         by_path: dict[str, dict[str, Route]] = {}
         for route in routes:
             methods = by_path.setdefault(route.path, {})

@@ -24,19 +24,20 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from inspect import isawaitable
 from itertools import accumulate
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import anyio
 import msgspec
 from anyio import current_time
 from anyio.abc import TaskGroup
 
-from ssecore.dialects import engine_frames, error_frames
+from ssecore.dialects import DATA_ONLY, DIALECTS, NAMED, Dialect, SoFar, cancelled_frames, error_frames
 from ssecore.errors import (
     BadRequest,
     Conflict,
@@ -54,12 +55,12 @@ from ssecore.errors import (
     UnprocessableContent,
     WriterFenced,
 )
-from ssecore.log import Cursor, Gap, Log, Retention, Stat, facts, locate, new_epoch, parse_cursor
-from ssecore.log.tail import Attached, Place, Tails, Translate, gap_frame
+from ssecore.log import Cursor, Gap, Log, Retention, Stat, facts, framed, locate, new_epoch, parse_cursor
+from ssecore.log.tail import READ_BYTES, Attached, Place, Tails, Translate, gap_frames
 from ssecore.pump import FIRST_ITEM_S, Pump
 from ssecore.request import CURSOR_PARAMETERS, Request
 from ssecore.responses import JSON, Response
-from ssecore.routes import DELETE, GET, Route
+from ssecore.routes import DELETE, GET, About, Route
 from ssecore.settings import Settings
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
@@ -72,6 +73,9 @@ State = Literal["running", "completed", "failed", "cancelled", "interrupted"]
 #: Where no caller has a name, a key is as secret as a run's id: 22 characters of base64url are 128 bits.
 MIN_ANONYMOUS_KEY: Final = 22
 MAX_KEY: Final = 255
+#: The same for a thread, which tells of a run only while its page is at work on it: 16 of base62 are 95 bits. So long
+#: are the ids that the AI SDK gives its chats.
+MIN_ANONYMOUS_THREAD: Final = 16
 #: How far a run's generator may run ahead of the log, in buffers: half of it is handed to the log and not stored yet.
 BUFFERS: Final = 4
 #: How many runs `GET /runs` lists.
@@ -85,24 +89,25 @@ DRAIN_CLOSE_S: Final = 1.5
 #: process was stopped or its loop was blocked, so no reader could come back.
 LINGER_STEPS: Final = 8
 LATE_S: Final = 1.0
-#: The events that end a run in this service's two families; `[DONE]` on data-only routes. Not `result`: it also stands
-#: in the middle, and a run that is wrongly said to be interrupted is better than one wrongly said to be complete.
-_TERMINAL: Final = ("complete", "done", "error", "cancelled")
 
 
-class _Meta(msgspec.Struct, frozen=True):
+class _Meta(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the log keeps of a run besides its events. Another version may have written it: what it doesn't say is
     as it is here, what it says besides stays."""
 
     state: str | None = None
     #: As "GET /chat".
     route: str | None = None
-    data_only: bool = False
+    dialect: str | None = None
+    data_only: bool = False  #: of versions that had no dialects
     #: `None`: it goes on unread.
     linger_s: float | None = None
     #: Hashes of what was asked for: the path and query, and all of it with the body.
     target: str | None = None
     request: str | None = None
+    #: See `routes.About`.
+    thread: str | None = None
+    note: Mapping[str, Any] = {}
 
 
 def _meta(stat: Stat) -> _Meta:
@@ -158,7 +163,8 @@ class Worker:
         self._bytes_left = runs.retention.bytes or math.inf
         self._trouble: SSEAppError | None = None  # why nothing more can be stored
         self._over = anyio.Event()  # nothing more comes, and what came is stored, or can't be
-        self._last = b""
+        self._last = b""  # the newest event that is stored, or about to be
+        self._stored = 0  # how many are
         self._read = anyio.Event()
         self._unread = anyio.Event()
 
@@ -193,7 +199,7 @@ class Worker:
                 raise
             except Exception as error:  # an append that is too large; anything else is a bug of ours
                 self._break_off()
-                await self._append(error_frames(error, data_only=self._route.data_only), "failed")
+                await self._append(error_frames(error, self._route.dialect, self._so_far()), "failed")
         except (LogUnavailable, LogError) as error:
             self._break_off()
             await self._end_unstored(error)
@@ -233,6 +239,7 @@ class Worker:
             size = sum(map(len, frames))
         if frames:
             self._last = frames[-1]
+            self._stored += len(frames)
             self._events_left -= len(frames)
             self._bytes_left -= size
         return frames, size
@@ -272,6 +279,9 @@ class Worker:
         last, state = self._ending()
         await self._append([*frames, *last], state)
 
+    def _so_far(self) -> SoFar:
+        return SoFar(self.id, self.meta.note, self._stored, _decoded(self._last))
+
     def _may_be_deleted(self) -> bool:
         """Rule 2, as far as this process knows."""
         return not self.opened and not self.settled.is_set() and current_time() - self.began < FIRST_ITEM_S
@@ -283,18 +293,18 @@ class Worker:
 
     def _ending(self) -> tuple[list[bytes], State]:
         """What is to be said last, and the state. A generator that came to its own end has said it."""
-        data_only = self._route.data_only
+        dialect = self._route.dialect
         if self._pump.exhausted:
             failed = self._request.failed or self._last.startswith(b"event: error\n")
             return [], "failed" if failed else "completed"
         if self._reason is not None and self._pump.failure is not None:
             logger.warning("run %s: its handler failed while it was closed", self.id, exc_info=self._pump.failure)
         if self._reason == "drain":
-            return error_frames(Interrupted("the service stopped"), data_only=data_only), "interrupted"
+            return error_frames(Interrupted("the service stopped"), dialect, self._so_far()), "interrupted"
         if self._reason is not None:
-            return engine_frames("cancelled", {"reason": self._reason}, data_only=data_only), "cancelled"
+            return cancelled_frames(self._reason, dialect, self._so_far()), "cancelled"
         failure = self._pump.failure or RuntimeError("the handler ended without an end")
-        return error_frames(failure, data_only=data_only), "failed"
+        return error_frames(failure, dialect, self._so_far()), "failed"
 
     async def _append(self, frames: list[bytes], state: State) -> None:
         meta = msgspec.to_builtins(msgspec.structs.replace(self.meta, state=state))
@@ -302,7 +312,7 @@ class Worker:
 
     async def _end_unstored(self, error: SSEAppError) -> None:
         """The log is away: readers hear of it now, without an id; it is stored when that is possible again."""
-        frames = error_frames(error, data_only=self._route.data_only)
+        frames = error_frames(error, self._route.dialect, self._so_far())
         logger.error("run %s: its events can't be stored: %s", self.id, error)
         if self.failed_early is None and self._may_be_deleted():
             self.failed_early = error
@@ -378,6 +388,12 @@ def _fitting(frames: list[bytes], events: float, size: float) -> list[bytes]:
     return frames
 
 
+def _decoded(frame: bytes) -> Event | None:
+    """One event as a client has it. Of any size: the log takes larger ones than the decoder does by itself."""
+    events = Decoder(max_event_bytes=None).feed(frame)
+    return events[-1] if events else None
+
+
 def _stored(event: Event) -> bytes:
     if event.id is not None:
         raise EncodeError("id must be left out on a resumable route: ids are the log's", field="id")
@@ -387,8 +403,11 @@ def _stored(event: Event) -> bytes:
 class Runs:
     """All runs of an app."""
 
-    def __init__(self, log: Log, tails: Tails, settings: Settings, tasks: TaskGroup) -> None:
+    def __init__(
+        self, log: Log, tails: Tails, settings: Settings, tasks: TaskGroup, dialects: Iterable[Dialect] = ()
+    ) -> None:
         self.log = log
+        self._dialects = {**DIALECTS, **{dialect.name: dialect for dialect in dialects}}
         self.tails = tails
         self.settings = settings
         self.retention = Retention(settings.retention_events, settings.retention_bytes, settings.retention_s)
@@ -440,24 +459,26 @@ class Runs:
                 logger.exception("run %s was left behind, and can't be closed", stat.stream)
 
     async def _close_left_behind(self, stat: Stat) -> None:
-        data_only = _meta(stat).data_only
         state: State = "completed"
         frames: list[bytes] = []
-        if not await self._has_ended(stat, data_only):
-            state, frames = "interrupted", error_frames(Interrupted("the service was stopped"), data_only=data_only)
+        dialect, last = self._dialect(stat), await self._last_event(stat)
+        if last is None or not dialect.is_last(last):
+            so_far = SoFar(stat.stream, _meta(stat).note, stat.last, last)
+            state, frames = "interrupted", error_frames(Interrupted("the service was stopped"), dialect, so_far)
         epoch = new_epoch()
         await self.log.open(stat.stream, epoch)
         await self.log.append(stat.stream, frames, epoch=epoch, close=True, meta=stat.meta | {"state": state})
         logger.warning("run %s was left behind and is now %s", stat.stream, state)
 
-    async def _has_ended(self, stat: Stat, data_only: bool) -> bool:
+    def _dialect(self, stat: Stat) -> Dialect:
+        """A run's dialect. Where the program doesn't know it any more, as where another version wrote it: `NAMED`."""
+        if "dialect" in stat.meta:
+            return self._dialects.get(stat.meta["dialect"], NAMED)
+        return DATA_ONLY if stat.meta.get("data_only") else NAMED  # written before there were dialects
+
+    async def _last_event(self, stat: Stat) -> Event | None:
         rows = await self.log.read(stat.stream, stat.last - 1, 1) if stat.last else []
-        # Not all of the row, and of any size: the log takes larger events than the decoder does by itself.
-        frame = rows[-1].body[(0, *rows[-1].ends)[-2] :] if rows else b""
-        events = Decoder(max_event_bytes=None).feed(frame)
-        if not events:
-            return False
-        return events[-1].data == "[DONE]" if data_only else events[-1].event in _TERMINAL
+        return _decoded(rows[-1].body[(0, *rows[-1].ends)[-2] :] if rows else b"")  # not all of the row
 
     def _called(self, run: str, word: str) -> None:
         """Another process hands on what it was asked for."""
@@ -517,17 +538,19 @@ class Runs:
         accepted = route.run.accepted if route.run is not None else None
         if preferred or accepted is not None:
             await _settled(worker)
-            answer: Response = (accepted or _accepted)(request, stat.stream)
-            headers = {**answer.headers, "run-id": stat.stream}
-            if preferred:
-                headers["preference-applied"] = "respond-async"
-            return replace(answer, headers=headers)
+            given: Any = (accepted or _accepted)(request, stat.stream)
+            answer: Response | None = await given if isawaitable(given) else given
+            if answer is not None:
+                headers = {**answer.headers, "run-id": stat.stream}
+                if preferred:
+                    headers["preference-applied"] = "respond-async"
+                return replace(answer, headers=headers)
         if worker is not None:
             worker.attach()  # a client that leaves now was a reader, too
-        tail = self.tails.enter(stat.stream)  # from now on it has what comes: nothing has to be read from the log
+        tail = self.tails.enter(stat.stream, id_first=route.dialect.id_first)  # from now on it has what comes
         try:
             await _settled(worker)
-            return _located(request, await self._attach(stat.stream, None, data_only=route.data_only))
+            return _located(request, await self._attach(stat.stream, None, route.dialect))
         finally:
             self.tails.leave(tail)
             if worker is not None:
@@ -535,12 +558,13 @@ class Runs:
 
     async def _start(self, request: Request, route: Route, params: Mapping[str, Any]) -> tuple[Stat, Worker | None]:
         """A new run, or the one that was started with the same key."""
-        key = self._key(request)
+        about = route.run.about(request) if route.run is not None and route.run.about is not None else About()
+        key = self._key(request, about.key or _given_key(request))
         printed = _fingerprint(request)
         while True:
             known = await self.log.find(key=key) if key is not None else None
             if known is None:
-                known, worker = await self._create(request, route, params, key, printed)
+                known, worker = await self._create(request, route, params, about, key, printed)
                 if worker is not None:
                     return known, worker
             worker = self._workers.get(known.stream)
@@ -549,17 +573,21 @@ class Runs:
             # It failed while it was being looked for, and was deleted (rule 2): its key is free again.
 
     async def _create(
-        self, request: Request, route: Route, params: Mapping[str, Any], key: str | None, printed: _Print
+        self, request: Request, route: Route, params: Mapping[str, Any], about: About, key: str | None, printed: _Print
     ) -> tuple[Stat, Worker | None]:
         """A new run and its worker, at work; or the one that has the key already, and `None`."""
         self._check_room(request)
+        if about.thread is not None and len(about.thread) > MAX_KEY:
+            raise BadRequest(f"a thread has {MAX_KEY} characters at most", field="thread")
         meta = _Meta(
             state="running",
             route=f"{route.method} {route.path}",
-            data_only=route.data_only,
+            dialect=route.dialect.name,
             linger_s=self.linger_s(route),
             target=printed.target,
             request=printed.whole,
+            thread=about.thread,
+            note=dict(about.note),
         )
         worker = Worker(self, new_epoch(), route, request, params, meta)
         self._workers[worker.id] = worker  # rule 3
@@ -599,17 +627,14 @@ class Runs:
             raise UnprocessableContent("this Idempotency-Key was used with another query or body")
         return stat
 
-    def _key(self, request: Request) -> str | None:
-        key = request.headers.get("idempotency-key", "").strip().strip('"')
-        if not key and request.method == "GET":
-            key = request.query_params.get("key", "")
+    def _key(self, request: Request, key: str | None, method: str | None = None, path: str | None = None) -> str | None:
         if not key:
             return None
         if len(key) > MAX_KEY:
             raise BadRequest(f"an idempotency key has {MAX_KEY} characters at most", field="key")
         if request.caller is None and len(key) < MIN_ANONYMOUS_KEY:
             raise BadRequest("without credentials an idempotency key has at least 22 random characters", field="key")
-        return _digest(request.caller or "", request.method, request.path, key)
+        return _digest(request.caller or "", method or request.method, path or request.path, key)
 
     def _check_room(self, request: Request) -> None:
         limit = self.settings.max_runs
@@ -642,23 +667,23 @@ class Runs:
             raise Conflict("this event id is of another request", field="last_event_id")
         if only is not None and meta.route != only:
             raise NotFound("there is no such run")
-        return await self._attach(stat.stream, cursor, data_only=meta.data_only, translate=translate)
+        return await self._attach(stat.stream, cursor, self._dialect(stat), translate=translate)
 
     def _expired(self, request: Request, cursor: Cursor) -> Response:
         if not request.wants_event_stream:
             raise Gone("this run is no longer kept, or never was")
         self.tails.gaps["expired"] += 1
-        body = request.preamble + gap_frame(Gap("expired", cursor.seq + 1), data_only=request.data_only, last=True)
+        body = request.preamble + gap_frames(Gap("expired", cursor.seq + 1), request.dialect, last=True)
         return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
 
     async def _attach(
-        self, run: str, cursor: Cursor | None, *, data_only: bool, translate: Translate | None = None
+        self, run: str, cursor: Cursor | None, dialect: Dialect, *, translate: Translate | None = None
     ) -> Response | Attached:
         worker = self._workers.get(run)
         await _settled(worker)
         try:
             reader, stat = await self.tails.attach(
-                run, cursor or Place.START, data_only=data_only, translate=translate, look=self._told
+                run, cursor or Place.START, dialect=dialect, translate=translate, look=self._told
             )
         except NotFound:
             raise NotFound("there is no such run") from None
@@ -689,7 +714,7 @@ class Runs:
             except BaseException:
                 reader.close()
                 raise
-        return Attached(reader, {"run-id": run})
+        return Attached(reader, {"run-id": run, **dialect.headers(run)})
 
     async def _told(self, run: str) -> Stat | None:
         """The run's facts. From then on no other process that works on it deletes it when it fails (rule 2)."""
@@ -708,12 +733,19 @@ class Runs:
             await self._peers.touch(stat.stream, max(linger_s, self.settings.lease_s))
 
     async def view(
-        self, request: Request, run: str, *, only: str | None = None, translate: Translate | None = None
+        self,
+        request: Request,
+        run: str,
+        *,
+        only: str | None = None,
+        translate: Translate | None = None,
+        after: int | None = None,
     ) -> Response | Attached:
         """Read a run that is there; never start one. For handlers that show a run under a path of their own.
 
         `only`: the route whose runs are shown, as "POST /jobs"; others are not there. `translate` puts each event into
-        other words, or leaves it out (see `log.tail.Translate`); resuming, the end and delivery are as ever.
+        other words, or leaves it out (see `log.tail.Translate`); resuming, the end and delivery are as ever. `after`:
+        begin behind so many events, unless the request has a cursor.
         """
         if request.last_event_id == "end":
             return Response(status=204)
@@ -722,7 +754,51 @@ class Runs:
         stat = await self._owned(request, run)
         if only is not None and _meta(stat).route != only:
             raise NotFound("there is no such run")
-        return await self._attach(run, None, data_only=_meta(stat).data_only, translate=translate)
+        cursor = Cursor(_epoch_at(stat, after), after) if after is not None else None
+        return await self._attach(run, cursor, self._dialect(stat), translate=translate)
+
+    async def whole(self, request: Request, run: str) -> list[Event]:
+        """All events of a run, once it has ended. While this waits, somebody reads the run."""
+        stat = await self._owned(request, run)
+        worker, ended = self._workers.get(run), anyio.Event()
+        unwatch = self.log.watch(run, lambda row, end: ended.set() if end is not None else None)
+        if worker is not None:
+            worker.attach()
+        try:
+            while not stat.closed:  # asked again after the watch began, and while other processes work on it
+                with anyio.move_on_after(self.settings.lease_s / 3):
+                    await ended.wait()
+                await self._interested(stat)
+                stat = await self._owned(request, run)
+        finally:
+            unwatch()
+            if worker is not None:
+                worker.detach()
+        events: list[Event] = []
+        after = 0
+        while rows := await self.log.read(run, after, READ_BYTES):
+            for row in rows:
+                events += Decoder(max_event_bytes=None).feed(framed(row, after))
+            after = rows[-1].last
+        return events
+
+    async def find(self, request: Request, key: str, *, method: str, path: str) -> str | None:
+        """The run that the caller's request to this route has started with this key."""
+        stat = await self.log.find(key=self._key(request, key, method, path) or "")
+        return None if stat is None or stat.owner != request.caller else stat.stream
+
+    async def of_thread(self, request: Request, thread: str, *, state: str | None = None) -> list[Mapping[str, Any]]:
+        """The caller's runs of the thread, newest first; only those in this state. Of the newest `MAX_LIST` runs."""
+        if request.caller is None and len(thread) < MIN_ANONYMOUS_THREAD:
+            text = f"without credentials a thread has at least {MIN_ANONYMOUS_THREAD} random characters"
+            raise BadRequest(text, field="thread")
+        if state == "running" and self._peers is None:  # asked by each page that is opened: without the log
+            mine = [worker for worker in self._workers.values() if worker.owner == request.caller]
+            ids = [worker.id for worker in reversed(mine) if worker.meta.thread == thread]
+            found = [stat for id in ids if (stat := await self.log.stat(id)) is not None]
+        else:
+            found = [s for s in await self.log.runs(request.caller, MAX_LIST) if _meta(s).thread == thread]
+        return [_state(stat) for stat in found if state is None or _meta(stat).state == state]
 
     @property
     def at_work(self) -> int:
@@ -755,14 +831,15 @@ class Runs:
             await self._interested(stat)
         return _state(stat)
 
-    async def mine(self, request: Request) -> list[Mapping[str, Any]]:
-        """The caller's runs, newest first."""
+    async def mine(self, request: Request, *, state: str | None = None) -> list[Mapping[str, Any]]:
+        """The caller's runs, newest first; only those in this state."""
         if self.settings.auth == "off":
             raise Forbidden("without credentials nobody's runs can be told from everybody's")
-        return [_state(stat) for stat in await self.log.runs(request.caller, MAX_LIST)]
+        found = [_state(stat) for stat in await self.log.runs(request.caller, MAX_LIST)]
+        return [run for run in found if state is None or run["state"] == state]
 
-    async def cancel(self, request: Request, run: str) -> int:
-        """Running: cancel it, 202. Over: delete its events, 204."""
+    async def cancel(self, request: Request, run: str, *, keep: bool = False) -> int:
+        """Running: cancel it, 202. Over: delete its events, unless they are to be kept, 204."""
         stat = await self._owned(request, run)
         worker = self._workers.get(run)
         if worker is not None and not stat.closed:
@@ -771,7 +848,8 @@ class Runs:
         if self._peers is not None and not stat.closed:
             await self._peers.call(run, "cancel")
             return 202
-        await self.log.delete(run)
+        if not keep:
+            await self.log.delete(run)
         return 204
 
 
@@ -810,8 +888,16 @@ async def _get(request: Request, id: str) -> Response:
     return JSON(await request.runs.state(request, id))
 
 
+class _Which(msgspec.Struct):
+    thread: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_KEY)] | None = None
+    state: State | None = None
+
+
 async def _list(request: Request) -> Response:
-    return JSON({"runs": await request.runs.mine(request)})
+    thread, state = request.query.thread, request.query.state
+    if thread is None:
+        return JSON({"runs": await request.runs.mine(request, state=state)})
+    return JSON({"runs": await request.runs.of_thread(request, thread, state=state)})
 
 
 async def _delete(request: Request, id: str) -> Response:
@@ -820,16 +906,21 @@ async def _delete(request: Request, id: str) -> Response:
 
 #: The engine's own routes: an embedding program has them too, under its mount path.
 ROUTES: Final = [
-    GET("/runs", _list),
+    GET("/runs", _list, query=_Which),
     GET("/runs/{id}", _get),
     DELETE("/runs/{id}", _delete),
     GET("/runs/{id}/events", _events),
 ]
 
 
+def _epoch_at(stat: Stat, seq: int) -> str:
+    return next(epoch for epoch, first in reversed(stat.epochs) if first <= max(seq, 1))
+
+
 def _state(stat: Stat) -> dict[str, Any]:
-    epoch = next(epoch for epoch, first in reversed(stat.epochs) if first <= max(stat.last, 1))
-    return {
+    epoch = _epoch_at(stat, stat.last)
+    about = {name: stat.meta[name] for name in ("thread", "note") if name in stat.meta}
+    return about | {
         "run": stat.stream,
         "route": _meta(stat).route,
         "state": _meta(stat).state,
@@ -838,6 +929,11 @@ def _state(stat: Stat) -> dict[str, Any]:
         "events": stat.last,
         "last_event_id": str(Cursor(epoch, stat.last)),
     }
+
+
+def _given_key(request: Request) -> str:
+    key = request.headers.get("idempotency-key", "").strip().strip('"')
+    return key or (request.query_params.get("key", "") if request.method == "GET" else "")
 
 
 def _fingerprint(request: Request) -> _Print:

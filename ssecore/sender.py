@@ -481,7 +481,7 @@ class Sender:
         if self.source.events:
             self._before_first += not batch
             preamble, opening = self._whole.preamble, self.source.opening
-            if opening and self._whole.from_browser:
+            if opening and self._whole.from_browser and not self._whole.dialect.only_json:
                 opening = CURSOR_EVENT + opening
             self._whole.forget()
             batch = b"%bretry: %d\n%b" % (preamble, self._options.retry_ms, batch or opening)
@@ -517,7 +517,7 @@ class Sender:
             self.request.end_for("failed" if source.failure else "finished")
         refusal = self._refusal() if reason == "unauthorized" else None
         if source.events and refusal is not None:
-            batch += b"".join(error_frames(refusal, data_only=self.request.data_only))
+            batch += b"".join(error_frames(refusal, self.request.dialect))
         elif source.events:
             batch += source.farewell(reason)
             if reason == "drain" or isinstance(source.failure, Unavailable):

@@ -82,7 +82,7 @@ class Topics:
 
         try:
             reader, _ = await self._tails.attach(
-                stream, cursor or Place.TOP, data_only=request.data_only, greet=greet, look=self._look
+                stream, cursor or Place.TOP, dialect=request.dialect, greet=greet, look=self._look
             )
         except NotFound:
             raise Unavailable("the topic is being deleted; try again", retry_after_s=1) from None

@@ -12,6 +12,7 @@ import anyio.lowlevel
 from anyio import get_cancelled_exc_class
 
 from sseapp import GET, JSON, Event, Request, Response, Run, Settings, SSEApp, Subscription, from_thread, merge
+from ssecore.dialects import DATA_ONLY
 from ssecore.progress import Report
 from ssecore.server import serve
 
@@ -126,7 +127,7 @@ def make() -> SSEApp:
         GET("/count", count),
         GET("/first/{kind}", first),
         GET("/second/{kind}", second),
-        GET("/data/{kind}", second, data_only=True),
+        GET("/data/{kind}", second, dialect=DATA_ONLY),
         GET("/closing/{kind}", closing),
         GET("/merged/{kind}", merged),
         GET("/threaded/{kind}", threaded),

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import cycle
 
 __all__ = ["Relay", "relay"]
 
@@ -31,8 +32,8 @@ LOOK_EACH_S = 0.1
 class Relay:
     """See above; made by `relay`."""
 
-    def __init__(self, port: int, budgets: Sequence[int | re.Pattern[bytes]], *, reset: bool) -> None:
-        self._port = port
+    def __init__(self, ports: Sequence[int], budgets: Sequence[int | re.Pattern[bytes]], *, reset: bool) -> None:
+        self._ports = cycle(ports)
         self._budgets = list(budgets)
         self._reset = reset
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -79,7 +80,7 @@ class Relay:
             while True:
                 client, _ = self._listener.accept()
                 try:
-                    server = socket.create_connection(("127.0.0.1", self._port))
+                    server = socket.create_connection(("127.0.0.1", next(self._ports)))
                 except OSError:  # nobody listens there at the moment
                     client.close()
                     continue
@@ -139,9 +140,11 @@ class Relay:
 
 
 @contextmanager
-def relay(port: int, budgets: Sequence[int | re.Pattern[bytes]] = (), *, reset: bool = False) -> Iterator[Relay]:
-    """A relay in front of a port of this machine."""
-    line = Relay(port, budgets, reset=reset)
+def relay(
+    port: int | Sequence[int], budgets: Sequence[int | re.Pattern[bytes]] = (), *, reset: bool = False
+) -> Iterator[Relay]:
+    """A relay in front of a port of this machine, or of several, which get the connections in turn."""
+    line = Relay([port] if isinstance(port, int) else port, budgets, reset=reset)
     try:
         yield line
     finally:

@@ -8,6 +8,7 @@ import msgspec
 from anyio.lowlevel import checkpoint
 
 from sseapp import GET, Event, Request, Response, Run, Settings, SSEApp
+from ssecore.dialects import DATA_ONLY
 
 
 async def work(request: Request, kind: str) -> AsyncIterator[Event]:
@@ -16,7 +17,7 @@ async def work(request: Request, kind: str) -> AsyncIterator[Event]:
         for number in (1, 2, 3):
             yield Event(str(number))
     if kind in ("finished", "complete"):
-        yield Event("[DONE]") if request.data_only else Event("", "complete")
+        yield Event("[DONE]") if request.dialect is DATA_ONLY else Event("", "complete")
     if kind != "finished":
         await anyio.sleep_forever()
 
@@ -77,11 +78,11 @@ async def healthz(request: Request) -> Response:
 def make() -> SSEApp:
     routes = [
         GET("/named/{kind}", work, run=Run()),
-        GET("/data/{kind}", work, run=Run(), data_only=True),
+        GET("/data/{kind}", work, run=Run(), dialect=DATA_ONLY),
         GET("/large/{kind}", large, run=Run()),
         GET("/talk", talk, query=Until, run=Run()),
         GET("/counting", counting, run=Run()),
-        GET("/numbers", numbers, run=Run(), data_only=True),
+        GET("/numbers", numbers, run=Run(), dialect=DATA_ONLY),
         GET("/late-end", late_end),
         GET("/healthz", healthz),
         GET("/until", until, query=Until, run=Run()),

@@ -17,6 +17,7 @@ import pytest
 from sseapp import GET, POST, Event, Request, Run, Settings, SSEApp, Subscription
 from ssecore import client
 from ssecore.client import Broken, GapError, GaveUp, Refused, SourceError, batches, connect, is_gap
+from ssecore.dialects import DATA_ONLY
 from ssecore.testing import Transport, VirtualClockLoop
 from ssecore.wire import Decoder
 from tests import upstream
@@ -266,7 +267,7 @@ async def test_a_gap_is_raised_or_handed_over_as_the_caller_chooses(anyio_backen
     async def read(request: Request) -> Any:
         return Subscription("t", Event("", "init"))
 
-    app = SSEApp([GET("/t", read), GET("/d", read, data_only=True)], Settings(log="memory", retention_events=2))
+    app = SSEApp([GET("/t", read), GET("/d", read, dialect=DATA_ONLY)], Settings(log="memory", retention_events=2))
     async with app.running(), httpx.AsyncClient(transport=Transport(app)) as http:
         assert app._services is not None
         topics = app._services.topics

@@ -25,6 +25,7 @@ from trio.testing import MockClock
 import sseapp
 import ssecore.log.tail
 from sseapp import SSEApp
+from ssecore.dialects import DATA_ONLY, NAMED
 from ssecore.errors import LogError, LogUnavailable
 from ssecore.log import Cursor, Gap, Log, Row, framed, new_epoch
 from ssecore.log.memory import MemoryLog
@@ -95,7 +96,7 @@ async def pulsing(request: Request) -> Subscription:
     return Subscription(TOPIC, Event("hello", "init"), pulse=lambda: Event(current_time(), "pulse"))
 
 
-ROUTES: Final = [GET("/", news), GET("/pulsing", pulsing), GET("/data", news, data_only=True)]
+ROUTES: Final = [GET("/", news), GET("/pulsing", pulsing), GET("/data", news, dialect=DATA_ONLY)]
 
 
 class Client:
@@ -274,9 +275,9 @@ def framings(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often each row was framed, by its first sequence."""
     counted: Counter[int] = Counter()
 
-    def counting(row: Row, after: int = 0) -> bytes:
+    def counting(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
         counted[row.first] += 1
-        return framed(row, after)
+        return framed(row, after, id_first=id_first)
 
     monkeypatch.setattr(ssecore.log.tail, "framed", counting)
     return counted
@@ -962,7 +963,7 @@ async def test_a_reader_of_a_tail_that_has_ended_gets_what_is_there_and_the_end(
         tail = tails.enter("run")
         await log.append("run", [encode(Event("two"))], epoch=epoch, close=True)
         assert tail.ended == "closed" and tail.top == 2
-        reader = Reader(tail, 0, data_only=False)
+        reader = Reader(tail, 0, dialect=NAMED)
         tails.leave(tail)
         batches = [await batch_of(reader)]
         while not reader.finished:
@@ -981,7 +982,7 @@ async def test_a_stream_that_was_closed_before_anybody_watched_ends_its_reader(w
         stat = await log.stat("run")
         assert stat is not None
         tail.settle(stat)
-        reader = Reader(tail, 0, data_only=False)
+        reader = Reader(tail, 0, dialect=NAMED)
         tails.leave(tail)
         assert b"data: one\n" in await batch_of(reader)
         assert reader.ready() == b"" and reader.finished
@@ -1000,7 +1001,7 @@ async def test_the_end_comes_after_what_was_committed_and_not_yet_announced(way:
         stat = await log.stat("run")
         assert stat is not None
         tail.settle(stat)
-        reader = Reader(tail, 0, data_only=False)
+        reader = Reader(tail, 0, dialect=NAMED)
         batches = [await batch_of(reader)]
         while not reader.finished:
             batches.append(await batch_of(reader))
@@ -1014,14 +1015,14 @@ async def test_a_tail_that_has_ended_is_replaced_and_its_last_readers_do_not_tak
         tails = Tails(log)
         await log.create("topic", epoch=new_epoch(), kind="topic")
         old = tails.enter("topic")
-        reader = Reader(old, 0, data_only=False)
+        reader = Reader(old, 0, dialect=NAMED)
         reader.on_close = lambda: tails.leave(old)
         tails.leave(old)
         await log.delete("topic")
         await log.create("topic", epoch=(epoch := new_epoch()), kind="topic")
         new = tails.enter("topic")
         assert new is not old
-        second = Reader(new, 0, data_only=False)
+        second = Reader(new, 0, dialect=NAMED)
         second.on_close = lambda: tails.leave(new)
         tails.leave(new)
         assert tails.subscribers("topic") == 1
@@ -1037,9 +1038,9 @@ async def test_a_tail_that_has_ended_is_replaced_and_its_last_readers_do_not_tak
 @in_virtual_time
 async def test_a_gap_is_announced_without_an_id_in_the_way_that_the_route_speaks(way: Way) -> None:
     gap = Gap("trimmed", 3, 7)
-    named = ssecore.log.tail.gap_frame(gap, data_only=False)
+    named = ssecore.log.tail.gap_frames(gap, NAMED)
     assert named == b'event: gap\ndata: {"reason":"trimmed","from":3,"to":7}\n\n'
-    data_only = ssecore.log.tail.gap_frame(gap, data_only=True)
+    data_only = ssecore.log.tail.gap_frames(gap, DATA_ONLY)
     assert data_only == b'data: {"type":"gap","reason":"trimmed","from":3,"to":7}\n\n'
 
 

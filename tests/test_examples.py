@@ -1,6 +1,10 @@
 """Each program of examples/ does what it says."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +22,7 @@ from ssecore.testing import Transport, assert_stream, connect, lifespan
 from tests import chromium, serving, upstream
 from tests.needs import needs
 from tests.relay import relay
-from tests.serving import Server, serve_uvicorn
+from tests.serving import Server, serve, serve_uvicorn
 from tests.test_client import cut, numbered, over, quick, stream
 from tests.upstream import Call
 
@@ -27,11 +31,13 @@ __all__ = ["open_stream", "quick"]
 browser, server = chromium.browser, serving.server
 
 EXAMPLES: Final = Path(__file__).parent.parent / "examples"
+NODE: Final = Path(__file__).parent / "node"
 
 
 def test_all_of_them_are_here() -> None:
     tested = {"fastapi_host.py", "merge_sources.py", "status_callback.py", "streamlit_chat.py", "vanilla.html"}
-    assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".html")} == tested
+    tested |= {"ai_sdk_chat.mjs", "ag_ui_chat.mjs", "openai_background.py"}
+    assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".html", ".mjs")} == tested
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -150,3 +156,50 @@ def test_a_chat_in_streamlit_says_what_is_wrong(chat: AppTest, monkeypatch: pyte
     monkeypatch.setenv("SSEAPP_URL", "http://127.0.0.1:1")
     page = chat.run().chat_input[0].set_value("hi").run()
     assert not page.exception and "can't be reached" in page.error[0].value
+
+
+# Front ends, each over a line that breaks
+
+
+@pytest.fixture(scope="module")
+def nearby(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Where nobody waits for long before the next try."""
+    with serve(tmp_path_factory.mktemp("nearby"), env={"SSEAPP_RETRY_MS": "1"}) as server:
+        yield server
+
+
+def run(command: list[str], folder: Path, url: str, input: str = "") -> str:
+    environ = {"PATH": os.environ["PATH"], "SSEAPP_URL": url, "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, cwd=folder, env=environ, input=input, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@needs("node-clients")
+@pytest.mark.parametrize(
+    ("name", "arguments", "input", "shown"),
+    [
+        ("ai_sdk_chat.mjs", ["what is 6*7?"], "", ["(I ask calculate.)", '"value":"42"', "6*7 = 42"]),
+        ("ag_ui_chat.mjs", [], "what is 6*7?\nand 6*8?\n", ["[calculate", "6*7 = 42", "6*8 = 48"]),
+    ],
+)
+def test_a_chat_in_node_goes_on_over_cuts(
+    nearby: Server, tmp_path: Path, name: str, arguments: list[str], input: str, shown: list[str]
+) -> None:
+    (tmp_path / "node_modules").symlink_to(NODE / "node_modules")
+    (tmp_path / "resuming-fetch.js").write_bytes(nearby.client.get("/static/resuming-fetch.js").content)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    program = tmp_path / name
+    program.write_bytes((EXAMPLES / name).read_bytes())
+    with relay(nearby.port, [900, re.compile(b"text-delta|TEXT_MESSAGE_CONTENT")]) as line:
+        printed = run(["node", str(program), *arguments], tmp_path, line.url, input)
+        line.wait_streams(3)
+    assert all(text in printed for text in shown), printed
+
+
+def test_a_response_in_the_background_is_read_over_cuts(nearby: Server, tmp_path: Path) -> None:
+    with relay(nearby.port, [1500, re.compile(b"output_text.delta")]) as line:
+        program = str(EXAMPLES / "openai_background.py")
+        printed = run([sys.executable, program, "what is 6*7?"], tmp_path, line.url)
+        line.wait_streams(3)
+    assert printed.endswith('[{"expression":"6*7"}]\n6*7 = 42\n')

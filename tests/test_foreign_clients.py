@@ -8,6 +8,7 @@ import asyncio
 import json
 import re
 import subprocess
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,7 @@ browser = chromium.browser
 Told = list[tuple[str, str, str]]
 
 NODE: Final = Path(__file__).parent / "node"
+STATIC: Final = Path(__file__).parent.parent / "handlers" / "page" / "static"
 #: Bytes with the head, some 330; the pause of the stream comes behind them all.
 CUTS: Final = [500, 600, 717]
 COUNT: Final = 31
@@ -151,6 +153,7 @@ def by_ours(url: str) -> Told:
         pytest.param(by_ours, id="ours"),
         pytest.param(by_node("eventsource.js"), id="eventsource", marks=needs("node-clients")),
         pytest.param(by_node("parser.js"), id="eventsource-parser", marks=needs("node-clients")),
+        pytest.param(by_node("fetching.js"), id="resuming-fetch", marks=needs("node-clients")),
         pytest.param(resuming(by_httpx_sse), id="httpx-sse"),
         pytest.param(resuming(by_aiohttp), id="aiohttp"),
         pytest.param(resuming(by_curl), id="curl", marks=needs("curl")),
@@ -204,8 +207,22 @@ async (url) => {
 """
 
 
+RESUMING_FETCH: Final = """
+async (url) => {
+  window.told = []
+  const { eventSource, resumingFetch } = await import("data:text/javascript;base64,MODULE")
+  const source = eventSource((await resumingFetch(url)).body)
+  const note = (event) => window.told.push([event.lastEventId, event.type, event.data])
+  for (const type of ["message", "item", "complete"]) source.addEventListener(type, note)
+  source.addEventListener("error", () => { window.through = true })
+}
+""".replace("MODULE", b64encode((STATIC / "resuming-fetch.js").read_bytes()).decode())
+
+
 @needs("chromium")
-@pytest.mark.parametrize("script", [EVENT_SOURCE, FETCH], ids=["EventSource", "fetch"])
+@pytest.mark.parametrize(
+    "script", [EVENT_SOURCE, FETCH, RESUMING_FETCH], ids=["EventSource", "fetch", "resuming-fetch"]
+)
 def test_chromium_hears_every_event_once_over_cuts(
     server: Server, browser: Browser, script: str, tmp_path: Path
 ) -> None:
@@ -284,6 +301,12 @@ def test_sse_js_loses_no_event_wherever_in_an_event_it_is_cut(server: Server, br
         return told
 
     check_cuts(server, read, "sse.js")
+
+
+@needs("node-clients")
+def test_resuming_fetch_withstands_a_server_that_does_everything_wrong() -> None:
+    done = subprocess.run(["node", "resuming.js"], cwd=NODE, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_lock_for_node_names_no_address() -> None:

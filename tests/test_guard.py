@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sseapp import GET, JSON, POST, Event, Request, Response, Run, Settings, SSEApp, Subscription
+from ssecore.dialects import DATA_ONLY
 from ssecore.errors import Forbidden, SettingsError, Unauthorized
 from ssecore.guard import Caller
 from ssecore.testing import connect
@@ -57,7 +58,7 @@ ROUTES = [
     POST("/publish", me, publishes=True),
     GET("/open", me, open=True),
     GET("/ticks", ticks),
-    GET("/data", ticks, data_only=True),
+    GET("/data", ticks, dialect=DATA_ONLY),
     GET("/run", ticks, run=Run()),
     GET("/feed", feed),
     POST("/topics/{name}", named, body=Any, may="publish:topics/{name}"),

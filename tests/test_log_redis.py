@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from redis import Redis
 from redis.asyncio.connection import Connection, UnixDomainSocketConnection
 
+from ssecore.dialects import NAMED
 from ssecore.errors import LogError, LogUnavailable, NotFound, Unavailable, WriterFenced
 from ssecore.log import Cursor, Gap, Retention, Row, Stat, framed, locate, new_epoch
 from ssecore.log import Ended as End
@@ -630,7 +631,7 @@ async def test_a_reader_slower_than_trimming_is_told_what_it_missed(server: Redi
         stat = await two.stat("topic")
         assert stat is not None
         tail.settle(stat)
-        reader = Reader(tail, 0, data_only=False)
+        reader = Reader(tail, 0, dialect=NAMED)
         at, decoder, gaps = 0, Decoder(), 0
         for number in range(1, 2001):
             await one.append("topic", frames(number, "x" * 20_000), epoch=epoch)

@@ -398,7 +398,7 @@ def test_each_method_has_its_function(make: Callable[..., Route]) -> None:
     assert (route.method, route.may) == (make.__name__, "publish")
 
 
-async def later(request: Request, run: str) -> None:
+async def later(request: Request) -> None:
     """Would have to be awaited."""
 
 
@@ -411,7 +411,8 @@ async def later(request: Request, run: str) -> None:
         ({"linger_s": float("nan")}, "linger_s"),
         ({"linger_s": float("inf")}, "linger_s"),
         ({"accepted": "text"}, "accepted"),
-        ({"accepted": later}, "accepted"),
+        ({"about": "text"}, "about"),
+        ({"about": later}, "about"),
     ],
 )
 def test_a_run_with_options_that_no_run_can_use_is_refused(options: dict[str, Any], name: str) -> None:

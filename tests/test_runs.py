@@ -24,6 +24,7 @@ from trio.testing import MockClock
 import sseapp
 import ssecore.log
 from sseapp import SSEApp
+from ssecore.dialects import DATA_ONLY, NAMED
 from ssecore.errors import LogError, LogUnavailable, NotFound, SSEAppError, UpstreamError
 from ssecore.log import Log, Stat
 from ssecore.log.memory import MemoryLog
@@ -202,7 +203,7 @@ COUNT: Final = GET("/count", count, run=Run())
 
 
 def counting(*, data_only: bool = False) -> Route:
-    return GET("/count", count_data if data_only else count, run=Run(), data_only=data_only)
+    return GET("/count", count_data if data_only else count, run=Run(), dialect=DATA_ONLY if data_only else NAMED)
 
 
 def engine_event(name: str, data: dict[str, Any], data_only: bool) -> list[tuple[str | None, Any]]:
@@ -846,7 +847,7 @@ async def test_a_failure_that_is_not_ours_keeps_its_text_to_itself(
 
 @both_ways
 async def test_what_the_engine_says_last_is_said_in_the_routes_way(house: House, work: Work, data_only: bool) -> None:
-    async with house.open(GET("/work", work.handler, run=Run(), data_only=data_only)) as app:
+    async with house.open(GET("/work", work.handler, run=Run(), dialect=DATA_ONLY if data_only else NAMED)) as app:
         work.say(Event("1"), UpstreamError("no", code="away"))
         answer = await ask(app, "/work")
         run = answer.headers["run-id"]
@@ -892,7 +893,7 @@ async def test_where_nobody_is_asked_who_he_is_there_is_no_list(house: House) ->
 
 @both_ways
 async def test_a_running_run_is_cancelled_and_says_so_last(house: House, work: Work, data_only: bool) -> None:
-    async with house.open(GET("/work", work.handler, run=Run(), data_only=data_only)) as app:
+    async with house.open(GET("/work", work.handler, run=Run(), dialect=DATA_ONLY if data_only else NAMED)) as app:
         work.say(Event("1"))
         async with listening(app, "/work") as reading:
             await reading.event()
@@ -1006,7 +1007,7 @@ async def test_the_cursor_before_the_first_event_gets_all_of_it(house: House) ->
 async def test_a_number_above_the_top_of_a_running_run_is_announced_and_the_rest_follows(
     house: House, work: Work, data_only: bool
 ) -> None:
-    async with house.open(GET("/work", work.handler, run=Run(), data_only=data_only)) as app:
+    async with house.open(GET("/work", work.handler, run=Run(), dialect=DATA_ONLY if data_only else NAMED)) as app:
         work.say(*said(1, 2))
         async with listening(app, "/work") as reading:
             await reading.event()
@@ -1103,7 +1104,7 @@ async def test_a_browser_gets_each_event_of_a_run_once_and_stops(
 async def test_a_browser_that_reads_along_stops_at_the_end(
     house: House, work: Work, data_only: bool, end: Any, name: str | None
 ) -> None:
-    async with house.open(GET("/work", work.handler, run=Run(), data_only=data_only)) as app:
+    async with house.open(GET("/work", work.handler, run=Run(), dialect=DATA_ONLY if data_only else NAMED)) as app:
         work.say(*said(1, 2))
         async with listening(app, f"/work?key={KEY}") as reading:
             await reading.event()
@@ -1321,7 +1322,7 @@ async def test_a_run_that_fails_just_before_the_second_is_over_is_none(
 async def test_a_run_that_fails_after_its_first_second_has_a_stored_error(
     house: House, work: Work, headers: dict[str, str], data_only: bool
 ) -> None:
-    route = GET("/work", work.handler, run=Run(), data_only=data_only)
+    route = GET("/work", work.handler, run=Run(), dialect=DATA_ONLY if data_only else NAMED)
     async with house.open(route) as app, anyio.create_task_group() as tasks:
 
         async def fail() -> None:
@@ -1435,7 +1436,7 @@ async def test_the_last_event_and_the_close_are_one_append(
         if failing:
             raise NotFound("no")
 
-    async with house.open(GET("/work", handler, run=Run(), data_only=data_only)) as app:
+    async with house.open(GET("/work", handler, run=Run(), dialect=DATA_ONLY if data_only else NAMED)) as app:
         appends = spy(house.log, "append", monkeypatch)
         async with listening(app, "/work") as reading:
             await reading.event()
@@ -1508,7 +1509,9 @@ async def test_what_is_no_event_fails_the_run(house: House, work: Work) -> None:
 @both_ways
 @pytest.mark.parametrize("limit", [{"retention_events": 3}, {"retention_bytes": 30}], ids=["events", "bytes"])
 async def test_a_run_that_is_too_large_ends(house: House, work: Work, limit: dict[str, int], data_only: bool) -> None:
-    async with house.open(GET("/work", work.handler, run=Run(), data_only=data_only), **limit) as app:
+    async with house.open(
+        GET("/work", work.handler, run=Run(), dialect=DATA_ONLY if data_only else NAMED), **limit
+    ) as app:
         work.say(Event("1"))  # 9 bytes
         async with listening(app, "/work") as reading:
             for number in (1, 2, 3):
@@ -1746,7 +1749,7 @@ async def test_the_linger_time_may_be_the_settings(house: House, work: Work) -> 
 @virtual
 @both_ways
 async def test_the_last_of_several_readers_counts(house: House, work: Work, data_only: bool) -> None:
-    async with house.open(GET("/work", work.handler, run=LINGERING, data_only=data_only)) as app:
+    async with house.open(GET("/work", work.handler, run=LINGERING, dialect=DATA_ONLY if data_only else NAMED)) as app:
         work.say(Event("1"))
         async with listening(app, "/work") as one:
             await one.event()
@@ -2224,7 +2227,7 @@ async def test_in_a_drain_readers_leave_at_once_and_a_run_may_finish(house: Hous
 @virtual
 @both_ways
 async def test_a_run_that_does_not_finish_in_a_drain_is_interrupted(house: House, work: Work, data_only: bool) -> None:
-    async with house.open(GET("/work", work.handler, run=Run(), data_only=data_only)) as app:
+    async with house.open(GET("/work", work.handler, run=Run(), dialect=DATA_ONLY if data_only else NAMED)) as app:
         work.say(Event("1"))
         async with listening(app, "/work") as reading:
             await reading.event()
@@ -2355,7 +2358,7 @@ async def test_a_run_that_fails_in_a_drain_has_failed(house: House, work: Work) 
 @on_sqlite
 @both_ways
 async def test_after_a_restart_an_interrupted_run_is_read_to_its_end(house: House, work: Work, data_only: bool) -> None:
-    route = GET("/work", work.handler, run=Run(), data_only=data_only)
+    route = GET("/work", work.handler, run=Run(), dialect=DATA_ONLY if data_only else NAMED)
     async with house.open(route) as app:
         work.say(*said(1, 2))
         async with listening(app, f"/work?key={KEY}") as reading:
@@ -2450,7 +2453,7 @@ trouble_of_a_kind = pytest.mark.parametrize(
 async def test_when_the_log_is_away_readers_hear_of_it_and_it_is_stored_later(
     house: House, work: Work, trouble: Trouble, data_only: bool, error: SSEAppError, code: str
 ) -> None:
-    async with house.open(GET("/work", work.handler, run=Run(), data_only=data_only)) as app:
+    async with house.open(GET("/work", work.handler, run=Run(), dialect=DATA_ONLY if data_only else NAMED)) as app:
         work.say(Event("1"))
         async with listening(app, "/work") as reading, listening(app, f"/runs/{reading.run}/events") as other:
             await reading.event()

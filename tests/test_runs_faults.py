@@ -18,6 +18,7 @@ import pytest
 import sseapp
 import ssecore.runs
 from sseapp import GET, Event, Request, Run, Settings, SSEApp
+from ssecore.dialects import DATA_ONLY, NAMED
 from ssecore.errors import LogError
 from ssecore.log.sqlite import SqliteLog
 from ssecore.wire import Decoder
@@ -255,7 +256,9 @@ def work() -> Iterator[Work]:
 
 @asynccontextmanager
 async def opened(folder: Path, work: Work, *, data_only: bool = False) -> AsyncIterator[SSEApp]:
-    app = SSEApp([GET("/work", work.handler, run=Run(), data_only=data_only)], Settings(data_dir=folder))
+    app = SSEApp(
+        [GET("/work", work.handler, run=Run(), dialect=DATA_ONLY if data_only else NAMED)], Settings(data_dir=folder)
+    )
     with anyio.fail_after(LIMIT_S):
         async with app.running():
             yield app

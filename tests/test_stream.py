@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from sseapp import SSEApp
+from ssecore.dialects import DATA_ONLY, NAMED
 from ssecore.errors import NotFound, SSEAppError
 from ssecore.pump import CLOSE_S, FIRST_ITEM_S
 from ssecore.request import EndReason, Request
@@ -64,7 +65,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[st
 
 def app_of(handler: Callable[..., Any], method: str = "GET", *, data_only: bool = False, **values: Any) -> SSEApp:
     """An app with this handler alone; `values` are settings."""
-    return app_with(Route(method, "/", handler, data_only=data_only), **values)
+    return app_with(Route(method, "/", handler, dialect=DATA_ONLY if data_only else NAMED), **values)
 
 
 def app_with(*routes: Route, **values: Any) -> SSEApp:

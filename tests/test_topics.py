@@ -21,6 +21,7 @@ from trio.testing import MockClock
 import sseapp
 import ssecore.log
 from sseapp import SSEApp
+from ssecore.dialects import DATA_ONLY
 from ssecore.errors import EncodeError, LogError, LogUnavailable
 from ssecore.log import Cursor, Stat, new_epoch
 from ssecore.log.memory import MemoryLog
@@ -78,7 +79,7 @@ async def topic(request: Request, name: str) -> Subscription:
     return Subscription(name, Event({"topic": name}, "init"))
 
 
-ROUTES: Final = [GET("/data/{name}", topic, data_only=True), GET("/{name}", topic)]
+ROUTES: Final = [GET("/data/{name}", topic, dialect=DATA_ONLY), GET("/{name}", topic)]
 
 
 @asynccontextmanager

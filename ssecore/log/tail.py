@@ -23,14 +23,14 @@ from typing import Final, NamedTuple
 
 from anyio.abc import TaskGroup
 
-from ssecore.dialects import END_ID, error_frames, failure_of
+from ssecore.dialects import END_ID, Dialect, error_frames, failure_of
 from ssecore.errors import LogError, LogUnavailable, NotFound
 from ssecore.log import Cursor, Ended, Gap, Log, Row, Shared, Stat, framed, locate
 from ssecore.request import EndReason
 from ssecore.sender import Sender, chunk, deliver
 from ssecore.wire import Decoder, Event, encode
 
-__all__ = ["Attached", "Place", "Reader", "Tail", "Tails", "Translate", "gap_frame"]
+__all__ = ["Attached", "Place", "Reader", "Tail", "Tails", "Translate", "gap_frames"]
 
 #: What a tail holds at most, and at least its newest row. A reader further behind reads the log: nobody is lost by it.
 TAIL_BYTES: Final = 256 * 1024
@@ -51,23 +51,23 @@ NOBODY: Final = -1
 Translate = Callable[[Event], Event | None]
 
 
-def gap_frame(gap: Gap, *, data_only: bool, last: bool = False) -> bytes:
+def gap_frames(gap: Gap, dialect: Dialect, *, last: bool = False) -> bytes:
     """The announcement of a gap. It is not in the log, so it has no `id:`.
 
     `last`: nothing comes behind it. A page can't tell 204 from 410, so it gets the gap; its end then gets a 204.
     """
     data = {"reason": gap.reason, "from": gap.from_, "to": gap.to}
-    frame = encode(Event({"type": "gap", **data})) if data_only else encode(Event(data, "gap"))
     if not last:
-        return frame
-    return (frame + (b"data: [DONE]\n\n" if data_only else b""))[:-1] + END_ID
+        return encode(dialect.gap(data))
+    return b"".join(map(encode, dialect.gone(data)))[:-1] + END_ID
 
 
 class Tail:
     """The newest events of one stream. Made by `Tails`; lives as long as it has readers."""
 
-    def __init__(self, log: Log, stream: str, gaps: "Counter[str]") -> None:
+    def __init__(self, log: Log, stream: str, gaps: "Counter[str]", *, id_first: bool = False) -> None:
         self.stream = stream
+        self.id_first = id_first  #: where its frames have their ids: for all readers alike
         self.gaps = gaps
         self.top = 0
         self.ended: Ended | None = None
@@ -103,7 +103,7 @@ class Tail:
             if self._chunks and self._chunks[-1][0].last + 1 != row.first:
                 self._chunks.clear()
                 self._size = 0
-            frames = framed(row)
+            frames = framed(row, id_first=self.id_first)
             self._chunks.append((row, frames))
             self._size += len(frames)
             while self._size > TAIL_BYTES and len(self._chunks) > 1:
@@ -165,7 +165,7 @@ class Tail:
             for row, frames in reversed(self._chunks):  # a full tail has thousands; most readers lack the newest alone
                 if row.last <= after:
                     break
-                parts.append(frames if row.first > after else framed(row, after))
+                parts.append(frames if row.first > after else framed(row, after, id_first=self.id_first))
             parts.reverse()
             self._since = (after, last, parts[0] if len(parts) == 1 else b"".join(parts))
         return self._since[2], last
@@ -188,7 +188,8 @@ class Tail:
         if not rows:  # age has taken all of them; the stream goes on
             return b"", top, Gap("trimmed", after + 1, top)
         gap = Gap("trimmed", after + 1, rows[0].first - 1) if rows[0].first > after + 1 else None
-        result = (b"".join([framed(row, after) for row in rows]), rows[-1].last, gap)
+        frames = [framed(row, after, id_first=self.id_first) for row in rows]
+        result = (b"".join(frames), rows[-1].last, gap)
         if len(self.behind) > 1:
             self._reads[after] = result
             while len(self._reads) > 1 and sum(len(frames) for frames, _, _ in self._reads.values()) > KEPT_BYTES:
@@ -210,7 +211,7 @@ class Reader:
 
     __slots__ = (
         "_before",
-        "_data_only",
+        "_dialect",
         "_stopped",
         "_translate",
         "_uncounted",
@@ -235,7 +236,7 @@ class Reader:
         tail: Tail,
         after: int,
         *,
-        data_only: bool,
+        dialect: Dialect,
         before: bytes = b"",
         opening: bytes = b"",
         translate: Translate | None = None,
@@ -250,7 +251,7 @@ class Reader:
         self.on_close: Callable[[], None] | None = None
         #: It gets the tail's frames as they are.
         self.is_shared = translate is None
-        self._data_only = data_only
+        self._dialect = dialect
         self._translate = translate
         self._before = before
         self._stopped = False
@@ -307,7 +308,7 @@ class Reader:
             self.finished = gap.reason == "expired"
             # Where the stream is there still, nothing else than this id ends a client that comes back.
             for_good = self.finished and self.tail.ended == "closed"
-            before += gap_frame(gap, data_only=self._data_only, last=for_good)
+            before += gap_frames(gap, self._dialect, last=for_good)
         self.after = last
         return before + (frames if self._translate is None else self._say_otherwise(frames, self._translate))
 
@@ -315,7 +316,7 @@ class Reader:
         """Rule 4. A `translate` that fails ends its reader, after the events before."""
         parts: list[bytes] = []
         try:
-            parts.extend(_translated(frames, translate))
+            parts.extend(_translated(frames, translate, self.tail.id_first))
         except BaseException as error:  # nothing awaits here, so it is no cancellation
             self.failure, self.finished = failure_of(error, "a translation"), True
         return b"".join(parts)
@@ -333,7 +334,7 @@ class Reader:
         """
         if self.failure is None or isinstance(self.failure, LogUnavailable | LogError):
             return b""
-        return b"".join(error_frames(self.failure, data_only=self._data_only))[:-1] + END_ID
+        return b"".join(error_frames(self.failure, self._dialect))[:-1] + END_ID
 
     def close(self) -> None:
         """A second time it does nothing."""
@@ -344,10 +345,12 @@ class Reader:
             self.on_close = None
 
 
-def _translated(frames: bytes, translate: Translate) -> Iterator[bytes]:
+def _translated(frames: bytes, translate: Translate, id_first: bool = False) -> Iterator[bytes]:
     for event in Decoder(max_event_bytes=None).feed(frames):
         said = translate(event)
-        if said is not None:
+        if said is not None and id_first and event.id is not None:
+            yield b"id: %b\n%b" % (event.id.encode(), encode(Event(said.data, said.event, None, said.retry)))
+        elif said is not None:
             yield encode(Event(said.data, said.event, event.id, said.retry))
 
 
@@ -389,7 +392,7 @@ class Tails:
         stream: str,
         place: Cursor | Place,
         *,
-        data_only: bool,
+        dialect: Dialect,
         translate: Translate | None = None,
         greet: Callable[[Cursor], bytes] | None = None,
         look: Callable[[str], Awaitable[Stat | None]] | None = None,
@@ -400,7 +403,7 @@ class Tails:
         asks for the facts, if not the log: the tail watches before (rule 1).
         Raises `NotFound` where there is no such stream.
         """
-        tail = self.enter(stream)
+        tail = self.enter(stream, id_first=dialect.id_first)
         try:
             stat = await (look or self.log.stat)(stream)
             if stat is None or tail.ended == "deleted":  # between two awaits
@@ -414,18 +417,21 @@ class Tails:
                 after, gap = locate(stat, place)
             if gap is not None:
                 self.gaps[gap.reason] += 1
-                before = gap_frame(gap, data_only=data_only, last=stat.closed and after >= stat.last)
-            reader = Reader(tail, after, data_only=data_only, before=before, translate=translate)
+                before = gap_frames(gap, dialect, last=stat.closed and after >= stat.last)
+            reader = Reader(tail, after, dialect=dialect, before=before, translate=translate)
             reader.on_close = tail.leave
         finally:
             self.leave(tail)
         return reader, stat
 
-    def enter(self, stream: str) -> Tail:
-        """The stream's tail, watching from now on. `settle` it with facts asked for after this; then make readers."""
+    def enter(self, stream: str, *, id_first: bool = False) -> Tail:
+        """The stream's tail, watching from now on. `settle` it with facts asked for after this; then make readers.
+
+        `id_first`, as the stream's dialect has it, is the same for whoever enters it.
+        """
         tail = self._tails.get(stream)
         if tail is None or tail.ended == "deleted" or tail.last_words:
-            tail = self._tails[stream] = Tail(self.log, stream, self.gaps)
+            tail = self._tails[stream] = Tail(self.log, stream, self.gaps, id_first=id_first)
             tail.leave = partial(self.leave, tail)
         tail.guests += 1
         return tail

@@ -1,0 +1,25 @@
+// A conversation with the agent over AG-UI, by CopilotKit's own client, in a terminal: one question a line.
+//
+//     make run
+//     npm install @ag-ui/client && curl -O localhost:8000/static/resuming-fetch.js
+//     node ag_ui_chat.mjs
+//
+// Restart the network in the middle: the answer goes on. The agent is the same in CopilotKit's `<CopilotChat>`.
+import { createInterface } from "node:readline"
+import { HttpAgent } from "@ag-ui/client"
+import { resumingFetch } from "./resuming-fetch.js"
+
+const url = process.env.SSEAPP_URL ?? "http://localhost:8000"
+const headers = process.env.SSEAPP_TOKEN ? { authorization: `Bearer ${process.env.SSEAPP_TOKEN}` } : {}
+const agent = new HttpAgent({ url: `${url}/ag-ui`, headers, fetch: resumingFetch, threadId: crypto.randomUUID() })
+
+const shown = {
+  onToolCallEndEvent: ({ toolCallName, toolCallArgs }) => console.log(`[${toolCallName} ${JSON.stringify(toolCallArgs)}]`),
+  onTextMessageContentEvent: ({ event }) => void process.stdout.write(event.delta),
+  onRunErrorEvent: ({ event }) => console.error(event.message),
+}
+for await (const question of createInterface({ input: process.stdin })) {
+  agent.addMessage({ id: crypto.randomUUID(), role: "user", content: question })
+  await agent.runAgent({ runId: crypto.randomUUID() }, shown)
+  console.log()
+}

@@ -1,0 +1,35 @@
+// A question to the agent by Vercel's AI SDK, in a terminal: what it thinks, its tools, its answer as it is written.
+//
+//     make run
+//     npm install ai zod && curl -O localhost:8000/static/resuming-fetch.js
+//     node ai_sdk_chat.mjs "how many tasks are overdue?"
+//
+// Restart the network in the middle: the answer goes on. In a page the same transport is given to `useChat`.
+import { DefaultChatTransport, readUIMessageStream } from "ai"
+import { resumingFetch } from "./resuming-fetch.js"
+
+const url = process.env.SSEAPP_URL ?? "http://localhost:8000"
+const headers = process.env.SSEAPP_TOKEN ? { authorization: `Bearer ${process.env.SSEAPP_TOKEN}` } : {}
+const transport = new DefaultChatTransport({ api: `${url}/ai/chat`, headers, fetch: resumingFetch })
+
+const text = process.argv[2] ?? "what can you do?"
+const stream = await transport.sendMessages({
+  chatId: crypto.randomUUID(),
+  trigger: "submit-message",
+  messages: [{ id: "1", role: "user", parts: [{ type: "text", text }] }],
+})
+
+const printed = new Map() // how much of each part
+const print = (key, text) => {
+  process.stdout.write(text.slice(printed.get(key) ?? 0))
+  printed.set(key, text.length)
+}
+const onError = (error) => console.error(error.message)
+for await (const { parts } of readUIMessageStream({ stream, onError })) {
+  parts.forEach((part, key) => {
+    if (part.type === "text") print(key, part.text)
+    if (part.type === "reasoning" && part.state === "done") print(key, `(${part.text})\n`)
+    if (part.state === "output-available") print(key, `[${part.type.slice(5)}: ${JSON.stringify(part.output)}]\n`)
+  })
+}
+console.log()

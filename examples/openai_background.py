@@ -1,0 +1,59 @@
+"""A response in the background, by OpenAI's own SDK: read as it comes, over as many cuts as there are.
+
+    make run
+    pip install openai
+    python examples/openai_background.py "how many tasks are overdue?"
+
+Restart the network in the middle: it goes on behind the last event that came, by `starting_after`. Nothing is
+generated twice. SSEAPP_URL names another server, SSEAPP_TOKEN a token.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from openai import APIConnectionError, OpenAI
+
+PAUSE_S = 0.5
+#: Tries in a row that brought nothing.
+MAX_TRIES = 10
+
+
+def events(client: OpenAI, question: str) -> Iterator[Any]:
+    """All events of one response, each once."""
+    begun: Any = client.responses.create(model="agent", input=question, background=True)
+    after: int | None = None
+    tries = 0
+    while tries < MAX_TRIES:
+        try:
+            more: dict[str, Any] = {} if after is None else {"starting_after": after}
+            with client.responses.retrieve(begun.id, stream=True, **more) as stream:
+                for event in stream:
+                    after, tries = event.sequence_number, 0
+                    yield event
+                    if event.type in ("response.completed", "response.failed", "response.incomplete"):
+                        return
+        except APIConnectionError:
+            pass  # a cut, or nobody there
+        tries += 1
+        time.sleep(PAUSE_S)
+    raise TimeoutError("the service can't be reached")
+
+
+def main() -> None:
+    url = os.environ.get("SSEAPP_URL", "http://127.0.0.1:8000")
+    with OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("SSEAPP_TOKEN", "none")) as client:
+        for event in events(client, " ".join(sys.argv[1:]) or "what can you do?"):
+            if event.type == "response.output_text.delta":
+                print(event.delta, end="", flush=True)
+            elif event.type == "response.mcp_call_arguments.done":
+                print(f"[{event.arguments}]")
+            elif event.type == "response.failed":
+                print(event.response.error.message)
+    print()
+
+
+if __name__ == "__main__":
+    main()

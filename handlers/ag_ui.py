@@ -1,0 +1,133 @@
+"""The agent for pages that speak AG-UI: CopilotKit, `@ag-ui/client`'s `HttpAgent`, TanStack AI.
+
+The client names the run: `runId` is the run's idempotency key, and by it a second tab joins (`GET /ag-ui?runId=`).
+After a cut TanStack sends the same POST with `Last-Event-ID`, which goes on and starts nothing. A thread's messages,
+and the run that is at work on it, are at `GET /ag-ui?threadId=`; an answer is kept there before it is told.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+from handlers.agent import End, Status
+from handlers.chat import LINGERING
+from handlers.database import Exchange
+from handlers.parts import Called, Closed, Delta, Opened, Returned, conversation, parts_of, text_of
+from ssecore.dialects import AG_UI
+from ssecore.errors import BadRequest, NotFound
+from ssecore.request import Request
+from ssecore.responses import JSON
+from ssecore.routes import GET, POST, About, Run
+from ssecore.runs import MIN_ANONYMOUS_KEY, MIN_ANONYMOUS_THREAD
+from ssecore.wire import Event, encode_json
+
+__all__ = ["ROUTES"]
+
+MAX_MESSAGES: Final = 1000
+_Id = Annotated[str, Meta(min_length=1, max_length=255)]
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: Any = None
+    parts: Any = None  #: TanStack's own messages have these
+
+
+class _Input(msgspec.Struct, rename="camel"):
+    """What the client sends besides (its state, its own tools) is not needed here."""
+
+    thread_id: _Id
+    run_id: _Id
+    messages: Annotated[list[_Message], Meta(max_length=MAX_MESSAGES)]
+
+
+class _Asked(msgspec.Struct, rename="camel"):
+    thread_id: _Id | None = None
+    run_id: _Id | None = None
+
+
+def _event(type: str, **fields: Any) -> Event:
+    return Event({"type": type, **fields})
+
+
+async def run(request: Request) -> AsyncIterator[Event]:
+    body: _Input = request.body
+    question, history = conversation((m.role, text_of(m.content) or text_of(m.parts)) for m in body.messages)
+    ids = {"threadId": body.thread_id, "runId": body.run_id}
+    yield _event("RUN_STARTED", **ids)
+    result: dict[str, Any] = {}
+    async with aclosing(parts_of(request, question, history)) as parts:
+        async for part in parts:
+            match part:
+                case Status(stage):
+                    yield _event("CUSTOM", name="status", value={"stage": stage, "message": part.message})
+                case Opened("text", id):
+                    yield _event("TEXT_MESSAGE_START", messageId=id, role="assistant")
+                case Opened("reasoning", id):
+                    yield _event("REASONING_START", messageId=id)
+                    yield _event("REASONING_MESSAGE_START", messageId=id, role="reasoning")
+                case Delta("text", id, text):
+                    yield _event("TEXT_MESSAGE_CONTENT", messageId=id, delta=text)
+                case Delta("reasoning", id, text):
+                    yield _event("REASONING_MESSAGE_CONTENT", messageId=id, delta=text)
+                case Closed("text", id):
+                    yield _event("TEXT_MESSAGE_END", messageId=id)
+                case Closed("reasoning", id):
+                    yield _event("REASONING_MESSAGE_END", messageId=id)
+                    yield _event("REASONING_END", messageId=id)
+                case Called(id, tool, arguments):
+                    yield _event("TOOL_CALL_START", toolCallId=id, toolCallName=tool)
+                    yield _event("TOOL_CALL_ARGS", toolCallId=id, delta=arguments)
+                    yield _event("TOOL_CALL_END", toolCallId=id)
+                case Returned(id, _, answer):
+                    content = encode_json(answer).decode()
+                    yield _event("TOOL_CALL_RESULT", messageId=f"{id}-result", toolCallId=id, content=content)
+                case End(answer=answer, sources=sources, disclaimer=disclaimer):
+                    result = {"sources": sources, "disclaimer": disclaimer}
+                    if answer and _is_secret(request, body.thread_id):
+                        exchange = Exchange(question, answer)
+                        await request.state.tasks.add_exchange(request.caller, body.thread_id, exchange)
+    yield _event("RUN_FINISHED", **ids, result=result, outcome={"type": "success"})
+
+
+def _is_secret(request: Request, thread: str) -> bool:
+    """Whether it is no guess to know this thread, where nobody has a name."""
+    return bool(request.caller) or len(thread) >= MIN_ANONYMOUS_THREAD
+
+
+async def read(request: Request) -> Any:
+    """Join a run by the client's name for it, or tell of a thread."""
+    asked: _Asked = request.query
+    if asked.run_id is not None:
+        found = await request.runs.find(request, asked.run_id, method="POST", path="/ag-ui")
+        if found is None:
+            raise NotFound("there is no such run")
+        return await request.runs.view(request, found)
+    if asked.thread_id is None:
+        raise BadRequest("name a thread, ?threadId=, or a run, ?runId=", field="threadId")
+    running = await request.runs.of_thread(request, asked.thread_id, state="running")
+    active = next((run["note"]["runId"] for run in running if run["route"] == "POST /ag-ui"), None)
+    said = await request.state.tasks.session(request.caller, asked.thread_id)
+    messages = [
+        {"id": f"{asked.thread_id}-{number}-{role}", "role": role, "parts": [{"type": "text", "content": text}]}
+        for number, exchange in enumerate(said)
+        for role, text in (("user", exchange.question), ("assistant", exchange.answer))
+    ]
+    return JSON({"messages": messages, "activeRun": {"runId": active} if active is not None else None})
+
+
+def _about(request: Request) -> About:
+    body: _Input = request.body
+    note = {"threadId": body.thread_id, "runId": body.run_id}
+    # A short one would be anybody's guess: such a run is not found by it.
+    secret = request.caller is not None or len(body.run_id) >= MIN_ANONYMOUS_KEY
+    return About(thread=body.thread_id, key=body.run_id if secret else None, note=note)
+
+
+ROUTES = [
+    POST("/ag-ui", run, body=_Input, dialect=AG_UI, run=Run(linger_s=LINGERING.linger_s, about=_about)),
+    GET("/ag-ui", read, query=_Asked, dialect=AG_UI),
+]

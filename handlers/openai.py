@@ -1,0 +1,529 @@
+"""OpenAI's own routes, for programs that change nothing but their `base_url`: chat completions, Responses, models.
+
+Two models are there: the upstream's (`OPENAI_MODEL`, or the mock), and `agent`, which answers by our tools. Another
+name is refused: whoever calls us must not choose what our key pays for.
+
+1.  Each answer is a run, whether it is streamed, waited for or done in the background. So a stream goes on after a cut,
+    and a request that is repeated with its `Idempotency-Key` gets the same answer.
+2.  A completion is handed through chunk by chunk as the upstream sends it, and its request as the client sent it.
+3.  A response's events are numbered from 0 as the log numbers them from 1: `starting_after=n` is "behind event n+1".
+4.  The agent's own tool calls are `mcp_call` items: the client sees them, and does not try to do them.
+
+Boundary of trust: a request is bounded as a body, its lists by their length; of an upstream each event is bounded
+here, all of them by what the log keeps of one run.
+"""
+
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Annotated, Any, Final
+
+import httpx
+import msgspec
+from msgspec import Meta
+
+from handlers.agent import End
+from handlers.answer import ModelError, ToolCall
+from handlers.chat import LINGERING, ChatMessage, Model, OpenAIModel
+from handlers.database import Exchange
+from handlers.parts import Called, Closed, Delta, Opened, Returned, conversation, parts_of, text_of
+from ssecore.dialects import OPENAI, OPENAI_RESPONSES
+from ssecore.errors import BadRequest, NotFound, TooLarge
+from ssecore.request import Request
+from ssecore.responses import JSON, Response
+from ssecore.routes import GET, POST, About, Run
+from ssecore.wire import Decoder, Event, encode_json
+
+__all__ = ["ROUTES"]
+
+logger = logging.getLogger("sseapp")
+
+AGENT: Final = "agent"
+MOCK: Final = "mock"
+MAX_MESSAGES: Final = 1000
+MAX_TOOLS: Final = 128  # OpenAI's own bound
+#: Of one chunk of an upstream's.
+MAX_CHUNK_BYTES: Final = 1024 * 1024
+
+_List = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
+_Tools = Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)]
+_Name = Annotated[str, Meta(max_length=200)]
+
+
+class _Options(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class _Completion(msgspec.Struct):
+    """What is looked at here; the upstream gets all that the client sent."""
+
+    messages: _List
+    model: _Name = ""
+    stream: bool | None = None
+    stream_options: _Options | None = None
+
+
+class _Response(msgspec.Struct):
+    input: str | _List
+    model: _Name = ""
+    instructions: str | None = None
+    stream: bool | None = None
+    background: bool | None = None
+    tools: _Tools | None = None
+    tool_choice: Any = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
+
+
+class _Events(msgspec.Struct):
+    stream: bool = False
+    starting_after: Annotated[int, Meta(ge=0, le=10**9)] | None = None
+
+
+def _names(model: Model) -> list[str]:
+    return [model.model if isinstance(model, OpenAIModel) else MOCK, AGENT]
+
+
+def _chosen(request: Request) -> str:
+    """The model that is asked for. Raises `NotFound`."""
+    names = _names(request.state.model)
+    name: str = request.body.model or names[0]
+    if name not in names:
+        text = f"there is no model {name!r:.100}: there are {' and '.join(map(repr, names))}"
+        raise NotFound(text, code="model_not_found", field="model")
+    return name
+
+
+async def models(request: Request) -> Response:
+    names = _names(request.state.model)
+    data = [{"id": name, "object": "model", "created": 0, "owned_by": "sseapp"} for name in names]
+    return JSON({"object": "list", "data": data})
+
+
+# Chat completions
+
+
+async def completion(request: Request) -> AsyncIterator[Event]:
+    chosen, model = _chosen(request), request.state.model
+    if chosen != AGENT and isinstance(model, OpenAIModel):
+        async with aclosing(_handed_through(model, msgspec.json.decode(request.raw_body))) as chunks:
+            async for chunk in chunks:
+                yield Event(chunk)
+    else:
+        question, history = conversation(_spoken(request.body.messages))
+        head = {"id": f"chatcmpl-{request.run_id}", "object": "chat.completion.chunk", "created": int(time.time())}
+        head["model"] = chosen
+        choice: dict[str, Any] = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        yield Event({**head, "choices": [choice]})
+        by = _agents(request, question, history) if chosen == AGENT else _mocks(model, question)
+        async with aclosing(by) as deltas:
+            async for delta in deltas:
+                yield Event({**head, "choices": [{**choice, "delta": delta}]})
+        yield Event({**head, "choices": [{**choice, "delta": {}, "finish_reason": "stop"}]})
+    yield Event("[DONE]")
+
+
+async def _agents(request: Request, question: str, history: list[Exchange]) -> AsyncGenerator[dict[str, str], None]:
+    async with aclosing(parts_of(request, question, history)) as parts:
+        async for part in parts:
+            if isinstance(part, Delta):
+                yield {"content" if part.kind == "text" else "reasoning_content": part.text}
+
+
+async def _mocks(model: Model, question: str) -> AsyncGenerator[dict[str, str], None]:
+    async with aclosing(model.stream([ChatMessage("user", question)])) as texts:
+        async for text in texts:
+            if isinstance(text, str):
+                yield {"content": text}
+
+
+def _spoken(messages: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+    return ((str(message.get("role")), text_of(message.get("content"))) for message in messages)
+
+
+class _Ending(msgspec.Struct):
+    finish_reason: Any = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Ending] | None = None
+    error: Any = None
+
+
+async def _handed_through(model: OpenAIModel, asked: Mapping[str, Any]) -> AsyncGenerator[str, None]:
+    """The upstream's chunks, each as it came. Raises `ModelError`: an answer is whole or its stream fails."""
+    decoder, read = Decoder(max_event_bytes=MAX_CHUNK_BYTES), msgspec.json.Decoder(_Chunk).decode
+    complete = False
+    try:
+        async with model.answer(asked) as blocks:
+            async for block in blocks:
+                for event in decoder.feed(block):
+                    if event.data == "[DONE]":
+                        return
+                    chunk = read(event.data)
+                    if chunk.error or event.event == "error":
+                        raise ModelError(None, event.data)
+                    complete = complete or any(choice.finish_reason for choice in chunk.choices or ())
+                    yield event.data
+        if not complete:
+            raise httpx.ReadError("the end came too early")
+    except (ModelError, httpx.HTTPError, TooLarge, msgspec.DecodeError, RecursionError) as error:
+        if complete and isinstance(error, httpx.HTTPError):
+            return  # nothing that is needed comes any more
+        failure = error if isinstance(error, ModelError) else ModelError(error)
+        said = failure.said.replace(model.key, "***") if model.key else failure.said
+        logger.warning("%s: %.500r", failure.code, said)
+        raise failure from None
+
+
+async def whole_completion(request: Request, run: str) -> Response | None:
+    """The chunks as one `chat.completion`, where no stream is asked for."""
+    if request.body.stream:
+        return None
+    whole: dict[str, Any] = {}
+    for event in await request.runs.whole(request, run):
+        if event.data == "[DONE]":
+            break
+        chunk = msgspec.json.decode(event.data)
+        if "error" in chunk:
+            return JSON({"error": chunk["error"]}, status=502)
+        for choice in chunk.get("choices") or ():
+            choice["message"] = choice.pop("delta", None)
+        whole = _joined(whole, chunk)
+    for choice in whole.get("choices") or ():
+        for number, call in enumerate((choice.get("message") or {}).get("tool_calls") or ()):
+            call.pop("index", number)
+    return JSON({**whole, "object": "chat.completion"})
+
+
+#: Strings that are repeated, not continued.
+_FIXED: Final = frozenset("id object model role type finish_reason system_fingerprint service_tier".split())
+
+
+def _joined(old: Any, new: Any, key: str = "") -> Any:
+    """Two pieces of an answer as one: texts are joined, lists by their items' `index`, objects by key."""
+    if old is None or new is None:
+        return new if old is None else old
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old | {name: _joined(old.get(name), value, name) for name, value in new.items()}
+    if isinstance(old, str) and isinstance(new, str):
+        same = key in _FIXED or (key == "name" and old == new)  # a name comes in pieces from some servers only
+        return (new or old) if same else old + new
+    if isinstance(old, list) and isinstance(new, list):
+        items = list(old)
+        for item in new:
+            index = item.get("index") if isinstance(item, dict) else None
+            at = next((n for n, known in enumerate(items) if index is not None and known.get("index") == index), None)
+            if at is None:
+                items.append(item)
+            else:
+                items[at] = _joined(items[at], item)
+        return items
+    return new
+
+
+# Responses
+
+
+async def response(request: Request) -> AsyncIterator[Event]:
+    body: _Response = request.body
+    chosen, model = _chosen(request), request.state.model
+    if body.previous_response_id is not None or body.conversation is not None:
+        text = "conversations are not kept here: send the earlier messages in `input`"
+        raise BadRequest(text, code="unsupported", field="previous_response_id")
+    messages, tools = _messages(body), [_nested(tool) for tool in body.tools or ()]
+    by_upstream = chosen != AGENT and isinstance(model, OpenAIModel)
+    question, history = ("", []) if by_upstream else conversation(_spoken(messages))
+    told = _Telling(request)
+    yield told.response("created", "in_progress")
+    yield told.response("in_progress", "in_progress")
+    if chosen == AGENT:
+        async with aclosing(parts_of(request, question, history)) as parts:
+            async for part in parts:
+                for event in told.part(part):
+                    yield event
+    else:
+        if isinstance(model, OpenAIModel):
+            pieces = model.stream(messages, tools, options=_options(body))
+        else:
+            pieces = model.stream([ChatMessage("user", question)])
+        said: list[str] = []
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if isinstance(piece, str):
+                    for event in told.part(Opened("text", request.run_id or "")) if not said else ():
+                        yield event
+                    said.append(piece)
+                    yield told.delta(piece)
+                elif isinstance(piece, ToolCall):
+                    for event in [*told.text_ended(said), *told.call(piece)]:
+                        yield event
+            for event in told.text_ended(said):
+                yield event
+    yield told.response("completed", "completed")
+
+
+def _options(body: _Response) -> dict[str, Any]:
+    """What of the request the upstream is told besides."""
+    choice = body.tool_choice if body.tools else None
+    options = {
+        "max_completion_tokens": body.max_output_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "parallel_tool_calls": body.parallel_tool_calls if body.tools else None,
+        "tool_choice": _nested(choice) if isinstance(choice, dict) else choice,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _nested(tool: dict[str, Any]) -> dict[str, Any]:
+    """A function as chat completions have it."""
+    if tool.get("type") != "function":
+        raise BadRequest(f"tools: only functions are known here, not {tool.get('type')!r:.60}", field="tools")
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+def _messages(body: _Response) -> list[dict[str, Any]]:
+    """The input as messages of chat completions."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    if isinstance(body.input, str):
+        return [*messages, {"role": "user", "content": body.input}]
+    for item in body.input:
+        match item.get("type", "message"):
+            case "message":
+                role = {"developer": "system"}.get(str(item.get("role")), item.get("role"))
+                messages.append({"role": role, "content": text_of(item.get("content"))})
+            case "function_call":
+                function = {"name": item.get("name"), "arguments": item.get("arguments")}
+                call = {"id": item.get("call_id"), "type": "function", "function": function}
+                if messages and "tool_calls" in messages[-1]:
+                    messages[-1]["tool_calls"].append(call)
+                else:
+                    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+            case "function_call_output":
+                output = item.get("output")
+                content = output if isinstance(output, str) else text_of(output)
+                messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
+            case "reasoning" | "mcp_call" | "mcp_list_tools":
+                pass  # of an earlier answer: nothing that a chat completion could be told
+            case kind:
+                raise BadRequest(f"input: items of the type {kind!r:.60} are not known here", field="input")
+    return messages
+
+
+class _Telling:
+    """Numbers the events of one response, and gathers its output."""
+
+    def __init__(self, request: Request) -> None:
+        self._number = 0
+        self._output: list[dict[str, Any]] = []
+        self._item = ""  # the id of the one that is open
+        self._call: dict[str, Any] = {}  # the agent's, until its result is there
+        self._response = {**_facts(request.body, _chosen(request)), "id": f"resp_{request.run_id}"}
+
+    def _event(self, type: str, **fields: Any) -> Event:
+        event = Event({"type": type, "sequence_number": self._number, **fields}, type)
+        self._number += 1
+        return event
+
+    def response(self, event: str, status: str) -> Event:
+        response = {**self._response, "status": status, "output": self._output}
+        return self._event(f"response.{event}", response=response)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._item, "output_index": len(self._output)}
+
+    def _added(self, item: dict[str, Any]) -> Event:
+        self._item = item["id"]
+        return self._event("response.output_item.added", output_index=len(self._output), item=item)
+
+    def _done(self, item: dict[str, Any]) -> Event:
+        event = self._event("response.output_item.done", output_index=len(self._output), item=item)
+        self._output.append(item)
+        return event
+
+    def delta(self, text: str) -> Event:
+        return self._event("response.output_text.delta", **self._place, content_index=0, delta=text, logprobs=[])
+
+    def text_ended(self, said: list[str]) -> list[Event]:
+        """Close the text, if one is open; what was said is taken away."""
+        text = "".join(said)
+        events = self.part(Closed("text", self._item, text)) if said else []
+        said.clear()
+        return events
+
+    def part(self, part: Any) -> list[Event]:
+        match part:
+            case Opened("text", id):
+                item = {"id": f"msg_{id}", "type": "message", "role": "assistant"}
+                return [
+                    self._added({**item, "status": "in_progress", "content": []}),
+                    self._content("added", _text("")),
+                ]
+            case Delta("text", _, text):
+                return [self.delta(text)]
+            case Closed("text", id, text):
+                item = {"id": self._item, "type": "message", "role": "assistant", "status": "completed"}
+                return [
+                    self._event("response.output_text.done", **self._place, content_index=0, text=text, logprobs=[]),
+                    self._content("done", _text(text)),
+                    self._done({**item, "content": [_text(text)]}),
+                ]
+            case Opened("reasoning", id):
+                return [
+                    self._added({"id": f"rs_{id}", "type": "reasoning", "summary": []}),
+                    self._summary("part.added", part={"type": "summary_text", "text": ""}),
+                ]
+            case Delta("reasoning", _, text):
+                return [self._summary("text.delta", delta=text)]
+            case Closed("reasoning", _, text):
+                summary = {"type": "summary_text", "text": text}
+                return [
+                    self._summary("text.done", text=text),
+                    self._summary("part.done", part=summary),
+                    self._done({"id": self._item, "type": "reasoning", "summary": [summary]}),
+                ]
+            case Called(id, tool, arguments):
+                self._call = {"id": f"mcp_{id}", "type": "mcp_call", "server_label": "tasks", "name": tool}
+                item = {**self._call, "arguments": "", "status": "in_progress"}
+                self._call["arguments"] = arguments
+                return [
+                    self._added(item),
+                    self._event("response.mcp_call.in_progress", **self._place),
+                    self._event("response.mcp_call_arguments.delta", **self._place, delta=arguments),
+                    self._event("response.mcp_call_arguments.done", **self._place, arguments=arguments),
+                ]
+            case Returned(_, _, result):
+                error = result.get("error")
+                kind = "failed" if error is not None else "completed"
+                output = None if error is not None else encode_json(result).decode()
+                return [
+                    self._event(f"response.mcp_call.{kind}", **self._place),
+                    self._done({**self._call, "status": kind, "output": output, "error": error}),
+                ]
+            case End(sources=sources, disclaimer=disclaimer):
+                about = {"disclaimer": disclaimer, "sources": ", ".join(str(source.id) for source in sources)}
+                self._response["metadata"] = {**(self._response["metadata"] or {}), **about}
+        return []
+
+    def call(self, call: ToolCall) -> list[Event]:
+        """A function that the client is to call."""
+        item = {"id": f"fc_{self._number}_{call.id}", "type": "function_call", "call_id": call.id, "name": call.name}
+        added = self._added({**item, "arguments": "", "status": "in_progress"})
+        place = self._place
+        return [
+            added,
+            self._event("response.function_call_arguments.delta", **place, delta=call.arguments),
+            self._event("response.function_call_arguments.done", **place, arguments=call.arguments, name=call.name),
+            self._done({**item, "arguments": call.arguments, "status": "completed"}),
+        ]
+
+    def _content(self, what: str, part: dict[str, Any]) -> Event:
+        return self._event(f"response.content_part.{what}", **self._place, content_index=0, part=part)
+
+    def _summary(self, what: str, **fields: Any) -> Event:
+        return self._event(f"response.reasoning_summary_{what}", **self._place, summary_index=0, **fields)
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _facts(body: _Response, model: str) -> dict[str, Any]:
+    """What of a `response` object doesn't change."""
+    return {
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": model,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "metadata": body.metadata or {},
+        "background": bool(body.background),
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "tool_choice": "auto",
+        "tools": [],
+        "usage": None,
+    }
+
+
+async def accepted_response(request: Request, run: str) -> Response | None:
+    body: _Response = request.body
+    if body.stream:
+        return None
+    if body.background:
+        return JSON({**_facts(body, body.model), "id": f"resp_{run}", "status": "queued", "output": []})
+    return await _whole_response(request, run)
+
+
+async def _whole_response(request: Request, run: str) -> Response:
+    events = await request.runs.whole(request, run)
+    return JSON(msgspec.json.decode(events[-1].data)["response"])
+
+
+async def read_response(request: Request, id: str) -> Any:
+    """As it stands now; or its events, with `stream`, behind the one numbered `starting_after`."""
+    asked, runs, run = request.query, request.runs, _run_of(id)
+    if asked.stream:
+        after = None if asked.starting_after is None else asked.starting_after + 1
+        return await runs.view(request, run, only=_ROUTE, after=after)
+    state = await _state_of(request, run)
+    if state["state"] == "running":
+        return JSON({**state["note"], "id": id, "status": "in_progress", "output": []})
+    return await _whole_response(request, run)
+
+
+async def cancel_response(request: Request, id: str) -> Response:
+    run = _run_of(id)
+    await _state_of(request, run)
+    await request.runs.cancel(request, run, keep=True)
+    return await _whole_response(request, run)
+
+
+_ROUTE: Final = "POST /v1/responses"
+
+
+def _run_of(id: str) -> str:
+    return id.removeprefix("resp_")
+
+
+async def _state_of(request: Request, run: str) -> Mapping[str, Any]:
+    state: Mapping[str, Any] = await request.runs.state(request, run)
+    if state["route"] != _ROUTE:
+        raise NotFound("there is no such response")
+    return state
+
+
+def _about(request: Request) -> About:
+    return About(note=_facts(request.body, _chosen(request)))
+
+
+ROUTES = [
+    GET("/v1/models", models, dialect=OPENAI),
+    POST(
+        "/v1/chat/completions",
+        completion,
+        body=_Completion,
+        dialect=OPENAI,
+        run=Run(linger_s=LINGERING.linger_s, accepted=whole_completion),
+    ),
+    # It goes on to its end, read or not: the client has its id, and may ask for it later.
+    POST(
+        "/v1/responses",
+        response,
+        body=_Response,
+        dialect=OPENAI_RESPONSES,
+        run=Run(accepted=accepted_response, about=_about),
+    ),
+    GET("/v1/responses/{id}", read_response, query=_Events, dialect=OPENAI_RESPONSES),
+    POST("/v1/responses/{id}/cancel", cancel_response, dialect=OPENAI_RESPONSES),
+]

@@ -1,0 +1,128 @@
+"""What the handlers for front ends share: a client's messages as a question, the agent's steps as parts of an answer.
+
+All of these protocols have parts with an id, each opened, filled and closed; no two are open at once. A part's id is
+made of the run's id and a number, so that it is the same however often the run is read.
+"""
+
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Final, Literal
+
+from handlers.agent import MAX_QUESTION_CHARS, End, Status, Thought, Token, ToolResult, ToolStart, steps_of
+from handlers.answer import Reasoning
+from handlers.database import Exchange, bounded
+from ssecore.errors import BadRequest
+from ssecore.request import Request
+
+__all__ = ["Called", "Closed", "Delta", "Opened", "Part", "Returned", "conversation", "parts_of", "text_of"]
+
+Kind = Literal["text", "reasoning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    kind: Kind
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    kind: Kind
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    kind: Kind
+    id: str
+    text: str  #: all of it
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    id: str
+    tool: str
+    arguments: str  #: a JSON object
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    id: str  #: the call's
+    tool: str
+    result: dict[str, Any]  #: `{"error": <text>}` where it could not be done
+
+
+_KINDS: Final[dict[type, Kind]] = {Token: "text", Reasoning: "reasoning"}
+
+Part = Status | Opened | Delta | Closed | Called | Returned | End
+
+
+async def parts_of(
+    request: Request, question: str, history: list[Exchange] | None = None
+) -> AsyncGenerator[Part, None]:
+    """The agent's answer. To be closed with `aclosing`; raises what the model and the database raise."""
+    ids = (f"{request.run_id}-{number}" for number in count(1))
+    opened: Opened | None = None
+    said: list[str] = []
+    call = ""
+    async with steps_of(request, question, history or []) as steps:
+        async for step in steps:
+            kind: Kind | None = (
+                "text" if isinstance(step, Token) else "reasoning" if isinstance(step, Reasoning) else None
+            )
+            if opened is not None and opened.kind != kind:
+                yield Closed(opened.kind, opened.id, "".join(said))
+                opened, said = None, []
+            match step:
+                case Token(text) | Reasoning(text):
+                    if opened is None:
+                        assert kind is not None
+                        opened = Opened(kind, next(ids))
+                        yield opened
+                    said.append(text)
+                    yield Delta(opened.kind, opened.id, text)
+                case Thought(_, text):
+                    id = next(ids)
+                    yield Opened("reasoning", id)
+                    yield Delta("reasoning", id, text)
+                    yield Closed("reasoning", id, text)
+                case ToolStart(tool, arguments):
+                    call = next(ids)  # of our own: some servers name the calls of each round alike
+                    yield Called(call, tool, arguments)
+                case ToolResult(tool, result):
+                    yield Returned(call, tool, result)
+                case Status() | End():
+                    yield step
+
+
+def text_of(content: Any) -> str:
+    """Of a message's content: a text, or a list of parts of which those with a text count."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = (part.get("text", part.get("content")) for part in parts if isinstance(part, dict) and _is_text(part))
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _is_text(part: dict[Any, Any]) -> bool:
+    return part.get("type") in ("text", "input_text", "output_text")
+
+
+def conversation(messages: Iterable[tuple[str, str]]) -> tuple[str, list[Exchange]]:
+    """Of roles and texts, oldest first, the last question and the exchanges before it. Raises `BadRequest`."""
+    exchanges: list[Exchange] = []
+    question = answer = ""
+    for role, text in messages:
+        if role == "user" and text.strip():
+            if question and answer:
+                exchanges.append(Exchange(question, answer))
+            question, answer = text, ""
+        elif role == "assistant":
+            answer += text
+    if not question:
+        raise BadRequest("messages: none of them is a user's text", field="messages")
+    if len(question) > MAX_QUESTION_CHARS:
+        raise BadRequest(f"messages: the question may have {MAX_QUESTION_CHARS} characters at most", field="messages")
+    return question, bounded(exchanges) if exchanges else []
