@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
-from openai import AsyncOpenAI, DefaultAioHttpClient  # type: ignore[import-not-found]
+from openai import AsyncOpenAI, DefaultAioHttpClient
 from sse_starlette import EventSourceResponse
 
 app = FastAPI()
