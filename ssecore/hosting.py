@@ -24,15 +24,14 @@ from ssecore.topics import Subscription
 from ssecore.wire import CONTENT_TYPE, Event
 
 if TYPE_CHECKING:
-    from sseapp import SSEApp
-
-# FastAPI and Starlette know an answer by its class.
-try:
     from starlette.responses import Response as _Response
-except ModuleNotFoundError:
 
-    class _Response:  # type: ignore[no-redef]
-        pass
+    from sseapp import SSEApp
+else:
+    try:  # FastAPI and Starlette know an answer by its class
+        from starlette.responses import Response as _Response
+    except ModuleNotFoundError:
+        _Response = object
 
 
 __all__ = ["HOSTED", "EventStream"]
