@@ -17,7 +17,7 @@ import logging
 import random
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from time import monotonic
 from typing import Any, Final
@@ -50,6 +50,7 @@ from ssecore.errors import (
     Unavailable,
 )
 from ssecore.guard import Caller, Guard
+from ssecore.hosting import HOSTED, EventStream
 from ssecore.log import Log
 from ssecore.log.measured import measured
 from ssecore.log.memory import MemoryLog
@@ -99,6 +100,7 @@ __all__ = [
     "Decoder",
     "Dialect",
     "Event",
+    "EventStream",
     "LogLevel",
     "NotFound",
     "ProgressLogger",
@@ -192,11 +194,15 @@ class SSEApp:
         # The body of what would be `_http`: while a stream runs each coroutine that waits costs it 0.3 KiB.
         request = Request(scope, receive, self.state, services=self._services, draining=self.draining)
         head = request.method == "HEAD"
+        hosted: EventStream | None = scope.get(HOSTED)
         sender: Sender | None = None
         try:
-            request.answer_headers = self.guard.cors_headers(request)
-            self.guard.admit(request)
-            answer = self.guard.preflight(request) or await self._answer(request, send, head=head)
+            if hosted is None:
+                request.answer_headers = self.guard.cors_headers(request)
+                self.guard.admit(request)
+                answer = self.guard.preflight(request) or await self._answer(request, send, head=head)
+            else:
+                answer = await self._answer_hosted(request, send, hosted, head=head)
             if isinstance(answer, Sender):
                 sender = answer
                 self._streams.add(sender)
@@ -210,6 +216,9 @@ class SSEApp:
             raise
         except BaseException as error:
             failure = failure_of(error)
+            theirs = failure.__cause__ if isinstance(failure, SSEAppError) else failure
+            if hosted is not None and isinstance(theirs, Exception) and http_error(theirs) is not None:
+                raise theirs from None
             answer, start = self._refused(request, http_error(failure) or failure)
         finally:
             if sender is None:  # else at the stream's end, which may come long after this call's
@@ -250,10 +259,17 @@ class SSEApp:
     @property
     def topics(self) -> Topics:
         """For a host's own routes: `await app.topics.publish("news", Event(…))`. Raises `NotRunning`."""
+        return self._running_services().topics
+
+    @property
+    def runs(self) -> Runs:
+        """For a host's own code: `id = await app.runs.start(answer(user), caller=user.name)`. Raises `NotRunning`."""
+        return self._running_services().runs
+
+    def _running_services(self) -> Services:
         if self._services is None:
             raise NotRunning()
-        topics: Topics = self._services.topics
-        return topics
+        return self._services
 
     @asynccontextmanager
     async def _opened(self) -> AsyncIterator[None]:
@@ -389,6 +405,27 @@ class SSEApp:
         if not route.streams:
             answer = await route.handler(request, **params)
             return await self._send_answer(request, send, answer, head=head)
+        return await self._open(request, send, route, params, head=head)
+
+    async def _answer_hosted(
+        self, request: Request, send: Send, hosted: EventStream, *, head: bool
+    ) -> Response | Sender | None:
+        """The same where the route is an embedding program's own, which has let the request in."""
+        request.caller = hosted.caller
+        request.answer_headers = hosted.raw_headers
+        request.route = route = hosted.route(request.scope)
+        events = hosted.events
+        if isinstance(events, str):
+            return await self._send_answer(request, send, await request.runs.view(request, events), head=head)
+        if isinstance(events, Subscription):
+            return await self._send_answer(request, send, events, head=head)
+        return await self._open(request, send, route, {}, head=head)
+
+    async def _open(
+        self, request: Request, send: Send, route: Route, params: Mapping[str, Any], *, head: bool
+    ) -> Response | Sender | None:
+        """What to send or to run for what a generator gives."""
+        settings = self.settings
         if request.method in ("GET", "HEAD") and request.last_event_id == "end":
             return Response(status=204)  # it has ended for good: an `EventSource` stops here
         if head:

@@ -92,7 +92,7 @@ async def resume(request: Request, id: str) -> Any:
         return Response(status=204)
     if start is None or start >= 0:
         return await runs.view(request, run, only=_ROUTE, after=start)
-    state = await runs.state(request, run)
+    state = await runs.state(run, caller=request.caller)
     chunks = state["events"] - (state["state"] != "running")
     answer = await runs.view(request, run, only=_ROUTE, after=max(0, chunks + start))
     if isinstance(answer, Response):
@@ -104,13 +104,13 @@ async def stop(request: Request, id: str) -> Response:
     """The chat's running answer, or the run of this id, is cancelled; what there is of it stays."""
     run = await _run_of(request, id)
     if run is not None:
-        await request.runs.cancel(request, run, keep=True)
+        await request.runs.cancel(run, caller=request.caller, keep=True)
     return Response(status=204)
 
 
 async def _run_of(request: Request, id: str) -> str | None:
     try:
-        state = await request.runs.state(request, id)
+        state = await request.runs.state(id, caller=request.caller)
     except NotFound:
         running = await request.runs.of_thread(request, id, state="running")
         return next((run["run"] for run in running if run["route"] == _ROUTE), None)

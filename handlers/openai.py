@@ -485,7 +485,7 @@ async def read_response(request: Request, id: str) -> Any:
 async def cancel_response(request: Request, id: str) -> Response:
     run = _run_of(id)
     await _state_of(request, run)
-    await request.runs.cancel(request, run, keep=True)
+    await request.runs.cancel(run, caller=request.caller, keep=True)
     return await _whole_response(request, run)
 
 
@@ -497,7 +497,7 @@ def _run_of(id: str) -> str:
 
 
 async def _state_of(request: Request, run: str) -> Mapping[str, Any]:
-    state: Mapping[str, Any] = await request.runs.state(request, run)
+    state: Mapping[str, Any] = await request.runs.state(run, caller=request.caller)
     if state["route"] != _ROUTE:
         raise NotFound("there is no such response")
     return state

@@ -159,7 +159,7 @@ async def _newest(request: Request, executions: Sequence[str]) -> str | None:
     """The first that the log still has."""
     for run in executions:
         with suppress(NotFound):
-            await request.runs.state(request, run)
+            await request.runs.state(run, caller=request.caller)
             return run
     return None
 

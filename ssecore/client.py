@@ -14,7 +14,8 @@
     may not be sent twice. An end is never mistaken for success: a loss is never silent.
 4.  **What may be sent twice.** GET; anything that goes on from an id; anything with an `Idempotency-Key`. Another
     request is sent again only where it surely wasn't carried out: no connection, 425, 429, 503. After a POST that
-    started a run the client goes on by GET at the run's own events.
+    started a run the client goes on by GET at the run's `Content-Location`; where there is none, by the same POST with
+    `Last-Event-ID`.
 5.  **The reader is a task of its own**, in the source's task group. So whoever waits for an event can be cancelled, by
     a time limit for instance, and neither an event nor the connection is lost. It reads on when all that it has read
     was taken: what is held is one chunk and one unfinished event.
@@ -361,7 +362,8 @@ class Source:
 
     def _may_repeat(self) -> bool:
         """Rule 4."""
-        return self._request["method"] in _REPEATABLE or "idempotency-key" in self._request["headers"]
+        headers, goes_on = self._request["headers"], self.run_id is not None and bool(self._decoder.last_event_id)
+        return self._request["method"] in _REPEATABLE or "idempotency-key" in headers or goes_on
 
     def _why_not(self) -> str:
         if not self._may_repeat():
@@ -484,8 +486,8 @@ class Source:
         run = response.headers.get("run-id", "")
         if _RUN_ID.fullmatch(run):
             self.run_id = run
-            if self._request["method"] != "GET":
-                self._go_on_at(response, response.headers.get("content-location", f"/runs/{run}/events"))
+            if self._request["method"] != "GET" and "content-location" in response.headers:
+                self._go_on_at(response, response.headers["content-location"])
         return response
 
     def _redirected(self, response: httpx.Response, request: httpx.Request) -> httpx.Request:

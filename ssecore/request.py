@@ -47,7 +47,16 @@ if TYPE_CHECKING:
     from ssecore.runs import Runs
     from ssecore.topics import Topics
 
-__all__ = ["CURSOR_PARAMETERS", "EndReason", "Receive", "Request", "RequestFacts", "Room", "Services"]
+__all__ = [
+    "CURSOR_PARAMETERS",
+    "EndReason",
+    "Receive",
+    "Request",
+    "RequestFacts",
+    "Room",
+    "Services",
+    "no_connection",
+]
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -292,7 +301,7 @@ class Request(RequestFacts):
         for name, value in self.query_pairs():
             if name not in params:
                 params[name] = value
-            elif self.route is None or name not in self.route.lists:
+            elif self.route is None or not (self.route.hosted or name in self.route.lists):
                 raise BadRequest(f"{name!r:.60} is given twice", field=name[:60])
         return params
 
@@ -461,7 +470,7 @@ class Request(RequestFacts):
         request = copy.copy(self)
         request.forget()
         request.run_id = id
-        request._receive = _no_connection
+        request._receive = no_connection
         return request
 
     def hand_over(self) -> None:
@@ -473,7 +482,7 @@ class Request(RequestFacts):
         if whole:
             self.forget()
             self.scope = {**self.scope, "extensions": {}}  # which keep the connection
-            self._receive = _no_connection
+            self._receive = no_connection
             return self
         self.close()
         facts = RequestFacts(self.method)
@@ -505,7 +514,8 @@ class Request(RequestFacts):
             unread += len(message.get("body", b""))
 
 
-async def _no_connection() -> Any:
+async def no_connection() -> Any:
+    """What a request without a connection receives."""
     raise RuntimeError("this request has no connection any more: its body was read before")
 
 

@@ -110,11 +110,18 @@ class Route:
     publishes: bool = False
     #: The right that a token needs for it, with path parameters: `publish:topics/{name}`. Empty: any token will do.
     may: str = ""
+    #: Stands for a route of an embedding program, for one request: nothing of it is in a table, and `handler` gives an
+    #: iterator that is there already.
+    hosted: bool = False
     streams: bool = field(init=False)
     #: The parameters of the query that may come several times.
     lists: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.hosted:
+            object.__setattr__(self, "lists", frozenset())
+            object.__setattr__(self, "streams", True)
+            return
         if not self.path.startswith("/"):
             raise ValueError(f"{self.path!r}: a path begins with /")
         if self.run is not None and not isinstance(self.run, Run):
@@ -145,6 +152,11 @@ class Route:
                 f"{self.method} {self.path}: the handler doesn't take its path parameters: {error}"
             ) from None
         object.__setattr__(self, "streams", streams)
+
+    @property
+    def name(self) -> str:
+        """As "GET /chat"; of a run that a program starts by itself, the name that the program gave it."""
+        return f"{self.method} {self.path}".strip()
 
 
 class Options(TypedDict, total=False):

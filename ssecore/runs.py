@@ -24,7 +24,7 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -41,6 +41,7 @@ from ssecore.dialects import DATA_ONLY, DIALECTS, NAMED, Dialect, SoFar, cancell
 from ssecore.errors import (
     BadRequest,
     Conflict,
+    Draining,
     EncodeError,
     Forbidden,
     Gone,
@@ -58,9 +59,9 @@ from ssecore.errors import (
 from ssecore.log import Cursor, Gap, Log, Retention, Stat, facts, framed, locate, new_epoch, parse_cursor
 from ssecore.log.tail import READ_BYTES, Attached, Place, Tails, Translate, gap_frames
 from ssecore.pump import FIRST_ITEM_S, Pump
-from ssecore.request import CURSOR_PARAMETERS, Request
+from ssecore.request import CURSOR_PARAMETERS, Request, no_connection
 from ssecore.responses import JSON, Response
-from ssecore.routes import DELETE, GET, About, Route
+from ssecore.routes import DELETE, GET, About, Route, Run
 from ssecore.settings import Settings
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
@@ -170,7 +171,7 @@ class Worker:
 
     @property
     def route(self) -> str:
-        return f"{self._route.method} {self._route.path}"
+        return self._route.name
 
     async def run(self) -> None:
         try:
@@ -411,7 +412,9 @@ class Runs:
         self.tails = tails
         self.settings = settings
         self.retention = Retention(settings.retention_events, settings.retention_bytes, settings.retention_s)
+        self.draining = False
         self.stopping = anyio.Event()
+        self._waiting: set[anyio.Event] = set()
         self._tasks = tasks
         self._workers: dict[str, Worker] = {}
         self._running: set[asyncio.Task[None]] = set()
@@ -491,7 +494,8 @@ class Runs:
             worker.detach()
 
     async def drain(self, grace_s: float) -> None:
-        """Give runs `grace_s` to finish, then close them as interrupted."""
+        """Give runs `grace_s` to finish, then close them as interrupted. None begins any more."""
+        self.draining = True
         with anyio.move_on_after(grace_s):
             await self._no_workers()
         if not self.stopping.is_set():
@@ -510,6 +514,8 @@ class Runs:
                 worker.route,
             )
             self._ended(worker)
+        for over in self._waiting:
+            over.set()
 
     async def close(self) -> None:
         """End all runs, for the app ends."""
@@ -533,8 +539,10 @@ class Runs:
             return Response(status=204)
         if request.last_event_id:
             return _located(request, await self._go_on(request, route=route))
-        stat, worker = await self._start(request, route, params)
-        preferred = "respond-async" in request.headers.get("prefer", "").lower()
+        about = route.run.about(request) if route.run is not None and route.run.about is not None else About()
+        key = self._key(request, about.key or _given_key(request))
+        stat, worker = await self._start(request, route, params, key, about)
+        preferred = not route.hosted and "respond-async" in request.headers.get("prefer", "").lower()
         accepted = route.run.accepted if route.run is not None else None
         if preferred or accepted is not None:
             await _settled(worker)
@@ -556,10 +564,57 @@ class Runs:
             if worker is not None:
                 worker.detach()
 
-    async def _start(self, request: Request, route: Route, params: Mapping[str, Any]) -> tuple[Stat, Worker | None]:
+    async def start(
+        self,
+        events: AsyncIterable[Event],
+        *,
+        caller: str | None,
+        run: Run | None = None,
+        key: str | None = None,
+        name: str | None = None,
+    ) -> str:
+        """Start a run out of a program's own code, and give its id. It belongs to `caller`.
+
+        Waits for its first event, a second at most, and raises what `events` raises before (then there is no run).
+        With the `key` of an earlier run of this caller and name: gives that one's id, and `events` isn't touched.
+        `name` stands in the run's state, in the metrics and the log; the generator's own by default. Raises
+        `Unavailable` where there are too many runs or the app is about to stop, `TooManyRequests`, `LogUnavailable`.
+        """
+        name = name or str(getattr(events, "__name__", type(events).__name__))
+        if self.draining:
+            raise Draining
+        route = Route("", name, lambda request: aiter(events), run=run or Run(), hosted=True)
+        request = Request({"method": "", "path": name, "headers": []}, no_connection)
+        request.route, request.caller = route, caller
+        hashed = None if key is None else _digest(caller or "", "", name, key)
+        stat, worker = await self._start(request, route, {}, hashed, About())
+        await _settled(worker)
+        return stat.stream
+
+    async def wait(self, run: str, *, caller: str | None) -> Mapping[str, Any]:
+        """Wait for the run's end, and give its state then. Whoever waits doesn't read: `linger_s` goes on.
+
+        Raises `NotFound` where there is no such run of the caller's, and `Draining` if this app stops before.
+        """
+        over = anyio.Event()
+        unwatch = self.log.watch(run, lambda row, ended: over.set() if ended else None)
+        self._waiting.add(over)
+        try:
+            stat = await self._owned(run, caller)
+            if not stat.closed and not self.stopping.is_set():
+                await over.wait()
+                stat = await self._owned(run, caller)
+            if not stat.closed:
+                raise Draining
+            return _state(stat)
+        finally:
+            self._waiting.discard(over)
+            unwatch()
+
+    async def _start(
+        self, request: Request, route: Route, params: Mapping[str, Any], key: str | None, about: About
+    ) -> tuple[Stat, Worker | None]:
         """A new run, or the one that was started with the same key."""
-        about = route.run.about(request) if route.run is not None and route.run.about is not None else About()
-        key = self._key(request, about.key or _given_key(request))
         printed = _fingerprint(request)
         while True:
             known = await self.log.find(key=key) if key is not None else None
@@ -581,7 +636,7 @@ class Runs:
             raise BadRequest(f"a thread has {MAX_KEY} characters at most", field="thread")
         meta = _Meta(
             state="running",
-            route=f"{route.method} {route.path}",
+            route=route.name,
             dialect=route.dialect.name,
             linger_s=self.linger_s(route),
             target=printed.target,
@@ -662,7 +717,7 @@ class Runs:
         if run is not None and stat.stream != run:
             raise Conflict("this event id is of another run", field="last_event_id")
         meta = _meta(stat)
-        asked = (f"{route.method} {route.path}", _fingerprint(request).target) if route is not None else None
+        asked = (route.name, _fingerprint(request).target) if route is not None else None
         if asked is not None and asked != (meta.route, meta.target):
             raise Conflict("this event id is of another request", field="last_event_id")
         if only is not None and meta.route != only:
@@ -751,7 +806,7 @@ class Runs:
             return Response(status=204)
         if request.last_event_id:
             return await self._go_on(request, run=run, only=only, translate=translate)
-        stat = await self._owned(request, run)
+        stat = await self._owned(run, request.caller)
         if only is not None and _meta(stat).route != only:
             raise NotFound("there is no such run")
         cursor = Cursor(_epoch_at(stat, after), after) if after is not None else None
@@ -759,7 +814,7 @@ class Runs:
 
     async def whole(self, request: Request, run: str) -> list[Event]:
         """All events of a run, once it has ended. While this waits, somebody reads the run."""
-        stat = await self._owned(request, run)
+        stat = await self._owned(run, request.caller)
         worker, ended = self._workers.get(run), anyio.Event()
         unwatch = self.log.watch(run, lambda row, end: ended.set() if end is not None else None)
         if worker is not None:
@@ -769,7 +824,7 @@ class Runs:
                 with anyio.move_on_after(self.settings.lease_s / 3):
                     await ended.wait()
                 await self._interested(stat)
-                stat = await self._owned(request, run)
+                stat = await self._owned(run, request.caller)
         finally:
             unwatch()
             if worker is not None:
@@ -814,33 +869,31 @@ class Runs:
         stat = await self.log.find(epoch=parse_cursor(last_event_id).epoch)
         return None if stat is None or stat.kind != "run" else stat.stream
 
-    # The routes under /runs
+    # For a program's own code, and the routes under /runs. `caller`: whose run it is (rule 6).
 
-    async def _owned(self, request: Request, run: str) -> Stat:
+    async def _owned(self, run: str, caller: str | None) -> Stat:
         stat = await self.log.stat(run)
-        if stat is None or stat.kind != "run" or stat.owner != request.caller:
+        if stat is None or stat.kind != "run" or stat.owner != caller:
             raise NotFound("there is no such run")
         return stat
 
-    async def state(self, request: Request, run: str) -> Mapping[str, Any]:
-        """What `GET /runs/<id>` answers. Asking counts as interest."""
-        stat = await self._owned(request, run)
+    async def state(self, run: str, *, caller: str | None) -> Mapping[str, Any]:
+        """What `GET /runs/<id>` answers. Asking counts as interest. Raises `NotFound`."""
+        stat = await self._owned(run, caller)
         if (worker := self._workers.get(run)) is not None:
             worker.touch()
         else:
             await self._interested(stat)
         return _state(stat)
 
-    async def mine(self, request: Request, *, state: str | None = None) -> list[Mapping[str, Any]]:
-        """The caller's runs, newest first; only those in this state."""
-        if self.settings.auth == "off":
-            raise Forbidden("without credentials nobody's runs can be told from everybody's")
-        found = [_state(stat) for stat in await self.log.runs(request.caller, MAX_LIST)]
+    async def owned_by(self, caller: str | None, *, state: str | None = None) -> list[Mapping[str, Any]]:
+        """The states of the caller's runs, newest first; only those in this state."""
+        found = [_state(stat) for stat in await self.log.runs(caller, MAX_LIST)]
         return [run for run in found if state is None or run["state"] == state]
 
-    async def cancel(self, request: Request, run: str, *, keep: bool = False) -> int:
-        """Running: cancel it, 202. Over: delete its events, unless they are to be kept, 204."""
-        stat = await self._owned(request, run)
+    async def cancel(self, run: str, *, caller: str | None, keep: bool = False) -> int:
+        """Running: cancel it, 202. Over: delete its events, unless they are to be kept, 204. Raises `NotFound`."""
+        stat = await self._owned(run, caller)
         worker = self._workers.get(run)
         if worker is not None and not stat.closed:
             worker.cancel("asked")
@@ -869,7 +922,7 @@ def _events_path(request: Request, run: str) -> str:
 
 def _located(request: Request, answer: Response | Attached) -> Response | Attached:
     """Say where else the run can be read: a client of a POST goes on there."""
-    if isinstance(answer, Response):
+    if isinstance(answer, Response) or (request.route is not None and request.route.hosted):
         return answer
     path = _events_path(request, answer.headers["run-id"])
     return answer._replace(headers={**answer.headers, "content-location": path})
@@ -885,7 +938,7 @@ async def _events(request: Request, id: str) -> Any:
 
 
 async def _get(request: Request, id: str) -> Response:
-    return JSON(await request.runs.state(request, id))
+    return JSON(await request.runs.state(id, caller=request.caller))
 
 
 class _Which(msgspec.Struct):
@@ -895,13 +948,15 @@ class _Which(msgspec.Struct):
 
 async def _list(request: Request) -> Response:
     thread, state = request.query.thread, request.query.state
-    if thread is None:
-        return JSON({"runs": await request.runs.mine(request, state=state)})
-    return JSON({"runs": await request.runs.of_thread(request, thread, state=state)})
+    if thread is not None:
+        return JSON({"runs": await request.runs.of_thread(request, thread, state=state)})
+    if request.runs.settings.auth == "off":
+        raise Forbidden("without credentials nobody's runs can be told from everybody's")
+    return JSON({"runs": await request.runs.owned_by(request.caller, state=state)})
 
 
 async def _delete(request: Request, id: str) -> Response:
-    return Response(status=await request.runs.cancel(request, id))
+    return Response(status=await request.runs.cancel(id, caller=request.caller))
 
 
 #: The engine's own routes: an embedding program has them too, under its mount path.

@@ -27,7 +27,7 @@ LAYERS: Final = (
     {"request", "responses", "routes", "metrics", "dialects"},
     {"guard", "sender", "pump", "client"},
     {"log", "merge", "protocol"},
-    {"runs", "topics", "progress"},
+    {"runs", "topics", "progress", "hosting"},
 )
 
 #: The modules on the outer side, which nobody in ssecore imports, with the highest layer that they import from.
@@ -42,8 +42,8 @@ DEPENDENCIES: Final = frozenset(
 )
 
 #: What is imported by one file alone: a program that `handlers/local_model.py` starts, where the package is installed;
-#: and a plugin of pytest's.
-PROGRAMS: Final = {"handlers.llama": {"xllamacpp"}, "ssecore.fixtures": {"pytest"}}
+#: a plugin of pytest's; and the framework whose answers have to be of its own class, where it is installed.
+PROGRAMS: Final = {"handlers.llama": {"xllamacpp"}, "ssecore.fixtures": {"pytest"}, "ssecore.hosting": {"starlette"}}
 
 #: Hosts of package registries, and folders of whoever works on the project.
 TRACES: Final = re.compile(

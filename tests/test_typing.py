@@ -23,7 +23,7 @@ from contextlib import asynccontextmanager
 import msgspec
 from fastapi import FastAPI
 
-from sseapp import GET, JSON, PATCH, POST, Event, Request, Response, Run, Settings, SSEApp, from_thread
+from sseapp import GET, JSON, PATCH, POST, Event, EventStream, Request, Response, Run, Settings, SSEApp, from_thread
 from ssecore.client import connect
 
 
@@ -38,7 +38,7 @@ async def countdown(request: Request, seconds: int) -> AsyncIterator[Event]:
 
 async def publish(request: Request) -> Response:
     cursor = await request.topics.publish("news", Event(request.body, event="news"))
-    state = await request.runs.state(request, "run")
+    state = await request.runs.state("run", caller=request.caller)
     agent = request.headers.get("User-Agent", "").lower() + request.cookies["user"].lower()
     return JSON({"id": str(cursor), "state": state["state"], "agent": agent}, status=202)
 
@@ -83,12 +83,17 @@ Settings(prot=8000)  # wrong
 SSEApp([countdown])  # wrong
 SSEApp([], caller=lambda request: 7)  # wrong
 Run(linger=5)  # wrong
+EventStream(streams, countdown)  # wrong
+EventStream(streams, "a-run", caller=7)  # wrong
+EventStream(app, "a-run")  # wrong
 JSON(1, status="ok")  # wrong
 
 
 async def wrong(request: Request) -> None:
     await request.topics.publish("news", "text")  # wrong
     request.runs.begin()  # wrong
+    await streams.runs.start(countdown(request, 3))  # wrong
+    await streams.runs.wait("a-run")  # wrong
     request.metrics.nothing  # wrong
     request.headers.get(5)  # wrong
     from_thread(3)  # wrong
@@ -96,18 +101,35 @@ async def wrong(request: Request) -> None:
 WRONG: Final = {number for number, line in enumerate(PROGRAM.splitlines(), 1) if line.endswith("# wrong")}
 
 
+FILES: Final = ("program.py", "hosted.py")
+
+#: With what it imports, as far as that is not ours as well.
+FASTAPI: Final = (
+    *("annotated-doc", "annotated-types", "fastapi", "opentelemetry-api", "pydantic", "pydantic_core", "starlette"),
+    "typing-inspection",
+)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, wheel: ZipFile) -> Path:
     """A program, and an environment with the wheel beside it."""
     folder = tmp_path_factory.mktemp("typing")
-    installed(wheel, folder / ".venv", "fastapi", "starlette", "pydantic", "pydantic_core", "annotated-doc")
+    installed(wheel, folder / ".venv", *FASTAPI)
     (folder / "program.py").write_text(PROGRAM)
+    (folder / "hosted.py").write_text(hosted_program())
     return folder
 
 
+def hosted_program() -> str:
+    """The program of docs/frameworks.md whose own routes return streams."""
+    page = (Path(__file__).parent.parent / "docs" / "frameworks.md").read_text()
+    return page.partition("# with_depends.py\n")[2].partition("```")[0]
+
+
 def test_mypy_knows_the_types(folder: Path) -> None:
-    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", ".venv/bin/python", "program.py"]
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", ".venv/bin/python", *FILES]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert "hosted.py" not in done.stdout, done.stdout
     assert {int(line) for line in re.findall(r"^program\.py:(\d+): error", done.stdout, re.MULTILINE)} == WRONG, (
         done.stdout + done.stderr
     )
@@ -115,8 +137,9 @@ def test_mypy_knows_the_types(folder: Path) -> None:
 
 @needs("pyright")
 def test_pyright_knows_the_types(folder: Path) -> None:
-    command = ["node", find("pyright"), "--outputjson", "--pythonpath", ".venv/bin/python", "program.py"]
+    command = ["node", find("pyright"), "--outputjson", "--pythonpath", ".venv/bin/python", *FILES]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     found = json.loads(done.stdout)["generalDiagnostics"]
+    assert not [one for one in found if one["file"].endswith("hosted.py")], done.stdout
     lines = {one["range"]["start"]["line"] + 1 for one in found if one["severity"] == "error"}
     assert lines == WRONG, done.stdout + done.stderr
