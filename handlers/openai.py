@@ -48,6 +48,10 @@ MAX_CHUNK_BYTES: Final = 1024 * 1024
 
 _List = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
 _Tools = Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)]
+#: Stands in each event that holds the whole response: with OpenAI's own bounds.
+_Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
 _Name = Annotated[str, Meta(max_length=200)]
 
 
@@ -78,7 +82,7 @@ class _Response(msgspec.Struct):
     temperature: float | None = None
     top_p: float | None = None
     parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
+    metadata: _Metadata | None = None
 
 
 class _Events(msgspec.Struct):
@@ -152,8 +156,20 @@ class _Ending(msgspec.Struct):
 
 
 class _Chunk(msgspec.Struct):
-    choices: list[_Ending] | None = None
+    """What has to be known of a chunk; the rest is the client's to read."""
+
+    choices: list[_Ending | None] | None = None
     error: Any = None
+    message: Any = None
+    object: Any = None
+
+    @property
+    def is_error(self) -> bool:
+        return bool(self.error) or (self.choices is None and (bool(self.message) or self.object == "error"))
+
+    @property
+    def is_last(self) -> bool:
+        return any(choice is not None and choice.finish_reason for choice in self.choices or ())
 
 
 async def _handed_through(model: OpenAIModel, asked: Mapping[str, Any]) -> AsyncGenerator[str, None]:
@@ -167,9 +183,9 @@ async def _handed_through(model: OpenAIModel, asked: Mapping[str, Any]) -> Async
                     if event.data == "[DONE]":
                         return
                     chunk = read(event.data)
-                    if chunk.error or event.event == "error":
+                    if chunk.is_error or event.event == "error":
                         raise ModelError(None, event.data)
-                    complete = complete or any(choice.finish_reason for choice in chunk.choices or ())
+                    complete = complete or chunk.is_last
                     yield event.data
         if not complete:
             raise httpx.ReadError("the end came too early")
@@ -193,8 +209,10 @@ async def whole_completion(request: Request, run: str) -> Response | None:
         chunk = msgspec.json.decode(event.data)
         if "error" in chunk:
             return JSON({"error": chunk["error"]}, status=502)
-        for choice in chunk.get("choices") or ():
-            choice["message"] = choice.pop("delta", None)
+        chunk["choices"] = [choice for choice in chunk.get("choices") or () if choice is not None]
+        for choice in chunk["choices"]:
+            choice.setdefault("index", 0)
+            choice["message"] = choice.pop("delta", None) or choice.get("message")
         whole = _joined(whole, chunk)
     for choice in whole.get("choices") or ():
         for number, call in enumerate((choice.get("message") or {}).get("tool_calls") or ()):

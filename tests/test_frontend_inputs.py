@@ -94,6 +94,7 @@ IDS: Final = {"threadId": "t" * 22, "runId": "r" * 22}
         ("/v1/responses", {"input": "x", "previous_response_id": "r"}, 400, "previous_response_id"),
         ("/v1/responses", {"input": "x", "tools": [{"type": "function"}] * 129}, 400, "tools"),
         ("/v1/responses", {"input": "x", "metadata": {"a": 1}}, 400, None),
+        ("/v1/responses", {"input": "x", "metadata": {"a": "x" * 513}}, 400, None),
     ],
 )
 async def test_what_cant_be_used_is_refused_before_there_is_an_event(

@@ -434,6 +434,59 @@ def test_a_completion_is_handed_through_with_all_that_is_in_it(behind: Server, u
     upstream.settle()
 
 
+def in_event(*choices: Any) -> bytes:
+    return b"data: %b\n\n" % json.dumps({"choices": choices}).encode()
+
+
+HI: Final = {"role": "assistant", "content": "Hi"}
+H, I = ({"role": "assistant", "content": letter} for letter in "Hi")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [in_event(None, {"delta": HI}), in_event({"delta": {}, "finish_reason": "stop"})],
+        [in_event({"message": HI, "finish_reason": "stop"})],
+        [llm.chunk(H), llm.chunk(I, "stop"), llm.USAGE],
+    ],
+    ids=["no index", "a whole message", "a role each time"],
+)
+def test_a_whole_completion_is_made_of_any_servers_chunks(
+    behind: Server, upstream: Upstream, pieces: Sequence[bytes]
+) -> None:
+    def script(call: llm.Call) -> None:
+        call.head()
+        call.send(*pieces, llm.DONE)
+        call.end()
+
+    upstream.plan(script)
+    body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+    [choice] = behind.client.post("/v1/chat/completions", json=body).json()["choices"]
+    assert choice["message"]["content"] == "Hi" and choice["finish_reason"] == "stop"
+    assert choice["message"].get("role", "assistant") == "assistant"
+    upstream.settle()
+
+
+@pytest.mark.parametrize(
+    "piece", [b'{"message": "no", "type": "x"}', b'{"object": "error", "code": 5}', b'{"error": "no"}']
+)
+def test_an_error_of_the_upstreams_in_any_dress_ends_the_completion(
+    behind: Server, upstream: Upstream, piece: bytes
+) -> None:
+    def script(call: llm.Call) -> None:
+        call.head()
+        call.send(llm.token("half "), b"data: %b\n\n" % piece)
+
+    upstream.plan(script)
+    body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+    answer = behind.client.post("/v1/chat/completions", json=body).text
+    assert [event.data for event in Decoder().feed(answer.encode())][1:] == [
+        '{"error":{"message":"the model failed","type":"server_error","param":null,"code":"upstream_error"}}',
+        "[DONE]",
+    ]
+    upstream.settle()
+
+
 def test_a_completion_that_breaks_off_raises_in_openais_own_sdk(behind: Server, upstream: Upstream) -> None:
     def cut(call: llm.Call) -> None:
         call.head()
