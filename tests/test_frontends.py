@@ -439,7 +439,7 @@ def in_event(*choices: Any) -> bytes:
 
 
 HI: Final = {"role": "assistant", "content": "Hi"}
-H, I = ({"role": "assistant", "content": letter} for letter in "Hi")
+LETTERS: Final = [{"role": "assistant", "content": letter} for letter in "Hi"]
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ H, I = ({"role": "assistant", "content": letter} for letter in "Hi")
     [
         [in_event(None, {"delta": HI}), in_event({"delta": {}, "finish_reason": "stop"})],
         [in_event({"message": HI, "finish_reason": "stop"})],
-        [llm.chunk(H), llm.chunk(I, "stop"), llm.USAGE],
+        [llm.chunk(LETTERS[0]), llm.chunk(LETTERS[1], "stop"), llm.USAGE],
     ],
     ids=["no index", "a whole message", "a role each time"],
 )

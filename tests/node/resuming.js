@@ -49,26 +49,30 @@ const CASES = {
           else response.end()
         }
         asked = []
-        const response = await resumingFetch(`${url}/chat`, { method: "POST", body: "{}" })
+        const headers = { authorization: "Bearer x", accept: "text/event-stream", "content-type": "application/json" }
+        const response = await resumingFetch(`${url}/chat`, { method: "POST", body: "{}", headers })
         assert.deepEqual(events(await response.text()), expected, `cut at byte ${at}`)
         assert.deepEqual([asked[0].method, asked[0].url], ["POST", "/chat"])
-        for (const again of asked.slice(1)) assert.deepEqual([again.method, again.url], ["GET", "/runs/r"])
+        for (const { method, url, headers } of asked.slice(1)) {
+          assert.deepEqual([method, url], ["GET", "/runs/r"])
+          assert.deepEqual([headers.authorization, headers["content-type"], headers.accept], ["Bearer x", undefined, "*/*"])
+        }
       }
     }
   },
 
-  async "a GET goes on at its own address, with its own headers but those of the body"() {
+  async "a GET goes on at its own address, with its own headers"() {
     answer = (request, response, number) => {
       if (number === 2) return response.writeHead(204).end()
       response.writeHead(200, SSE).end("retry: 0\ndata: 1\nid: a.1\n\n")
     }
-    const headers = { authorization: "Bearer x", "content-type": "text/plain" }
+    const headers = { authorization: "Bearer x", accept: "text/event-stream" }
     const response = await resumingFetch(`${url}/topic?x=1`, { headers })
     assert.equal(response.url, `${url}/topic?x=1`)
     assert.match(await response.text(), /data: 1/)
     assert.equal(asked[1].url, "/topic?x=1")
-    const { authorization, "content-type": type, "last-event-id": last } = asked[1].headers
-    assert.deepEqual([authorization, type, last], ["Bearer x", undefined, "a.1"])
+    const { authorization, accept, "last-event-id": last } = asked[1].headers
+    assert.deepEqual([authorization, accept, last], ["Bearer x", headers.accept, "a.1"])
   },
 
   async "[DONE], the id `end` and 204 end it"() {
@@ -100,10 +104,10 @@ const CASES = {
 
   async "what doesn't pass fails the body"() {
     answer = (request, response, number) => {
-      if (number > 1) return response.writeHead(404).end()
+      if (number > 1) return response.writeHead(410).end()
       response.writeHead(200, { ...SSE, "content-location": "/r" }).end("retry: 0\ndata: 1\nid: a.1\n\n")
     }
-    await assert.rejects((await resumingFetch(url, { method: "POST" })).text(), /can't go on: 404/)
+    await assert.rejects((await resumingFetch(url, { method: "POST" })).text(), /can't go on: 410/)
   },
 
   async "a stream without ids fails when it is cut, as with fetch"() {

@@ -16,7 +16,8 @@ const FIRST_WAIT_MS = 1000 // until the server says otherwise, by `retry:`
 const LEAST_WAIT_MS = 50 // after a try in vain, whatever the server says
 const LONGEST_WAIT_MS = 30_000
 const AGAIN = new Set([408, 425, 429, 500, 502, 503, 504])
-const OF_THE_BODY = ["content-type", "content-length", "content-encoding", "idempotency-key", "prefer"]
+// `accept` too: who doesn't ask for a stream gets a 410 for one that is gone, not a last event in some other dialect.
+const OF_THE_POST = ["accept", "content-type", "content-length", "content-encoding", "idempotency-key", "prefer"]
 
 /** `fetch`, made to resume; by default the platform's own. */
 export const makeResumingFetch = (fetch = globalThis.fetch) => async (input, init = {}) => {
@@ -31,8 +32,7 @@ export const makeResumingFetch = (fetch = globalThis.fetch) => async (input, ini
   if (response.status !== 200 || !isEventStream(response) || !response.body || !resumable) return response
 
   const headers = new Headers(init.headers ?? asked?.headers)
-  OF_THE_BODY.forEach((name) => headers.delete(name))
-  headers.set("accept", "text/event-stream")
+  OF_THE_POST.forEach((name) => location !== null && headers.delete(name))
   const { body: _, method: __, ...rest } = init
   const kept = asked ? { credentials: asked.credentials, mode: asked.mode } : {}
   const reconnect = () => {
