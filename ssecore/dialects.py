@@ -1,7 +1,7 @@
-"""How a stream says what the engine itself has to say: a failure, a cancellation, a gap, its end.
+"""Dialects: the form of the engine's own events in a stream (error, cancelled, gap, the last event).
 
-A route has a `Dialect`. Its handler yields the events of that dialect; the engine asks the dialect for the events that
-no handler can yield any more, because it has failed, was cancelled, or died with its process. `NAMED` is the default.
+Each route has a `Dialect`; `NAMED` is the default. The handler yields its own events. The engine asks the dialect for
+the events that the handler can't yield, because it failed, was cancelled, or its process died.
 
 A dialect of your own is a subclass, used as `GET(…, dialect=MyDialect())`:
 
@@ -65,12 +65,12 @@ CURSOR_EVENT: Final = b"event: cursor\ndata:\n"
 
 @dataclass(frozen=True, slots=True)
 class SoFar:
-    """What stands before the engine's events."""
+    """The state of a stream before the engine's events."""
 
     run: str = ""  #: the run's id; empty for a fleeting stream
-    note: Mapping[str, Any] = field(default_factory=dict)  #: what the route noted of the run (see `routes.About`)
-    events: int = 0  #: how many events stand before; only counted for a run
-    last: Event | None = None  #: the newest of them, as a client would decode it
+    note: Mapping[str, Any] = field(default_factory=dict)  #: what the route stored with the run: see `routes.About`
+    events: int = 0  #: the number of events in the run; 0 for a fleeting stream
+    last: Event | None = None  #: the newest event, as a client decodes it
 
 
 NOTHING: Final = SoFar()
@@ -79,43 +79,43 @@ NOTHING: Final = SoFar()
 class Dialect:
     """`NAMED`: the engine's events have a name, and JSON as their data."""
 
-    #: Stored with each run, so that it is ended in its own dialect after a restart.
+    #: Stored with each run, so that the engine can end the run in the same dialect after a restart.
     name: str = "named"
     #: In runs each `id:` stands before its `data:`. Only for clients that pair an id with the data behind it: see
     #: `log.framed` for what a cut does to others.
     id_first: bool = False
-    #: Its clients parse every data as JSON, so the engine sends no event without data.
+    #: The clients parse every event's data as JSON, so the engine sends no event with empty data.
     only_json: bool = False
 
     def headers(self, run: str) -> Mapping[str, str]:
-        """What an answer that streams the run has besides the usual headers."""
+        """Additional headers of an answer that streams the run."""
         return {}
 
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
-        """The stream's last events when it failed. `text` is for the client to read, `code` for its program."""
+        """The last events of a stream that failed. `text` is for people, `code` for programs."""
         return [Event({"error": text, "code": code}, "error")]
 
     def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
-        """The stream's last events when it was cancelled: `asked` (by a client) or `linger` (nobody read it)."""
+        """The last events of a cancelled stream. `reason`: `asked` (a client's request) or `linger` (no reader)."""
         return [Event({"reason": reason}, "cancelled")]
 
     def gap(self, gap: Mapping[str, Any]) -> Event:
-        """Events are missing here: `{"reason", "from", "to"}`, the sequences of the first and the last of them."""
+        """Announces missing events: `{"reason", "from", "to"}`, with the first and the last missing sequence."""
         return Event(gap, "gap")
 
     def gone(self, gap: Mapping[str, Any]) -> list[Event]:
-        """A gap behind which nothing comes any more."""
+        """The last events of an answer that has lost the rest of its stream: a gap, and the end."""
         return [self.gap(gap)]
 
     def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
-        """More members of the problem (RFC 9457) by which a request to the route is refused."""
+        """Additional members of the route's problem documents (RFC 9457)."""
         return {}
 
     def is_last(self, event: Event) -> bool:
-        """Whether a stream is complete with this event: if a crash left it so, there is nothing to add.
+        """Whether the stream is complete after this event. If a crash left it so, the engine adds no error.
 
-        Not `result`: it also stands in the middle, and a run that is wrongly said to be interrupted is better than one
-        wrongly said to be complete.
+        `result` doesn't count: handlers also yield it in the middle, and a complete run that is marked as interrupted
+        is better than an incomplete one that is marked as complete.
         """
         return event.event in ("complete", "done", "error", "cancelled")
 
@@ -148,9 +148,9 @@ _GONE: Final = "this answer is no longer kept by the server"
 
 
 class AISDK(DataOnly):
-    """Vercel's AI SDK, its UI message stream v1 (npm `ai`).
+    """The UI message stream, version 1, of Vercel's AI SDK (npm `ai`).
 
-    Each ends with `finish`: `WorkflowChatTransport` asks for more until it has one.
+    Each stream ends with `finish`: without it `WorkflowChatTransport` reconnects for ever.
     """
 
     name = "ai_sdk"
@@ -188,10 +188,10 @@ _CLOSE: Final[Mapping[str, Iterable[str]]] = {
 
 
 class AGUI(Dialect):
-    """AG-UI (CopilotKit's `HttpAgent`, TanStack AI). The note holds `threadId` and `runId`.
+    """AG-UI (CopilotKit's `HttpAgent`, TanStack AI). The note must hold `threadId` and `runId`.
 
-    No event of another message, tool call or the like may stand between the beginning of one and its end: then the
-    newest event alone tells what is open.
+    The handler must not interleave messages, tool calls and reasoning: `cancelled` closes what the newest event left
+    open, and looks at no earlier event.
     """
 
     name = "ag_ui"
@@ -223,7 +223,7 @@ def _openai_refusal(text: str, code: str, field: str | None) -> Mapping[str, Any
 
 
 class OpenAI(DataOnly):
-    """OpenAI's chat completions. Its SDKs raise what stands under `error`; they know no other event of ours."""
+    """OpenAI's chat completions. OpenAI's SDKs raise an event with `error` as an `APIError`."""
 
     name = "openai"
     only_json = True
@@ -242,7 +242,7 @@ class OpenAI(DataOnly):
 
 
 class OpenAIResponses(Dialect):
-    """OpenAI's Responses. The note holds the fields of the `response` object that don't change."""
+    """OpenAI's Responses. The note must hold the constant fields of the `response` object."""
 
     name = "openai_responses"
     only_json = True
@@ -254,7 +254,7 @@ class OpenAIResponses(Dialect):
         return [_response("failed", so_far, error={"code": code, "message": text})]
 
     def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
-        # There is no event for it (openai 3.57); the response says it.
+        # The API has no event `response.cancelled` (openai 3.57); the response's status is `cancelled`.
         return [_response("incomplete", so_far, status="cancelled")]
 
     def gap(self, gap: Mapping[str, Any]) -> Event:
@@ -291,9 +291,9 @@ DIALECTS: Final = {spoken.name: spoken for spoken in (NAMED, DATA_ONLY, AI_SDK, 
 
 
 def error_frames(error: Exception, dialect: Dialect, so_far: SoFar = NOTHING) -> list[bytes]:
-    """A failure, as the dialect says it.
+    """The last events of a stream that failed.
 
-    The texts of our own exceptions go to the client. Anything else goes to the log, and a reference to both.
+    The client gets the texts of our own exceptions. Of other exceptions it gets a reference; the log has the rest.
     """
     code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
     try:
@@ -303,7 +303,7 @@ def error_frames(error: Exception, dialect: Dialect, so_far: SoFar = NOTHING) ->
 
 
 def cancelled_frames(reason: str, dialect: Dialect, so_far: SoFar) -> list[bytes]:
-    """A cancellation, as the dialect says it."""
+    """The last events of a stream that was cancelled."""
     return [encode(event) for event in dialect.cancelled(reason, so_far)]
 
 

@@ -53,13 +53,13 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a route knows of a run from the request that starts it."""
+    """Properties of a run, derived from the request that starts it."""
 
-    #: What the run belongs to, such as a chat: `GET /runs?thread=` lists its runs, and a page finds the running one.
+    #: The thread that the run belongs to, such as a chat. `GET /runs?thread=` lists a thread's runs.
     thread: str | None = None
-    #: The run's idempotency key, where the client names the run in its body. It takes the place of the header's.
+    #: The idempotency key, if the client names the run in its body. It replaces the header `Idempotency-Key`.
     key: str | None = None
-    #: Kept with the run for its dialect, which may need it to end the run after a restart. A JSON object, and small.
+    #: A small JSON object, stored with the run. The dialect gets it when the engine ends the run, also after a restart.
     note: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -74,7 +74,7 @@ class Run:
     #: and the run's id (a `Response`, to say where the run can be read), as others are with `Prefer: respond-async`.
     #: It may be a coroutine, which may wait for the run's end (`request.runs.whole`); `None` streams the run after all.
     accepted: Callable[[Any, str], Any] | None = None
-    #: What the request says about its run. Raises what the request is to be refused with.
+    #: Derives the run's thread, key and note from the request. An exception refuses the request.
     about: Callable[[Any], About] | None = None
 
     def __post_init__(self) -> None:
@@ -98,9 +98,9 @@ class Route:
     handler: Callable[..., Any]
     query: Any = None
     body: Any = None
-    #: The media types in which a JSON body is taken.
+    #: The media types that a JSON body may have.
     media_types: Sequence[str] = ("application/json",)
-    #: How the engine says errors, cancellations, gaps and the end in this route's streams.
+    #: The form of the engine's own events (error, cancelled, gap, the last one) in this route's streams.
     dialect: Dialect = NAMED
     #: The stream survives its connection.
     run: Run | None = None

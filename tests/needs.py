@@ -29,7 +29,7 @@ _PLACES: Final = {
     "mmdebstrap": ("mmdebstrap",),
     "nchan": ("/usr/lib/nginx/modules/ngx_nchan_module.so",),
     "nginx": ("nginx",),
-    "node-clients": (str(_NODE / "eventsource" / "package.json"),),
+    "node-clients": (str(_NODE / "ai" / "package.json"),),
     "openssl": ("openssl",),
     "podman": ("podman",),
     "pyright": (str(_NODE / "pyright" / "index.js"),),
