@@ -60,6 +60,9 @@ class Run:
     #: Makes the route *detached*: nobody reads the run here. A request is answered at once with what this gives for it
     #: and the run's id (a `Response`, to say where the run can be read), as others are with `Prefer: respond-async`.
     accepted: Callable[[Any, str], Any] | None = None
+    #: What its caller knows a run by in a list: the prompt, say. A function of the request, whose text is kept with the
+    #: run, cut to `runs.MAX_ABOUT_CHARS`, and shown to the run's caller by `GET /runs` and `GET /runs/<id>`.
+    about: Callable[[Any], str] | None = None
 
     def __post_init__(self) -> None:
         linger_s: Any = self.linger_s
@@ -69,6 +72,8 @@ class Run:
                 raise TypeError(f"linger_s must be a number of seconds, None or 'setting', not {linger_s!r}")
         if self.accepted is not None and (not callable(self.accepted) or inspect.iscoroutinefunction(self.accepted)):
             raise TypeError("accepted must be a plain function of the request and the run's id")
+        if self.about is not None and (not callable(self.about) or inspect.iscoroutinefunction(self.about)):
+            raise TypeError("about must be a plain function of the request")
 
 
 @dataclass(frozen=True)

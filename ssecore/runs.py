@@ -76,6 +76,8 @@ MAX_KEY: Final = 255
 BUFFERS: Final = 4
 #: How many runs `GET /runs` lists.
 MAX_LIST: Final = 1000
+#: Of what a run is about, in characters: two lines on a screen, and with `MAX_LIST` runs a list of some 300 KB.
+MAX_ABOUT_CHARS: Final = 200
 #: Pauses between attempts to store how a run ended, when the log is away.
 RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 #: What handlers have to close in a drain, when their time to finish is over; then the app ends without them. `docker
@@ -103,6 +105,8 @@ class _Meta(msgspec.Struct, frozen=True):
     #: Hashes of what was asked for: the path and query, and all of it with the body.
     target: str | None = None
     request: str | None = None
+    #: What `Run(about=…)` gave for it.
+    about: str = ""
 
 
 def _meta(stat: Stat) -> _Meta:
@@ -560,6 +564,7 @@ class Runs:
             linger_s=self.linger_s(route),
             target=printed.target,
             request=printed.whole,
+            about=_about(route, request),
         )
         worker = Worker(self, new_epoch(), route, request, params, meta)
         self._workers[worker.id] = worker  # rule 3
@@ -832,12 +837,26 @@ def _state(stat: Stat) -> dict[str, Any]:
     return {
         "run": stat.stream,
         "route": _meta(stat).route,
+        "about": _meta(stat).about,
         "state": _meta(stat).state,
         "created": datetime.fromtimestamp(stat.created, UTC),
         "updated": datetime.fromtimestamp(stat.updated, UTC),
         "events": stat.last,
         "last_event_id": str(Cursor(epoch, stat.last)),
     }
+
+
+def _about(route: Route, request: Request) -> str:
+    """One line, of a bounded length: it is kept with the run, and a list has a thousand of them."""
+    about = route.run.about if route.run is not None else None
+    if about is None:
+        return ""
+    text = about(request)
+    if not isinstance(text, str):
+        raise TypeError(f"about= must return a string, not {type(text).__name__}")
+    # Cut first: the text may have megabytes, and what is left of its white space is little.
+    line = " ".join(text[: 4 * MAX_ABOUT_CHARS].split())
+    return line if len(line) <= MAX_ABOUT_CHARS else f"{line[: MAX_ABOUT_CHARS - 1]}…"
 
 
 def _fingerprint(request: Request) -> _Print:

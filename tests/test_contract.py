@@ -196,6 +196,7 @@ USER: Final = {"role": "user", "content": "Hello there"}
 RUN_STATE: Final = {
     "run": ID,
     "route": str,
+    "about": str,
     "state": ("running", "completed", "failed", "cancelled", "interrupted"),
     "created": TIME,
     "updated": TIME,
@@ -677,6 +678,7 @@ FILES: Final = [
 ]
 
 OPS: Final = [
+    Answer("GET /session", "/session", {"caller": None, "expires": None}),
     Answer("GET /healthz", "/healthz", {"status": "ok"}),
     Answer("GET /readyz", "/readyz", {"status": "ready"}),
     Answer("GET /metrics", "/metrics", TEXT, media_type="text/plain; version=1.0.0; charset=utf-8"),

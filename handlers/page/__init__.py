@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from ssecore.errors import NotFound
 from ssecore.request import Request
-from ssecore.responses import Response
+from ssecore.responses import JSON, Response
 from ssecore.routes import GET
 
 __all__ = ["ROUTES"]
@@ -53,6 +53,13 @@ async def index(request: Request) -> Response:
     return _answer(request, _PAGE)
 
 
+async def session(request: Request) -> Response:
+    """Who asks, for the page's head: 401 where somebody has to sign in, and no name where nobody has to."""
+    credential = request.credential
+    expires = credential.entry.expires if credential is not None else None
+    return JSON({"caller": request.caller, "expires": expires}, headers={"cache-control": "no-store"})
+
+
 async def static(request: Request, name: str) -> Response:
     file = _STATIC.get(name)
     if file is None:
@@ -78,4 +85,4 @@ def _answer(request: Request, file: _File) -> Response:
     return Response(file.body, media_type=file.media_type, headers=headers)
 
 
-ROUTES = [GET("/", index, open=True), GET("/static/{name}", static, open=True)]
+ROUTES = [GET("/", index, open=True), GET("/static/{name}", static, open=True), GET("/session", session)]
