@@ -111,6 +111,11 @@ export class Text {
     if (over > 0) this.#node.deleteData(0, over)
   }
 
+  /** All of it so far. */
+  get text() {
+    return this.#node.data + this.#pieces.join("")
+  }
+
   /** The whole text, where an event repeats it. */
   set(text) {
     this.#pieces = []
