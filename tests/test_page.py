@@ -48,9 +48,9 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_the_page_and_all_that_it_names_are_served(server: Server) -> None:
-    page = server.client.get("/")
-    assert page.headers["content-type"] == "text/html; charset=utf-8"
-    names = set(re.findall(r'(?:href|src)="(static/[^"]+)"', page.text))
+    page, docs = server.client.get("/"), server.client.get("/docs/")
+    assert page.headers["content-type"] == docs.headers["content-type"] == "text/html; charset=utf-8"
+    names = set(re.findall(r'(?:href|src)="(?:\.\./)?(static/[^"]+)"', page.text + docs.text))
     paths = sorted(STATIC.iterdir())
     assert names == {f"static/{path.name}" for path in paths}  # modules too: none is waited for by another
     for path in paths:
@@ -68,7 +68,7 @@ def test_nothing_may_run_on_the_page_but_its_own_modules(server: Server) -> None
     assert "unsafe" not in policy
 
 
-@pytest.mark.parametrize("path", ["/", "/static/main.js"])
+@pytest.mark.parametrize("path", ["/", "/static/main.js", "/docs/", "/docs/runs.md"])
 def test_what_has_not_changed_is_not_sent_again(server: Server, path: str) -> None:
     first = server.client.get(path)
     for tag in (first.headers["etag"], f'"other", W/{first.headers["etag"]}', "*"):
@@ -411,7 +411,7 @@ def test_a_conversation_goes_on_in_its_view_and_after_a_reload(tab: Tab, server:
     with tab.page.expect_request("**/chat/stream") as request:
         answer.fill("four")
         view.get_by_role("button", name="Send").click()
-    asked = request.value.post_data_json
+    asked: Any = request.value.post_data_json
     assert [message["role"] for message in asked] == ["system", *["user", "assistant"] * 3, "user"]
     assert (asked[0]["content"], asked[1]["content"], asked[-1]["content"]) == ("Be brief.", "one", "four")
     expect(view.locator(".said")).to_have_count(4)
@@ -500,7 +500,7 @@ def test_the_code_of_what_is_shown_does_the_same(tab: Tab) -> None:
         curl, script = codes[0], codes[-1]
         done = subprocess.run(["bash", "-c", f"{curl} -sS"], capture_output=True, text=True, timeout=20)
         assert done.returncode == 0 and said in done.stdout, f"{curl}\n{done.stdout}{done.stderr}"
-        with tab.page.expect_console_message(lambda message: said in message.text or said[:2] in message.text):
+        with tab.page.expect_console_message(lambda message, said=said: said in message.text):  # type: ignore[misc]
             tab.page.evaluate(f"async () => {{ {script} }}")
         view.get_by_role("button", name=f"Close {stream}").click()
 
@@ -544,6 +544,45 @@ def test_where_there_are_no_tasks_some_are_offered_and_the_first_question_finds_
         expect(tab.views.first.locator(".text")).to_contain_text("I found 2 tasks")
         tab.page.close()
         assert tab.complaints == []
+
+
+@needs("chromium")
+def test_the_docs_are_shown_with_nothing_left_of_their_markdown_and_links_that_lead_somewhere(
+    shared: BrowserContext, server: Server
+) -> None:
+    tab = Tab(shared, server.url)
+    assert tab.page.get_by_role("link", name="Docs").get_attribute("href") == "docs/"
+    anchors: dict[str, set[str]] = {}
+    links: set[tuple[str, str]] = set()
+    for page in server.client.get("/docs/pages.json").json():
+        name, source = page["name"], server.client.get(f"/docs/{page['name']}.md").text
+        tab.page.goto(f"{server.url}/docs/?page={name}")
+        expect(tab.page.locator("#doc h1")).to_have_text(page["title"])
+        shown = tab.page.locator("#doc")
+        assert shown.locator("h1, h2, h3").count() == len(re.findall(r"^#{1,3} ", unfenced(source), re.MULTILINE)), name
+        assert shown.locator("pre").count() >= source.count("\n```") / 2, name
+        left = shown.evaluate(
+            """node => { const copy = node.cloneNode(true)
+            copy.querySelectorAll("code").forEach((code) => code.remove()); return copy.textContent }"""
+        )
+        assert re.findall(r"\*\*|`|\]\(|^\s*\||^#", left, re.MULTILINE) == [], name
+        anchors[name] = set(shown.locator("[id]").evaluate_all("nodes => nodes.map((node) => node.id)"))
+        for href in shown.locator("a").evaluate_all("nodes => nodes.map((node) => node.getAttribute('href'))"):
+            if not href.startswith("https:"):
+                to, _, section = href.partition("#")
+                links.add((to.removeprefix("?page=") or name, section))
+    assert len(links) > 5
+    assert [(to, section) for to, section in links if section and section not in anchors[to]] == []
+    assert {to for to, _ in links} <= anchors.keys()
+    tab.look("light", {"width": 390, "height": 844}, "docs-narrow")
+    tab.page.goto(f"{server.url}/docs/?page=<b>none")
+    expect(tab.page.locator("#doc")).to_have_text("there is no page <b>none")
+    tab.page.close()
+    assert tab.complaints == []
+
+
+def unfenced(markdown: str) -> str:
+    return re.sub(r"^```.*?^```$", "", markdown, flags=re.MULTILINE | re.DOTALL)
 
 
 @needs("chromium")
