@@ -719,7 +719,7 @@ PAGE: Final = [
         media_type="text/javascript; charset=utf-8",
         bad=[Bad(f"/static/{name}", status=404) for name in ("none.js", "..%2F__init__.py", "%00")],
     ),
-    Answer("GET /docs/", "/docs/", re.compile(r"(?is)<!doctype html>.*"), media_type="text/html; charset=utf-8"),
+    Answer("GET /docs", "/docs", re.compile(r"(?is)<!doctype html>.*"), media_type="text/html; charset=utf-8"),
     Answer(
         "GET /docs/{name}",
         "/docs/routes.md",

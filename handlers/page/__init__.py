@@ -1,4 +1,4 @@
-"""The page at `/`: every kind of stream of the service, to start and to watch; and the docs at `/docs/`.
+"""The page at `/`: every kind of stream of the service, to start and to watch; and the docs at `/docs`.
 
 Plain HTML, CSS and JavaScript modules, as they lie in this folder, and the Markdown files of the folder `docs`. They
 are read once, when the service starts; a request's path is looked up among their names and never reaches the file
@@ -117,7 +117,7 @@ def _answer(request: Request, file: _File) -> Response:
 ROUTES = [
     GET("/", index, open=True),
     GET("/static/{name}", static, open=True),
-    GET("/docs/", docs, open=True),
+    GET("/docs", docs, open=True),
     GET("/docs/{name}", doc, open=True),
     GET("/session", session),
 ]

@@ -19,7 +19,7 @@ function addressOf(href) {
 }
 
 async function show() {
-  const pages = JSON.parse(await text("pages.json"))
+  const pages = JSON.parse(await text("docs/pages.json"))
   const wanted = new URLSearchParams(location.search).get("page") ?? "quickstart"
   const page = pages.find(({ name }) => name === wanted)
   document.getElementById("pages").append(
@@ -29,7 +29,7 @@ async function show() {
   )
   if (!page) throw new Error(`there is no page ${wanted}`)
   document.title = `${page.title} · sseapp`
-  place.append(...rendered(await text(`${page.name}.md`), addressOf))
+  place.append(...rendered(await text(`docs/${page.name}.md`), addressOf))
   document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView()
 }
 
