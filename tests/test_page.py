@@ -362,6 +362,82 @@ def test_what_has_no_field_stands_at_the_forms_end(tab: Tab) -> None:
     expect(tab.views).to_have_count(0)
 
 
+SCHEMES: Final[tuple[Literal["light", "dark"], ...]] = ("light", "dark")
+WIDE: Final[ViewportSize] = {"width": 1280, "height": 1060}
+#: The texts that are smaller than 13 pixels, or that stand out by less than 4.5 to 1 (WCAG 2.2, 1.4.3).
+UNREADABLE: Final = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true})
+  const rgba = (color) => {
+    canvas.clearRect(0, 0, 1, 1)
+    canvas.fillStyle = color
+    canvas.fillRect(0, 0, 1, 1)
+    return [...canvas.getImageData(0, 0, 1, 1).data]
+  }
+  const light = (color) => {
+    const [r, g, b] = color.map((part) => (part /= 255) <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+  }
+  const below = (node) => {
+    for (; node; node = node.parentElement) {
+      const color = rgba(getComputedStyle(node).backgroundColor)
+      if (color[3] === 255) return color
+    }
+    return [255, 255, 255, 255]
+  }
+  const found = new Set()
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
+  while (texts.nextNode()) {
+    const node = texts.currentNode.parentElement
+    if (!texts.currentNode.data.trim() || !node.checkVisibility() || node.closest(".unseen, noscript")) continue
+    const style = getComputedStyle(node)
+    const [one, two] = [light(rgba(style.color)), light(below(node))].sort((a, b) => b - a)
+    const contrast = (one + 0.05) / (two + 0.05)
+    if (parseFloat(style.fontSize) < 13 || contrast < 4.5 || style.opacity !== "1")
+      found.add(`${node.className || node.tagName}: ${style.fontSize}, ${contrast.toFixed(2)}`)
+  }
+  return [...found]
+}"""
+
+
+@needs("chromium")
+def test_the_page_at_work_wide_and_narrow_light_and_dark(browser: Browser, slow: Server) -> None:
+    """Nothing is wider than the screen, and all of it can be read. The pictures are of this."""
+    for run in slow.client.get("/runs").json()["runs"]:
+        slow.client.delete(f"/runs/{run['run']}")
+    context = browser.new_context(viewport=WIDE, reduced_motion="reduce", device_scale_factor=1)
+    tab = Tab(context, slow.url)
+    ends(tab.start("Tasks", "Import a CSV"))
+    notifications = tab.start("Topics", "Notifications")
+    for said in ('{"title": "Backup", "text": "All machines are saved"}', "The report is ready"):
+        notifications.get_by_label("Text or JSON to publish").fill(said)
+        notifications.get_by_role("button", name="Publish").click()
+        expect(notifications.get_by_label("Text or JSON to publish")).to_have_value("")
+    ends(tab.start("Jobs", "Report, with its log"))
+    prompt = "what comes over this line is kept, so that a page which loses it goes on where it was"
+    chat = tab.start("Chat", "One prompt", prompt=" and ".join([prompt] * 8))
+    talk = tab.start("Agent", "Conversation")
+    ends(talk)
+    talk.get_by_label("Your answer").fill("Which of them have priority 5?")
+    talk.get_by_label("Your answer").press("Enter")
+    talk.locator(".sources").wait_for()
+    job = tab.start("Jobs", "Job", steps="90", interval="0.1")
+    job.locator(".log li").nth(2).wait_for()
+    job.get_by_role("button", name="Cut the connection").click()
+    ends(tab.start("Agent", "Tool calls"))
+    expect(job.locator(".cut-note")).to_contain_text("It resumed with event")
+    expect(chat.locator(".text")).to_contain_text("goes on where it was")
+    assert chat.locator(".text").evaluate("node => getComputedStyle(node, '::after').animationName") == "none"
+    for scheme in SCHEMES:
+        tab.look(scheme, WIDE, f"page-{scheme}")
+    for scheme in SCHEMES:
+        tab.look(scheme, {"width": 390, "height": 844}, f"narrow-{scheme}", full_page=True)
+    for details in tab.page.locator(".events summary").all():
+        details.click()
+    tab.look("light", {"width": 360, "height": 740}, "narrow-open", full_page=True)
+    context.close()
+    assert tab.complaints == []
+
+
 @needs("chromium")
 def test_an_agents_run_goes_on_over_a_reload(shared: BrowserContext, slow: Server) -> None:
     rows = "title,status,priority\n" + "".join(f"Backup {n},open,5\n" for n in range(6))
@@ -770,82 +846,6 @@ def test_a_stream_is_started_and_closed_by_the_keyboard_alone(tab: Tab) -> None:
     expect(tab.views).to_have_count(0)
 
 
-SCHEMES: Final[tuple[Literal["light", "dark"], ...]] = ("light", "dark")
-WIDE: Final[ViewportSize] = {"width": 1280, "height": 1060}
-#: The texts that are smaller than 13 pixels, or that stand out by less than 4.5 to 1 (WCAG 2.2, 1.4.3).
-UNREADABLE: Final = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true})
-  const rgba = (color) => {
-    canvas.clearRect(0, 0, 1, 1)
-    canvas.fillStyle = color
-    canvas.fillRect(0, 0, 1, 1)
-    return [...canvas.getImageData(0, 0, 1, 1).data]
-  }
-  const light = (color) => {
-    const [r, g, b] = color.map((part) => (part /= 255) <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b
-  }
-  const below = (node) => {
-    for (; node; node = node.parentElement) {
-      const color = rgba(getComputedStyle(node).backgroundColor)
-      if (color[3] === 255) return color
-    }
-    return [255, 255, 255, 255]
-  }
-  const found = new Set()
-  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
-  while (texts.nextNode()) {
-    const node = texts.currentNode.parentElement
-    if (!texts.currentNode.data.trim() || !node.checkVisibility() || node.closest(".unseen, noscript")) continue
-    const style = getComputedStyle(node)
-    const [one, two] = [light(rgba(style.color)), light(below(node))].sort((a, b) => b - a)
-    const contrast = (one + 0.05) / (two + 0.05)
-    if (parseFloat(style.fontSize) < 13 || contrast < 4.5 || style.opacity !== "1")
-      found.add(`${node.className || node.tagName}: ${style.fontSize}, ${contrast.toFixed(2)}`)
-  }
-  return [...found]
-}"""
-
-
-@needs("chromium")
-def test_the_page_at_work_wide_and_narrow_light_and_dark(browser: Browser, slow: Server) -> None:
-    """Nothing is wider than the screen, and all of it can be read. The pictures are of this."""
-    for run in slow.client.get("/runs").json()["runs"]:
-        slow.client.delete(f"/runs/{run['run']}")
-    context = browser.new_context(viewport=WIDE, reduced_motion="reduce", device_scale_factor=1)
-    tab = Tab(context, slow.url)
-    ends(tab.start("Tasks", "Import a CSV"))
-    notifications = tab.start("Topics", "Notifications")
-    for said in ('{"title": "Backup", "text": "All machines are saved"}', "The report is ready"):
-        notifications.get_by_label("Text or JSON to publish").fill(said)
-        notifications.get_by_role("button", name="Publish").click()
-        expect(notifications.get_by_label("Text or JSON to publish")).to_have_value("")
-    ends(tab.start("Jobs", "Report, with its log"))
-    prompt = "what comes over this line is kept, so that a page which loses it goes on where it was"
-    chat = tab.start("Chat", "One prompt", prompt=" and ".join([prompt] * 8))
-    talk = tab.start("Agent", "Conversation")
-    ends(talk)
-    talk.get_by_label("Your answer").fill("Which of them have priority 5?")
-    talk.get_by_label("Your answer").press("Enter")
-    talk.locator(".sources").wait_for()
-    job = tab.start("Jobs", "Job", steps="90", interval="0.1")
-    job.locator(".log li").nth(2).wait_for()
-    job.get_by_role("button", name="Cut the connection").click()
-    ends(tab.start("Agent", "Tool calls"))
-    expect(job.locator(".cut-note")).to_contain_text("It resumed with event")
-    expect(chat.locator(".text")).to_contain_text("goes on where it was")
-    assert chat.locator(".text").evaluate("node => getComputedStyle(node, '::after').animationName") == "none"
-    for scheme in SCHEMES:
-        tab.look(scheme, WIDE, f"page-{scheme}")
-    for scheme in SCHEMES:
-        tab.look(scheme, {"width": 390, "height": 844}, f"narrow-{scheme}", full_page=True)
-    for details in tab.page.locator(".events summary").all():
-        details.click()
-    tab.look("light", {"width": 360, "height": 740}, "narrow-open", full_page=True)
-    context.close()
-    assert tab.complaints == []
-
-
 @needs("chromium")
 def test_where_nobodys_runs_are_listed_the_page_lists_its_own(shared: BrowserContext, tmp_path: Path) -> None:
     with serve(tmp_path, env={"SSEAPP_AUTH": "off", "SSEAPP_MOCK_DELAY_S": "0"}) as server:
@@ -952,7 +952,13 @@ def test_signing_in_and_out(shared: BrowserContext, tmp_path: Path) -> None:
         tab.sign_in(bob)
         expect(who).to_contain_text("Signed in as bob")
         expect(tab.page.locator("#runs .hint")).to_have_text(re.compile("None yet"))
-        revoke_tokens(path, "bob")
+        tab.page.evaluate(
+            "(token) => fetch('/session', {method: 'POST', headers: {authorization: `Bearer ${token}`}})", ann
+        )
+        tab.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as from another tab
+        expect(who).to_contain_text("Signed in as ann")
+        expect(tab.page.locator(".runs li")).to_have_count(1)
+        revoke_tokens(path, "ann")
         tab.page.get_by_role("button", name="Start").click()
         expect(alert).to_contain_text("You are signed out")
         expect(who).to_contain_text("Signed out")

@@ -116,7 +116,7 @@ export class StartForm {
   async #submit() {
     if (this.button.ariaBusy === "true") return
     this.button.ariaBusy = "true" // not `disabled`, which would take the focus away
-    this.#clear()
+    this.clear()
     try {
       const values = this.#values()
       if (this.#stream.life === "link") await save(this.#stream, values)
@@ -129,7 +129,8 @@ export class StartForm {
     }
   }
 
-  #clear() {
+  /** What was refused is forgotten. */
+  clear() {
     setText(this.error, "")
     for (const { input, said, hint } of this.#inputs.values()) {
       input.removeAttribute("aria-invalid")

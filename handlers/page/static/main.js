@@ -52,6 +52,7 @@ const session = new Session(at("who"), at("door"), {
   onEnter: () => {
     if (!restored) board.restore()
     restored = true
+    form.clear()
     openLinked()
     runs.refresh()
     lookForTasks()

@@ -39,6 +39,7 @@ export class Session {
       this.#signIn()
     })
     door.append(form)
+    document.addEventListener("visibilitychange", () => !document.hidden && this.caller !== null && this.ask())
     // The first refusal says why; those that follow it know no caller.
     whenUnauthorized((problem) => this.caller && this.#signedOut(`You are signed out: ${problem.message}.`))
   }
@@ -46,12 +47,17 @@ export class Session {
   /** Find out who it is. A refusal shows the form. */
   async ask() {
     try {
-      this.#entered((await (await call("session")).json()).caller)
+      const { caller } = await (await call("session")).json()
+      if (this.caller !== null && caller !== this.caller) this.hooks.onLeave() // another one signed in, in another tab
+      if (this.caller === null || caller !== this.caller) this.#entered(caller)
     } catch (problem) {
       if (!(problem instanceof Problem)) throw problem
-      if (problem.status === 401) return this.#signedOut("")
+      if (problem.status === 401) {
+        if (this.door.hidden) this.#signedOut("")
+        return
+      }
       setText(this.name, problem.message)
-      this.hooks.onEnter()
+      if (this.caller === null) this.hooks.onEnter() // it may be away for a moment only
     }
   }
 

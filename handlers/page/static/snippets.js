@@ -4,8 +4,6 @@
  * What is quoted comes from people and from streams: a text in quotes stays a text, in a shell and in JavaScript.
  */
 
-/** A longer body is left to a file. */
-const MOST_BODY = 2000
 /** `EventSource` has its own meaning for these. */
 const OWN_NAMES = ["error", "open"]
 
@@ -13,7 +11,7 @@ const OWN_NAMES = ["error", "open"]
  * @typedef {object} Asked the request that a stream was started with
  * @property {string} method
  * @property {string} url relative to the page
- * @property {string} [body]
+ * @property {string} [body] if it is short
  * @property {string} [mediaType]
  * @property {boolean} [keyed] it starts a run
  */
@@ -70,5 +68,6 @@ function addressOf({ url, keyed }) {
 
 const absolute = (url) => new URL(url, document.baseURI).href
 const shell = (text) => `'${text.replaceAll("'", `'\\''`)}'`
-const isShort = ({ body }) => body !== undefined && body.length <= MOST_BODY
+/** A longer body, which wasn't kept, is left to a file. */
+const isShort = ({ body }) => body !== undefined
 const fileOf = ({ mediaType }) => (mediaType === "text/csv" ? "tasks.csv" : "body.json")

@@ -7,7 +7,7 @@
 
 import { call, newKey } from "./service.js"
 
-/** Of a body, in bytes. */
+/** Of a body that is kept for its code, in bytes: all of it is remembered over a reload. */
 const MOST_SHOWN = 2000
 
 /**
@@ -40,7 +40,7 @@ export async function start(stream, values, turns = []) {
 
 /** What was sent, where it is short enough to be shown. */
 async function shortText(body) {
-  if (!(body instanceof Blob)) return body
+  if (!(body instanceof Blob)) return body?.length > MOST_SHOWN ? undefined : body
   return body instanceof File || body.size > MOST_SHOWN ? undefined : body.text()
 }
 

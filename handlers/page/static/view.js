@@ -70,7 +70,7 @@ export class View {
     this.#interpret = interpreter(target.route)
     this.#parts = {}
     this.body = element("div", { class: "body" })
-    if (target.talks) this.turns.append(element("p", { class: "said" }, this.#current.said))
+    if (target.talks) this.turns.append(element("p", { class: "said", role: "group", "aria-label": "You said" }, this.#current.said))
     this.turns.append(this.body)
     if (this.connection) {
       this.#earlier.events += this.connection.events
