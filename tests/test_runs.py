@@ -807,6 +807,7 @@ async def test_the_state_of_a_run(house: House, work: Work) -> None:
             assert answer.json == {
                 "run": reading.run,
                 "route": "GET /work",
+                "about": "",
                 "state": "running",
                 "created": now,
                 "updated": now,
