@@ -18,6 +18,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 COPY sseapp.py /srv/sseapp/
 COPY ssecore /srv/sseapp/ssecore
 COPY handlers /srv/sseapp/handlers
+COPY docs /srv/sseapp/docs
 # The file system may be read-only when it runs: Python could not keep what it compiles.
 RUN /srv/venv/bin/python -m compileall -q /srv/sseapp && mkdir /srv/data
 

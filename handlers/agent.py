@@ -451,9 +451,12 @@ async def chat(request: Request) -> AsyncIterator[Event]:
     yield Event("[DONE]")
 
 
+_ASKED: Final = replace(LINGERING, about=lambda request: request.query.query)
+_SAID: Final = replace(LINGERING, about=lambda request: request.body.message)
+
 ROUTES = [
-    GET("/agent/stream", stream, query=_Query, run=LINGERING),
-    GET("/agent/think/stream", think, query=_Query, run=LINGERING),
-    POST("/agent/process/stream", process, query=_Query, run=LINGERING),
-    POST("/api/chat", chat, body=_Message, dialect=DATA_ONLY, run=LINGERING),
+    GET("/agent/stream", stream, query=_Query, run=_ASKED),
+    GET("/agent/think/stream", think, query=_Query, run=_ASKED),
+    POST("/agent/process/stream", process, query=_Query, run=_ASKED),
+    POST("/api/chat", chat, body=_Message, dialect=DATA_ONLY, run=_SAID),
 ]

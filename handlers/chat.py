@@ -290,7 +290,16 @@ _Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=100)]
 #: No tokens are paid for that nobody will read.
 LINGERING: Final = Run(linger_s="setting")
 
+
+def _prompt(request: Request) -> str:
+    return str(request.query.prompt)
+
+
+def _last_said(request: Request) -> str:
+    return next((message.content for message in reversed(request.body) if message.role == "user"), "")
+
+
 ROUTES = [
-    GET("/chat", chat, query=Prompt, dialect=DATA_ONLY, run=LINGERING),
-    POST("/chat/stream", chat_stream, body=_Messages, run=LINGERING),
+    GET("/chat", chat, query=Prompt, dialect=DATA_ONLY, run=replace(LINGERING, about=_prompt)),
+    POST("/chat/stream", chat_stream, body=_Messages, run=replace(LINGERING, about=_last_said)),
 ]

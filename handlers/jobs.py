@@ -363,9 +363,18 @@ def _hashed(text: str) -> str:
 
 _JSON_NAMES: Final = {dict: "an object", list: "an array", bool: "a truth value", type(None): "null"}
 
+
+def _kind(request: Request) -> str:
+    return str(request.body.__struct_config__.tag)
+
+
+def _items(request: Request) -> str:
+    return f"{len(request.body)} items"
+
+
 ROUTES = [
-    POST("/jobs", job, body=_Digest | _Report | _Sleep, dialect=DATA_ONLY, run=Run(accepted=accepted)),
+    POST("/jobs", job, body=_Digest | _Report | _Sleep, dialect=DATA_ONLY, run=Run(accepted=accepted, about=_kind)),
     GET("/jobs/{job_id}/progress", job_progress, dialect=DATA_ONLY),
     GET("/api/process/stream", process_stream, run=Run()),
-    POST("/process", process_items, body=Annotated[list[Any], Meta(max_length=MAX_ITEMS)], run=Run()),
+    POST("/process", process_items, body=Annotated[list[Any], Meta(max_length=MAX_ITEMS)], run=Run(about=_items)),
 ]

@@ -369,9 +369,13 @@ def _is_date(text: str) -> bool:
         return False
 
 
+def _work(request: Request) -> str:
+    return f"{request.body.operation} task {request.body.task_id}"
+
+
 ROUTES = [
     POST("/tasks/import", import_tasks, body=Upload("text/csv"), run=Run()),
-    POST("/tasks/execute/stream", execute_task, body=_Execution, run=Run()),
+    POST("/tasks/execute/stream", execute_task, body=_Execution, run=Run(about=_work)),
     POST("/tasks/{task_id:int}/execute/stream", execute_task, query=_Operation, run=Run()),
     GET("/tasks/{task_id:int}/progress/stream", task_progress),
     GET("/tasks/stream", stream_tasks, query=_Search),

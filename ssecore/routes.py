@@ -59,6 +59,9 @@ class About:
     thread: str | None = None
     #: The idempotency key, if the client names the run in its body. It replaces the header `Idempotency-Key`.
     key: str | None = None
+    #: What its caller knows it by: kept with the run, cut to `runs.MAX_ABOUT_CHARS`, and shown to that caller alone by
+    #: `GET /runs` and `GET /runs/<id>`.
+    text: str = ""
     #: A small JSON object, stored with the run. The dialect gets it when the engine ends the run, also after a restart.
     note: Mapping[str, Any] = field(default_factory=dict)
 
@@ -74,8 +77,9 @@ class Run:
     #: and the run's id (a `Response`, to say where the run can be read), as others are with `Prefer: respond-async`.
     #: It may be a coroutine, which may wait for the run's end (`request.runs.whole`); `None` streams the run after all.
     accepted: Callable[[Any, str], Any] | None = None
-    #: Derives the run's thread, key and note from the request. An exception refuses the request.
-    about: Callable[[Any], About] | None = None
+    #: A function of the request. It gives what its caller knows the run by in a list, such as the prompt; or an `About`,
+    #: which has more. An exception refuses the request.
+    about: "Callable[[Any], str | About] | None" = None
 
     def __post_init__(self) -> None:
         linger_s: Any = self.linger_s

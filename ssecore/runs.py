@@ -81,6 +81,8 @@ MIN_ANONYMOUS_THREAD: Final = 16
 BUFFERS: Final = 4
 #: How many runs `GET /runs` lists.
 MAX_LIST: Final = 1000
+#: Of what a run is about, in characters: two lines on a screen, and with `MAX_LIST` runs a list of some 300 KB.
+MAX_ABOUT_CHARS: Final = 200
 #: Pauses between attempts to store how a run ended, when the log is away.
 RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 #: What handlers have to close in a drain, when their time to finish is over; then the app ends without them. `docker
@@ -109,6 +111,7 @@ class _Meta(msgspec.Struct, frozen=True, omit_defaults=True):
     #: See `routes.About`.
     thread: str | None = None
     note: Mapping[str, Any] = {}
+    about: str = ""
 
 
 def _meta(stat: Stat) -> _Meta:
@@ -539,7 +542,7 @@ class Runs:
             return Response(status=204)
         if request.last_event_id:
             return _located(request, await self._go_on(request, route=route))
-        about = route.run.about(request) if route.run is not None and route.run.about is not None else About()
+        about = _about(route, request)
         key = self._key(request, about.key or _given_key(request))
         stat, worker = await self._start(request, route, params, key, about)
         preferred = not route.hosted and "respond-async" in request.headers.get("prefer", "").lower()
@@ -643,6 +646,7 @@ class Runs:
             request=printed.whole,
             thread=about.thread,
             note=dict(about.note),
+            about=_line(about.text),
         )
         worker = Worker(self, new_epoch(), route, request, params, meta)
         self._workers[worker.id] = worker  # rule 3
@@ -978,6 +982,7 @@ def _state(stat: Stat) -> dict[str, Any]:
     return about | {
         "run": stat.stream,
         "route": _meta(stat).route,
+        "about": _meta(stat).about,
         "state": _meta(stat).state,
         "created": datetime.fromtimestamp(stat.created, UTC),
         "updated": datetime.fromtimestamp(stat.updated, UTC),
@@ -989,6 +994,22 @@ def _state(stat: Stat) -> dict[str, Any]:
 def _given_key(request: Request) -> str:
     key = request.headers.get("idempotency-key", "").strip().strip('"')
     return key or (request.query_params.get("key", "") if request.method == "GET" else "")
+
+
+def _about(route: Route, request: Request) -> About:
+    given: Any = route.run.about(request) if route.run is not None and route.run.about is not None else About()
+    if isinstance(given, str):
+        return About(text=given)
+    if not isinstance(given, About):
+        raise TypeError(f"about= must return a string or an About, not {type(given).__name__}")
+    return given
+
+
+def _line(text: str) -> str:
+    """One line, of a bounded length: it is kept with the run, and a list has a thousand of them."""
+    # Cut first: the text may have megabytes, and what is left of its white space is little.
+    line = " ".join(text[: 4 * MAX_ABOUT_CHARS].split())
+    return line if len(line) <= MAX_ABOUT_CHARS else f"{line[: MAX_ABOUT_CHARS - 1]}…"
 
 
 def _fingerprint(request: Request) -> _Print:

@@ -196,6 +196,7 @@ USER: Final = {"role": "user", "content": "Hello there"}
 RUN_STATE: Final = {
     "run": ID,
     "route": str,
+    "about": str,
     "state": ("running", "completed", "failed", "cancelled", "interrupted"),
     "created": TIME,
     "updated": TIME,
@@ -677,6 +678,7 @@ FILES: Final = [
 ]
 
 OPS: Final = [
+    Answer("GET /session", "/session", {"caller": None, "expires": None}),
     Answer("GET /healthz", "/healthz", {"status": "ok"}),
     Answer("GET /readyz", "/readyz", {"status": "ready"}),
     Answer("GET /metrics", "/metrics", TEXT, media_type="text/plain; version=1.0.0; charset=utf-8"),
@@ -716,6 +718,14 @@ PAGE: Final = [
         TEXT,
         media_type="text/javascript; charset=utf-8",
         bad=[Bad(f"/static/{name}", status=404) for name in ("none.js", "..%2F__init__.py", "%00")],
+    ),
+    Answer("GET /docs", "/docs", re.compile(r"(?is)<!doctype html>.*"), media_type="text/html; charset=utf-8"),
+    Answer(
+        "GET /docs/{name}",
+        "/docs/routes.md",
+        TEXT,
+        media_type="text/plain; charset=utf-8",
+        bad=[Bad(f"/docs/{name}", status=404) for name in ("none.md", "page.png", "..%2FREADME.md", "%00")],
     ),
 ]
 

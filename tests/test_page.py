@@ -5,15 +5,16 @@ With SSEAPP_SCREENSHOTS=<folder> the pictures of the page at work are kept there
 
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, ViewportSize, expect
 
-from ssecore.tokens import add_token
+from ssecore.tokens import add_token, revoke_tokens
 from tests import chromium
 from tests.needs import needs
 from tests.relay import relay
@@ -47,9 +48,9 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_the_page_and_all_that_it_names_are_served(server: Server) -> None:
-    page = server.client.get("/")
-    assert page.headers["content-type"] == "text/html; charset=utf-8"
-    names = set(re.findall(r'(?:href|src)="(static/[^"]+)"', page.text))
+    page, docs = server.client.get("/"), server.client.get("/docs")
+    assert page.headers["content-type"] == docs.headers["content-type"] == "text/html; charset=utf-8"
+    names = set(re.findall(r'(?:href|src)="(static/[^"]+)"', page.text + docs.text))
     paths = sorted(STATIC.iterdir())
     # Modules too: none is waited for by another. What is there for other pages is not the page's own.
     assert names == {f"static/{path.name}" for path in paths if path.stem.partition(".")[0] != "resuming-fetch"}
@@ -68,7 +69,7 @@ def test_nothing_may_run_on_the_page_but_its_own_modules(server: Server) -> None
     assert "unsafe" not in policy
 
 
-@pytest.mark.parametrize("path", ["/", "/static/main.js"])
+@pytest.mark.parametrize("path", ["/", "/static/main.js", "/docs", "/docs/runs.md"])
 def test_what_has_not_changed_is_not_sent_again(server: Server, path: str) -> None:
     first = server.client.get(path)
     for tag in (first.headers["etag"], f'"other", W/{first.headers["etag"]}', "*"):
@@ -115,6 +116,10 @@ class Tab:
         self.page.locator(".subject label", has_text=subject).click()
         self.page.locator(".streams label").get_by_text(stream, exact=True).click()
 
+    def sign_in(self, token: str) -> None:
+        self.page.get_by_label("Sign in with a token").fill(token)
+        self.page.get_by_role("button", name="Sign in").click()
+
     def fill(self, **fields: str) -> None:
         for name, value in fields.items():
             field = self.page.locator(f"#field-{name}")
@@ -144,7 +149,12 @@ class Tab:
     def run_in_list(self, run: str) -> Locator:
         return self.page.locator(f'.runs li[data-run="{run}"]')
 
-    def picture(self, name: str, *, full_page: bool = False) -> None:
+    def look(self, scheme: Literal["light", "dark"], size: ViewportSize, name: str, *, full_page: bool = False) -> None:
+        """At the page in these colours, at this size: nothing is cut off, all of it can be read."""
+        self.page.emulate_media(color_scheme=scheme)
+        self.page.set_viewport_size(size)
+        assert self.page.evaluate("document.documentElement.scrollWidth") == size["width"]
+        assert self.page.evaluate(UNREADABLE) == []
         if PICTURES:
             Path(PICTURES).mkdir(parents=True, exist_ok=True)
             self.page.screenshot(path=f"{PICTURES}/{name}.png", full_page=full_page)
@@ -221,7 +231,7 @@ STREAMS: Final[list[tuple[str, str, dict[str, str], dict[str, str | re.Pattern[s
         {".sources li >> nth=0": re.compile("Call the printer")},
     ),
     ("Chat", "One prompt", {"prompt": "one two"}, {".text": "This is a mock response to: one two"}),
-    ("Chat", "Messages", {"content": "three"}, {".text": "This is a mock response to: three"}),
+    ("Chat", "Conversation", {"content": "three"}, {".text": "This is a mock response to: three"}),
     ("Jobs", "Report, with its log", {}, {".log [data-level=success]": re.compile("the report is written")}),
     ("Jobs", "Job", {"steps": "4", **FAST}, {".bar .step": "4 steps", ".bar .percent": "100 %"}),
     ("Jobs", "Job", {"kind": "report"}, {".facts a": "tasks-report.json"}),
@@ -302,7 +312,7 @@ def test_a_jobs_file_is_saved_and_one_that_is_not_there_is_refused(tab: Tab) -> 
     tab.choose("Files", "Download")
     tab.fill(filename="nothing.txt")
     tab.page.get_by_role("button", name="Download").click()
-    expect(tab.page.locator("form > .error")).to_have_text("there is no file of this name")
+    expect(tab.page.locator("#start form > .error")).to_have_text("there is no file of this name")
     tab.fill(filename="tasks-report.json")
     with tab.page.expect_download() as download:
         tab.page.get_by_role("button", name="Download").click()
@@ -323,7 +333,7 @@ REFUSED: Final = [
     ("Basics", "Counter", {"count": "-1"}, "count", "count"),
     ("Basics", "Countdown", {"seconds": "9999"}, "seconds", "from 0 to 3600"),
     ("Chat", "One prompt", {"prompt": ""}, "prompt", "prompt"),
-    ("Chat", "Messages", {"content": "x" * 100_001}, "content", "100000"),
+    ("Chat", "Conversation", {"content": "x" * 100_001}, "content", "100000"),
     ("Agent", "Conversation", {"session_id": "short"}, "session_id", "at least 22"),
     ("Tasks", "List", {"q": "!?"}, "q", "there is no word in it"),
     ("Tasks", "Work on a task", {"task_id": "0"}, "task_id", "task_id"),
@@ -353,6 +363,82 @@ def test_what_has_no_field_stands_at_the_forms_end(tab: Tab) -> None:
     expect(tab.views).to_have_count(0)
 
 
+SCHEMES: Final[tuple[Literal["light", "dark"], ...]] = ("light", "dark")
+WIDE: Final[ViewportSize] = {"width": 1280, "height": 1060}
+#: The texts that are smaller than 13 pixels, or that stand out by less than 4.5 to 1 (WCAG 2.2, 1.4.3).
+UNREADABLE: Final = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true})
+  const rgba = (color) => {
+    canvas.clearRect(0, 0, 1, 1)
+    canvas.fillStyle = color
+    canvas.fillRect(0, 0, 1, 1)
+    return [...canvas.getImageData(0, 0, 1, 1).data]
+  }
+  const light = (color) => {
+    const [r, g, b] = color.map((part) => (part /= 255) <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+  }
+  const below = (node) => {
+    for (; node; node = node.parentElement) {
+      const color = rgba(getComputedStyle(node).backgroundColor)
+      if (color[3] === 255) return color
+    }
+    return [255, 255, 255, 255]
+  }
+  const found = new Set()
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
+  while (texts.nextNode()) {
+    const node = texts.currentNode.parentElement
+    if (!texts.currentNode.data.trim() || !node.checkVisibility() || node.closest(".unseen, noscript")) continue
+    const style = getComputedStyle(node)
+    const [one, two] = [light(rgba(style.color)), light(below(node))].sort((a, b) => b - a)
+    const contrast = (one + 0.05) / (two + 0.05)
+    if (parseFloat(style.fontSize) < 13 || contrast < 4.5 || style.opacity !== "1")
+      found.add(`${node.className || node.tagName}: ${style.fontSize}, ${contrast.toFixed(2)}`)
+  }
+  return [...found]
+}"""
+
+
+@needs("chromium")
+def test_the_page_at_work_wide_and_narrow_light_and_dark(browser: Browser, slow: Server) -> None:
+    """Nothing is wider than the screen, and all of it can be read. The pictures are of this."""
+    for run in slow.client.get("/runs").json()["runs"]:
+        slow.client.delete(f"/runs/{run['run']}")
+    context = browser.new_context(viewport=WIDE, reduced_motion="reduce", device_scale_factor=1)
+    tab = Tab(context, slow.url)
+    ends(tab.start("Tasks", "Import a CSV"))
+    notifications = tab.start("Topics", "Notifications")
+    for said in ('{"title": "Backup", "text": "All machines are saved"}', "The report is ready"):
+        notifications.get_by_label("Text or JSON to publish").fill(said)
+        notifications.get_by_role("button", name="Publish").click()
+        expect(notifications.get_by_label("Text or JSON to publish")).to_have_value("")
+    ends(tab.start("Jobs", "Report, with its log"))
+    prompt = "what comes over this line is kept, so that a page which loses it goes on where it was"
+    chat = tab.start("Chat", "One prompt", prompt=" and ".join([prompt] * 8))
+    talk = tab.start("Agent", "Conversation")
+    ends(talk)
+    talk.get_by_label("Your answer").fill("Which of them have priority 5?")
+    talk.get_by_label("Your answer").press("Enter")
+    talk.locator(".sources").wait_for()
+    job = tab.start("Jobs", "Job", steps="90", interval="0.1")
+    job.locator(".log li").nth(2).wait_for()
+    job.get_by_role("button", name="Cut the connection").click()
+    ends(tab.start("Agent", "Tool calls"))
+    expect(job.locator(".cut-note")).to_contain_text("It resumed with event")
+    expect(chat.locator(".text")).to_contain_text("goes on where it was")
+    assert chat.locator(".text").evaluate("node => getComputedStyle(node, '::after').animationName") == "none"
+    for scheme in SCHEMES:
+        tab.look(scheme, WIDE, f"page-{scheme}")
+    for scheme in SCHEMES:
+        tab.look(scheme, {"width": 390, "height": 844}, f"narrow-{scheme}", full_page=True)
+    for details in tab.page.locator(".events summary").all():
+        details.click()
+    tab.look("light", {"width": 360, "height": 740}, "narrow-open", full_page=True)
+    context.close()
+    assert tab.complaints == []
+
+
 @needs("chromium")
 def test_an_agents_run_goes_on_over_a_reload(shared: BrowserContext, slow: Server) -> None:
     rows = "title,status,priority\n" + "".join(f"Backup {n},open,5\n" for n in range(6))
@@ -380,6 +466,200 @@ def test_a_conversation_remembers_what_was_said(tab: Tab) -> None:
     view = tab.start("Agent", "Conversation", message="Which of them have priority 4?")
     ends(view)
     assert "Call the printer" in text_of(view)
+
+
+@needs("chromium")
+def test_a_conversation_goes_on_in_its_view_and_after_a_reload(tab: Tab, server: Server) -> None:
+    """Each turn is a run of its own, which is told all that was said before; the instruction stays."""
+    view = tab.start("Chat", "Conversation", system="Be brief.", content="one")
+    answer = view.get_by_label("Your answer")
+    for said in ("two", "three"):
+        ends(view)
+        answer.fill("first line")
+        answer.press("Shift+Enter")
+        answer.press_sequentially(said)
+        answer.press("Enter")
+        expect(view.locator(".said").last).to_have_text(f"first line\n{said}", use_inner_text=True)
+        ends(view)
+    answers = [f"This is a mock response to: {said}" for said in ("one", "first line two", "first line three")]
+    assert [" ".join(text.split()) for text in view.locator(".text").all_inner_texts()] == answers
+    runs = [run for run in server.client.get("/runs").json()["runs"] if "first line" in run["about"]]
+    assert [run["about"] for run in runs[:2]] == ["first line three", "first line two"]
+    with tab.page.expect_request("**/chat/stream") as request:
+        answer.fill("four")
+        view.get_by_role("button", name="Send").click()
+    asked: Any = request.value.post_data_json
+    assert [message["role"] for message in asked] == ["system", *["user", "assistant"] * 3, "user"]
+    assert (asked[0]["content"], asked[1]["content"], asked[-1]["content"]) == ("Be brief.", "one", "four")
+    expect(view.locator(".said")).to_have_count(4)
+    tab.page.reload()
+    view = tab.views.first
+    expect(view.locator(".said")).to_have_count(4)
+    ends(view)
+    assert len(view.locator(".text").all_inner_texts()) == 4
+    tab.run_in_list(runs[1]["run"]).get_by_role("link").click()  # it is open: as a turn of this one
+    expect(tab.views).to_have_count(1)
+
+
+@needs("chromium")
+def test_what_is_said_back_and_refused_can_be_said_again(tab: Tab) -> None:
+    view = tab.start("Agent", "Conversation", message="How many tasks are there?")
+    ends(view)
+    answer = view.get_by_label("Your answer")
+    answer.fill("x" * 8001)
+    answer.press("Enter")
+    expect(view.get_by_role("alert")).to_contain_text("8000")
+    answer.fill("which of them have priority 4?")
+    answer.press("Enter")
+    expect(view.locator(".text").last).to_contain_text("Call the printer")
+    expect(view.locator(".said")).to_have_count(2)
+
+
+@needs("chromium")
+def test_enter_sends_where_one_text_is_asked_for(tab: Tab) -> None:
+    tab.choose("Chat", "One prompt")
+    prompt = tab.page.locator("#field-prompt")
+    prompt.fill("by Enter")
+    # The Enter that ends the choice of a character sends nothing.
+    prompt.dispatch_event("keydown", {"key": "Enter", "isComposing": True})
+    prompt.dispatch_event("keydown", {"key": "Enter", "keyCode": 229})
+    prompt.press("Shift+Enter")
+    expect(prompt).to_have_value("by Enter\n")
+    assert tab.views.count() == 0
+    prompt.press("Enter")
+    ends(tab.views.first)
+    tab.choose("Jobs", "Items")
+    items = tab.page.locator("#field-items")
+    items.fill("one")
+    items.press("Enter")
+    expect(items).to_have_value("one\n")
+    items.press("ControlOrMeta+Enter")
+    ends(tab.views.first)
+    expect(tab.views).to_have_count(2)
+
+
+@needs("chromium")
+def test_a_connection_that_is_cut_by_hand_resumes_and_a_fleeting_one_ends(tab: Tab) -> None:
+    view = tab.start("Jobs", "Job", steps="40", interval="0.05")
+    fleeting = tab.start("Basics", "Counter", count="1000", interval="0.05")
+    view.locator(".log li").nth(2).wait_for()
+    view.get_by_role("button", name="Cut the connection").click()
+    becomes(view, "cut")
+    fleeting.get_by_role("button", name="Cut the connection").click()
+    ends(fleeting, "lost")
+    expect(fleeting.locator(".remark")).to_contain_text("start it again")
+    ends(view)
+    note = view.locator(".cut-note").inner_text()
+    found = re.fullmatch(r"You cut the connection after event (\d+)\. It resumed with event (\d+)\.", note)
+    assert found is not None and int(found[2]) == int(found[1]) + 1, note
+    assert view.locator(".log span").all_inner_texts()[1:-1] == [f"step {n} of 40" for n in range(1, 41)]
+
+
+#: What is started and its code taken, and what both of its codes print.
+CODES: Final = [
+    ("Chat", "One prompt", {"prompt": 'it\'s $HOME\n`id` & "more"'}, "it's"),
+    ("Chat", "Conversation", {"content": 'it\'s $(id) \\ "<b>"'}, "$(id)"),
+    ("Agent", "Tool calls", {"query": "what is 6 * 7?"}, "42"),
+    ("Jobs", "Items", {"items": '["a\'b", "c"]'}, '"processed":2'),
+    ("Tasks", "Import a CSV", {"csv": "title\n@it's\n"}, '"imported":1'),
+    ("Basics", "Hello", FAST, "Server-Sent"),
+]
+
+
+@needs("chromium")
+def test_the_code_of_what_is_shown_does_the_same(tab: Tab) -> None:
+    for subject, stream, fields, said in CODES:
+        view = tab.start(subject, stream, **fields)
+        ends(view)
+        view.get_by_text("Code", exact=True).click()
+        view.locator(".code pre").first.wait_for()
+        codes = view.locator(".code pre").all_inner_texts()
+        curl, script = codes[0], codes[-1]
+        done = subprocess.run(["bash", "-c", f"{curl} -sS"], capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0 and said in done.stdout, f"{curl}\n{done.stdout}{done.stderr}"
+        with tab.page.expect_console_message(lambda message, said=said: said in message.text):  # type: ignore[misc]
+            tab.page.evaluate(f"async () => {{ {script} }}")
+        view.get_by_role("button", name=f"Close {stream}").click()
+
+
+@needs("chromium")
+def test_runs_are_listed_by_what_they_are_about_with_their_states_and_live_counts(tab: Tab, server: Server) -> None:
+    ends(tab.start("Chat", "One prompt", prompt="about penguins"))
+    done = tab.run_in_list(run_of(tab.views.first))
+    expect(done.get_by_role("link")).to_have_text("about penguins")
+    expect(done.locator(".badge")).to_have_text("completed")
+    view = tab.start("Jobs", "Job", steps="600", interval="0.05")
+    item = tab.run_in_list(run_of(view))
+    expect(item.locator(".badge")).to_have_text("running")
+    expect(tab.page.locator("#runs-summary [data-state=running]")).to_have_text("1 running")
+    colours = [row.locator(".badge").evaluate("node => getComputedStyle(node).color") for row in (done, item)]
+    assert colours[0] != colours[1]
+    tab.page.route("**/runs", lambda route: route.abort())  # the list can't be asked for any more
+    before = item.locator(".events-so-far").inner_text()
+    expect(item.locator(".events-so-far")).not_to_have_text(before)
+    tab.page.unroute("**/runs")
+    view.get_by_role("button", name="Cancel").click()
+    ends(view, "cancelled")
+    expect(item.locator(".badge")).to_have_text("cancelled")
+
+
+@needs("chromium")
+def test_where_there_are_no_tasks_some_are_offered_and_the_first_question_finds_something(
+    shared: BrowserContext, tmp_path: Path
+) -> None:
+    with serve(tmp_path, env={"SSEAPP_MOCK_DELAY_S": "0"}) as server:
+        tab = Tab(shared, server.url)
+        offer = tab.page.get_by_role("button", name="Add six samples")
+        offer.wait_for()
+        tab.page.get_by_role("button", name="Start").click()
+        ends(tab.views.first)
+        assert "8760" in text_of(tab.views.first)
+        offer.click()
+        expect(offer).to_have_count(0)
+        expect(tab.page.locator("#field-query")).to_have_value(re.compile("priority 5"))
+        tab.page.get_by_role("button", name="Start").click()
+        expect(tab.views.first.locator(".text")).to_contain_text("I found 2 tasks")
+        tab.page.close()
+        assert tab.complaints == []
+
+
+@needs("chromium")
+def test_the_docs_are_shown_with_nothing_left_of_their_markdown_and_links_that_lead_somewhere(
+    shared: BrowserContext, server: Server
+) -> None:
+    tab = Tab(shared, server.url)
+    assert tab.page.get_by_role("link", name="Docs").get_attribute("href") == "docs"
+    anchors: dict[str, set[str]] = {}
+    links: set[tuple[str, str]] = set()
+    for page in server.client.get("/docs/pages.json").json():
+        name, source = page["name"], server.client.get(f"/docs/{page['name']}.md").text
+        tab.page.goto(f"{server.url}/docs?page={name}")
+        expect(tab.page.locator("#doc h1")).to_have_text(page["title"])
+        shown = tab.page.locator("#doc")
+        assert shown.locator("h1, h2, h3").count() == len(re.findall(r"^#{1,3} ", unfenced(source), re.MULTILINE)), name
+        assert shown.locator("pre").count() >= source.count("\n```") / 2, name
+        left = shown.evaluate(
+            """node => { const copy = node.cloneNode(true)
+            copy.querySelectorAll("code").forEach((code) => code.remove()); return copy.textContent }"""
+        )
+        assert re.findall(r"\*\*|`|\]\(|^\s*\||^#", left, re.MULTILINE) == [], name
+        anchors[name] = set(shown.locator("[id]").evaluate_all("nodes => nodes.map((node) => node.id)"))
+        for href in shown.locator("a").evaluate_all("nodes => nodes.map((node) => node.getAttribute('href'))"):
+            if not href.startswith("https:"):
+                to, _, section = href.partition("#")
+                links.add((to.removeprefix("?page=") or name, section))
+    assert len(links) > 5
+    assert [(to, section) for to, section in links if section and section not in anchors[to]] == []
+    assert {to for to, _ in links} <= anchors.keys()
+    tab.look("light", {"width": 390, "height": 844}, "docs-narrow")
+    tab.page.goto(f"{server.url}/docs?page=<b>none")
+    expect(tab.page.locator("#doc")).to_have_text("there is no page <b>none")
+    tab.page.close()
+    assert tab.complaints == []
+
+
+def unfenced(markdown: str) -> str:
+    return re.sub(r"^```.*?^```$", "", markdown, flags=re.MULTILINE | re.DOTALL)
 
 
 @needs("chromium")
@@ -459,10 +739,10 @@ def test_a_soft_refusal_is_not_counted_as_a_resumption(shared: BrowserContext, t
 
 @needs("chromium")
 def test_a_finished_run_is_opened_again_and_deleted(tab: Tab) -> None:
-    view = tab.start("Chat", "Messages", content="once more")
+    view = tab.start("Chat", "Conversation", content="once more")
     ends(view)
     run = run_of(view)
-    view.get_by_role("button", name="Close Messages").click()
+    view.get_by_role("button", name="Close Conversation").click()
     item = tab.run_in_list(run)
     expect(item.locator(".badge")).to_have_text("completed")
     item.get_by_role("link").click()
@@ -549,7 +829,7 @@ def test_a_stream_is_started_and_closed_by_the_keyboard_alone(tab: Tab) -> None:
     tab.page.locator(".subject input").first.focus()
     keys.press("ArrowRight")  # Chat
     keys.press("Tab")
-    keys.press("ArrowDown")  # Messages
+    keys.press("ArrowDown")  # Conversation
     keys.press("Tab")
     keys.press("Tab")
     expect(tab.page.locator("#field-content")).to_be_focused()
@@ -565,41 +845,6 @@ def test_a_stream_is_started_and_closed_by_the_keyboard_alone(tab: Tab) -> None:
         keys.press("Tab")
     keys.press("Enter")
     expect(tab.views).to_have_count(0)
-
-
-@needs("chromium")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_at_work_wide_and_narrow(browser: Browser, slow: Server, scheme: Any) -> None:
-    """Nothing is wider than the screen. The pictures are of this."""
-    for run in slow.client.get("/runs").json()["runs"]:
-        slow.client.delete(f"/runs/{run['run']}")
-    context = browser.new_context(
-        viewport={"width": 1280, "height": 1060}, color_scheme=scheme, reduced_motion="reduce", device_scale_factor=1
-    )
-    tab = Tab(context, slow.url)
-    if scheme == "light":  # the one of README
-        ends(tab.start("Tasks", "Import a CSV"))
-    notifications = tab.start("Topics", "Notifications")
-    for said in ('{"title": "Backup", "text": "All machines are saved"}', "The report is ready"):
-        notifications.get_by_label("Text or JSON to publish").fill(said)
-        notifications.get_by_role("button", name="Publish").click()
-        expect(notifications.get_by_label("Text or JSON to publish")).to_have_value("")
-    ends(tab.start("Jobs", "Report, with its log"))
-    job = tab.start("Jobs", "Job", steps="60", interval="0.1")
-    prompt = "what comes over this line is kept, so that a page which loses it goes on where it was"
-    chat = tab.start("Chat", "One prompt", prompt=" and ".join([prompt] * 6))
-    ends(tab.start("Agent", "Tool calls"))
-    expect(job.locator(".bar .step")).to_have_text(re.compile(r"[1-6]\d of 60|60 steps"))
-    expect(chat.locator(".text")).to_contain_text("goes on where it was")
-    tab.picture(f"page-{scheme}")
-    assert tab.page.locator(".text").first.evaluate("node => getComputedStyle(node, '::after').animationName") == "none"
-    tab.page.set_viewport_size({"width": 360, "height": 740})
-    for details in tab.page.locator(".events summary").all():
-        details.click()
-    assert tab.page.evaluate("document.documentElement.scrollWidth") == 360
-    tab.picture(f"narrow-{scheme}", full_page=True)
-    context.close()
-    assert tab.complaints == []
 
 
 @needs("chromium")
@@ -624,7 +869,12 @@ def test_a_models_reasoning_is_shown_apart_from_its_answer(shared: BrowserContex
         call.send(FIRST, *(chunk({"reasoning": text}) for text in ("1", "2")), token("Hi"), STOP, USAGE, DONE)
         call.end()
 
-    streams = [("Chat", "One prompt"), ("Chat", "Messages"), ("Agent", "Steps and answer"), ("Agent", "Conversation")]
+    streams = [
+        ("Chat", "One prompt"),
+        ("Chat", "Conversation"),
+        ("Agent", "Steps and answer"),
+        ("Agent", "Conversation"),
+    ]
     with serve_upstream() as upstream, serve(tmp_path, env={"OPENAI_BASE_URL": upstream.url}) as server:
         upstream.plan(*[script] * len(streams))
         tab = Tab(shared, server.url)
@@ -659,8 +909,7 @@ def test_what_a_token_may_not_is_said_where_it_was_tried(shared: BrowserContext,
     token = add_token(tmp_path / "tokens", "ann", may=["subscribe:topics/news"])
     with serve(tmp_path / "data", env={"SSEAPP_TOKENS_FILE": str(tmp_path / "tokens")}) as server:
         tab = Tab(shared, server.url)
-        log_in = "(token) => fetch('/session', {method: 'POST', headers: {authorization: `Bearer ${token}`}})"
-        tab.page.evaluate(f"async (token) => {{ await ({log_in})(token) }}", token)
+        tab.sign_in(token)
         tab.choose("Topics", "Topic")
         tab.fill(name="orders")
         tab.page.get_by_role("button", name="Start").click()
@@ -671,6 +920,48 @@ def test_what_a_token_may_not_is_said_where_it_was_tried(shared: BrowserContext,
         view.get_by_role("button", name="Publish").click()
         expect(view.get_by_role("alert")).to_contain_text("publish:topics/news")
         becomes(view, "open")
-        tab.page.evaluate("fetch('/session', {method: 'DELETE'})")
+        tab.page.get_by_role("button", name="Sign out").click()
+        tab.page.close()
+        assert tab.complaints == []
+
+
+@needs("chromium")
+def test_signing_in_and_out(shared: BrowserContext, tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    ann, bob = add_token(path, "ann"), add_token(path, "bob")
+    with serve(tmp_path / "data", env={"SSEAPP_TOKENS_FILE": str(path), "SSEAPP_MOCK_DELAY_S": "0"}) as server:
+        tab = Tab(shared, server.url)
+        who, alert = tab.page.locator("#who"), tab.page.locator("#door").get_by_role("alert")
+        for wrong, why in ((f"{ann}x", "this token is not one"), ("\u20ac", "this is not a token")):
+            tab.sign_in(wrong)
+            expect(alert).to_contain_text(why)
+        tab.sign_in(ann)
+        expect(who).to_contain_text("Signed in as ann")
+        view = tab.start("Chat", "One prompt", prompt="for ann only")
+        ends(view)
+        view.get_by_text("Code", exact=True).click()
+        expect(view.locator(".code pre").first).to_contain_text('-H "authorization: Bearer $TOKEN"')
+        assert ann not in tab.page.content()
+        tab.page.reload()
+        expect(who).to_contain_text("Signed in as ann")
+        ends(tab.views.first)
+        tab.page.get_by_role("button", name="Sign out").click()
+        expect(tab.page.locator("#token")).to_be_focused()
+        expect(tab.views).to_have_count(0)
+        expect(tab.page.locator(".runs li")).to_have_count(0)
+        assert not tab.page.get_by_text("for ann only").count()
+        tab.sign_in(bob)
+        expect(who).to_contain_text("Signed in as bob")
+        expect(tab.page.locator("#runs .hint")).to_have_text(re.compile("None yet"))
+        tab.page.evaluate(
+            "(token) => fetch('/session', {method: 'POST', headers: {authorization: `Bearer ${token}`}})", ann
+        )
+        tab.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as from another tab
+        expect(who).to_contain_text("Signed in as ann")
+        expect(tab.page.locator(".runs li")).to_have_count(1)
+        revoke_tokens(path, "ann")
+        tab.page.get_by_role("button", name="Start").click()
+        expect(alert).to_contain_text("You are signed out")
+        expect(who).to_contain_text("Signed out")
         tab.page.close()
         assert tab.complaints == []

@@ -302,6 +302,19 @@ def resuming(id: str, **headers: str) -> dict[str, str]:
 # The first request
 
 
+async def test_a_run_tells_its_caller_what_it_is_about(house: House) -> None:
+    """In one line of a bounded length; somebody else's run is told of to nobody."""
+    about = Run(about=lambda request: request.query_params.get("said", ""))
+    ann, bob = {"x-caller": "ann"}, {"x-caller": "bob"}
+    async with house.open(GET("/work", count, run=about), COUNT) as app:
+        for said, line in (("two%20%0A lines", "two lines"), ("x" * 5000, "x" * 199 + "…"), ("", "")):
+            run = await start(app, f"/work?said={said}", headers=ann)
+            assert (await ask(app, f"/runs/{run}", headers=ann)).json["about"] == line
+            assert await refused(app, f"/runs/{run}", headers=bob) == (404, "not_found")
+        assert (await ask(app, "/runs", headers=ann)).json["runs"][-1]["about"] == "two lines"
+        assert (await ask(app, "/runs", headers=bob)).json == {"runs": []}
+
+
 async def test_the_first_request_starts_a_run_and_streams_it_from_its_start(house: House) -> None:
     async with house.open(COUNT) as app:
         answer = await ask(app, "/count")
@@ -795,6 +808,7 @@ async def test_the_state_of_a_run(house: House, work: Work) -> None:
             assert answer.json == {
                 "run": reading.run,
                 "route": "GET /work",
+                "about": "",
                 "state": "running",
                 "created": now,
                 "updated": now,

@@ -1,7 +1,8 @@
-"""The page at `/`: every kind of stream of the service, to start and to watch.
+"""The page at `/`: every kind of stream of the service, to start and to watch; and the docs at `/docs`.
 
-Plain HTML, CSS and JavaScript modules, as they lie in this folder. They are read once, when the service starts; a
-request's path is looked up among their names and never reaches the file system.
+Plain HTML, CSS and JavaScript modules, as they lie in this folder, and the Markdown files of the folder `docs`. They
+are read once, when the service starts; a request's path is looked up among their names and never reaches the file
+system.
 """
 
 import hashlib
@@ -11,8 +12,9 @@ from typing import Final, NamedTuple
 
 from ssecore.errors import NotFound
 from ssecore.request import Request
-from ssecore.responses import Response
+from ssecore.responses import JSON, Response
 from ssecore.routes import GET
+from ssecore.wire import encode_json
 
 __all__ = ["ROUTES"]
 
@@ -27,6 +29,7 @@ MEDIA_TYPES: Final = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
+    ".md": "text/plain; charset=utf-8",  # browsers save a text/markdown
     ".svg": "image/svg+xml",
     ".ts": "text/plain; charset=utf-8",  # types, beside their module
 }
@@ -38,9 +41,20 @@ class _File(NamedTuple):
     etag: str
 
 
+def _file(body: bytes, media_type: str) -> _File:
+    return _File(body, media_type, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+
+
 def _read(path: Path) -> _File:
-    body = path.read_bytes()
-    return _File(body, MEDIA_TYPES[path.suffix], f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+    return _file(path.read_bytes(), MEDIA_TYPES[path.suffix])
+
+
+def _with_list(docs: dict[str, _File]) -> dict[str, _File]:
+    """And `pages.json`: their names and first headings, in the order in which one reads them."""
+    names = sorted(docs, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+    titles = {name: docs[name].body.decode().partition("\n")[0].lstrip("# ") for name in names}
+    pages = [{"name": name.removesuffix(".md"), "title": title} for name, title in titles.items()]
+    return {**docs, "pages.json": _file(encode_json(pages), "application/json")}
 
 
 _FOLDER: Final = Path(__file__).parent
@@ -48,10 +62,32 @@ _PAGE: Final = _read(_FOLDER / "index.html")
 _STATIC: Final[Mapping[str, _File]] = {
     path.name: _read(path) for path in (_FOLDER / "static").iterdir() if path.suffix in MEDIA_TYPES
 }
+_DOCS_PAGE: Final = _read(_FOLDER / "docs.html")
+#: Where one begins; the others follow by name.
+_FIRST: Final = ("quickstart.md", "handlers.md", "runs.md")
+_DOCS: Final = _with_list({path.name: _read(path) for path in (_FOLDER.parent.parent / "docs").glob("*.md")})
 
 
 async def index(request: Request) -> Response:
     return _answer(request, _PAGE)
+
+
+async def docs(request: Request) -> Response:
+    return _answer(request, _DOCS_PAGE)
+
+
+async def doc(request: Request, name: str) -> Response:
+    file = _DOCS.get(name)
+    if file is None:
+        raise NotFound("there is no such page")
+    return _answer(request, file)
+
+
+async def session(request: Request) -> Response:
+    """Who asks, for the page's head: 401 where somebody has to sign in, and no name where nobody has to."""
+    credential = request.credential
+    expires = credential.entry.expires if credential is not None else None
+    return JSON({"caller": request.caller, "expires": expires}, headers={"cache-control": "no-store"})
 
 
 async def static(request: Request, name: str) -> Response:
@@ -79,4 +115,10 @@ def _answer(request: Request, file: _File) -> Response:
     return Response(file.body, media_type=file.media_type, headers=headers)
 
 
-ROUTES = [GET("/", index, open=True), GET("/static/{name}", static, open=True)]
+ROUTES = [
+    GET("/", index, open=True),
+    GET("/static/{name}", static, open=True),
+    GET("/docs", docs, open=True),
+    GET("/docs/{name}", doc, open=True),
+    GET("/session", session),
+]

@@ -30,12 +30,15 @@ export class Board {
   /**
    * @param {HTMLElement} place
    * @param {object} hooks
-   * @param {() => void} hooks.onEvent
+   * @param {(view: View) => void} hooks.onEvent
    * @param {(live: number, most: number, waiting: number) => void} hooks.onCount
    * @param {(text: string) => void} hooks.announce
    * @param {() => void} hooks.onRuns the list of runs may have changed
    * @param {(target: object) => void} hooks.onRun a run is known by its id
    * @param {(view: View) => void} hooks.onClose
+   * @param {(view: View) => void} hooks.onEnd
+   * @param {() => boolean} hooks.signedIn the service wants a token
+   * @param {(target: object, said: string, turns: object[]) => Promise<object>} hooks.next of a conversation
    */
   constructor(place, hooks) {
     this.place = place
@@ -49,7 +52,16 @@ export class Board {
     this.#changed()
   }
 
-  onEvent = () => this.hooks.onEvent()
+  get signedIn() {
+    return this.hooks.signedIn()
+  }
+
+  /** The next turn of a conversation; rejected with a `Problem`. */
+  next(target, said, turns) {
+    return this.hooks.next(target, said, turns)
+  }
+
+  onEvent = (view) => this.hooks.onEvent(view)
 
   /** A view has learnt the id that its stream is found by. */
   onKnown(view) {
@@ -66,7 +78,10 @@ export class Board {
     if (view.said !== state && this.#views.includes(view)) {
       view.said = state
       if (["ended", "reconnecting", "paused"].includes(state)) this.hooks.announce(`${view.target.title}: ${outcome || state}`)
-      if (state === "ended") this.hooks.onRuns()
+      if (state === "ended") {
+        this.hooks.onRuns()
+        this.hooks.onEnd(view)
+      }
     }
     this.#changed()
   }
@@ -78,7 +93,7 @@ export class Board {
    * @returns {Promise<View>} rejected with a `Problem` where it is refused at once; then nothing is left of it
    */
   async open(target, restored = false) {
-    const known = target.run ? this.#views.find((view) => view.target.run === target.run) : null
+    const known = target.run ? this.#views.find((view) => view.shows(target.run)) : null
     if (known) {
       known.element.focus()
       return known
@@ -124,6 +139,10 @@ export class Board {
     this.#save()
     this.#changed()
     this.hooks.onClose(view)
+  }
+
+  closeAll() {
+    for (const view of [...this.#views]) this.close(view)
   }
 
   /** What was open before the reload, oldest first so that the order is the same. */

@@ -11,6 +11,8 @@
  * @property {string} label
  * @property {"text" | "number" | "select" | "area" | "file"} [kind]
  * @property {string} [value] what stands there at first
+ * @property {string} [bare] the same, where there are no tasks to ask about
+ * @property {boolean} [lines] each line is one of several: Enter ends a line, and doesn't send
  * @property {string} [hint]
  * @property {string[]} [options]
  * @property {string} [step]
@@ -23,7 +25,9 @@
  *   with it. view: of a run that is there. topic: others write to it. link: a file.
  * @property {string} says
  * @property {Field[]} fields
- * @property {(values: Record<string, any>) => any} [body] what is sent as JSON; a Blob is sent as it is
+ * @property {(values: Record<string, any>, turns: {said: string, answer: string}[]) => any} [body] what is sent as
+ *   JSON; a Blob is sent as it is. `turns` is what was said before
+ * @property {string} [talks] a conversation: the field that holds what is said next
  * @property {string} [mediaType] of a Blob
  */
 
@@ -32,7 +36,12 @@ import { newKey } from "./service.js"
 const number = (name, label, value, more = {}) => ({ name, label, value, kind: "number", step: "any", ...more })
 const PACE = number("interval", "Seconds between events", "0.4")
 const STATUS = { name: "status", label: "Status", kind: "select", options: ["", "open", "doing", "done"] }
-const QUERY = { name: "query", label: "Question", kind: "area", value: "What is the date, and which open tasks have priority 5?" }
+const QUERY = {
+  name: "query", label: "Question", kind: "area",
+  value: "What is the date, and which open tasks have priority 5?", bare: "What is the date, and how much is 365 * 24?",
+}
+/** A conversation grows with each turn; the service takes a hundred messages. */
+const MOST_TURNS = 20
 
 const SAMPLE = `title,description,status,priority,due
 Renew the certificate,The one of the mail server,open,5,2026-12-01
@@ -42,6 +51,18 @@ Order new chairs,For the small room,open,2,2027-01-15
 Archive last year's invoices,,done,1,
 Test the backup,Restore one machine from it,open,5,2026-11-30
 `
+
+/** What imports the sample; where there are no tasks the page offers it. */
+export const IMPORT = {
+  id: "import", name: "Import a CSV", route: "POST /tasks/import", life: "run",
+  says: "Rows into the tasks database, a hundred at a time; bad rows are named.",
+  fields: [
+    { name: "file", label: "File", kind: "file", hint: "Or the rows below." },
+    { name: "csv", label: "Rows", kind: "area", lines: true, value: SAMPLE },
+  ],
+  body: ({ file, csv = "" }) => file ?? new Blob([csv]),
+  mediaType: "text/csv",
+}
 
 /** @type {{name: string, streams: Stream[]}[]} */
 export const GROUPS = [
@@ -61,10 +82,10 @@ export const GROUPS = [
         says: "The same agent, with each tool that it calls and what came back.",
       },
       {
-        id: "session", name: "Conversation", route: "POST /api/chat", life: "run",
-        says: "Names its sources. With a session it remembers what was said before.",
+        id: "session", name: "Conversation", route: "POST /api/chat", life: "run", talks: "message",
+        says: "Names its sources. The service remembers what was said in a session.",
         fields: [
-          { name: "message", label: "Message", kind: "area", value: "How many tasks are there by status?" },
+          { name: "message", label: "Message", kind: "area", value: "How many tasks are there by status?", bare: "How much is 365 * 24?" },
           { name: "session_id", label: "Session", value: newKey(), hint: "The same one goes on with the same conversation." },
         ],
         body: (values) => values,
@@ -80,14 +101,18 @@ export const GROUPS = [
         fields: [{ name: "prompt", label: "Prompt", kind: "area", value: "Tell me about server-sent events" }],
       },
       {
-        id: "messages", name: "Messages", route: "POST /chat/stream", life: "run",
-        says: "The same model, with an instruction ahead.",
+        id: "messages", name: "Conversation", route: "POST /chat/stream", life: "run", talks: "content",
+        says: "The same model, with an instruction ahead. Each turn sends all that was said before.",
         fields: [
           { name: "system", label: "Instruction", value: "Answer in one sentence." },
           { name: "content", label: "Message", kind: "area", value: "What is backpressure?" },
         ],
-        body: ({ system, content = "" }) => [
+        body: ({ system, content = "" }, turns) => [
           ...(system ? [{ role: "system", content: system }] : []),
+          ...turns.slice(-MOST_TURNS).flatMap(({ said, answer }) => [
+            { role: "user", content: said },
+            { role: "assistant", content: answer },
+          ]),
           { role: "user", content },
         ],
       },
@@ -96,16 +121,7 @@ export const GROUPS = [
   {
     name: "Tasks",
     streams: [
-      {
-        id: "import", name: "Import a CSV", route: "POST /tasks/import", life: "run",
-        says: "Rows into the tasks database, a hundred at a time; bad rows are named.",
-        fields: [
-          { name: "file", label: "File", kind: "file", hint: "Or the rows below." },
-          { name: "csv", label: "Rows", kind: "area", value: SAMPLE },
-        ],
-        body: ({ file, csv = "" }) => file ?? new Blob([csv]),
-        mediaType: "text/csv",
-      },
+      IMPORT,
       {
         id: "tasks", name: "List", route: "GET /tasks/stream", life: "fleeting",
         says: "Rows as the database gives them.",
@@ -152,7 +168,7 @@ export const GROUPS = [
       {
         id: "items", name: "Items", route: "POST /process", life: "run",
         says: "Each line's SHA-256 and length.",
-        fields: [{ name: "items", label: "Items", kind: "area", value: "one\ntwo\nthree", hint: "A line each, or a JSON list." }],
+        fields: [{ name: "items", label: "Items", kind: "area", lines: true, value: "one\ntwo\nthree", hint: "A line each, or a JSON list." }],
         body: ({ items = "" }) => (items.trim().startsWith("[") ? raw(items) : items.split("\n").filter(Boolean)),
       },
     ],

@@ -5,8 +5,9 @@
  * and life after an answer that `EventSource` takes as final (a proxy's 502), which it tells from the end of a run, or
  * from a refusal, by asking once with `fetch`.
  *
- * States: starting → connecting → open ⇄ reconnecting → ended; waiting (for a slot) and paused besides. An end has an outcome:
- * completed, failed, cancelled, or lost (a fleeting stream that was cut: to reconnect would run it again).
+ * States: starting → connecting → open ⇄ reconnecting → ended; waiting (for a slot), paused, and cut (by somebody who
+ * wants to see what becomes of it) besides. An end has an outcome: completed, failed, cancelled, or lost (a fleeting
+ * stream that was cut: to reconnect would run it again).
  */
 
 import { Problem } from "./service.js"
@@ -17,6 +18,8 @@ const NAMES = [
   "countdown", "task", "item_error", "log", "result", "update", "config", "notification", "heartbeat", "gap",
   "complete", "done", "cancelled",
 ]
+/** How long a connection that was cut by hand is away: long enough to be seen. */
+export const CUT_MS = 2000
 /** The first pause before asking again, doubled up to the last. */
 const RETRY_MS = [1000, 15000]
 
@@ -54,7 +57,7 @@ export class Connection {
   }
 
   get live() {
-    return ["connecting", "open", "reconnecting"].includes(this.state)
+    return ["connecting", "open", "reconnecting", "cut"].includes(this.state)
   }
 
   open() {
@@ -77,6 +80,17 @@ export class Connection {
     this.#listening.add(name)
     const source = this.#source
     source?.addEventListener(name, (event) => this.#heard(source, event))
+  }
+
+  /** Close the connection in the middle, as a tunnel does, and come back later with the last id. */
+  cut() {
+    if (this.state !== "open") return
+    this.#close()
+    if (this.fleeting) this.end("lost")
+    else {
+      this.#set("cut")
+      this.#timer = setTimeout(() => this.open(), CUT_MS)
+    }
   }
 
   /** @param {"paused" | "waiting"} state */

@@ -33,6 +33,20 @@ export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text
 }
 
+/**
+ * Enter sends where `sends`, else Ctrl+Enter or Cmd+Enter only. Not the Enter that ends the choice of a character
+ * (Japanese, Chinese, Korean): Safari has ended the composition by then, and tells by the key's code.
+ */
+export function onEnter(input, sends, act) {
+  if (sends) input.setAttribute("enterkeyhint", "send")
+  input.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.isComposing || event.keyCode === 229) return
+    if (event.shiftKey || event.altKey || !(sends || event.ctrlKey || event.metaKey)) return
+    event.preventDefault()
+    act()
+  })
+}
+
 /** @param {Date | string | number} [time] */
 export function clock(time = new Date()) {
   const date = new Date(time)

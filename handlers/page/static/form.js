@@ -1,7 +1,7 @@
 /** The form that starts a stream: a subject, one of its streams, its fields. What the service refuses is said there. */
 
 import { GROUPS } from "./catalog.js"
-import { element, setText } from "./dom.js"
+import { element, onEnter, setText } from "./dom.js"
 import { Problem } from "./service.js"
 import { save, start } from "./start.js"
 
@@ -16,6 +16,7 @@ const LIVES = {
 export class StartForm {
   #inputs = new Map()
   #stream = null
+  #bare = false
 
   /** @param {(target: import("./view.js").Target, values: object) => Promise<void>} onStart rejected with a `Problem` */
   constructor(place, onStart) {
@@ -30,7 +31,8 @@ export class StartForm {
     this.button = element("button", { type: "submit", class: "primary" }, "Start")
     const head = element("div", { class: "chosen" }, this.says, element("p", { class: "route" }, this.route, this.life))
     this.form = element("form", { novalidate: true, autocomplete: "off" })
-    this.form.append(this.subjects, this.streams, head, this.fields, this.error, this.button)
+    this.offered = element("div", { class: "offer", role: "status", hidden: true })
+    this.form.append(this.subjects, this.streams, head, this.offered, this.fields, this.error, this.button)
     this.form.addEventListener("submit", (event) => {
       event.preventDefault()
       this.#submit()
@@ -56,7 +58,10 @@ export class StartForm {
   }
 
   #field(field) {
-    const { name, label, kind = "text", value = "", hint, options, step } = field
+    const { name, label, kind = "text", lines = false, options, step } = field
+    const value = (this.#bare && field.bare) || (field.value ?? "")
+    const sends = kind === "area" && !lines
+    const hint = field.hint ?? (sends ? "Enter sends, Shift+Enter begins a new line." : "")
     const id = `field-${name}`
     const about = `${id}-about`
     const common = { id, name, "aria-describedby": about }
@@ -65,20 +70,35 @@ export class StartForm {
       const items = options.map((option) => element("option", { value: option }, option || "any"))
       input = element("select", common, ...items)
     } else if (kind === "area") {
-      input = element("textarea", { ...common, rows: value.includes("\n") ? "6" : "2" })
+      input = element("textarea", { ...common, rows: lines ? "6" : "2", class: lines ? "lines" : null })
       input.value = value
     } else {
       input = element("input", { ...common, type: kind, step: kind === "number" ? step : null })
       if (kind === "file") input.accept = ".csv,text/csv"
       else input.value = value
     }
-    input.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.requestSubmit()
-    })
-    const said = element("p", { id: about, class: "hint" }, hint ?? "")
-    this.#inputs.set(name, { input, said, hint: hint ?? "" })
+    if (kind === "area") onEnter(input, sends, () => this.form.requestSubmit())
+    const said = element("p", { id: about, class: "hint" }, hint)
+    this.#inputs.set(name, { input, said, hint })
     const box = element("div", { class: "field", "data-kind": kind }, element("label", { for: id }, label), input, said)
     return box
+  }
+
+  /** Something to do first, by one click; null takes the offer away. */
+  offer(text, label, act) {
+    this.offered.replaceChildren(
+      ...(text ? [element("p", {}, text), element("button", { type: "button", onclick: act }, label)] : []),
+    )
+    this.offered.hidden = !text
+  }
+
+  /** Whether there are no tasks to ask about. A question that somebody has changed stays. */
+  set bare(bare) {
+    this.#bare = bare
+    for (const { name, value, bare: other } of this.#stream.fields) {
+      const { input } = this.#inputs.get(name)
+      if (other && [value, other].includes(input.value)) input.value = bare ? other : value
+    }
   }
 
   #values() {
@@ -96,7 +116,7 @@ export class StartForm {
   async #submit() {
     if (this.button.ariaBusy === "true") return
     this.button.ariaBusy = "true" // not `disabled`, which would take the focus away
-    this.#clear()
+    this.clear()
     try {
       const values = this.#values()
       if (this.#stream.life === "link") await save(this.#stream, values)
@@ -109,7 +129,8 @@ export class StartForm {
     }
   }
 
-  #clear() {
+  /** What was refused is forgotten. */
+  clear() {
     setText(this.error, "")
     for (const { input, said, hint } of this.#inputs.values()) {
       input.removeAttribute("aria-invalid")

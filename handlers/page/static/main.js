@@ -1,19 +1,28 @@
-/** The page: the form, the board of open streams and the list of runs, each knowing nothing of the others. */
+/** The page: the form, the board of open streams, the list of runs and the session, each knowing nothing of the others. */
 
 import { Board } from "./board.js"
-import { GROUPS } from "./catalog.js"
+import { GROUPS, IMPORT } from "./catalog.js"
 import { Chart } from "./chart.js"
 import { setText } from "./dom.js"
 import { StartForm } from "./form.js"
 import { RunList } from "./runs.js"
-import { call } from "./service.js"
+import { Problem, call } from "./service.js"
+import { Session } from "./session.js"
+import { start } from "./start.js"
 
 const at = (id) => document.getElementById(id)
+const STREAMS = GROUPS.flatMap((group) => group.streams)
 
 const chart = new Chart(at("chart"))
-const runs = new RunList(at("runs"), (run) => board.open(targetOf(run)).catch((problem) => runs.say(problem.message)))
+const runs = new RunList(at("runs"), at("runs-summary"), {
+  onOpen: (run) => board.open(targetOf(run)).catch((problem) => runs.say(problem.message)),
+  nameOf: (declared) => streamOf(declared)?.name ?? plainRoute(declared),
+})
 const board = new Board(at("streams"), {
-  onEvent: () => chart.count(),
+  onEvent: ({ target, connection }) => {
+    chart.count()
+    if (target.run) runs.count(target.run, Number(connection.lastId.split(".")[1] ?? 0))
+  },
   onCount: (live, most, waiting) =>
     setText(at("connections"), `${live} of ${most} connections${waiting ? `, ${waiting} waiting` : ""}`),
   announce: (text) => setText(at("announcer"), text),
@@ -22,20 +31,70 @@ const board = new Board(at("streams"), {
   onClose: (view) => {
     if (view.target.run && location.hash === `#run=${view.target.run}`) history.replaceState(null, "", location.pathname)
   },
+  onEnd: (view) => {
+    if (view.target.route === IMPORT.route) lookForTasks()
+  },
+  signedIn: () => session.caller !== null,
+  next: (target, said, turns) => {
+    const stream = STREAMS.find(({ id }) => id === target.talks)
+    return start(stream, { ...target.values, [stream.talks]: said }, turns)
+  },
 })
 
-new StartForm(at("start"), async (target, values) => {
+const form = new StartForm(at("start"), async (target, values) => {
   const view = await board.open(target)
   for (const name of (values.listen ?? "").split(",")) view.connection.listen(name.trim())
   runs.refresh()
 })
 
+let restored = false
+const session = new Session(at("who"), at("door"), {
+  onEnter: () => {
+    if (!restored) board.restore()
+    restored = true
+    form.clear()
+    openLinked()
+    runs.refresh()
+    lookForTasks()
+  },
+  onLeave: () => {
+    board.closeAll()
+    runs.clear()
+  },
+})
+
+/** An agent that finds nothing says little: where there are no tasks, some are offered. */
+async function lookForTasks() {
+  let rows = ""
+  try {
+    rows = await (await call("tasks/stream?limit=1")).text()
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem
+    return
+  }
+  const bare = !rows.includes("event: task\n")
+  form.bare = bare
+  form.offer(bare ? "There are no tasks yet. The agent looks for them, and lists them." : null, "Add six samples", async () => {
+    try {
+      await board.open(await start(IMPORT, { csv: IMPORT.fields.find(({ name }) => name === "csv").value }))
+    } catch (problem) {
+      runs.say(problem.message)
+    }
+  })
+}
+
+const plainRoute = (declared) => declared.replaceAll(/:\w+}/g, "}") // {task_id:int}
+
+function streamOf(declared) {
+  return STREAMS.find((stream) => stream.route === plainRoute(declared))
+}
+
 /** A run that is there, read again from its start. */
-function targetOf({ run, route: declared }) {
-  const route = declared.replaceAll(/:\w+}/g, "}") // {task_id:int}
-  const title = GROUPS.flatMap((group) => group.streams).find((stream) => stream.route === route)?.name ?? "Run"
+function targetOf({ run, route: declared, about = "" }) {
+  const route = plainRoute(declared)
+  const title = streamOf(declared)?.name ?? "Run"
   const url = route === "POST /jobs" ? `jobs/${run}/progress` : `runs/${run}/events`
-  return { title, about: "", route, life: "run", url, run }
+  return { title, about, route, life: "run", url, run }
 }
 
 /** `#run=<id>`: a link to a run, for another tab. */
@@ -50,6 +109,4 @@ async function openLinked() {
 }
 
 window.addEventListener("hashchange", openLinked)
-board.restore()
-openLinked()
-runs.refresh()
+session.ask()

@@ -105,10 +105,19 @@ export class Text {
   }
 
   flush() {
+    if (!this.#pieces.length) return
+    const { element } = this
+    const follows = element.scrollTop + element.clientHeight >= element.scrollHeight - 8
     this.#node.appendData(this.#pieces.join(""))
     this.#pieces = []
     const over = this.#node.length - MOST_CHARACTERS
     if (over > 0) this.#node.deleteData(0, over)
+    if (follows) element.scrollTop = element.scrollHeight
+  }
+
+  /** All of it so far. */
+  get text() {
+    return this.#node.data + this.#pieces.join("")
   }
 
   /** The whole text, where an event repeats it. */

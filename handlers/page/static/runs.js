@@ -22,9 +22,15 @@ export class RunList {
   #asking = false
   #again = false
 
-  /** @param {(run: {run: string, route: string}) => void} onOpen */
-  constructor(place, onOpen) {
-    this.onOpen = onOpen
+  /**
+   * @param {HTMLElement} place
+   * @param {HTMLElement} summary how many there are, by state
+   * @param {object} hooks
+   * @param {(run: {run: string, route: string}) => void} hooks.onOpen
+   * @param {(route: string) => string} hooks.nameOf a route, as people know it
+   */
+  constructor(place, summary, { onOpen, nameOf }) {
+    Object.assign(this, { summary, onOpen, nameOf })
     this.list = element("ol", { class: "runs" })
     this.note = element("p", { class: "hint" })
     this.complaint = element("p", { class: "error", role: "alert" })
@@ -41,6 +47,24 @@ export class RunList {
   remember({ run, route, title }) {
     const others = kept().filter((other) => other.run !== run)
     keep([{ run, route, title }, ...others])
+  }
+
+  /** Events that were seen on the page: the list is asked for each few seconds only. */
+  count(run, events) {
+    const known = this.#runs.find((other) => other.run === run)
+    if (!known || known.events >= events) return
+    known.events = events
+    const place = this.list.querySelector(`[data-run="${run}"] .events-so-far`)
+    if (place) setText(place, counted(events))
+  }
+
+  /** Forget all of it, in this browser. */
+  clear() {
+    keep([])
+    this.#runs = []
+    this.#ownList = false
+    this.#draw()
+    setText(this.note, "")
   }
 
   /** What can't be opened, and why. */
@@ -60,7 +84,7 @@ export class RunList {
       this.#draw()
     } catch (problem) {
       if (!(problem instanceof Problem)) throw problem
-      setText(this.note, problem.message)
+      setText(this.note, problem.status === 401 ? "" : problem.message)
     }
     this.#asking = false
     const working = this.#runs.some((run) => run.state === "running")
@@ -102,19 +126,19 @@ export class RunList {
     const over = this.#runs.length - MOST_SHOWN
     this.more.hidden = over <= 0
     setText(this.more, this.#all ? "Show fewer" : `Show ${over} more`)
+    const states = new Map()
+    for (const { state } of this.#runs) states.set(state, (states.get(state) ?? 0) + 1)
+    const parts = [...states].map(([state, count]) => element("span", { class: "badge", "data-state": state }, `${count} ${state}`))
+    this.summary.replaceChildren(...parts)
     const whose = this.#ownList ? "The service doesn't list runs where nobody has a name: these are this browser's." : ""
     setText(this.note, this.#runs.length ? whose : `None yet. ${whose}`)
   }
 
   #item(run) {
-    const { run: id, route, state, events, created } = run
+    const { run: id, route, about, state, events, created } = run
     const running = state === "running"
-    const [method, path] = route.split(" ")
-    const open = element(
-      "a",
-      { href: `#run=${id}`, "data-focus": `open-${id}` },
-      element("code", {}, `${method} ${path.replaceAll(/:\w+}/g, "}")}`),
-    )
+    const name = this.nameOf(route)
+    const open = element("a", { href: `#run=${id}`, "data-focus": `open-${id}`, title: about || null }, about || name)
     open.addEventListener("click", (event) => {
       if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return // the browser's: another tab
       event.preventDefault()
@@ -125,12 +149,19 @@ export class RunList {
       { class: "quiet", type: "button", "data-focus": `remove-${id}`, onclick: () => this.#remove(run) },
       running ? "Cancel" : "Delete",
     )
-    remove.setAttribute("aria-label", `${running ? "Cancel" : "Delete"} the run ${route}, ${clock(created)}`)
+    remove.setAttribute("aria-label", `${running ? "Cancel" : "Delete"} ${about || name}, ${clock(created)}`)
     return element(
       "li",
       { "data-run": id, "data-state": state },
       open,
-      element("p", {}, element("span", { class: "badge", "data-state": state }, state), `${events} events · ${clock(created)}`),
+      element(
+        "p",
+        {},
+        element("span", { class: "badge", "data-state": state }, state),
+        about ? element("span", {}, name) : null,
+        element("span", { class: "events-so-far" }, counted(events)),
+        element("time", { datetime: created }, when(created)),
+      ),
       remove,
     )
   }
@@ -148,6 +179,17 @@ export class RunList {
     }
     this.refresh()
   }
+}
+
+const counted = (events) => `${events.toLocaleString("en")} event${events === 1 ? "" : "s"}`
+
+/** The time of day; of another day the date as well. */
+function when(created) {
+  const date = new Date(created)
+  if (Number.isNaN(date.getTime())) return ""
+  const today = date.toDateString() === new Date().toDateString()
+  const time = clock(date).slice(0, 5)
+  return today ? time : `${date.toLocaleDateString("en-GB", { day: "numeric", month: "short" })}, ${time}`
 }
 
 function kept() {

@@ -12,8 +12,20 @@ export class Problem extends Error {
   /** @param {Response} response */
   static async of(response) {
     const said = await response.json().catch(() => ({}))
-    return new Problem(response.status, said.detail || `the service answered ${response.status}`, said.field ?? null)
+    const problem = new Problem(response.status, said.detail || `the service answered ${response.status}`, said.field ?? null)
+    if (response.status === 401) refused(problem)
+    return problem
   }
+}
+
+let refused = () => {}
+
+/**
+ * Whoever asks first, it is told where the service knows nobody any more: a token may end while the page is open.
+ * @param {(problem: Problem) => void} listener
+ */
+export function whenUnauthorized(listener) {
+  refused = listener
 }
 
 /** 128 random bits: what makes two requests one. Not `randomUUID`, which is missing on plain http beyond loopback. */

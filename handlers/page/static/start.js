@@ -7,27 +7,41 @@
 
 import { call, newKey } from "./service.js"
 
+/** Of a body that is kept for its code, in bytes: all of it is remembered over a reload. */
+const MOST_SHOWN = 2000
+
 /**
  * @param {import("./catalog.js").Stream} stream
  * @param {Record<string, any>} values the fields that hold something
+ * @param {{said: string, answer: string}[]} [turns] of a conversation: what was said before
  * @returns {Promise<import("./view.js").Target>} rejected with a `Problem`
  */
-export async function start(stream, values) {
+export async function start(stream, values, turns = []) {
   const { route, life, name: title } = stream
   const [method] = route.split(" ")
   const address = addressOf(stream, values)
   const about = aboutOf(stream, values)
   if (method === "GET") {
     const url = life === "run" ? `${address}${address.includes("?") ? "&" : "?"}key=${newKey()}` : address
-    return { title, about, route, life, url }
+    return { title, about, route, life, url, asked: { method, url: address, keyed: life === "run" } }
   }
-  const body = stream.body?.(values)
+  const body = stream.body?.(values, turns)
   const headers = { Prefer: "respond-async", "Idempotency-Key": newKey() }
   if (body !== undefined) headers["Content-Type"] = stream.mediaType ?? "application/json"
-  const response = await call(address, { method, headers, body: body instanceof Blob ? body : JSON.stringify(body) })
+  const text = body instanceof Blob ? body : JSON.stringify(body)
+  const response = await call(address, { method, headers, body: text })
   const said = await response.json()
   const url = new URL(response.headers.get("Location"), response.url).href // it is relative to the request's URL
-  return { title, about, route, life, url, run: said.run ?? said.job_id }
+  const asked = { method, url: address, mediaType: headers["Content-Type"], body: await shortText(text) }
+  const target = { title, about, route, life, url, asked, run: said.run ?? said.job_id }
+  if (!stream.talks) return target
+  return { ...target, talks: stream.id, values, said: values[stream.talks] }
+}
+
+/** What was sent, where it is short enough to be shown. */
+async function shortText(body) {
+  if (!(body instanceof Blob)) return body?.length > MOST_SHOWN ? undefined : body
+  return body instanceof File || body.size > MOST_SHOWN ? undefined : body.text()
 }
 
 /** Save a file. Asked for by HEAD first: a link would lead away from the page to the problem. */

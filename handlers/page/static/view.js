@@ -1,9 +1,10 @@
 /** One stream on the page: what it said so far, and the state of its connection. */
 
-import { Connection, runOf } from "./connection.js"
-import { element, plain, setText } from "./dom.js"
+import { CUT_MS, Connection, runOf } from "./connection.js"
+import { element, onEnter, plain, setText } from "./dom.js"
 import { Bar, Facts, Figure, Log, Notes, Rows, Sources, Text, Timeline } from "./parts.js"
 import { Problem, call } from "./service.js"
+import { curlOf, scriptOf } from "./snippets.js"
 import { interpreter } from "./vocabulary.js"
 
 /**
@@ -16,6 +17,11 @@ import { interpreter } from "./vocabulary.js"
  * @property {string} url where it is read from its start; a run's own once its id is known
  * @property {string | null} [run]
  * @property {string} [from] of a topic: the id that its first subscription began at
+ * @property {import("./snippets.js").Asked} [asked] what started it
+ * @property {string} [talks] of a conversation: the stream of the catalog that it goes on with; and then
+ * @property {string} [said] what was said
+ * @property {Record<string, any>} [values] the rest of the form
+ * @property {{said: string, url: string, run?: string}[]} [turns] what was said before, each a run of its own
  */
 
 /** In the order in which they stand, whichever came first. */
@@ -23,7 +29,7 @@ const PARTS = {
   figure: Figure, bar: Bar, timeline: Timeline, reasoning: Text, text: Text, sources: Sources, rows: Rows, log: Log, notes: Notes,
   facts: Facts,
 }
-const WORDS = { lost: "cut off", open: "live" }
+const WORDS = { lost: "cut off", open: "live", cut: "cut" }
 const MOST_RAW = 200
 
 export class View {
@@ -33,25 +39,61 @@ export class View {
   #interpret
   #started
   #cancelling = false
+  #names = new Set()
+  /** Which turn of a conversation is read; the last is `target` itself. */
+  #turn = 0
+  /** The texts of the turns so far. */
+  #answers = []
+  #earlier = { events: 0, resumed: 0 }
+  /** What became of a cut by hand, and the number of the last event before it. */
+  #cutNote = null
+  #cutAfter = 0
 
   /**
    * @param {Target} target
-   * @param {object} board what it tells of itself: onEvent, onState, onKnown, resume, pause, close
+   * @param {object} board what it tells of itself: onEvent, onState, onKnown, resume, pause, close; and what it asks of
+   *   it: signedIn, next
    */
   constructor(target, board) {
     this.target = target
     this.board = board
-    this.#interpret = interpreter(target.route)
     /** Fulfilled when the stream is open or waits for its turn, rejected with a `Problem` where it was refused at once. */
     this.started = new Promise((fulfil, reject) => (this.#started = { fulfil, reject }))
     this.started.catch(() => {})
-    this.connection = new Connection((lastId) => this.#address(lastId), {
+    this.#build()
+    this.#begin()
+  }
+
+  /** Read a stream from its start: the only one, or the next turn of a conversation. */
+  #begin() {
+    const { target } = this
+    this.#interpret = interpreter(target.route)
+    this.#parts = {}
+    this.body = element("div", { class: "body" })
+    if (target.talks) this.turns.append(element("p", { class: "said", role: "group", "aria-label": "You said" }, this.#current.said))
+    this.turns.append(this.body)
+    if (this.connection) {
+      this.#earlier.events += this.connection.events
+      this.#earlier.resumed += this.connection.resumed
+    }
+    const connection = new Connection((lastId) => this.#address(lastId), {
       fleeting: target.life === "fleeting",
       onEvent: (event) => this.#heard(event),
-      onChange: () => this.#changed(),
+      onChange: () => this.connection === connection && this.#changed(),
       onRefused: (problem) => this.#refused(problem),
     })
-    this.#build()
+    this.connection = connection
+    this.#changed()
+  }
+
+  /** What is read now. */
+  get #current() {
+    return this.target.turns?.[this.#turn] ?? this.target
+  }
+
+  /** The run is shown here, as a whole or as a turn. */
+  shows(run) {
+    return this.target.run === run || (this.target.turns ?? []).some((turn) => turn.run === run)
   }
 
   /** It can be left and taken up again. */
@@ -64,7 +106,8 @@ export class View {
   }
 
   #address(lastId) {
-    const { url, from } = this.target
+    const { url } = this.#current
+    const { from } = this.target
     const after = lastId || from
     return after ? `${url}${url.includes("?") ? "&" : "?"}last_event_id=${encodeURIComponent(after)}` : url
   }
@@ -72,40 +115,44 @@ export class View {
   // What the page shows of it
 
   #build() {
-    const { title, about, route, life } = this.target
-    const heading = element("h3", {}, title, about ? element("span", {}, about) : null)
+    const { title, about, route, life, talks } = this.target
+    const heading = element("h3", {}, title)
     this.badge = element("span", { class: "badge" })
+    this.cutButton = element("button", { class: "cut", type: "button", onclick: () => this.#cut() }, "Cut the connection")
     this.linkButton = element("a", { class: "quiet", target: "_blank", rel: "noopener", hidden: true }, "New tab")
     this.pauseButton = element("button", { class: "quiet", type: "button", onclick: () => this.#toggle() }, "Pause")
     this.cancelButton = element("button", { class: "quiet", type: "button", onclick: () => this.#cancel() }, "Cancel")
     const close = element("button", { class: "quiet close", type: "button", "aria-label": `Close ${title}` }, "×")
     close.addEventListener("click", () => this.board.close(this))
-    this.body = element("div", { class: "body" })
+    this.turns = element("div", { class: "turns" })
     this.remarks = element("div", { class: "remarks" })
     this.raw = element("ol", { class: "raw", tabindex: "0", "aria-label": "Events as they came" })
     this.rawBox = element("details", { class: "events", ontoggle: () => this.#draw() }, element("summary", {}, "Events"))
     this.rawBox.append(this.raw)
+    this.code = element("div", { class: "code" })
+    this.codeBox = element("details", { class: "events", ontoggle: () => this.#drawCode() }, element("summary", {}, "Code"))
+    this.codeBox.append(this.code)
     this.idFact = element("code")
     this.idLine = element("span", { class: "last-id", hidden: true }, "last id ", this.idFact)
     this.countFact = element("span", { class: "count" })
     this.resumedFact = element("span", { class: "resumed" })
     this.element = element(
       "article",
-      { class: "view", "data-life": life, "data-route": route, tabindex: "-1" },
-      element("header", {}, heading, this.badge),
-      element("p", { class: "route" }, element("code", {}, route)),
-      this.body,
+      { class: "view", "data-life": life, "data-route": route, "data-talks": talks, tabindex: "-1" },
+      element("header", {}, heading, this.badge, close),
+      about && !talks ? element("p", { class: "about" }, about) : null,
+      element("p", { class: "route" }, element("code", {}, route), this.linkButton),
+      this.turns,
       this.remarks,
-      life === "topic" ? this.#publisher() : null,
-      this.rawBox,
+      life === "topic" ? this.#publisher() : talks ? this.#answerer() : null,
+      element("div", { class: "more" }, this.rawBox, this.codeBox),
       element(
         "footer",
         {},
         element("p", { class: "line" }, this.countFact, this.idLine, this.resumedFact),
-        element("p", { class: "actions" }, this.linkButton, this.pauseButton, this.cancelButton, close),
+        element("p", { class: "actions" }, this.cutButton, this.pauseButton, this.cancelButton),
       ),
     )
-    this.#changed()
   }
 
   /** The part of this kind, made now if it isn't there; parts stand in the order of their table. */
@@ -135,12 +182,19 @@ export class View {
     facts: (facts) => this.#part("facts").set(facts),
     figure: (text) => this.#part("figure").set(text),
     sources: (sources) => this.#part("sources").set(sources),
-    remark: (text, bad = false) => this.remarks.append(element("p", { class: bad ? "remark bad" : "remark" }, text)),
+    remark: (text, bad = false) => {
+      // A conversation says some of them at each turn.
+      if (this.remarks.lastElementChild?.textContent !== text) {
+        this.remarks.append(element("p", { class: bad ? "remark bad" : "remark" }, text))
+      }
+    },
   }
 
   #heard(event) {
     this.#remember(event.id)
-    this.board.onEvent()
+    this.board.onEvent(this)
+    this.#names.add(event.type)
+    if (this.#cutNote) this.#resumed(event.id)
     this.#raw.push(event)
     if (this.#raw.length > 2 * MOST_RAW) this.#raw = this.#raw.slice(-MOST_RAW)
     const outcome = this.#interpret(this.#show, event)
@@ -158,7 +212,7 @@ export class View {
   #remember(id) {
     const { target } = this
     const run = runOf(id)
-    if (!run) return
+    if (!run || target.turns?.[this.#turn]) return
     if (target.life === "topic" && !target.from) {
       target.from = id
       this.board.onKnown(this)
@@ -172,7 +226,9 @@ export class View {
 
   /** What changes with each event, once a frame. */
   #draw() {
-    const { lastId, events, resumed } = this.connection
+    const { lastId } = this.connection
+    const events = this.connection.events + this.#earlier.events
+    const resumed = this.connection.resumed + this.#earlier.resumed
     setText(this.countFact, `${events.toLocaleString("en")} event${events === 1 ? "" : "s"}`)
     const [epoch, sequence] = lastId.split(".")
     setText(this.idFact, `${epoch.slice(0, 4)}….${sequence}`)
@@ -189,6 +245,33 @@ export class View {
     }
   }
 
+  #drawCode() {
+    if (!this.codeBox.open) return
+    const { asked, route, run, url } = this.target
+    const known = asked ?? { method: "GET", url }
+    const blocks = [["curl", curlOf(known, this.board.signedIn)]]
+    if (run && asked) blocks.push(["curl, the same run", curlOf({ method: "GET", url: `runs/${run}/events` }, this.board.signedIn)])
+    if (route === "GET /topics/{name}") {
+      const publish = { method: "POST", url: known.url, mediaType: "application/json", body: '{"text":"hello"}' }
+      blocks.push(["curl, to publish", curlOf(publish, this.board.signedIn)])
+    }
+    blocks.push(["JavaScript", scriptOf(known, [...this.#names])])
+    this.code.replaceChildren(...blocks.flatMap(([label, text]) => this.#block(label, text)))
+  }
+
+  #block(label, text) {
+    const pre = element("pre", { tabindex: "0", "aria-label": `${label} for ${this.target.title}` }, text)
+    const copy = element("button", { class: "quiet", type: "button", "aria-label": `Copy ${label}` }, "Copy")
+    copy.hidden = !navigator.clipboard // plain http beyond loopback
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(text).then(
+        () => setText(copy, "Copied"),
+        () => setText(copy, "Not allowed"),
+      )
+    })
+    return [element("p", {}, label, copy), pre]
+  }
+
   #changed() {
     const { state, outcome, live } = this.connection
     const word = state === "ended" ? outcome : state
@@ -198,6 +281,8 @@ export class View {
     const { run } = this.target
     this.linkButton.hidden = !run
     if (run) this.linkButton.href = `#run=${run}`
+    this.cutButton.hidden = state !== "open" && state !== "cut"
+    this.cutButton.ariaDisabled = String(state === "cut")
     this.pauseButton.hidden = this.ended || !this.resumable
     setText(this.pauseButton, live ? "Pause" : "Resume")
     this.cancelButton.hidden = this.ended || !run || this.#cancelling
@@ -213,11 +298,20 @@ export class View {
       this.#started.fulfil()
       for (const part of Object.values(this.#parts)) part.settle?.()
       if (outcome === "lost" && this.target.life === "fleeting") {
-        this.#show.remark("The line broke. This stream ends with its connection: start it again.", true)
+        this.#show.remark("The connection broke. This stream is fleeting and ended with it: start it again.", true)
       }
+      if (this.#cutNote) this.#noted(`You cut the connection after event ${this.#cutAfter}. It was the last one.`)
+      this.#answers[this.#turn] = this.#parts.text?.text ?? ""
     }
     this.#draw()
     this.board.onState(this)
+    if (state === "ended" && this.#turn < (this.target.turns?.length ?? 0) && outcome !== "closed") this.#goOn()
+  }
+
+  #goOn() {
+    this.#turn++
+    this.#begin()
+    this.board.resume(this)
   }
 
   #refused(problem) {
@@ -232,6 +326,28 @@ export class View {
     else this.board.resume(this)
   }
 
+  /** Cut it in the middle, to see what becomes of it. */
+  #cut() {
+    if (this.connection.state !== "open") return
+    if (this.resumable) {
+      this.#cutNote?.remove()
+      this.#cutAfter = numberOf(this.connection.lastId)
+      const pause = `Reconnecting in ${CUT_MS / 1000} s, with its id.`
+      this.#cutNote = element("p", { class: "remark cut-note", role: "status" }, `You cut the connection after event ${this.#cutAfter}. ${pause}`)
+      this.remarks.append(this.#cutNote)
+    }
+    this.connection.cut()
+  }
+
+  #resumed(id) {
+    if (numberOf(id)) this.#noted(`You cut the connection after event ${this.#cutAfter}. It resumed with event ${numberOf(id)}.`)
+  }
+
+  #noted(text) {
+    setText(this.#cutNote, text)
+    this.#cutNote = null
+  }
+
   async #cancel() {
     this.#cancelling = true
     this.#changed()
@@ -243,6 +359,44 @@ export class View {
     this.#cancelling = false
     if (!this.connection.live) this.board.resume(this) // to see its end
     this.#changed()
+  }
+
+  /** What is said next in a conversation: a run of its own, shown below. */
+  #answerer() {
+    const text = element("textarea", { "aria-label": "Your answer", placeholder: "Say something back", rows: "1" })
+    const error = element("p", { class: "error", role: "alert" })
+    const form = element("form", { class: "publish answer", autocomplete: "off" }, text)
+    form.append(element("button", { type: "submit" }, "Send"), error)
+    onEnter(text, true, () => form.requestSubmit())
+    let sending = false
+    const send = async () => {
+      const said = text.value.trim()
+      if (!said || sending) return
+      if (!this.ended) {
+        setText(error, "The answer isn't finished yet.")
+        return
+      }
+      sending = true
+      setText(error, "")
+      try {
+        const { target } = this
+        const { said: before, url, run, turns = [] } = target
+        const all = [...turns, { said: before, url, run }]
+        const next = await this.board.next(target, said, all.map((turn, at) => ({ said: turn.said, answer: this.#answers[at] ?? "" })))
+        text.value = ""
+        Object.assign(target, next, { turns: all })
+        this.board.onKnown(this)
+        this.#goOn()
+      } catch (problem) {
+        setText(error, problem instanceof Problem ? problem.message : String(problem))
+      }
+      sending = false
+    }
+    form.addEventListener("submit", (event) => {
+      event.preventDefault()
+      send()
+    })
+    return form
   }
 
   /** A small form on a topic: what is published is seen by every tab that reads it. */
@@ -281,6 +435,11 @@ export class View {
     })
     return form
   }
+}
+
+/** The number of an event within its run or topic; 0 where it has none. */
+function numberOf(id) {
+  return Number(/\.(\d+)$/.exec(id)?.[1] ?? 0)
 }
 
 /** JSON as it was typed; anything else is a text. */
