@@ -31,6 +31,7 @@ EXAMPLES: Final = Path(__file__).parent.parent / "examples"
 
 def test_all_of_them_are_here() -> None:
     tested = {"fastapi_host.py", "merge_sources.py", "status_callback.py", "streamlit_chat.py", "vanilla.html"}
+    tested |= {"langgraph_agent.py", "openai_agents_agent.py", "pydantic_ai_agent.py"}  # in test_agent_examples.py
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".html")} == tested
 
 
