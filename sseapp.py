@@ -58,7 +58,7 @@ from ssecore.log.sqlite import SqliteLog
 from ssecore.log.tail import Attached, Reader, Tails
 from ssecore.merge import merge
 from ssecore.metrics import Facts, Metrics
-from ssecore.progress import LogLevel, ProgressLogger, from_thread
+from ssecore.progress import LogLevel, ProgressLogger, from_task, from_thread
 from ssecore.pump import EventPump, Pump
 from ssecore.request import Receive, Request, RequestFacts, Room, Services
 from ssecore.responses import (
@@ -116,6 +116,7 @@ __all__ = [
     "Upload",
     "create_app",
     "encode",
+    "from_task",
     "from_thread",
     "merge",
 ]

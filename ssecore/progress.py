@@ -1,4 +1,4 @@
-"""Blocking work as a handler's source, and how far it is.
+"""Work that tells what it does as a handler's source: in a thread, or in a task; and how far it is.
 
     def work(report: Report[Event], folder: Path) -> None:                # in a worker thread
         progress = ProgressLogger.reporting(report, total_steps=2)
@@ -12,19 +12,26 @@
             async for event in events:
                 yield event
 
+    async def status(report: TaskReport[Event], question: str) -> None:   # in the loop: an agent that takes a callback
+        answer = await agent.run(question, on_status=lambda text: report(Event(text, "status")))
+        await report(Event(answer, "result"))
+
+`from_task(status, question)` is read in the same way.
+
 Rules, cited by number at the code:
 
 1.  A thread can't be stopped from outside. It is told to stop, and that reaches it as `WorkCancelled` where it reports.
 2.  Leaving waits for the thread, however long it takes: what it holds (a half-written file, a place among the threads)
     is given back by nobody else, and the interpreter would wait for it in the end anyway.
 3.  The loop takes a lock that a thread holds for a few instructions only, never one that is held while a thread waits.
+4.  Work in a task is cancelled once, and may await in its `finally`, as a handler may (see `pump`).
 """
 
 import copy
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -34,14 +41,24 @@ from typing import Any, Final, Generic, Self, TypeVar, TypeVarTuple
 
 import anyio
 from anyio import CancelScope, CapacityLimiter
-from anyio.abc import TaskGroup
+from anyio.abc import TaskGroup, TaskStatus
 from anyio.from_thread import BlockingPortal
 from anyio.lowlevel import RunVar, checkpoint
 
-from ssecore.pump import CLOSE_S
+from ssecore.pump import CLOSE_S, GeneratorTask
 from ssecore.wire import Event
 
-__all__ = ["LogEntry", "LogLevel", "ProgressLogger", "ProgressState", "Report", "WorkCancelled", "from_thread"]
+__all__ = [
+    "LogEntry",
+    "LogLevel",
+    "ProgressLogger",
+    "ProgressState",
+    "Report",
+    "TaskReport",
+    "WorkCancelled",
+    "from_task",
+    "from_thread",
+]
 
 logger = logging.getLogger("sseapp")
 
@@ -63,13 +80,12 @@ class WorkCancelled(BaseException):
     """
 
 
-class Report(Generic[T]):
-    """What work in a thread hands its items to. For any thread but the loop's: it blocks.
-
-    An item costs one lock, and a call into the loop only where the reader waits for it.
-    """
+class _Items(Generic[T]):
+    """Items on their way to the one who reads them, in the loop that makes this; out of any thread."""
 
     def __init__(self, buffer: int) -> None:
+        if buffer < 1:
+            raise ValueError(f"buffer must be at least 1, not {buffer}")
         self._buffer = buffer
         self._portal = BlockingPortal()
         self._loop_thread = threading.get_ident()
@@ -78,24 +94,18 @@ class Report(Generic[T]):
         self._over = False  # the reader has left, or the work has ended
         self._wanted: anyio.Event | None = None  # whoever reads waits for an item
 
-    def __call__(self, item: T) -> None:
-        """Hand it over. Blocks while `buffer` items wait. Raises `WorkCancelled` when the reader has left."""
+    def _added(self) -> None:
+        """Wake whoever reads, out of any thread."""
+        if self._wanted is None:
+            return
         if threading.get_ident() == self._loop_thread:
-            raise RuntimeError("report is for worker threads: here it would block the loop")
-        with self._changed:
-            while len(self._items) >= self._buffer and not self._over:
-                self._changed.wait()
-            self.check()
-            self._items.append(item)
-            wanted = self._wanted is not None
-        if wanted:
+            self._wake()
+        else:
             with suppress(RuntimeError):  # the work has just ended, and its end wakes the reader
                 self._portal.start_task_soon(self._wake)
 
-    def check(self) -> None:
-        """Raise `WorkCancelled` when the reader has left. Costs nothing: call it often."""
-        if self._over:
-            raise WorkCancelled
+    def _taken(self) -> None:
+        """There is room for one more; called with the lock held."""
 
     def _wake(self) -> None:
         if self._wanted is not None:
@@ -114,12 +124,39 @@ class Report(Generic[T]):
         while True:
             with self._changed:
                 if self._items:
-                    self._changed.notify()
-                    return self._items.popleft()
+                    item = self._items.popleft()
+                    self._taken()
+                    return item
                 if self._over:
                     raise anyio.EndOfStream
                 self._wanted = self._wanted or anyio.Event()
             await self._wanted.wait()
+
+
+class Report(_Items[T]):
+    """What work in a thread hands its items to. For any thread but the loop's: it blocks.
+
+    An item costs one lock, and a call into the loop only where the reader waits for it.
+    """
+
+    def __call__(self, item: T) -> None:
+        """Hand it over. Blocks while `buffer` items wait. Raises `WorkCancelled` when the reader has left."""
+        if threading.get_ident() == self._loop_thread:
+            raise RuntimeError("report is for worker threads: here it would block the loop")
+        with self._changed:
+            while len(self._items) >= self._buffer and not self._over:
+                self._changed.wait()
+            self.check()
+            self._items.append(item)
+        self._added()
+
+    def check(self) -> None:
+        """Raise `WorkCancelled` when the reader has left. Costs nothing: call it often."""
+        if self._over:
+            raise WorkCancelled
+
+    def _taken(self) -> None:
+        self._changed.notify()
 
 
 class from_thread(Generic[T]):
@@ -150,8 +187,6 @@ class from_thread(Generic[T]):
         buffer: int = 16,
         limiter: CapacityLimiter | None = None,
     ) -> None:
-        if buffer < 1:
-            raise ValueError(f"buffer must be at least 1, not {buffer}")
         self._work: Callable[[Report[T]], object] = lambda report: work(report, *args)
         self._name = getattr(work, "__qualname__", repr(work))
         self._limiter = limiter
@@ -214,6 +249,179 @@ class from_thread(Generic[T]):
             return await self._report._next()
         failure, self._failure = self._failure, None
         raise StopAsyncIteration if failure is None else failure
+
+
+class TaskReport(_Items[T]):
+    """What work in a task hands its items to, in either of two ways:
+
+        report(item)            # never waits: for a callback that isn't asynchronous; from any thread
+        await report(item)      # waits while `buffer` items wait
+
+    An item that finds no room and isn't awaited is dropped, and counted in `dropped`. What is reported when the reader
+    has left goes nowhere.
+    """
+
+    def __init__(self, buffer: int) -> None:
+        super().__init__(buffer)
+        self.dropped = 0  #: how many items found no room
+        self._waiting: deque[_Reported[T]] = deque()  # in their order; only where there is no room
+
+    def __call__(self, item: T) -> Awaitable[None]:
+        reported = _Reported(self, item)
+        with self._changed:
+            if self._over:
+                reported.done = True
+            elif len(self._items) < self._buffer:
+                self._items.append(item)
+                reported.done = True
+            else:
+                self.dropped += 1
+        self._added()
+        return reported
+
+    def _taken(self) -> None:
+        if self._waiting:
+            first = self._waiting.popleft()
+            self._items.append(first.item)
+            first.done = True
+            first.settled.set()
+
+    def _end(self) -> None:
+        super()._end()
+        for reported in self._waiting:
+            reported.settled.set()
+
+    async def _wait_for_room(self, reported: "_Reported[T]") -> None:
+        if threading.get_ident() != self._loop_thread:
+            raise RuntimeError("await report(…) where the work runs; from another thread call it")
+        with self._changed:
+            self.dropped -= 1
+            if len(self._items) < self._buffer:  # there is room since it was reported
+                self._items.append(reported.item)
+                reported.done = True
+            else:
+                reported.settled = anyio.Event()
+                self._waiting.append(reported)
+        if reported.done:
+            return self._added()
+        try:
+            await reported.settled.wait()
+        finally:
+            with self._changed:
+                if not reported.done and reported in self._waiting:
+                    self._waiting.remove(reported)
+
+
+class _Reported(Generic[T]):
+    """An item that was reported; to be awaited, or not."""
+
+    __slots__ = ("_report", "done", "item", "settled")
+
+    def __init__(self, report: TaskReport[T], item: T) -> None:
+        self._report = report
+        self.item = item
+        self.done = False  #: handed over, or nobody reads
+        self.settled: anyio.Event  #: once it is awaited
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        if self._report._over:  # nothing makes the work wait any more: else its cancellation would never reach it
+            yield from checkpoint().__await__()
+        elif not self.done:
+            yield from self._report._wait_for_room(self).__await__()
+
+
+class from_task(Generic[T]):
+    """A coroutine function, run in a task of its own, as an async iterator of what it reports.
+
+        async with from_task(work, question) as items:      # runs work(report, question)
+            async for item in items:
+                yield Event(item)
+
+    `work` calls or awaits `report(item)` (see `TaskReport`); so it may be handed to a library as a callback, also to
+    one that calls it from other threads. Items keep the order in which they were reported. At most `buffer` of them
+    wait (default 100), then what is called is dropped and counted in `dropped`, and what is awaited waits. What `work`
+    raises is raised here, after the items before it; its return ends the iteration, and what it returns is dropped.
+
+    Leaving the block, in any way, cancels the work and waits for its end (rule 4). A failure that nobody is there to
+    see any more is logged. A handler may yield inside this block.
+    """
+
+    def __init__(
+        self, work: Callable[[TaskReport[T], *Ts], Coroutine[Any, Any, object]], *args: *Ts, buffer: int = 100
+    ) -> None:
+        self._report = TaskReport[T](buffer)
+        self._work = _Work(lambda: work(self._report, *args), self._report)
+        self._tasks: TaskGroup | None = None
+        self._ended = anyio.Event()
+
+    @property
+    def dropped(self) -> int:
+        """How many items found no room so far, and are lost."""
+        return self._report.dropped
+
+    async def __aenter__(self) -> Self:
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        await self._tasks.start(self._serve_threads)
+        self._work.start(self._tasks)
+        return self
+
+    async def _serve_threads(self, *, task_status: TaskStatus[None]) -> None:
+        with CancelScope(shield=True):
+            async with self._report._portal:
+                task_status.started()
+                await self._ended.wait()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._tasks is not None
+        self._report._end()
+        self._work.stop()
+        try:
+            await self._work.closed()
+        finally:
+            self._ended.set()
+            # Not told of the exception: it is the caller's, and would come back wrapped in a group.
+            await self._tasks.__aexit__(None, None, None)
+        if self._work.failure is not None:
+            logger.warning("work in a task failed, and its reader had left", exc_info=self._work.failure)
+
+    def __aiter__(self) -> Self:
+        if self._tasks is None:
+            raise RuntimeError("use `async with from_task(...) as items`, so that the task is ended")
+        return self
+
+    async def __anext__(self) -> T:
+        with suppress(anyio.EndOfStream):
+            return await self._report._next()
+        failure, self._work.failure = self._work.failure, None
+        raise StopAsyncIteration if failure is None else failure
+
+
+async def _nothing() -> AsyncGenerator[Any, None]:
+    return
+    yield
+
+
+class _Work(GeneratorTask[Any]):
+    """The task of one piece of work, which is a coroutine in place of a generator."""
+
+    what = "a task"
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, object]], report: TaskReport[Any]) -> None:
+        super().__init__(_nothing())
+        self._begin = work
+        self._report = report
+
+    async def iterate(self) -> None:
+        try:
+            await self._begin()
+        except StopAsyncIteration as error:  # it would end the reader's loop without a word
+            raise RuntimeError(f"work in a task was ended by {error!r}") from error
+
+    def over(self) -> None:
+        self._report._end()
 
 
 def _loop_limiter() -> CapacityLimiter:

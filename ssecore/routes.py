@@ -77,8 +77,8 @@ class Run:
     #: and the run's id (a `Response`, to say where the run can be read), as others are with `Prefer: respond-async`.
     #: It may be a coroutine, which may wait for the run's end (`request.runs.whole`); `None` streams the run after all.
     accepted: Callable[[Any, str], Any] | None = None
-    #: A function of the request. It gives what its caller knows the run by in a list, such as the prompt; or an `About`,
-    #: which has more. An exception refuses the request.
+    #: A function of the request: what its caller knows the run by in a list, such as the prompt; or an `About`, which
+    #: has more. An exception refuses the request.
     about: "Callable[[Any], str | About] | None" = None
 
     def __post_init__(self) -> None:
