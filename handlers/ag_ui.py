@@ -15,7 +15,7 @@ from msgspec import Meta
 from handlers.agent import End, Status
 from handlers.chat import LINGERING
 from handlers.database import Exchange
-from handlers.parts import Called, Closed, Delta, Opened, Returned, conversation, parts_of, text_of
+from handlers.parts import Called, Closed, Delta, Opened, Returned, blamed, conversation, parts_of, text_of
 from ssecore.dialects import AG_UI
 from ssecore.errors import BadRequest, NotFound
 from ssecore.request import Request
@@ -44,7 +44,7 @@ class _Input(msgspec.Struct, rename="camel"):
     messages: Annotated[list[_Message], Meta(max_length=MAX_MESSAGES)]
 
 
-class _Asked(msgspec.Struct, rename="camel"):
+class _Asked(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
     thread_id: _Id | None = None
     run_id: _Id | None = None
 
@@ -102,13 +102,15 @@ async def read(request: Request) -> Any:
     """Join a run by the client's name for it, or tell of a thread."""
     asked: _Asked = request.query
     if asked.run_id is not None:
-        found = await request.runs.find(request, asked.run_id, method="POST", path="/ag-ui")
+        with blamed("runId"):
+            found = await request.runs.find(request, asked.run_id, method="POST", path="/ag-ui")
         if found is None:
             raise NotFound("there is no such run")
         return await request.runs.view(request, found)
     if asked.thread_id is None:
         raise BadRequest("name a thread, ?threadId=, or a run, ?runId=", field="threadId")
-    running = await request.runs.of_thread(request, asked.thread_id, state="running")
+    with blamed("threadId"):
+        running = await request.runs.of_thread(request, asked.thread_id, state="running")
     active = next((run["note"]["runId"] for run in running if run["route"] == "POST /ag-ui"), None)
     said = await request.state.tasks.session(request.caller, asked.thread_id)
     messages = [

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from handlers.agent import End, Status
 from handlers.chat import LINGERING
-from handlers.parts import Called, Closed, Delta, Opened, Returned, conversation, parts_of, text_of
+from handlers.parts import Called, Closed, Delta, Opened, Returned, blamed, conversation, parts_of, text_of
 from ssecore.dialects import AI_SDK
 from ssecore.errors import NotFound
 from ssecore.request import Request
@@ -42,7 +42,7 @@ class _Chat(msgspec.Struct):
     id: Annotated[str, Meta(min_length=1, max_length=255)] | None = None  #: the chat's
 
 
-class _From(msgspec.Struct, rename={"start": "startIndex"}):
+class _From(msgspec.Struct, forbid_unknown_fields=True, rename={"start": "startIndex"}):
     start: Annotated[int, Meta(ge=-(10**9), le=10**9)] | None = None
 
 
@@ -112,7 +112,8 @@ async def _run_of(request: Request, id: str) -> str | None:
     try:
         state = await request.runs.state(id, caller=request.caller)
     except NotFound:
-        running = await request.runs.of_thread(request, id, state="running")
+        with blamed("id"):
+            running = await request.runs.of_thread(request, id, state="running")
         return next((run["run"] for run in running if run["route"] == _ROUTE), None)
     return id if state["route"] == _ROUTE else None
 

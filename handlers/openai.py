@@ -85,8 +85,12 @@ class _Response(msgspec.Struct):
     metadata: _Metadata | None = None
 
 
-class _Events(msgspec.Struct):
+class _Events(msgspec.Struct, forbid_unknown_fields=True, rename={"include": "include[]"}):
+    """OpenAI's SDKs may also ask for parts (`include[]`) and for padding; there is neither here."""
+
     stream: bool = False
+    include: Annotated[list[_Name], Meta(max_length=100)] = []
+    include_obfuscation: bool = False
     starting_after: Annotated[int, Meta(ge=0, le=10**9)] | None = None
 
 
@@ -252,12 +256,13 @@ def _joined(old: Any, new: Any, key: str = "") -> Any:
 async def response(request: Request) -> AsyncIterator[Event]:
     body: _Response = request.body
     chosen, model = _chosen(request), request.state.model
-    if body.previous_response_id is not None or body.conversation is not None:
-        text = "conversations are not kept here: send the earlier messages in `input`"
-        raise BadRequest(text, code="unsupported", field="previous_response_id")
+    for field in ("previous_response_id", "conversation"):
+        if getattr(body, field) is not None:
+            text = "conversations are not kept here: send the earlier messages in `input`"
+            raise BadRequest(text, code="unsupported", field=field)
     messages, tools = _messages(body), [_nested(tool) for tool in body.tools or ()]
     by_upstream = chosen != AGENT and isinstance(model, OpenAIModel)
-    question, history = ("", []) if by_upstream else conversation(_spoken(messages))
+    question, history = ("", []) if by_upstream else conversation(_spoken(messages), "input")
     told = _Telling(request)
     yield told.response("created", "in_progress")
     yield told.response("in_progress", "in_progress")
@@ -479,7 +484,7 @@ async def accepted_response(request: Request, run: str) -> Response | None:
     if body.stream:
         return None
     if body.background:
-        return JSON({**_facts(body, body.model), "id": f"resp_{run}", "status": "queued", "output": []})
+        return JSON({**_facts(body, _chosen(request)), "id": f"resp_{run}", "status": "queued", "output": []})
     return await _whole_response(request, run)
 
 

@@ -4,7 +4,8 @@ All of these protocols have parts with an id, each opened, filled and closed; no
 made of the run's id and a number, so that it is the same however often the run is read.
 """
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final, Literal
@@ -15,7 +16,18 @@ from handlers.database import Exchange, bounded
 from ssecore.errors import BadRequest
 from ssecore.request import Request
 
-__all__ = ["Called", "Closed", "Delta", "Opened", "Part", "Returned", "conversation", "parts_of", "text_of"]
+__all__ = [
+    "Called",
+    "Closed",
+    "Delta",
+    "Opened",
+    "Part",
+    "Returned",
+    "blamed",
+    "conversation",
+    "parts_of",
+    "text_of",
+]
 
 Kind = Literal["text", "reasoning"]
 
@@ -110,8 +122,19 @@ def _is_text(part: dict[Any, Any]) -> bool:
     return part.get("type") in ("text", "input_text", "output_text")
 
 
-def conversation(messages: Iterable[tuple[str, str]]) -> tuple[str, list[Exchange]]:
-    """Of roles and texts, oldest first, the last question and the exchanges before it. Raises `BadRequest`."""
+@contextmanager
+def blamed(field: str) -> Iterator[None]:
+    """A `BadRequest` in here names what the client knows: the engine calls it by its own name."""
+    try:
+        yield
+    except BadRequest as error:
+        error.field = field
+        raise
+
+
+def conversation(messages: Iterable[tuple[str, str]], field: str = "messages") -> tuple[str, list[Exchange]]:
+    """Of roles and texts, oldest first, the last question and the exchanges before it. Raises `BadRequest`, which names
+    the field that holds them."""
     exchanges: list[Exchange] = []
     question = answer = ""
     for role, text in messages:
@@ -122,7 +145,7 @@ def conversation(messages: Iterable[tuple[str, str]]) -> tuple[str, list[Exchang
         elif role == "assistant":
             answer += text
     if not question:
-        raise BadRequest("messages: none of them is a user's text", field="messages")
+        raise BadRequest(f"{field}: nothing in it is a user's text", field=field)
     if len(question) > MAX_QUESTION_CHARS:
-        raise BadRequest(f"messages: the question may have {MAX_QUESTION_CHARS} characters at most", field="messages")
+        raise BadRequest(f"{field}: the question may have {MAX_QUESTION_CHARS} characters at most", field=field)
     return question, bounded(exchanges) if exchanges else []

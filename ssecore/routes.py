@@ -75,7 +75,8 @@ class Run:
     linger_s: float | Literal["setting"] | None = None
     #: Makes the route *detached*: nobody reads the run here. A request is answered at once with what this gives for it
     #: and the run's id (a `Response`, to say where the run can be read), as others are with `Prefer: respond-async`.
-    #: It may be a coroutine, which may wait for the run's end (`request.runs.whole`); `None` streams the run after all.
+    #: It may be an async function, which may wait for the run's end (`request.runs.whole`), and is not asked where the
+    #: client prefers not to wait; `None` streams the run after all.
     accepted: Callable[[Any, str], Any] | None = None
     #: A function of the request: what its caller knows the run by in a list, such as the prompt; or an `About`, which
     #: has more. An exception refuses the request.

@@ -28,7 +28,7 @@ from collections.abc import AsyncIterable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from inspect import isawaitable
+from inspect import isawaitable, iscoroutinefunction
 from itertools import accumulate
 from typing import Annotated, Any, Final, Literal
 
@@ -547,9 +547,11 @@ class Runs:
         stat, worker = await self._start(request, route, params, key, about)
         preferred = not route.hosted and "respond-async" in request.headers.get("prefer", "").lower()
         accepted = route.run.accepted if route.run is not None else None
-        if preferred or accepted is not None:
+        if preferred and (accepted is None or iscoroutinefunction(accepted)):
+            accepted = _accepted  # the route's own might wait for the end
+        if accepted is not None:
             await _settled(worker)
-            given: Any = (accepted or _accepted)(request, stat.stream)
+            given: Any = accepted(request, stat.stream)
             answer: Response | None = await given if isawaitable(given) else given
             if answer is not None:
                 headers = {**answer.headers, "run-id": stat.stream}
@@ -945,7 +947,7 @@ async def _get(request: Request, id: str) -> Response:
     return JSON(await request.runs.state(id, caller=request.caller))
 
 
-class _Which(msgspec.Struct):
+class _Which(msgspec.Struct, forbid_unknown_fields=True):
     thread: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_KEY)] | None = None
     state: State | None = None
 

@@ -34,7 +34,7 @@ ROLES: Final = st.sampled_from(["user", "assistant", "system", "tool", ""])
 def test_any_messages_are_a_question_with_a_history_or_refused(messages: list[tuple[str, str]]) -> None:
     questions = [text for role, text in messages if role == "user" and text.strip()]
     if not questions:
-        with pytest.raises(BadRequest, match="none of them is a user's text"):
+        with pytest.raises(BadRequest, match="nothing in it is a user's text"):
             conversation(messages)
         return
     question, history = conversation(messages)
@@ -87,7 +87,7 @@ IDS: Final = {"threadId": "t" * 22, "runId": "r" * 22}
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [USER] * 1001}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "system"}], "stream": True}, 400, "messages"),
-        ("/v1/responses", {"input": [{"role": "system"}], "stream": True, "model": "agent"}, 400, "messages"),
+        ("/v1/responses", {"input": [{"role": "system"}], "stream": True, "model": "agent"}, 400, "input"),
         ("/v1/chat/completions", {"messages": [USER], "model": "gpt"}, 404, "model"),
         ("/v1/responses", {}, 400, "input"),
         ("/v1/responses", {"input": [{"type": "image"}]}, 400, "input"),
