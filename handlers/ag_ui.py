@@ -1,8 +1,8 @@
 """The agent for pages that speak AG-UI: CopilotKit, `@ag-ui/client`'s `HttpAgent`, TanStack AI.
 
-The client names the run: `runId` is the run's idempotency key, and by it a second tab joins (`GET /ag-ui?runId=`).
-After a cut TanStack sends the same POST with `Last-Event-ID`, which goes on and starts nothing. A thread's messages,
-and the run that is at work on it, are at `GET /ag-ui?threadId=`; an answer is kept there before it is told.
+The client names the run: `runId` is the run's idempotency key, and a second tab joins by `GET /ag-ui?runId=`. After a
+cut TanStack sends the same POST with `Last-Event-ID`, which resumes the run. `GET /ag-ui?threadId=` answers with the
+thread's messages and its running run. An answer is stored in the thread's session before the client gets its end.
 """
 
 from collections.abc import AsyncIterator
@@ -37,7 +37,7 @@ class _Message(msgspec.Struct):
 
 
 class _Input(msgspec.Struct, rename="camel"):
-    """What the client sends besides (its state, its own tools) is not needed here."""
+    """The fields that are used here; the client also sends its state and its own tools."""
 
     thread_id: _Id
     run_id: _Id
@@ -94,12 +94,12 @@ async def run(request: Request) -> AsyncIterator[Event]:
 
 
 def _is_secret(request: Request, thread: str) -> bool:
-    """Whether it is no guess to know this thread, where nobody has a name."""
+    """Whether others can't guess the thread's id; without credentials it is the only key to the session."""
     return bool(request.caller) or len(thread) >= MIN_ANONYMOUS_THREAD
 
 
 async def read(request: Request) -> Any:
-    """Join a run by the client's name for it, or tell of a thread."""
+    """Stream the run that the client named, or answer with a thread's messages and running run."""
     asked: _Asked = request.query
     if asked.run_id is not None:
         with blamed("runId"):
@@ -124,7 +124,7 @@ async def read(request: Request) -> Any:
 def _about(request: Request) -> About:
     body: _Input = request.body
     note = {"threadId": body.thread_id, "runId": body.run_id}
-    # A short one would be anybody's guess: such a run is not found by it.
+    # Others could guess a short one, and read the run.
     secret = request.caller is not None or len(body.run_id) >= MIN_ANONYMOUS_KEY
     return About(thread=body.thread_id, key=body.run_id if secret else None, note=note)
 

@@ -2,8 +2,8 @@
 
     useChat({ id, transport: new DefaultChatTransport({ api: "/ai/chat" }), resume: true })
 
-One logged event is one chunk. So `startIndex=n`, by which `WorkflowChatTransport` says that it has n chunks, is "behind
-the n-th event"; only `[DONE]`, the last event, is no chunk.
+Each logged event is one chunk, except the last one, `[DONE]`. So `startIndex=n` (`WorkflowChatTransport` has received
+n chunks) means "after the n-th event".
 """
 
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ from ssecore.wire import Event
 
 __all__ = ["ROUTES"]
 
-#: Each with a body that is bounded; a page sends the whole conversation.
+#: A page sends the whole conversation with each request; `max_body_bytes` bounds its size.
 MAX_MESSAGES: Final = 1000
 _ROUTE: Final = "POST /ai/chat"
 
@@ -36,7 +36,7 @@ class _Message(msgspec.Struct):
 
 
 class _Chat(msgspec.Struct):
-    """What the client sends besides, as `trigger` and the page's own fields, is not needed here."""
+    """The fields that are used here; the client also sends `trigger`, and the page's own fields."""
 
     messages: Annotated[list[_Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     id: Annotated[str, Meta(min_length=1, max_length=255)] | None = None  #: the chat's
@@ -85,7 +85,7 @@ async def chat(request: Request) -> AsyncIterator[Event]:
 
 
 async def resume(request: Request, id: str) -> Any:
-    """The run with this id, or the chat's running one; 204 where the chat has none."""
+    """Stream the run with this id, or the chat's running one. 204 if no run of the chat is running."""
     runs, start = request.runs, request.query.start
     run = await _run_of(request, id)
     if run is None:
@@ -101,7 +101,7 @@ async def resume(request: Request, id: str) -> Any:
 
 
 async def stop(request: Request, id: str) -> Response:
-    """The chat's running answer, or the run of this id, is cancelled; what there is of it stays."""
+    """Cancel the chat's running answer, or the run with this id. Its events are kept."""
     run = await _run_of(request, id)
     if run is not None:
         await request.runs.cancel(run, caller=request.caller, keep=True)

@@ -1,16 +1,16 @@
 """OpenAI's own routes, for programs that change nothing but their `base_url`: chat completions, Responses, models.
 
-Two models are there: the upstream's (`OPENAI_MODEL`, or the mock), and `agent`, which answers by our tools. Another
-name is refused: whoever calls us must not choose what our key pays for.
+There are two models: the upstream's (`OPENAI_MODEL`, or the mock), and `agent`, which uses the service's tools. Another
+name is refused, so that a caller can't choose what the service's key pays for.
 
-1.  Each answer is a run, whether it is streamed, waited for or done in the background. So a stream goes on after a cut,
-    and a request that is repeated with its `Idempotency-Key` gets the same answer.
-2.  A completion is handed through chunk by chunk as the upstream sends it, and its request as the client sent it.
-3.  A response's events are numbered from 0 as the log numbers them from 1: `starting_after=n` is "behind event n+1".
-4.  The agent's own tool calls are `mcp_call` items: the client sees them, and does not try to do them.
+1.  Each answer is a run, whether the client streams it, waits for it, or leaves it in the background. So a stream
+    resumes after a cut, and a request that is repeated with its `Idempotency-Key` gets the same answer.
+2.  A completion's request and chunks are passed on unchanged, except for the key, `model` and `stream`.
+3.  A response's sequence numbers begin at 0, the log's at 1: `starting_after=n` means "after the log's event n+1".
+4.  The agent's tool calls are `mcp_call` items: clients show those, but don't try to run them.
 
-Boundary of trust: a request is bounded as a body, its lists by their length; of an upstream each event is bounded
-here, all of them by what the log keeps of one run.
+Boundary of trust: `max_body_bytes` and the lengths of its lists bound a request; `MAX_CHUNK_BYTES` bounds an upstream's
+event, and the log's retention bounds the whole answer.
 """
 
 import logging
@@ -60,7 +60,7 @@ class _Options(msgspec.Struct):
 
 
 class _Completion(msgspec.Struct):
-    """What is looked at here; the upstream gets all that the client sent."""
+    """The fields that are used here; the upstream gets the whole request."""
 
     messages: _List
     model: _Name = ""
@@ -160,7 +160,7 @@ class _Ending(msgspec.Struct):
 
 
 class _Chunk(msgspec.Struct):
-    """What has to be known of a chunk; the rest is the client's to read."""
+    """The fields that tell an error and the end."""
 
     choices: list[_Ending | None] | None = None
     error: Any = None
@@ -177,7 +177,7 @@ class _Chunk(msgspec.Struct):
 
 
 async def _handed_through(model: OpenAIModel, asked: Mapping[str, Any]) -> AsyncGenerator[str, None]:
-    """The upstream's chunks, each as it came. Raises `ModelError`: an answer is whole or its stream fails."""
+    """The upstream's chunks, unchanged. Raises `ModelError` if the upstream fails or the answer is incomplete."""
     decoder, read = Decoder(max_event_bytes=MAX_CHUNK_BYTES), msgspec.json.Decoder(_Chunk).decode
     complete = False
     try:
@@ -195,7 +195,7 @@ async def _handed_through(model: OpenAIModel, asked: Mapping[str, Any]) -> Async
             raise httpx.ReadError("the end came too early")
     except (ModelError, httpx.HTTPError, TooLarge, msgspec.DecodeError, RecursionError) as error:
         if complete and isinstance(error, httpx.HTTPError):
-            return  # nothing that is needed comes any more
+            return  # the answer is complete; only `[DONE]` is missing
         failure = error if isinstance(error, ModelError) else ModelError(error)
         said = failure.said.replace(model.key, "***") if model.key else failure.said
         logger.warning("%s: %.500r", failure.code, said)
@@ -203,7 +203,7 @@ async def _handed_through(model: OpenAIModel, asked: Mapping[str, Any]) -> Async
 
 
 async def whole_completion(request: Request, run: str) -> Response | None:
-    """The chunks as one `chat.completion`, where no stream is asked for."""
+    """The chunks as one `chat.completion`; `None` if the client asked for a stream."""
     if request.body.stream:
         return None
     whole: dict[str, Any] = {}
@@ -224,12 +224,12 @@ async def whole_completion(request: Request, run: str) -> Response | None:
     return JSON({**whole, "object": "chat.completion"})
 
 
-#: Strings that are repeated, not continued.
+#: Strings that later chunks repeat, rather than continue.
 _FIXED: Final = frozenset("id object model role type finish_reason system_fingerprint service_tier".split())
 
 
 def _joined(old: Any, new: Any, key: str = "") -> Any:
-    """Two pieces of an answer as one: texts are joined, lists by their items' `index`, objects by key."""
+    """Merge two pieces of an answer: texts are concatenated, lists merged by their items' `index`, objects by key."""
     if old is None or new is None:
         return new if old is None else old
     if isinstance(old, dict) and isinstance(new, dict):
@@ -293,7 +293,7 @@ async def response(request: Request) -> AsyncIterator[Event]:
 
 
 def _options(body: _Response) -> dict[str, Any]:
-    """What of the request the upstream is told besides."""
+    """The request's other fields for the upstream."""
     choice = body.tool_choice if body.tools else None
     options = {
         "max_completion_tokens": body.max_output_tokens,
@@ -306,7 +306,7 @@ def _options(body: _Response) -> dict[str, Any]:
 
 
 def _nested(tool: dict[str, Any]) -> dict[str, Any]:
-    """A function as chat completions have it."""
+    """A function tool in the form of chat completions."""
     if tool.get("type") != "function":
         raise BadRequest(f"tools: only functions are known here, not {tool.get('type')!r:.60}", field="tools")
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
@@ -334,14 +334,14 @@ def _messages(body: _Response) -> list[dict[str, Any]]:
                 content = output if isinstance(output, str) else text_of(output)
                 messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
             case "reasoning" | "mcp_call" | "mcp_list_tools":
-                pass  # of an earlier answer: nothing that a chat completion could be told
+                pass  # items of an earlier answer that chat completions have no form for
             case kind:
                 raise BadRequest(f"input: items of the type {kind!r:.60} are not known here", field="input")
     return messages
 
 
 class _Telling:
-    """Numbers the events of one response, and gathers its output."""
+    """Makes the events of one response: numbers them, and collects the output."""
 
     def __init__(self, request: Request) -> None:
         self._number = 0
@@ -460,7 +460,7 @@ def _text(text: str) -> dict[str, Any]:
 
 
 def _facts(body: _Response, model: str) -> dict[str, Any]:
-    """What of a `response` object doesn't change."""
+    """The constant fields of a `response` object."""
     return {
         "object": "response",
         "created_at": int(time.time()),
@@ -494,7 +494,7 @@ async def _whole_response(request: Request, run: str) -> Response:
 
 
 async def read_response(request: Request, id: str) -> Any:
-    """As it stands now; or its events, with `stream`, behind the one numbered `starting_after`."""
+    """The response in its current state; with `stream`, its events after the number `starting_after`."""
     asked, runs, run = request.query, request.runs, _run_of(id)
     if asked.stream:
         after = None if asked.starting_after is None else asked.starting_after + 1
@@ -539,7 +539,7 @@ ROUTES = [
         dialect=OPENAI,
         run=Run(linger_s=LINGERING.linger_s, accepted=whole_completion),
     ),
-    # It goes on to its end, read or not: the client has its id, and may ask for it later.
+    # Runs to its end even without a reader: the client has its id, and may ask for it later.
     POST(
         "/v1/responses",
         response,

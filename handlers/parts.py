@@ -1,7 +1,7 @@
-"""What the handlers for front ends share: a client's messages as a question, the agent's steps as parts of an answer.
+"""Shared by the handlers for front ends: a client's messages as a question, the agent's steps as parts of an answer.
 
-All of these protocols have parts with an id, each opened, filled and closed; no two are open at once. A part's id is
-made of the run's id and a number, so that it is the same however often the run is read.
+All of these protocols have parts with an id that are opened, filled and closed. Here only one is open at a time. A
+part's id is the run's id and a number, so it is the same each time the run is read.
 """
 
 from collections.abc import AsyncGenerator, Iterable, Iterator

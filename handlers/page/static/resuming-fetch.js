@@ -1,22 +1,22 @@
-// A `fetch` whose event streams go on after a cut: `resumingFetch(url, init)`, in place of `fetch`, for a GET or a POST.
+// A `fetch` whose event streams resume after a cut: `resumingFetch(url, init)` in place of `fetch`, for GET and POST.
 //
-// Why: every chat library reads one body of one `fetch` and fails when its connection breaks. This hands it one endless
-// body instead, made of as many connections as it takes. Hand it to whatever takes a `fetch`:
+// Chat libraries read the body of one `fetch`, and fail when its connection breaks. This gives them one continuous body,
+// made of as many connections as needed. Pass it to any library that takes a `fetch`:
 //
 //     new DefaultChatTransport({ api: "/ai/chat", fetch: resumingFetch })
 //
-// 1. The server says where a stream can be read again: by `Content-Location` (the answer to a POST), else it is the same
-//    URL (GET). A GET there with `Last-Event-ID` goes on after that event. 204 is the end, and so is the data `[DONE]`.
-// 2. Only whole events are handed on, so the half event in front of a cut is never seen.
-// 3. The request itself is made once. If it fails before its answer begins, so does this, as `fetch` does.
-// 4. Anything but an event stream is handed on as it is. A `Content-Location` of another origin is not followed: the
-//    request's headers may hold credentials.
+// 1. After a cut it sends a GET with `Last-Event-ID` to the answer's `Content-Location`, or (GET) to the same URL. The
+//    stream ends with the status 204, the data `[DONE]` or the event id `end`.
+// 2. Only whole events are passed on, so the library never sees the half event before a cut.
+// 3. The request itself is sent once: if it fails before the answer begins, so does `resumingFetch`.
+// 4. Answers that are not event streams are passed on unchanged. A `Content-Location` of another origin is not followed:
+//    the request's headers may hold credentials.
 
-const FIRST_WAIT_MS = 1000 // until the server says otherwise, by `retry:`
-const LEAST_WAIT_MS = 50 // after a try in vain, whatever the server says
+const FIRST_WAIT_MS = 1000 // the default; the server changes it by `retry:`
+const LEAST_WAIT_MS = 50 // after a failed try, even with `retry: 0`
 const LONGEST_WAIT_MS = 30_000
 const AGAIN = new Set([408, 425, 429, 500, 502, 503, 504])
-// `accept` too: who doesn't ask for a stream gets a 410 for one that is gone, not a last event in some other dialect.
+// Without `accept` the server answers 410 for a run that is gone, rather than with an event in another dialect.
 const OF_THE_POST = ["accept", "content-type", "content-length", "content-encoding", "idempotency-key", "prefer"]
 
 /** `fetch`, made to resume; by default the platform's own. */
@@ -56,7 +56,7 @@ const isEventStream = (response) => /^text\/event-stream\b/i.test(response.heade
 
 class Body {
   lastEventId = ""
-  #done = false // the stream has said that it is over
+  #done = false // the stream has sent its last event
   #waitMs = FIRST_WAIT_MS
   #failed = 0
   #rest = ""
@@ -71,7 +71,7 @@ class Body {
     return this.#controller.signal
   }
 
-  /** One stream for the first answer and all that come after it. `fromTheStart`: it can be read again without an id. */
+  /** One stream of the first answer and all later ones. `fromTheStart`: it can be read again without an event id. */
   of(response, reconnect, fromTheStart) {
     const events = this.#read(response, reconnect, fromTheStart)
     const encoder = new TextEncoder()
@@ -121,7 +121,7 @@ class Body {
     }
   }
 
-  /** The whole events of what has come, and the comments behind them; the rest waits for more. */
+  /** Returns the complete events, and the comments after them; keeps the rest for the next call. */
   #whole(text) {
     this.#rest += text
     const held = this.#rest.endsWith("\r") ? "\r" : "" // an LF may follow
@@ -150,7 +150,7 @@ class Body {
     if (retry) this.#waitMs = Math.min(Number(retry[1]), LONGEST_WAIT_MS)
   }
 
-  /** Before the next try: as long as the server wishes, twice as long after each in vain, not beyond "online". */
+  /** Waits before the next try: the server's time, doubled after each failure; until "online" at the latest. */
   async #pause() {
     const least = this.#failed ? Math.max(this.#waitMs, LEAST_WAIT_MS) : this.#waitMs
     const ms = Math.min(least * 2 ** this.#failed++, LONGEST_WAIT_MS) * (0.75 + Math.random() / 2)
@@ -212,7 +212,7 @@ class BodyEventSource extends EventTarget {
         for (const line of lines) if (this.readyState === 1) take(line)
       }
     } catch {
-      // As an `EventSource`: what is wrong stands nowhere, only that it is over.
+      // An `EventSource` reports no reason either.
     }
     if (this.readyState === 2) return
     this.readyState = 2
