@@ -7,7 +7,7 @@ thread's messages and its running run. An answer is stored in the thread's sessi
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -45,8 +45,13 @@ class _Input(msgspec.Struct, rename="camel"):
 
 
 class _Asked(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
+    """TanStack joins a run from its start (`offset`), and may want a part of a thread; a whole one will do."""
+
     thread_id: _Id | None = None
     run_id: _Id | None = None
+    offset: Literal["-1"] | None = None
+    limit: Annotated[int, Meta(ge=1, le=10**9)] | None = None
+    before: _Id | None = None
 
 
 def _event(type: str, **fields: Any) -> Event:

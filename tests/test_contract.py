@@ -692,11 +692,12 @@ AG_UI: Final = [
     ),
     Stream(
         "GET /ag-ui",
-        "/ag-ui?runId={named_run}",
+        "/ag-ui?offset=-1&runId={named_run}",
         VIEW,
         *AG_UI_RUN,
         bad=[
             Bad("?", "threadId"),
+            Bad(f"?runId={UNKNOWN}&offset=5", "offset"),
             Bad(f"?runId={UNKNOWN}", status=404),
             # Where nobody has a name, a run's and a thread's must be no guess.
             *(Bad(f"?runId={id}", "runId") for id in ("", "x" * 21, "x" * 256)),
@@ -705,7 +706,7 @@ AG_UI: Final = [
     ),
     Answer(
         "GET /ag-ui",
-        "/ag-ui?threadId={thread}",
+        "/ag-ui?threadId={thread}&limit=20&before=x",
         {
             "messages": [
                 {"id": TEXT, "role": ("user", "assistant"), "parts": [{"type": "text", "content": TEXT}]},
@@ -936,7 +937,11 @@ OPENAI: Final = [
         AGENT_RESPONSE[1],
         openai=True,
     ),
-    Answer("GET /v1/responses/{id}", "/v1/responses/{response}", RESPONSE, openai=True),
+    *(
+        Answer("GET /v1/responses/{id}", f"/v1/responses/{{response}}{query}", RESPONSE, openai=True)
+        # As OpenAI's SDKs ask.
+        for query in ("", "?include%5B%5D=reasoning.encrypted_content&include%5B%5D=x&include_obfuscation=false")
+    ),
     # It is over: nothing is there to be cancelled, and it stays as it is.
     Answer(
         "POST /v1/responses/{id}/cancel",
