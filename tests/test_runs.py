@@ -330,6 +330,14 @@ async def test_the_first_request_starts_a_run_and_streams_it_from_its_start(hous
         assert again.headers["run-id"] != run, "without a key or an id it is another run"
 
 
+async def test_what_gives_no_text_starts_nothing(house: House) -> None:
+    with pytest.raises(TypeError, match="plain function"):
+        Run(about=anyio.sleep)  # type: ignore[arg-type]
+    async with house.open(GET("/work", count, run=Run(about=lambda request: None))) as app:  # type: ignore[arg-type, return-value]
+        assert await refused(app, "/work") == (500, "internal_error")
+        assert (await ask(app, "/runs")).json == {"runs": []}
+
+
 async def test_events_come_as_they_are_made(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=Run())) as app:
         work.say(Event("1"))
