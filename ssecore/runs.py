@@ -855,20 +855,24 @@ def _accepted(request: Request, run: str) -> Response:
 
 
 async def _events(request: Request, id: str) -> Any:
+    """A run's events, from its start or after `Last-Event-ID`"""
     return await request.runs.view(request, id)
 
 
 async def _get(request: Request, id: str) -> Response:
+    """A run's state"""
     return JSON(await request.runs.state(id, caller=request.caller))
 
 
 async def _list(request: Request) -> Response:
+    """The caller's runs, newest first"""
     if request.runs.settings.auth == "off":
         raise Forbidden("without credentials nobody's runs can be told from everybody's")
     return JSON({"runs": await request.runs.owned_by(request.caller)})
 
 
 async def _delete(request: Request, id: str) -> Response:
+    """Cancel a run (202); of one that is over, delete the events (204)"""
     return Response(status=await request.runs.cancel(id, caller=request.caller))
 
 
@@ -877,7 +881,7 @@ ROUTES: Final = [
     GET("/runs", _list),
     GET("/runs/{id}", _get),
     DELETE("/runs/{id}", _delete),
-    GET("/runs/{id}/events", _events),
+    GET("/runs/{id}/events", _events, events={}),
 ]
 
 
