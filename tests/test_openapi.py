@@ -195,3 +195,29 @@ async def test_a_programs_own_document_takes_the_place_of_ours() -> None:
 def test_events_that_have_no_type_are_an_error_when_the_table_is_made() -> None:
     with pytest.raises(TypeError, match="GET /x"):
         GET("/x", order, events={"progress": 7})
+
+
+TRIED: Final = (
+    *("/stream", "/stream/hello", "/stream/progress", "/stream/format", "/process/stream"),
+    *("/stream/errors?at=9", "/stream/timeout?limit=0.01", "/countdown/2"),
+)
+
+
+async def test_what_the_service_sends_is_what_its_document_says(tmp_path: Path) -> None:
+    app = create_app(Settings(log="memory", data_dir=tmp_path))
+    async with app.running():
+        paths = (await ask(app)).json()["paths"]
+        for target in TRIED:
+            path, _, query = target.partition("?")
+            path = path.replace("/2", "/{seconds}")
+            content = paths[path]["get"]["responses"]["200"]["content"]["text/event-stream"]
+            schemas = (await ask(app)).json()["components"]
+            events = Decoder().feed((await ask(app, f"{path.format(seconds=2)}?interval=0&{query}")).content)
+            assert events
+            for event in events:
+                told = {"event": event.event or "message", "data": event.data}
+                jsonschema.validate(told, {**content["itemSchema"], "components": schemas})
+                kinds = content["itemSchema"]["anyOf"]
+                [kind] = [each for each in kinds if each["properties"]["event"]["const"] == told["event"]]
+                if (data := kind["properties"]["data"].get("contentSchema")) is not None:
+                    jsonschema.validate(json.loads(event.data), {**data, "components": schemas})
