@@ -58,6 +58,7 @@ from ssecore.log.sqlite import SqliteLog
 from ssecore.log.tail import Attached, Reader, Tails
 from ssecore.merge import merge
 from ssecore.metrics import Facts, Metrics
+from ssecore.openapi import OpenAPI
 from ssecore.progress import LogLevel, ProgressLogger, from_task, from_thread
 from ssecore.pump import EventPump, Pump
 from ssecore.request import Receive, Request, RequestFacts, Room, Services
@@ -168,7 +169,10 @@ class SSEApp:
         self._running = False
         #: Set by our runner: it says when a drain begins. Under another server a signal does.
         self.drained_by_runner = False
-        self._table = Table([*routes, *RUN_ROUTES, *self.guard.routes])
+        table = [*routes, *RUN_ROUTES, *self.guard.routes]
+        if not any(route.path == "/openapi.json" for route in routes):
+            table.append(OpenAPI(table, self.guard).route)
+        self._table = Table(table)
         self._lifespan = lifespan
         self._streams: set[Sender] = set()
         self._taken = 0  # places of streams, from the decision that there is room for one to its end

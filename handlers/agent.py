@@ -355,6 +355,7 @@ def steps_of(request: Request, question: str, history: Sequence[Exchange] = ()) 
 
 
 async def stream(request: Request) -> AsyncIterator[Event]:
+    """Ask the agent: its steps and its answer."""
     query: str = request.query.query
     async with steps_of(request, query) as steps:
         async for step in steps:
@@ -373,6 +374,7 @@ async def stream(request: Request) -> AsyncIterator[Event]:
 
 
 async def think(request: Request) -> AsyncIterator[Event]:
+    """Ask the agent: what it thinks, and its answer."""
     thoughts = 0
     async with steps_of(request, request.query.query) as steps:
         async for step in steps:
@@ -398,6 +400,7 @@ async def think(request: Request) -> AsyncIterator[Event]:
 
 
 async def process(request: Request) -> AsyncIterator[Event]:
+    """Ask the agent: its tools at work, and its answer."""
     tokens = 0
     async with steps_of(request, request.query.query) as steps:
         async for step in steps:
@@ -421,6 +424,7 @@ async def process(request: Request) -> AsyncIterator[Event]:
 
 
 async def chat(request: Request) -> AsyncIterator[Event]:
+    """Talk with the agent; a session carries the conversation on."""
     message, session = request.body.message, request.body.session_id
     if session is not None and not request.caller and len(session) < MIN_ANONYMOUS_SESSION:
         text = f"session_id: without credentials it has at least {MIN_ANONYMOUS_SESSION} random characters"

@@ -43,7 +43,21 @@ class Limit(msgspec.Struct, forbid_unknown_fields=True):
     interval: Interval = 1.0
 
 
+class Count(msgspec.Struct):
+    count: int
+    message: str
+
+
+class Percent(msgspec.Struct):
+    progress: Annotated[int, Meta(ge=0, le=100)]
+
+
+class Remaining(msgspec.Struct):
+    remaining: Annotated[int, Meta(ge=1)]
+
+
 async def counter(request: Request) -> AsyncIterator[Event]:
+    """Count, with named events."""
     query: Counted = request.query
     interval = query.interval
     for n in range(query.count):
@@ -54,6 +68,7 @@ async def counter(request: Request) -> AsyncIterator[Event]:
 
 
 async def data_only(request: Request) -> AsyncIterator[Event]:
+    """The same count without named events."""
     query: Counted = request.query
     for n in range(query.count):
         yield Event({"count": n, "message": f"Update {n}"})
@@ -63,6 +78,7 @@ async def data_only(request: Request) -> AsyncIterator[Event]:
 
 
 async def hello(request: Request) -> AsyncIterator[Event]:
+    """Four words."""
     for word in ("Hello", "from", "Server-Sent", "Events!"):
         yield Event({"text": word}, "message")
         await _pause(request)
@@ -70,6 +86,7 @@ async def hello(request: Request) -> AsyncIterator[Event]:
 
 
 async def progress(request: Request) -> AsyncIterator[Event]:
+    """A progress, by tens."""
     for percent in range(0, 101, 10):
         yield Event({"progress": percent}, "progress")
         await _pause(request)
@@ -131,7 +148,8 @@ async def errors(request: Request) -> AsyncIterator[Event]:
 
 
 async def limited(request: Request) -> AsyncIterator[Event]:
-    """Counts until its time is over. The deadline is looked at between events: no `yield` stands in a timeout."""
+    """Count until the time is over."""
+    # The deadline is looked at between events: no `yield` stands in a timeout.
     query: Limit = request.query
     ends_at, count = anyio.current_time() + query.limit, 0
     while anyio.current_time() < ends_at:
@@ -145,6 +163,7 @@ async def limited(request: Request) -> AsyncIterator[Event]:
 
 
 async def countdown(request: Request, seconds: int) -> AsyncIterator[Event]:
+    """Count down, a second each."""
     if not 0 <= seconds <= 3600:
         raise BadRequest("seconds: from 0 to 3600", field="seconds")
     for remaining in range(seconds, 0, -1):
@@ -154,6 +173,7 @@ async def countdown(request: Request, seconds: int) -> AsyncIterator[Event]:
 
 
 async def process(request: Request) -> AsyncIterator[Event]:
+    """Three steps, and a result."""
     for step in ("Analyzing", "Processing", "Finalizing"):
         yield Event({"step": step}, "progress")
         await _pause(request)
@@ -171,14 +191,19 @@ def _plain(number: float) -> float | int:
 
 
 ROUTES = [
-    GET("/stream", counter, query=Counted),
+    GET("/stream", counter, query=Counted, events={"message": Count, "complete": Any}),
     GET("/stream/data", data_only, query=Counted, dialect=DATA_ONLY),
-    GET("/stream/hello", hello, query=Paced),
-    GET("/stream/progress", progress, query=Paced),
-    GET("/stream/format", shapes, query=Paced),
+    GET("/stream/hello", hello, query=Paced, events={"message": Any, "complete": Any}),
+    GET("/stream/progress", progress, query=Paced, events={"progress": Percent, "complete": Any}),
+    GET("/stream/format", shapes, query=Paced, events={"message": str, "update": Any, "config": str}),
     GET("/stream/merge", merged, query=Paced, dialect=DATA_ONLY),
-    GET("/stream/errors", errors, query=Errors),
-    GET("/stream/timeout", limited, query=Limit),
-    GET("/countdown/{seconds:int}", countdown, query=Countdown),
-    GET("/process/stream", process, query=Paced),
+    GET(
+        "/stream/errors",
+        errors,
+        query=Errors,
+        events={"message": str, **dict.fromkeys(("connected", "item_error", "error"), Any), "done": None},
+    ),
+    GET("/stream/timeout", limited, query=Limit, events={"message": Any, "error": Any}),
+    GET("/countdown/{seconds:int}", countdown, query=Countdown, events={"countdown": Remaining, "complete": Any}),
+    GET("/process/stream", process, query=Paced, events={"progress": Any, "complete": Any}),
 ]

@@ -250,6 +250,7 @@ def answer_times(request: Request) -> AnswerTimes:
 
 
 async def chat(request: Request) -> AsyncIterator[Event]:
+    """A model's answer to a prompt, for `EventSource.onmessage`."""
     # Each event has a `content`, so that whoever does no more than join them gets the answer's text.
     times = answer_times(request)
     async with aclosing(request.state.model.stream([ChatMessage("user", request.query.prompt)])) as answer:
@@ -268,6 +269,7 @@ async def chat(request: Request) -> AsyncIterator[Event]:
 
 
 async def chat_stream(request: Request) -> AsyncIterator[Event]:
+    """A model's answer to a conversation."""
     if not any(message.role == "user" for message in request.body):
         raise BadRequest("role: at least one message must be the user's", field="role")
     times = answer_times(request)

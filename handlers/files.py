@@ -134,6 +134,7 @@ async def open_folder(data_dir: Path) -> Path:
 
 
 async def download(request: Request, filename: str) -> Response | ByteStream:
+    """A file of the files folder; ranges and conditions as in RFC 9110."""
     with ExitStack() as unless_sent:
         file = unless_sent.enter_context(await to_thread.run_sync(_open, request.state.files, filename))
         version = _Version.of(os.fstat(file.fileno()))

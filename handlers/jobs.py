@@ -92,6 +92,7 @@ def accepted(request: Request, job_id: str) -> Response:
 
 
 async def job(request: Request) -> AsyncIterator[Event]:
+    """Start a job, which works on by itself."""
     far: _Far = (0, "waiting for its turn")
     yield _state("pending", far)
     told: _Far | None = None
@@ -133,6 +134,7 @@ async def _work(request: Request) -> AsyncGenerator[_Far, None]:
 
 
 async def job_progress(request: Request, job_id: str) -> Any:
+    """How far a job is."""
     return await request.runs.view(request, job_id, only="POST /jobs", translate=_as_state)
 
 
@@ -339,6 +341,7 @@ async def process_stream(request: Request) -> AsyncIterator[Event]:
 
 
 async def process_items(request: Request) -> AsyncIterator[Event]:
+    """The SHA-256 of each item."""
     items: list[Any] = request.body
     failed = 0
     for index, item in enumerate(items):

@@ -39,18 +39,22 @@ async def user_stream(request: Request, user_id: str) -> Subscription:
 
 
 async def notify(request: Request, user_id: str) -> Response:
+    """Send a user a notification."""
     return JSON({"id": await _publish(request, f"users/{_checked(user_id)}", "notification")}, status=202)
 
 
 async def message(request: Request, user_id: str) -> Response:
+    """Send a user a message."""
     return JSON({"id": await _publish(request, f"users/{_checked(user_id)}", "message")}, status=202)
 
 
 async def topic(request: Request, name: str) -> Subscription:
+    """Read a topic."""
     return Subscription(f"topics/{_checked(name)}", Event({"topic": name}, "init"))
 
 
 async def publish(request: Request, name: str) -> Response:
+    """Publish to a topic."""
     topic = f"topics/{_checked(name)}"
     id = await _publish(request, topic, request.query.event)
     return JSON({"id": id, "subscribers": request.topics.subscribers(topic)}, status=202)

@@ -66,6 +66,7 @@ class _Execution(_Operation):
 
 
 async def import_tasks(request: Request) -> AsyncIterator[Event]:
+    """Import tasks from CSV, with the progress and what is wrong with which line."""
     file = await to_thread.run_sync(TaskFile, request.body)
     while not file.finished:
         tasks, events = await to_thread.run_sync(file.step)
@@ -87,7 +88,8 @@ def outcome(done: int, failed: int) -> Literal["success", "partial", "failed"]:
 
 
 async def stream_tasks(request: Request) -> AsyncIterator[Event]:
-    """Hot path: a row is made in SQLite, and costs one `Event` here."""
+    """The tasks, one event each."""
+    # Hot path: a row is made in SQLite, and costs one `Event` here.
     query: _Search = request.query
     text = None if query.q is UNSET else query.q
     if text is not None and not any(char.isalnum() for char in text):
@@ -100,6 +102,8 @@ async def stream_tasks(request: Request) -> AsyncIterator[Event]:
 
 
 async def export_tasks(request: Request) -> ByteStream:
+    """The tasks as CSV."""
+
     async def chunks() -> AsyncIterator[bytes]:
         yield _csv([COLUMNS])
         async with aclosing(request.state.tasks.pages(request.query.status or None)) as pages:

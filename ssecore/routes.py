@@ -29,7 +29,22 @@ from ssecore.dialects import DIALECTS, NAMED, Dialect
 from ssecore.errors import BadRequest, MethodNotAllowed, NotFound
 from ssecore.wire import Event
 
-__all__ = ["DELETE", "GET", "PATCH", "POST", "PUT", "About", "Handler", "Options", "Route", "Run", "Table", "Upload"]
+__all__ = [
+    "DELETE",
+    "GET",
+    "PARAMETER",
+    "PATCH",
+    "POST",
+    "PUT",
+    "About",
+    "Handler",
+    "Options",
+    "Route",
+    "Run",
+    "Table",
+    "Upload",
+    "is_model",
+]
 
 #: An async generator of events, or a coroutine; of the request, and of the path's parameters by name.
 Handler = Callable[..., AsyncIterator[Event] | Awaitable[Any]]
@@ -40,7 +55,8 @@ _CONVERTERS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "int": (r"(-?[0-9]{1,18})", int),
     "path": (r"(.+)", str),
 }
-_PARAMETER: Final = re.compile(r"{([^{}:]*)(?::([^{}]*))?}")
+#: A parameter of a path: its name, and its type.
+PARAMETER: Final = re.compile(r"{([^{}:]*)(?::([^{}]*))?}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +129,9 @@ class Route:
     open: bool = False
     #: Counts against the caller's rate of publications.
     publishes: bool = False
+    #: For `/openapi.json`: the types of the events' data by their names, `"message"` for those without one. `str` is
+    #: text as it is, `None` no data, anything else JSON. Nothing is checked by it. `{}`: a stream of any events.
+    events: Mapping[str, Any] | None = None
     #: The right that a token needs for it, with path parameters: `publish:topics/{name}`. Empty: any token will do.
     may: str = ""
     #: Stands for a route of an embedding program, for one request: nothing of it is in a table, and `handler` gives an
@@ -135,11 +154,13 @@ class Route:
             object.__setattr__(self, "lists", frozenset(_lists(self.query)))
             if not isinstance(self.body, Upload):
                 _check(self.body)
+            for kind in (self.events or {}).values():
+                _check(kind)
         except TypeError as error:
             raise TypeError(f"{self.method} {self.path}: {error}") from None
         if not isinstance(self.dialect, Dialect):
             raise TypeError(f"{self.method} {self.path}: dialect must be a Dialect, such as DATA_ONLY")
-        names = {name: name for name, _ in _PARAMETER.findall(self.path)}
+        names = {name: name for name, _ in PARAMETER.findall(self.path)}
         try:
             self.may.format(**names)
         except (KeyError, IndexError, ValueError):
@@ -174,6 +195,7 @@ class Options(TypedDict, total=False):
     run: Run | None
     open: bool
     publishes: bool
+    events: Mapping[str, Any] | None
     may: str
 
 
@@ -202,7 +224,7 @@ def DELETE(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
     return Route("DELETE", path, handler, **options)
 
 
-def _is_model(kind: Any) -> bool:
+def is_model(kind: Any) -> bool:
     """Whether it is a class of pydantic's, which needn't be installed."""
     return isinstance(kind, type) and all(
         hasattr(kind, name) for name in ("model_fields", "model_validate", "model_validate_json")
@@ -221,7 +243,7 @@ def _check(kind: Any) -> Any:
     except Exception as error:  # of a name in an annotation that isn't there, say
         raise TypeError(f"{kind!r} can't be decoded into: {error}") from error
     for found in _inside(info, set()):
-        if isinstance(found, types.CustomType) and not _is_model(found.cls):
+        if isinstance(found, types.CustomType) and not is_model(found.cls):
             raise TypeError(f"{found.cls!r} can't be decoded into: a Struct, a dataclass or a model of pydantic's can")
     return info
 
@@ -332,7 +354,7 @@ class Table:
 
 def _compile(path: str) -> tuple[str, list[tuple[str, Callable[[str], Any]]]]:
     pattern, parameters, at = "", list[tuple[str, Callable[[str], Any]]](), 0
-    for match in _PARAMETER.finditer(path):
+    for match in PARAMETER.finditer(path):
         name, kind = match[1], match[2] or ""
         if not re.fullmatch("[a-z_][a-z0-9_]*", name) or name in dict(parameters):
             raise ValueError(f"{path}: {name!r} is no name for a path parameter, or is there twice")
@@ -342,6 +364,6 @@ def _compile(path: str) -> tuple[str, list[tuple[str, Callable[[str], Any]]]]:
         pattern += re.escape(path[at : match.start()]) + group
         parameters.append((name, convert))
         at = match.end()
-    if "{" in path[at:] or "}" in _PARAMETER.sub("", path):
+    if "{" in path[at:] or "}" in PARAMETER.sub("", path):
         raise ValueError(f"{path}: a brace is left over; a path parameter is {{name}}, {{name:int}} or {{name:path}}")
     return pattern + re.escape(path[at:]), parameters

@@ -940,10 +940,12 @@ def _accepted(request: Request, run: str) -> Response:
 
 
 async def _events(request: Request, id: str) -> Any:
+    """A run's events, from its start or after `Last-Event-ID`"""
     return await request.runs.view(request, id)
 
 
 async def _get(request: Request, id: str) -> Response:
+    """A run's state"""
     return JSON(await request.runs.state(id, caller=request.caller))
 
 
@@ -953,6 +955,7 @@ class _Which(msgspec.Struct, forbid_unknown_fields=True):
 
 
 async def _list(request: Request) -> Response:
+    """The caller's runs, newest first"""
     thread, state = request.query.thread, request.query.state
     if thread is not None:
         return JSON({"runs": await request.runs.of_thread(request, thread, state=state)})
@@ -962,6 +965,7 @@ async def _list(request: Request) -> Response:
 
 
 async def _delete(request: Request, id: str) -> Response:
+    """Cancel a run (202); of one that is over, delete the events (204)"""
     return Response(status=await request.runs.cancel(id, caller=request.caller))
 
 
@@ -970,7 +974,7 @@ ROUTES: Final = [
     GET("/runs", _list, query=_Which),
     GET("/runs/{id}", _get),
     DELETE("/runs/{id}", _delete),
-    GET("/runs/{id}/events", _events),
+    GET("/runs/{id}/events", _events, events={}),
 ]
 
 

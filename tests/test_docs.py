@@ -16,6 +16,7 @@ from handlers import ROUTES
 from ssecore.client import SourceError
 from ssecore.errors import ClientGone, SSEAppError
 from ssecore.guard import Guard
+from ssecore.openapi import OpenAPI
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.settings import Settings
 from tests import chromium, serving
@@ -117,7 +118,8 @@ def test_every_route_is_there_with_its_parameters() -> None:
     page = (DOCS / "routes.md").read_text()
     rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
     with_tokens = Guard(Settings(tokens_file=Path("tokens"))).routes
-    for route in (*ROUTES, *RUN_ROUTES, *with_tokens):
+    document = OpenAPI([], Guard(Settings())).route
+    for route in (*ROUTES, *RUN_ROUTES, *with_tokens, document):
         name = f"{route.method} {re.sub(':(int|path)', '', route.path)}"
         row = rows.pop(name)
         fields: Any = msgspec.inspect.type_info(route.query) if route.query else None

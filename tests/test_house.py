@@ -25,7 +25,7 @@ LAYERS: Final = (
     {"", "errors"},
     {"wire", "settings", "filelock", "workers", "tokens", "signals", "stderr", "outbound"},
     {"request", "responses", "routes", "metrics", "dialects"},
-    {"guard", "sender", "pump", "client"},
+    {"guard", "sender", "pump", "client", "openapi"},
     {"log", "merge", "protocol"},
     {"runs", "topics", "progress", "hosting"},
 )

@@ -1,0 +1,252 @@
+"""An app's table as an OpenAPI document, at `GET /openapi.json`.
+
+OpenAPI 3.2 has `itemSchema` for what a stream is made of: the schema of one event, an object with `event`, `data` and
+so on, as the specification does it. 3.1 is what most tools read. It has no such keyword; there it stands beside the
+schema of the whole body all the same, as FastAPI has it, and tools that don't know it leave it out.
+
+Who may read the document: whoever may use the app. It is no more open than the routes that it tells of.
+"""
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal
+
+import msgspec
+
+from ssecore import __version__
+from ssecore.dialects import NAMED
+from ssecore.guard import COOKIE, Guard
+from ssecore.request import Request
+from ssecore.responses import JSON, Response
+from ssecore.routes import GET, PARAMETER, Route, Upload, is_model
+from ssecore.wire import CONTENT_TYPE
+
+__all__ = ["OpenAPI", "document"]
+
+Version = Literal["3.1", "3.2"]
+
+_REF: Final = "#/components/schemas/{name}"
+_PATH_TYPES: Final[Mapping[str, dict[str, Any]]] = {
+    "": {"type": "string", "minLength": 1},
+    "int": {"type": "integer", "format": "int64"},
+    "path": {"type": "string", "minLength": 1},
+}
+_TEXT: Final = {"type": "string"}
+#: What the engine sends by itself, wherever it may.
+_FAILURE: Final = {
+    "type": "object",
+    "properties": {"error": _TEXT, "code": _TEXT},
+    "required": ["error", "code"],
+}
+_OF_RUNS: Final = {
+    "cancelled": {"type": "object", "properties": {"reason": _TEXT}, "required": ["reason"]},
+    "gap": {
+        "type": "object",
+        "properties": {"reason": _TEXT, "from": {"type": "integer"}, "to": {"type": ["integer", "null"]}},
+        "required": ["reason", "from"],
+    },
+}
+_PROBLEM: Final = {
+    "type": "object",
+    "description": "RFC 9457",
+    "properties": {
+        "type": _TEXT,
+        "title": _TEXT,
+        "status": {"type": "integer"},
+        "detail": _TEXT,
+        "code": _TEXT,
+        "field": {**_TEXT, "description": "The parameter or member that is to blame"},
+        "reference": {**_TEXT, "description": "Finds the failure in the server's log"},
+    },
+    "required": ["type", "title", "status", "detail", "code"],
+}
+_RUN_PARAMETERS: Final = (
+    ("header", "Last-Event-ID", "Go on after this event; nothing new is started"),
+    ("header", "Idempotency-Key", "A second request with this key reads the run that the first one started"),
+    ("header", "Prefer", "`respond-async`: answer 202 at once, with the run's location"),
+)
+
+
+class _Query(msgspec.Struct, forbid_unknown_fields=True):
+    version: Version = "3.1"
+
+
+class OpenAPI:
+    """The route of one app's document."""
+
+    def __init__(self, routes: Iterable[Route], guard: Guard) -> None:
+        self.route = GET("/openapi.json", self._answer, query=_Query)
+        self._routes = [*routes, self.route]
+        self._guard = guard
+        self._made: dict[Version, dict[str, Any]] = {}
+
+    async def _answer(self, request: Request) -> Response:
+        """This document: every route, as OpenAPI 3.1 or 3.2"""
+        version: Version = request.query.version
+        if version not in self._made:
+            self._made[version] = document(self._routes, self._guard, version)
+        return JSON(self._made[version] | {"servers": [{"url": request.root_path.rstrip("/") or "/"}]})
+
+
+def document(routes: Iterable[Route], guard: Guard, version: Version) -> dict[str, Any]:
+    """The OpenAPI document of a table. Of paths that differ in their parameters' names only the first is in it."""
+    routes = list(routes)
+    schemas = _Schemas(routes)
+    paths: dict[str, dict[str, Any]] = {}
+    shapes: dict[str, str] = {}
+    for route in routes:
+        path = PARAMETER.sub(r"{\1}", route.path)
+        if shapes.setdefault(PARAMETER.sub("{}", route.path), path) == path:
+            paths.setdefault(path, {}).setdefault(route.method.lower(), _operation(route, guard, schemas, version))
+    components: dict[str, Any] = {"schemas": {"Problem": _PROBLEM, **schemas.components}}
+    made: dict[str, Any] = {
+        "openapi": f"{version}.0",
+        "info": {"title": "sseapp", "version": __version__},
+        "paths": paths,
+        "components": components,
+    }
+    if guard.mode == "tokens":
+        components["securitySchemes"] = {
+            "token": {"type": "http", "scheme": "bearer"},
+            "session": {"type": "apiKey", "in": "cookie", "name": COOKIE, "description": "From POST /session"},
+        }
+        made["security"] = [{"token": []}, {"session": []}]
+    return made
+
+
+class _Schemas:
+    """The schemas of all types that the routes name."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        kinds: list[Any] = []
+        for route in routes:
+            declared = [route.query, None if isinstance(route.body, Upload) else route.body]
+            kinds += [kind for kind in (*declared, *(route.events or {}).values()) if kind is not None]
+        found, components = msgspec.json.schema_components(kinds, schema_hook=_of_model, ref_template=_REF)
+        self.components: dict[str, Any] = {}
+        for schema in (*found, *components.values()):
+            self._lift(schema)
+        self.components |= components
+        self._of = list(zip(kinds, found, strict=True))
+
+    def _lift(self, schema: Any) -> None:
+        """Move what a model of pydantic's brings along to the others."""
+        if isinstance(schema, dict):
+            brought = schema.pop("$defs", {})
+            self.components |= brought
+            for part in (*brought.values(), *schema.values()):
+                self._lift(part)
+        elif isinstance(schema, list | tuple):
+            for part in schema:
+                self._lift(part)
+
+    def of(self, kind: Any) -> dict[str, Any]:
+        return next(schema for known, schema in self._of if known is kind)
+
+    def fields(self, kind: Any) -> dict[str, Any]:
+        """The schema of an object, itself."""
+        schema = self.of(kind)
+        while "$ref" in schema:
+            schema = self.components[schema["$ref"].rpartition("/")[2]]
+        return schema
+
+
+def _of_model(kind: type) -> dict[str, Any]:
+    if not is_model(kind):
+        raise NotImplementedError
+    model: Any = kind
+    schema: dict[str, Any] = model.model_json_schema(ref_template=_REF.replace("name", "model"))
+    return schema
+
+
+def _operation(route: Route, guard: Guard, schemas: _Schemas, version: Version) -> dict[str, Any]:
+    first, _, rest = (inspect.getdoc(route.handler) or "").partition("\n")
+    described = [rest.strip(), f"Needs the right `{route.may}`." if route.may and guard.mode == "tokens" else ""]
+    name = re.sub(r"\W+", "_", route.method.lower() + PARAMETER.sub(r"by_\1", route.path)).strip("_")
+    operation: dict[str, Any] = {"operationId": name, "responses": _responses(route, schemas, version)}
+    if first:
+        operation["summary"] = first.rstrip(".")
+    if any(described):
+        operation["description"] = "\n\n".join(filter(None, described))
+    if parameters := [*_path_parameters(route), *_query_parameters(route, schemas), *_engines_parameters(route)]:
+        operation["parameters"] = parameters
+    if isinstance(route.body, Upload):
+        operation["requestBody"] = {"required": True, "content": {route.body.media_type: {}}}
+    elif route.body is not None:
+        content = {"application/json": {"schema": schemas.of(route.body)}}
+        operation["requestBody"] = {"required": True, "content": content}
+    if route.open and guard.mode == "tokens":
+        operation["security"] = []
+    return operation
+
+
+def _path_parameters(route: Route) -> Iterable[dict[str, Any]]:
+    for name, kind in PARAMETER.findall(route.path):
+        parameter: dict[str, Any] = {"name": name, "in": "path", "required": True, "schema": _PATH_TYPES[kind]}
+        if kind == "path":
+            parameter["description"] = "With its slashes"
+        yield parameter
+
+
+def _query_parameters(route: Route, schemas: _Schemas) -> Iterable[dict[str, Any]]:
+    fields = schemas.fields(route.query) if route.query is not None else {}
+    for name, schema in fields.get("properties", {}).items():
+        parameter: dict[str, Any] = {"name": name, "in": "query", "schema": schema}
+        if name in fields.get("required", ()):
+            parameter["required"] = True
+        yield parameter
+
+
+def _engines_parameters(route: Route) -> Iterable[dict[str, Any]]:
+    for place, name, description in _RUN_PARAMETERS if route.run is not None else ():
+        yield {"name": name, "in": place, "description": description, "schema": _TEXT}
+    if route.run is not None and route.method == "GET":
+        yield {"name": "key", "in": "query", "description": "As Idempotency-Key, for `EventSource`", "schema": _TEXT}
+        yield {"name": "last_event_id", "in": "query", "description": "As Last-Event-ID", "schema": _TEXT}
+
+
+def _responses(route: Route, schemas: _Schemas, version: Version) -> dict[str, Any]:
+    problem = {
+        "description": "What is wrong",
+        "content": {"application/problem+json": {"schema": {"$ref": _REF.format(name="Problem")}}},
+    }
+    responses: dict[str, Any] = {"4XX": problem, "5XX": problem}
+    if not route.streams and route.events is None:
+        return {"2XX": {"description": "The answer"}, **responses}
+    if route.run is not None:
+        responses["202"] = {"description": "The run was started, and goes on by itself"}
+    if route.run is None or route.run.accepted is None:
+        stream: dict[str, Any] = {"itemSchema": _item(route, schemas)}
+        if version == "3.1":
+            stream["schema"] = _TEXT
+        responses["200"] = {"description": "An event stream", "content": {CONTENT_TYPE: stream}}
+        responses["204"] = {"description": "After the last event: there is no more, and a browser stops asking"}
+    return responses
+
+
+def _item(route: Route, schemas: _Schemas) -> dict[str, Any]:
+    """The schema of one event."""
+    fields: dict[str, Any] = {
+        "event": _TEXT,
+        "data": _TEXT,
+        "id": {**_TEXT, "description": "To go on after it"},
+        "retry": {"type": "integer", "minimum": 0, "description": "Milliseconds until a client asks again"},
+    }
+    item: dict[str, Any] = {"type": "object", "properties": fields}
+    if route.events:
+        known = {name: None if kind is None else schemas.of(kind) for name, kind in route.events.items()}
+        if route.dialect is NAMED:
+            of_ours = {"error": _FAILURE, **(_OF_RUNS if route.run is not None else {})}
+            known = {**of_ours, **known}
+        item["anyOf"] = [_event(name, schema) for name, schema in known.items()]
+    return item
+
+
+def _event(name: str, schema: dict[str, Any] | None) -> dict[str, Any]:
+    data: dict[str, Any] = {"const": ""} if schema is None else _TEXT
+    if schema is not None and schema != _TEXT:
+        data = {**_TEXT, "contentMediaType": "application/json", "contentSchema": schema}
+    if name == "message":
+        return {"properties": {"data": data, "event": {"const": "message"}}, "required": ["data"]}
+    return {"properties": {"event": {"const": name}, "data": data}, "required": ["event", "data"]}
