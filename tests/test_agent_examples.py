@@ -1,12 +1,14 @@
 """Agents of others' libraries as runs: each program of examples/ with the real package, and a model's server."""
 
+import gc
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from types import ModuleType
 from typing import Any, Final
 
 import anyio
 import httpx
+import httpx2
 import pytest
 
 from examples import langgraph_agent, openai_agents_agent, pydantic_ai_agent
@@ -51,6 +53,14 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Upstream]:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
         yield server
+
+
+@pytest.fixture(autouse=True)
+async def connections() -> AsyncIterator[None]:
+    """The packages keep their clients for the next question, and with them connections, which end with the test."""
+    yield
+    for client in [each for each in gc.get_objects() if isinstance(each, httpx.AsyncClient | httpx2.AsyncClient)]:
+        await client._transport.aclose()
 
 
 @pytest.mark.parametrize(("program", "scripts", "statuses"), AGENTS, ids=lambda value: getattr(value, "__name__", ""))
