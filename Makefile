@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 LOCAL_MODEL := .venv/local-model
 NODE_CLIENTS := tests/node/node_modules/.package-lock.json
 PEERS := .venv-peers/installed
-OTHER_TESTS := wire routes inputs settings cli filelock stream topics log_sqlite testing client_file embedding typing
+OTHER_TESTS := wire routes inputs settings cli filelock stream topics log_sqlite testing client_file embedding typing hosting from_task openapi
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
 	--python-version 3.11 $(ARGS)
 
