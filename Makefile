@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 LOCAL_MODEL := .venv/local-model
 NODE_CLIENTS := tests/node/node_modules/.package-lock.json
 PEERS := .venv-peers/installed
-OTHER_TESTS := wire routes inputs settings cli filelock stream topics log_sqlite testing client_file embedding typing
+OTHER_TESTS := wire routes inputs settings cli filelock stream topics log_sqlite testing client_file embedding typing hosting from_task openapi
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
 	--python-version 3.11 $(ARGS)
 
@@ -34,7 +34,7 @@ $(RUNNABLE): pyproject.toml requirements.txt requirements-build.txt
 	@touch $@
 
 $(INSTALLED): $(RUNNABLE) requirements-dev.txt
-	@echo 'installing what the tests need into .venv: 900 MB, some minutes'
+	@echo 'installing what the tests need into .venv: 1.1 GB, some minutes'
 	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt
 	@touch $@
 
@@ -59,7 +59,7 @@ test: system install lint ## lint, types and tests (ARGS='-k wire')
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-python: ## the library's own tests on another Python, in .venv-other (PYTHON=python3.13)
-	@echo 'installing what the tests need into .venv-other: 900 MB, some minutes'
+	@echo 'installing what the tests need into .venv-other: 1.1 GB, some minutes'
 	@$(PYTHON) -m venv --clear .venv-other
 	@.venv-other/bin/python -m pip install --quiet --require-hashes -r requirements-dev.txt
 	.venv-other/bin/python -m pytest -n 2 --dist loadfile $(OTHER_TESTS:%=tests/test_%.py) $(ARGS)

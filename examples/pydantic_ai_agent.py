@@ -12,8 +12,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import msgspec
+from openai import AsyncOpenAI
 from pydantic_ai import Agent, RunContext
 from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
 
 from sseapp import GET, Event, Request, Run, Settings, SSEApp, from_task
 from ssecore.progress import TaskReport
@@ -43,14 +45,15 @@ class Question(msgspec.Struct):
 
 
 async def work(report: TaskReport[Event], question: str) -> None:
-    model = OpenAIChatModel(os.environ.get("OPENAI_MODEL", "gpt-5-mini"))
-
     def status(text: str) -> object:
         return report(Event({"status": text}, "status"))
 
-    async with agent.run_stream(question, model=model, deps=Told(status)) as answer:
-        async for text in answer.stream_text(delta=True, debounce_by=None):
-            await report(Event(text, "token"))
+    async with AsyncOpenAI() as client:  # its connections end with the work, whatever ends it
+        provider = OpenAIProvider(openai_client=client)
+        model = OpenAIChatModel(os.environ.get("OPENAI_MODEL", "gpt-5-mini"), provider=provider)
+        async with agent.run_stream(question, model=model, deps=Told(status)) as answer:
+            async for text in answer.stream_text(delta=True, debounce_by=None):
+                await report(Event(text, "token"))
     await report(Event("", "complete"))
 
 

@@ -220,7 +220,9 @@ def _responses(route: Route, schemas: _Schemas, version: Version) -> dict[str, A
         stream: dict[str, Any] = {"itemSchema": _item(route, schemas)}
         if version == "3.1":
             stream["schema"] = _TEXT
-        responses["200"] = {"description": "An event stream", "content": {CONTENT_TYPE: stream}}
+        names = ", ".join(f"`{name}`" for name in route.events or ())
+        description = f"An event stream of {names}" if names else "An event stream"
+        responses["200"] = {"description": description, "content": {CONTENT_TYPE: stream}}
         responses["204"] = {"description": "After the last event: there is no more, and a browser stops asking"}
     return responses
 

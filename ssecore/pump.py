@@ -7,7 +7,8 @@ Rules, cited by number at the code:
 2.  A cancellation reaches a generator once. Its `finally` may await, and has `CLOSE_S` for that; then it is cancelled
     again and again. (anyio's own cancellation comes at each await: connection pools leak, since they don't get to give
     back what they hold.) On asyncio the task is asyncio's own, and only this module cancels it; so it needs no cancel
-    scope, which would cost each connection 0.9 KiB. On trio a scope is shielded once the cancellation has arrived.
+    scope, which would cost each connection 0.9 KiB. On trio the
+    cancellation comes at each await, as trio has it: there a `finally` that awaits shields itself.
 3.  Whoever takes is told each time that the generator waits, and at its end: before the loop has its turn, so no other
     task's work stands between an event and its client.
 4.  A generator that never waits gives the loop a turn when its buffer is full, and each `TURN_S`. The pump looks at the
@@ -138,24 +139,19 @@ class GeneratorTask(Generic[T]):
 
     async def _work_on_trio(self) -> None:
         # The outer one is shielded, so that `stop` is the only way to cancel it. The inner one is entered before the
-        # first `anext` and shielded when the cancellation has come: a scope that is entered to close the generator
-        # would be left in another order than those that are open in it.
+        # first `anext`: a scope that is entered to close the generator would be left in another order than those that
+        # are open in it.
         assert self._done is not None
         closing = CancelScope()
-
-        def close_in_time() -> None:
-            if not closing.shield:
-                closing.shield, closing.deadline = True, current_time() + CLOSE_S
-
         try:
             self._scope = CancelScope(shield=True)
             if self._stopped:
                 self._scope.cancel()
             with self._scope, closing:
                 try:
-                    await _watched(self.iterate(), self.waits, close_in_time)
+                    await _watched(self.iterate(), self.waits)
                 finally:
-                    close_in_time()
+                    closing.shield, closing.deadline = True, current_time() + CLOSE_S
                     await self._aclose()
         except BaseException as error:
             if not self._took(error):
@@ -350,11 +346,8 @@ class EventPump(Pump[Event]):
 
 
 @types.coroutine
-def _watched(
-    work: Coroutine[Any, Any, None], waits: Callable[[], None], cancelled: Callable[[], None] | None = None
-) -> Generator[Any, Any, None]:
-    """Await `work`. `waits` is called each time that it suspends, before the loop has its turn (rule 3); `cancelled`
-    when a cancellation arrives in it, before it sees it (rule 2).
+def _watched(work: Coroutine[Any, Any, None], waits: Callable[[], None]) -> Generator[Any, Any, None]:
+    """Await `work`. `waits` is called each time that it suspends, before the loop has its turn (rule 3).
 
     Budget: one Python frame for each suspension, none for an item that is there.
     """
@@ -370,8 +363,6 @@ def _watched(
                 work.close()
                 raise
             except BaseException as thrown:
-                if cancelled is not None and isinstance(thrown, get_cancelled_exc_class()):
-                    cancelled()
                 step, value = work.throw, thrown
     except StopIteration:
         return
