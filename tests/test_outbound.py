@@ -71,7 +71,7 @@ async def test_a_variable_that_cant_be_used_is_skipped_and_named_in_one_line(
     monkeypatch.setenv(variable, UNUSABLE[variable])
     async with http_client() as client:
         assert (await client.get(f"{server.url}/healthz")).status_code == 200
-    (message,) = caplog.messages
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "sseapp"]
     assert message.startswith(f"{variable} is ignored: ") and "S3cret" not in message
 
 

@@ -258,9 +258,9 @@ async def test_a_broadcast_is_framed_once_and_costs_each_reader_one_write(
     for module, name in counters:
         original = getattr(module, name)
 
-        def counting(*args: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
+        def counting(*args: Any, name: str = name, original: Callable[..., Any] = original, **options: Any) -> Any:
             made[name] += 1
-            return original(*args)
+            return original(*args, **options)
 
         monkeypatch.setattr(module, name, counting)
     async with audience() as (publish, wires):
