@@ -56,13 +56,13 @@ test: system install lint ## lint, types and tests (ARGS='-k wire')
 	@$(MAKE) --no-print-directory $(LOCAL_MODEL) || echo 'not installed: the local model (the tests that need it are skipped)'
 	@$(MAKE) --no-print-directory $(NODE_CLIENTS) || echo 'not installed: the clients for Node (their tests are skipped)'
 	@$(if $(ARGS),,echo 'all tests: about ten minutes on two cores (ARGS="-k wire" runs some of them)')
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 test-python: ## the library's own tests on another Python, in .venv-other (PYTHON=python3.13)
 	@echo 'installing what the tests need into .venv-other: 1.1 GB, some minutes'
 	@$(PYTHON) -m venv --clear .venv-other
 	@.venv-other/bin/python -m pip install --quiet --require-hashes -r requirements-dev.txt
-	.venv-other/bin/python -m pytest -n 2 --dist loadfile $(OTHER_TESTS:%=tests/test_%.py) $(ARGS)
+	.venv-other/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(OTHER_TESTS:%=tests/test_%.py) $(ARGS)
 
 system: ## what the tests need of the system: looked for, installed with apt where that can be done (on a terminal it asks)
 	@sh tests/system-packages.sh
