@@ -478,9 +478,10 @@ class Runs:
 
     def _dialect(self, stat: Stat) -> Dialect:
         """A run's dialect. Where the program doesn't know it any more, as where another version wrote it: `NAMED`."""
-        if "dialect" in stat.meta:
-            return self._dialects.get(stat.meta["dialect"], NAMED)
-        return DATA_ONLY if stat.meta.get("data_only") else NAMED  # written before there were dialects
+        meta = _meta(stat)
+        if meta.dialect is not None:
+            return self._dialects.get(meta.dialect, NAMED)
+        return DATA_ONLY if meta.data_only else NAMED  # written before there were dialects
 
     async def _last_event(self, stat: Stat) -> Event | None:
         rows = await self.log.read(stat.stream, stat.last - 1, 1) if stat.last else []
@@ -983,13 +984,14 @@ def _epoch_at(stat: Stat, seq: int) -> str:
 
 
 def _state(stat: Stat) -> dict[str, Any]:
-    epoch = _epoch_at(stat, stat.last)
-    about = {name: stat.meta[name] for name in ("thread", "note") if name in stat.meta}
-    return about | {
+    meta, epoch = _meta(stat), _epoch_at(stat, stat.last)
+    return {
+        **({"thread": meta.thread} if meta.thread is not None else {}),
+        **({"note": meta.note} if meta.note else {}),
         "run": stat.stream,
-        "route": _meta(stat).route,
-        "about": _meta(stat).about,
-        "state": _meta(stat).state,
+        "route": meta.route,
+        "about": meta.about,
+        "state": meta.state,
         "created": datetime.fromtimestamp(stat.created, UTC),
         "updated": datetime.fromtimestamp(stat.updated, UTC),
         "events": stat.last,

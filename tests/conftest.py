@@ -4,8 +4,10 @@ from collections.abc import Iterator
 import pytest
 
 import ssecore.pump
+from tests import upstream
 from tests.lines import lines_offered
 from tests.needs import find
+from tests.upstream import Upstream
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +27,13 @@ def parked(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether streams are parked on lines, as under our runner; else each waits in its request's own task."""
     with lines_offered(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def shared_upstream() -> Iterator[Upstream]:
+    """A model's server that answers as the test says, for all tests of a file."""
+    with upstream.serve() as server:
+        yield server
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -45,6 +45,7 @@ __all__ = [
     "serve_uvicorn",
     "server",
     "wait_until",
+    "written_on",
 ]
 
 T = TypeVar("T")
@@ -175,6 +176,17 @@ def wait_until(condition: Callable[[], T], timeout_s: float = _TIMEOUT_S) -> T:
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition}"
         time.sleep(0.02)
     return value
+
+
+def written_on(terminal: int) -> bytes:
+    """All that is written on the other side of this pseudoterminal, until that is closed."""
+    written = b""
+    try:
+        while data := os.read(terminal, 65536):
+            written += data
+    except OSError:  # it has ended: Linux's way to say so
+        pass
+    return written
 
 
 @contextmanager

@@ -68,12 +68,6 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def shared_upstream() -> Iterator[Upstream]:
-    with serve_upstream() as upstream:
-        yield upstream
-
-
-@pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory, shared_upstream: Upstream) -> Iterator[Server]:
     env = {"OPENAI_BASE_URL": shared_upstream.url, "OPENAI_API_KEY": KEY, "OPENAI_MODEL": "m", "SSEAPP_LINGER_S": "0.2"}
     with serving.serve(tmp_path_factory.mktemp("llm"), env=env) as server:

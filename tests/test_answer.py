@@ -55,12 +55,6 @@ def sending(*pieces: bytes, content_type: str = "text/event-stream; charset=utf-
 
 
 @pytest.fixture(scope="module")
-def shared_upstream() -> Iterator[Upstream]:
-    with serve_upstream() as upstream:
-        yield upstream
-
-
-@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, shared_upstream: Upstream) -> Iterator[Server]:
     env = {"OPENAI_BASE_URL": shared_upstream.url, "OPENAI_API_KEY": "sk-test-0123456789", "OPENAI_MODEL": "m"}
     with serving.serve(tmp_path_factory.mktemp("answer"), env=env) as server:

@@ -110,12 +110,6 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def shared_upstream() -> Iterator[Upstream]:
-    with serve() as upstream:
-        yield upstream
-
-
-@pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory, shared_upstream: Upstream) -> Iterator[Service]:
     variables = {"OPENAI_BASE_URL": shared_upstream.url, "OPENAI_API_KEY": KEY, "OPENAI_MODEL": "m"}
     times = {"SSEAPP_HEARTBEAT_S": "0.2", "SSEAPP_LINGER_S": "0.2"}

@@ -27,7 +27,6 @@ from ssecore.wire import Decoder
 from tests import serving
 from tests.serving import Server, wait_until
 from tests.upstream import DONE, FIRST, STOP, Call, Upstream, answer, refuse, token
-from tests.upstream import serve as serve_upstream
 
 LIMIT_S: Final = 20
 TITLE, DESCRIPTION = "Write the report", "It needs figures. And who's to read it? Write well-known facts!"
@@ -41,12 +40,6 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving.serve(tmp_path_factory.mktemp("mock"), env={"SSEAPP_MOCK_DELAY_S": "0"}) as server:
         fill(server, ROWS)
         yield server
-
-
-@pytest.fixture(scope="module")
-def shared_upstream() -> Iterator[Upstream]:
-    with serve_upstream() as upstream:
-        yield upstream
 
 
 @pytest.fixture(scope="module")

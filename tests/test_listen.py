@@ -15,7 +15,7 @@ import pytest
 
 from ssecore.cli import main
 from tests import serving, upstream
-from tests.serving import Server, run_sseapp
+from tests.serving import Server, run_sseapp, written_on
 from tests.test_client import cut, numbered, over, quick, stream
 from tests.upstream import Upstream
 
@@ -148,12 +148,7 @@ def on_a_terminal(url: str) -> str:
     command = [sys.executable, "-m", "sseapp", "listen", url]
     with subprocess.Popen(command, stdout=screen, stderr=screen, stdin=subprocess.DEVNULL) as process:
         os.close(screen)
-        written = b""
-        try:
-            while data := os.read(terminal, 65536):
-                written += data
-        except OSError:  # it has ended: Linux's way to say so
-            pass
+        written = written_on(terminal)
     os.close(terminal)
     assert process.returncode == 0
     return written.decode()

@@ -9,6 +9,8 @@ from typing import Final
 
 import pytest
 
+from tests.serving import written_on
+
 ROOT: Final = Path(__file__).parent.parent
 
 
@@ -32,12 +34,7 @@ def asked(bare: Path, answer: bytes) -> str:
     ) as process:
         os.close(screen)
         os.write(terminal, answer)
-        written = b""
-        try:
-            while data := os.read(terminal, 65536):
-                written += data
-        except OSError:  # it has ended: Linux's way to say so
-            pass
+        written = written_on(terminal)
     os.close(terminal)
     assert process.returncode == 0
     return written.decode()

@@ -52,7 +52,6 @@ from typing import Any, Final, NamedTuple
 import anyio
 import orjson
 from anyio import CancelScope, current_time
-from anyio import Event as Signal
 from anyio.lowlevel import checkpoint
 from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
@@ -146,7 +145,7 @@ class _Line:
         self._log = log
         self._calls: deque[_Call] = deque()
         self._asked: list[_Call] = []  # of these, those that are under way
-        self._wake = Signal()
+        self._wake = anyio.Event()
         self._scope = CancelScope(shield=True)
         self._closed = False
         self._stopping = False  # `give_up` was called …
@@ -200,7 +199,7 @@ class _Line:
                 while True:
                     if not self._calls:
                         await self._wake.wait()
-                    self._wake = Signal()
+                    self._wake = anyio.Event()
                     self._asked = self._take()
                     if not self._asked:
                         continue
@@ -329,7 +328,7 @@ class RedisStore:
         #: Of each watched stream: what watchers were told last; else what somebody saw first; else what was before the
         #: first message, of an epoch that isn't known (""); else None.
         self._told: dict[str, Cursor | None] = {}
-        self._subscribed: dict[str, Signal] = {}
+        self._subscribed: dict[str, anyio.Event] = {}
         self._dirty: dict[str, None] = {}
         self._commits: deque[tuple[list[Batch], Callable[[], None]]] = deque()  # one at most
         self._number = 0
@@ -344,7 +343,12 @@ class RedisStore:
     async def running(self) -> AsyncIterator[None]:
         failure: Exception | None = None
         self._make = self._connections()
-        self._wake, self._look, self._channels, self._called = Signal(), Signal(), Signal(), Signal()
+        self._wake, self._look, self._channels, self._called = (
+            anyio.Event(),
+            anyio.Event(),
+            anyio.Event(),
+            anyio.Event(),
+        )
         self._writing = CancelScope(shield=True)
         self._reads, self._writes = lines = _Line(self), _Line(self)
         async with anyio.create_task_group() as group:
@@ -566,7 +570,7 @@ class RedisStore:
                 continue
             with anyio.move_on_after(self._lease_s / 3):
                 await self._called.wait()
-            self._called = Signal()
+            self._called = anyio.Event()
 
     async def call(self, stream: str, word: str) -> None:
         if not await self._writes.ask("call", stream, word, _REMEMBER_S):
@@ -594,7 +598,7 @@ class RedisStore:
         unwatch = self._watchers.add(stream, watcher)
         if stream not in self._told:
             self._told[stream] = None
-            self._subscribed[stream] = Signal()
+            self._subscribed[stream] = anyio.Event()
             self._channels.set()
 
         def done() -> None:
@@ -619,7 +623,7 @@ class RedisStore:
         with self._writing:
             while True:
                 await self._wake.wait()
-                self._wake = Signal()
+                self._wake = anyio.Event()
                 batches, done = self._commits.popleft()
                 await self._send(batches)
                 done()
@@ -743,7 +747,7 @@ class RedisStore:
     def _forget(self, stream: str) -> None:
         self._told.pop(stream, None)
         self._dirty.pop(stream, None)
-        self._subscribed.pop(stream, Signal()).set()
+        self._subscribed.pop(stream, anyio.Event()).set()
         self._channels.set()
 
     async def _watching(self, stream: str) -> None:
@@ -778,11 +782,11 @@ class RedisStore:
     async def _subscribe(self, session: _Session) -> None:
         """Asks the connection for what it hasn't been asked for, and now and then whether it is there."""
         send = session.connection.send_command
-        asked: dict[str, Signal] = {}
+        asked: dict[str, anyio.Event] = {}
         with suppress(*_BROKEN):  # who listens on it hears of that too
             await send("SUBSCRIBE", self._name(f"called:{self._process}"))
             while True:
-                self._channels = Signal()
+                self._channels = anyio.Event()
                 wanted = dict(self._subscribed)
                 new = [stream for stream, signal in wanted.items() if asked.get(stream) is not signal]
                 for word, streams in (("SUBSCRIBE", new), ("UNSUBSCRIBE", asked.keys() - wanted.keys())):
@@ -836,7 +840,7 @@ class RedisStore:
         while True:
             with CancelScope(deadline=look_at):
                 await self._look.wait()
-            self._look = Signal()
+            self._look = anyio.Event()
             with suppress(SSEAppError):  # then with the next look
                 if current_time() >= look_at:
                     look_at = current_time() + self._look_s

@@ -47,7 +47,6 @@ import anyio
 import msgspec
 import orjson
 from anyio import CancelScope, CapacityLimiter, current_time
-from anyio import Event as Signal
 from anyio.lowlevel import current_token
 from anyio.to_thread import run_sync
 
@@ -264,7 +263,7 @@ class SqliteStore(LocalStore):
     async def apply(self, work: Callable[[Ledger], T]) -> T:
         if not self._running or self._stuck:
             raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
-        signal = Signal()
+        signal = anyio.Event()
         order = _Order(work, lambda _: signal.set(), _BATCH_BYTES)
         order.awaited = True
         self._put(order)
