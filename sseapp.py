@@ -1,4 +1,4 @@
-"""The front door: the ASGI callable, and the service made of it. (The command `sseapp` is `ssecore/cli.py`.)
+"""The front door: the ASGI callable, and the service made of it. (The command `sseapp` is `ssecore/server/cli.py`.)
 
     app = SSEApp([GET("/countdown/{seconds:int}", countdown)])        # an ASGI app, to be served or mounted
     uvicorn --factory sseapp:create_app                               # the service
@@ -8,8 +8,8 @@ One request goes through here as: match the table, read and decode query and bod
 async generator yields, or send what a coroutine returned; and any error on this way becomes a problem (RFC 9457).
 """
 
-if __name__ == "__main__":  # first of all: see `ssecore.command`
-    from ssecore.command import main
+if __name__ == "__main__":  # first of all: see `ssecore.server.command`
+    from ssecore.server.command import main
 
     raise SystemExit(main())
 
@@ -49,20 +49,12 @@ from ssecore.errors import (
     TooManyRequests,
     Unavailable,
 )
-from ssecore.guard import Caller, Guard
 from ssecore.hosting import HOSTED, EventStream
-from ssecore.log import Log
-from ssecore.log.measured import measured
-from ssecore.log.memory import MemoryLog
-from ssecore.log.sqlite import SqliteLog
-from ssecore.log.tail import Attached, Reader, Tails
-from ssecore.merge import merge
-from ssecore.metrics import Facts, Metrics
-from ssecore.openapi import OpenAPI
-from ssecore.progress import LogLevel, ProgressLogger, from_task, from_thread
-from ssecore.pump import EventPump, Pump
-from ssecore.request import Receive, Request, RequestFacts, Room, Services
-from ssecore.responses import (
+from ssecore.http.guard import Caller, Guard
+from ssecore.http.openapi import OpenAPI
+from ssecore.http.rates import PublishRate
+from ssecore.http.request import Receive, Request, RequestFacts, Room, Services
+from ssecore.http.responses import (
     JSON,
     ByteStream,
     Response,
@@ -73,13 +65,22 @@ from ssecore.responses import (
     response_start,
     send_response,
 )
-from ssecore.routes import DELETE, GET, PATCH, POST, PUT, About, Route, Run, Table, Upload
+from ssecore.http.routes import DELETE, GET, PATCH, POST, PUT, About, Route, Run, Table, Upload
+from ssecore.log import Log
+from ssecore.log.measured import measured
+from ssecore.log.memory import MemoryLog
+from ssecore.log.sqlite import SqliteLog
+from ssecore.log.tail import Attached, Reader, Tails
+from ssecore.metrics import Facts, Metrics
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.runs import Runs
-from ssecore.sender import Sender, SenderOptions, Timekeeper
+from ssecore.server.signals import chained
+from ssecore.server.stderr import dropped_lines
 from ssecore.settings import Settings
-from ssecore.signals import chained
-from ssecore.stderr import dropped_lines
+from ssecore.streaming.merge import merge
+from ssecore.streaming.progress import LogLevel, ProgressLogger, from_task, from_thread
+from ssecore.streaming.pump import EventPump, Pump
+from ssecore.streaming.sender import Sender, SenderOptions, Timekeeper
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
@@ -162,6 +163,7 @@ class SSEApp:
         self.settings = settings or Settings()
         #: Who may enter. Without `caller`, tokens or `auth="off"` in the settings: this machine only.
         self.guard = Guard(self.settings, caller)
+        self._publish_rate = PublishRate(self.settings.max_publish_per_s)
         self.state: Any = None
         self.draining = False
         #: It has ended by itself, since it started: our runner ends the process then.
@@ -401,7 +403,7 @@ class SSEApp:
             if route.may:
                 self.guard.permit(request, route.may.format(**params))
         if route.publishes:
-            self.guard.spend(request)
+            self._publish_rate.spend(request.caller)
         if route.streams and route.body is not None:
             self._take_place(request)  # before its body is read: a refusal costs nothing then
         await request.decode(

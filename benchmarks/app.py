@@ -20,10 +20,10 @@ from handlers.basics import Counted, counter
 from handlers.chat import Prompt, chat
 from sseapp import SSEApp
 from ssecore.dialects import DATA_ONLY
-from ssecore.request import Receive, Request
-from ssecore.responses import JSON, Response, Send
-from ssecore.routes import GET, POST, Run
-from ssecore.server import serve
+from ssecore.http.request import Receive, Request
+from ssecore.http.responses import JSON, Response, Send
+from ssecore.http.routes import GET, POST, Run
+from ssecore.server.runner import serve
 from ssecore.settings import Settings
 from ssecore.wire import Event
 

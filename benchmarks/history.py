@@ -43,10 +43,10 @@ from benchmarks.process import ROOT, pin_server
 from benchmarks.report import Check, Report, Spread
 from sseapp import SSEApp
 from ssecore.dialects import DATA_ONLY
-from ssecore.request import Request
-from ssecore.responses import JSON, Response
-from ssecore.routes import GET, POST, Run
-from ssecore.server import serve
+from ssecore.http.request import Request
+from ssecore.http.responses import JSON, Response
+from ssecore.http.routes import GET, POST, Run
+from ssecore.server.runner import serve
 from ssecore.settings import Settings
 from ssecore.topics import Subscription
 from ssecore.wire import Event

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.app import Padded, padded
 from handlers.basics import Counted, counter
-from ssecore.request import Request
+from ssecore.http.request import Request
 from ssecore.wire import encode
 
 

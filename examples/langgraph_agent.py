@@ -19,7 +19,7 @@ from langgraph.graph import END, START, StateGraph
 from openai import DefaultAsyncHttpxClient
 
 from sseapp import GET, Event, Request, Run, Settings, SSEApp, from_task
-from ssecore.progress import TaskReport
+from ssecore.streaming.progress import TaskReport
 
 TASKS = ["write the docs", "call Ann"]
 

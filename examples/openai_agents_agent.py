@@ -18,7 +18,7 @@ from openai import AsyncOpenAI
 from openai.types.responses import ResponseTextDeltaEvent
 
 from sseapp import GET, Event, Request, Run, Settings, SSEApp, from_task
-from ssecore.progress import TaskReport
+from ssecore.streaming.progress import TaskReport
 
 TASKS = ["write the docs", "call Ann"]
 

@@ -18,7 +18,7 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from sseapp import GET, Event, Request, Run, Settings, SSEApp, from_task
-from ssecore.progress import TaskReport
+from ssecore.streaming.progress import TaskReport
 
 TASKS = ["write the docs", "call Ann"]
 

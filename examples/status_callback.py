@@ -13,7 +13,7 @@ import anyio
 import msgspec
 
 from sseapp import GET, Event, Request, SSEApp, from_task
-from ssecore.progress import TaskReport
+from ssecore.streaming.progress import TaskReport
 
 
 class Agent:

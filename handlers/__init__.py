@@ -9,7 +9,7 @@ from handlers import ag_ui, agent, ai_sdk, basics, chat, files, jobs, notificati
 from handlers.chat import Model, open_model
 from handlers.files import open_folder
 from handlers.tasks import Tasks, open_tasks
-from ssecore.routes import Route
+from ssecore.http.routes import Route
 from ssecore.settings import Settings
 
 __all__ = ["ROUTES", "Resources", "resources"]

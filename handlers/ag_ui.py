@@ -18,9 +18,9 @@ from handlers.database import Exchange
 from handlers.parts import Called, Closed, Delta, Opened, Returned, blamed, conversation, parts_of, text_of
 from ssecore.dialects import AG_UI
 from ssecore.errors import BadRequest, NotFound
-from ssecore.request import Request
-from ssecore.responses import JSON
-from ssecore.routes import GET, POST, About, Run
+from ssecore.http.request import Request
+from ssecore.http.responses import JSON
+from ssecore.http.routes import GET, POST, About, Run
 from ssecore.runs import MIN_ANONYMOUS_KEY, MIN_ANONYMOUS_THREAD
 from ssecore.wire import Event, encode_json
 

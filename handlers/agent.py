@@ -31,9 +31,9 @@ from handlers.planner import plan, write
 from handlers.tools import DESCRIPTIONS, use
 from ssecore.dialects import DATA_ONLY, public_text
 from ssecore.errors import BadRequest, SSEAppError, UpstreamError
+from ssecore.http.request import Request
+from ssecore.http.routes import GET, POST
 from ssecore.metrics import AnswerTimes
-from ssecore.request import Request
-from ssecore.routes import GET, POST
 from ssecore.wire import Event, encode_json
 
 __all__ = [

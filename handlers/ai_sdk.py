@@ -18,9 +18,9 @@ from handlers.chat import LINGERING
 from handlers.parts import Called, Closed, Delta, Opened, Returned, blamed, conversation, parts_of, text_of
 from ssecore.dialects import AI_SDK
 from ssecore.errors import NotFound
-from ssecore.request import Request
-from ssecore.responses import Response
-from ssecore.routes import GET, POST, About, Run
+from ssecore.http.request import Request
+from ssecore.http.responses import Response
+from ssecore.http.routes import GET, POST, About, Run
 from ssecore.wire import Event
 
 __all__ = ["ROUTES"]

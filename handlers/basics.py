@@ -9,9 +9,9 @@ from msgspec import Meta
 
 from ssecore.dialects import DATA_ONLY
 from ssecore.errors import BadRequest
-from ssecore.merge import merge
-from ssecore.request import Request
-from ssecore.routes import GET
+from ssecore.http.request import Request
+from ssecore.http.routes import GET
+from ssecore.streaming.merge import merge
 from ssecore.wire import Event, encode
 
 __all__ = ["ROUTES"]

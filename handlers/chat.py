@@ -22,12 +22,12 @@ from msgspec import Meta
 from handlers.answer import AnswerReader, ModelError, Piece, Reasoning, ToolCall, Usage, says_error
 from handlers.local_model import LOCAL, local_model
 from handlers.upstream import UpstreamTransport
+from ssecore.client.outbound import Transport, http_client
 from ssecore.dialects import DATA_ONLY
 from ssecore.errors import BadRequest, SettingsError, TooLarge
+from ssecore.http.request import Request
+from ssecore.http.routes import GET, POST, Run
 from ssecore.metrics import AnswerTimes
-from ssecore.outbound import Transport, http_client
-from ssecore.request import Request
-from ssecore.routes import GET, POST, Run
 from ssecore.settings import Settings
 from ssecore.wire import CONTENT_TYPE, Event, encode_json
 

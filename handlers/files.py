@@ -27,9 +27,9 @@ from urllib.parse import quote
 from anyio import to_thread
 
 from ssecore.errors import NotFound, SSEAppError, Unavailable
-from ssecore.request import Request
-from ssecore.responses import ByteStream, Response
-from ssecore.routes import GET
+from ssecore.http.request import Request
+from ssecore.http.responses import ByteStream, Response
+from ssecore.http.routes import GET
 
 __all__ = ["ROUTES", "content_disposition", "open_folder"]
 

@@ -30,10 +30,10 @@ from handlers.database import Status, Tasks
 from handlers.tasks import outcome
 from ssecore.dialects import DATA_ONLY, public_text
 from ssecore.errors import SSEAppError
-from ssecore.progress import LogLevel, ProgressLogger, Report, from_thread
-from ssecore.request import Request
-from ssecore.responses import JSON, Response
-from ssecore.routes import GET, POST, Run
+from ssecore.http.request import Request
+from ssecore.http.responses import JSON, Response
+from ssecore.http.routes import GET, POST, Run
+from ssecore.streaming.progress import LogLevel, ProgressLogger, Report, from_thread
 from ssecore.wire import Event, encode_json
 
 __all__ = ["REPORT", "ROUTES", "SUMS"]

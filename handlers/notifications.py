@@ -7,9 +7,9 @@ import msgspec
 from msgspec import Meta
 
 from ssecore.errors import BadRequest, Forbidden, TooLarge
-from ssecore.request import Request
-from ssecore.responses import JSON, Response
-from ssecore.routes import GET, POST
+from ssecore.http.request import Request
+from ssecore.http.responses import JSON, Response
+from ssecore.http.routes import GET, POST
 from ssecore.topics import Subscription
 from ssecore.wire import Event
 

@@ -30,9 +30,9 @@ from handlers.database import Exchange
 from handlers.parts import Called, Closed, Delta, Opened, Returned, conversation, parts_of, text_of
 from ssecore.dialects import OPENAI, OPENAI_RESPONSES
 from ssecore.errors import BadRequest, NotFound, TooLarge
-from ssecore.request import Request
-from ssecore.responses import JSON, Response
-from ssecore.routes import GET, POST, About, Run
+from ssecore.http.request import Request
+from ssecore.http.responses import JSON, Response
+from ssecore.http.routes import GET, POST, About, Run
 from ssecore.wire import Decoder, Event, encode_json
 
 __all__ = ["ROUTES"]

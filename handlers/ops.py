@@ -3,10 +3,10 @@
 from typing import Final
 
 from ssecore.errors import Forbidden, NotRunning
+from ssecore.http.request import Request
+from ssecore.http.responses import JSON, Response
+from ssecore.http.routes import GET
 from ssecore.metrics import MEDIA_TYPE
-from ssecore.request import Request
-from ssecore.responses import JSON, Response
-from ssecore.routes import GET
 
 __all__ = ["ROUTES"]
 

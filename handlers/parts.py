@@ -14,7 +14,7 @@ from handlers.agent import MAX_QUESTION_CHARS, End, Status, Thought, Token, Tool
 from handlers.answer import Reasoning
 from handlers.database import Exchange, bounded
 from ssecore.errors import BadRequest
-from ssecore.request import Request
+from ssecore.http.request import Request
 
 __all__ = [
     "Called",

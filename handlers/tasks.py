@@ -1,8 +1,4 @@
-"""Rows of a real database: import a CSV, stream what matches, work on one task, export.
-
-Boundary of trust: an import is any bytes whatever. It is read in bounded pieces; a row that can't be used costs one
-`item_error`, and the next line is a row again.
-"""
+"""Rows of a real database: import a CSV, stream what matches, work on one task, export."""
 
 import csv
 import io
@@ -10,38 +6,25 @@ import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from functools import partial
-from typing import IO, Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from anyio import current_time, to_thread
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers.chat import ChatMessage
-from handlers.database import COLUMNS, NewTask, Status, Task, Tasks, open_tasks
+from handlers.database import COLUMNS, Status, Task, Tasks, open_tasks
+from handlers.task_file import TaskFile
 from ssecore.dialects import public_text
 from ssecore.errors import BadRequest, Forbidden, NotFound, SSEAppError
-from ssecore.request import Request
-from ssecore.responses import ByteStream
-from ssecore.routes import GET, POST, Run, Upload
+from ssecore.http.request import Request
+from ssecore.http.responses import ByteStream
+from ssecore.http.routes import GET, POST, Run, Upload
 from ssecore.wire import Event
 
-__all__ = ["ROUTES", "TaskFile", "Tasks", "open_tasks", "outcome"]
-
-#: One transaction, and one `progress`.
-BATCH_ROWS: Final = 100
-#: Lines that one step reads at most: a file of blank lines can still be left.
-STEP_LINES: Final = 10 * BATCH_ROWS
-MAX_TITLE_CHARS: Final = 500
-MAX_DESCRIPTION_CHARS: Final = 10_000
-#: Of a row with all its lines. The longest good one has some 84 KB: 10,500 characters of 4 bytes, quotes doubled. It
-#: stops lines without an end, quotes without an end, and rows of a million fields.
-MAX_ROW_BYTES: Final = 128 * 1024
-
-_STATUSES: Final = get_args(Status)
-_PRIORITIES: Final = {str(number): number for number in range(1, 6)}
-_BOM: Final = b"\xef\xbb\xbf"
+__all__ = ["ROUTES", "Tasks", "open_tasks", "outcome"]
 
 
 class _Rows(msgspec.Struct, forbid_unknown_fields=True):
@@ -239,138 +222,6 @@ def _csv(rows: Iterable[Iterable[Any]]) -> bytes:
     text = io.StringIO()
     csv.writer(text).writerows(rows)  # RFC 4180: CRLF
     return text.getvalue().encode()
-
-
-class _BadRow(Exception):
-    """Its text names the column."""
-
-
-class TaskFile:
-    """A CSV of tasks, read step by step in worker threads.
-
-    Raises `BadRequest` where the header is not that of one. `rows` were read so far, `failed` of them can't be used.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.rows = self.failed = 0
-        self.finished = False
-        self._file = file
-        self._size = file.seek(0, io.SEEK_END)
-        self._line = 0  # the last one read, from 1
-        self._row_bytes = 0
-        self._told = 0
-        file.seek(0)
-        if file.read(len(_BOM)) != _BOM:
-            file.seek(0)
-        # Strict: a quote that is not closed is an error, not a long last field.
-        self._reader = csv.reader(iter(self._read_line, ""), strict=True)
-        self._columns = self._read_header()
-
-    def step(self) -> tuple[list[NewTask], list[Event]]:
-        """Read on to the next hundredth row: the good ones, and what there is to tell about the step."""
-        tasks, events = [], []
-        for _ in range(STEP_LINES):
-            first, self._row_bytes = self._line + 1, 0
-            try:
-                fields = next(self._reader)
-                if not fields:  # a blank line
-                    continue
-                tasks.append(self._task(fields))
-            except StopIteration:
-                self.finished = True
-                break
-            except (csv.Error, _BadRow) as error:
-                text = _plain(error)
-                if self._line > first:
-                    text += f" (lines {first} to {self._line})"
-                events.append(Event({"line": first, "error": text}, "item_error"))
-                self.failed += 1
-            self.rows += 1
-            if self.rows % BATCH_ROWS == 0:
-                break
-        if self.rows > self._told and (self.finished or self.rows % BATCH_ROWS == 0):
-            self._told = self.rows
-            percent = round(100 * self._file.tell() / self._size, 1)
-            events.append(Event({"current": self.rows, "total": None, "percent": percent}, "progress"))
-        return tasks, events
-
-    def _read_line(self) -> str:
-        """The next line of the file, "" at its end. What is not UTF-8 spoils its own row only."""
-        line = self._file.readline(MAX_ROW_BYTES + 1 - self._row_bytes)
-        if not line:
-            return ""
-        self._line += 1
-        self._row_bytes += len(line)
-        if self._row_bytes > MAX_ROW_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = self._file.readline(MAX_ROW_BYTES)
-            raise csv.Error(f"line too long, or a quote that is not closed: over {MAX_ROW_BYTES} bytes in one row")
-        return line.decode("utf-8", "surrogateescape")
-
-    def _read_header(self) -> list[str]:
-        try:
-            columns = next(self._reader, [])
-            "".join(columns).encode()
-        except csv.Error as error:
-            raise BadRequest(f"the header can't be read: {_plain(error)}") from None
-        except UnicodeEncodeError:
-            raise BadRequest("the header is not UTF-8") from None
-        if not columns:
-            raise BadRequest("there is no header: the first line must name the columns")
-        for column in columns:
-            if column not in COLUMNS:
-                text = f"unknown column {column!r:.60}: there are {', '.join(COLUMNS)}"
-                if len(columns) == 1 and ";" in column:
-                    text = "the columns are separated by semicolons: this takes commas"
-                raise BadRequest(text, field=column[:60])
-            if columns.count(column) > 1:
-                raise BadRequest(f"the column {column} is there twice", field=column)
-        if "title" not in columns:
-            raise BadRequest("there is no column title", field="title")
-        return columns
-
-    def _task(self, fields: list[str]) -> NewTask:
-        if len(fields) != len(self._columns):
-            names = ",".join(self._columns)
-            raise _BadRow(f"{len(fields)} fields where {len(self._columns)} are expected ({names})")
-        values = dict(zip(self._columns, fields, strict=True))
-        title = _text("title", values["title"], MAX_TITLE_CHARS)
-        if not title or title.isspace():
-            raise _BadRow("title: is empty")
-        status = values.get("status") or "open"
-        if status not in _STATUSES:
-            raise _BadRow(f"status: must be open, doing or done, not {status!r:.40}")
-        priority = values.get("priority") or "3"
-        if priority not in _PRIORITIES:
-            raise _BadRow(f"priority: must be a whole number from 1 to 5, not {priority!r:.40}")
-        due = values.get("due") or None
-        if due is not None and not _is_date(due):
-            raise _BadRow(f"due: must be a date as 2026-12-31, not {due!r:.40}")
-        description = _text("description", values.get("description", ""), MAX_DESCRIPTION_CHARS)
-        return NewTask(title, description, status, _PRIORITIES[priority], due)
-
-
-def _text(column: str, text: str, max_chars: int) -> str:
-    if len(text) > max_chars:
-        raise _BadRow(f"{column}: {len(text)} characters, {max_chars} at most")
-    if "\0" in text:
-        raise _BadRow(f"{column}: holds a NUL character")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _BadRow(f"{column}: is not UTF-8") from None
-    return text
-
-
-def _plain(error: Exception) -> str:
-    return str(error).partition(" - ")[0]  # without csv's advice to programmers
-
-
-def _is_date(text: str) -> bool:
-    try:
-        return date.fromisoformat(text).isoformat() == text  # it reads other forms too
-    except ValueError:
-        return False
 
 
 def _work(request: Request) -> str:

@@ -6,8 +6,8 @@ chunk couldn't be parsed, the reader waited for ever. httpx-aiohttp made a `Conn
 on such differences it depends whether a request is sent again.
 
 Here: plain or TLS; connections that are kept; httpx's connect, read and pool timeouts and its exceptions; what arrived
-is given before the failure. Not here: proxies (httpx's own transport: see `ssecore.outbound`), HTTP/2, request bodies
-that are streamed, HEAD, trio. The parser is httptools', our server's.
+is given before the failure. Not here: proxies (httpx's own transport: see `ssecore.client.outbound`), HTTP/2, streamed
+request bodies, HEAD, trio. The parser is httptools', our server's.
 
 Boundary of trust: the bytes come from the upstream. The head and what is held of the body are bounded.
 """

@@ -18,9 +18,9 @@ from collections.abc import AsyncIterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ssecore.dialects import NAMED, Dialect
-from ssecore.request import Receive
-from ssecore.responses import Send
-from ssecore.routes import Route, Run
+from ssecore.http.request import Receive
+from ssecore.http.responses import Send
+from ssecore.http.routes import Route, Run
 from ssecore.topics import Subscription
 from ssecore.wire import CONTENT_TYPE, Event
 

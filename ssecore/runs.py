@@ -56,13 +56,13 @@ from ssecore.errors import (
     UnprocessableContent,
     WriterFenced,
 )
+from ssecore.http.request import CURSOR_PARAMETERS, Request, no_connection
+from ssecore.http.responses import JSON, Response
+from ssecore.http.routes import DELETE, GET, About, Route, Run
 from ssecore.log import Cursor, Gap, Log, Retention, Stat, facts, framed, locate, new_epoch, parse_cursor
 from ssecore.log.tail import READ_BYTES, Attached, Place, Tails, Translate, gap_frames
-from ssecore.pump import FIRST_ITEM_S, Pump
-from ssecore.request import CURSOR_PARAMETERS, Request, no_connection
-from ssecore.responses import JSON, Response
-from ssecore.routes import DELETE, GET, About, Route, Run
 from ssecore.settings import Settings
+from ssecore.streaming.pump import FIRST_ITEM_S, Pump
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
 __all__ = ["ROUTES", "Runs", "State", "Worker"]

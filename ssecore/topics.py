@@ -21,9 +21,9 @@ from typing import Final
 import anyio
 
 from ssecore.errors import EncodeError, LogError, LogUnavailable, NotFound, Unavailable
+from ssecore.http.request import Request
 from ssecore.log import Cursor, Log, Retention, Stat, facts, parse_cursor
 from ssecore.log.tail import Attached, Place, Tails
-from ssecore.request import Request
 from ssecore.settings import Settings
 from ssecore.wire import Event, encode
 

@@ -14,8 +14,8 @@ import trio.lowlevel
 from trio.testing import MockClock
 
 from sseapp import SSEApp
-from ssecore.request import Request
-from ssecore.responses import Send
+from ssecore.http.request import Request
+from ssecore.http.responses import Send
 from ssecore.testing import Exchange, VirtualClockLoop, connect
 from ssecore.wire import Decoder, Event
 

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import ssecore.pump
+import ssecore.streaming.pump
 from tests import upstream
 from tests.lines import lines_offered
 from tests.needs import find
@@ -19,7 +19,7 @@ def anyio_backend() -> str:
 @pytest.fixture
 def long_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that count what travels together: on a busy machine a generator's turn could end in between."""
-    monkeypatch.setattr(ssecore.pump, "TURN_S", 3600.0)
+    monkeypatch.setattr(ssecore.streaming.pump, "TURN_S", 3600.0)
 
 
 @pytest.fixture(params=[False, True], ids=["waiting", "parked"])

@@ -12,10 +12,10 @@ from pathlib import Path
 from sseapp import GET, Event, Request, Run, Settings, SSEApp
 from ssecore.client import connect, to_file
 from ssecore.filelock import try_lock
-from ssecore.server import serve
+from ssecore.http.tokens import add_token, read_tokens
+from ssecore.server.runner import serve
 from ssecore.testing import assert_stream
 from ssecore.testing import connect as connect_in_process
-from ssecore.tokens import add_token, read_tokens
 from tests.serving import free_port
 
 loops: list[str] = []

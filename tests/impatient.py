@@ -2,8 +2,10 @@
 
 import sys
 
-from ssecore import protocol, request, server
-from ssecore.cli import main
+from ssecore.http import request
+from ssecore.server import protocol
+from ssecore.server import runner as server
+from ssecore.server.cli import main
 
 if __name__ == "__main__":
     protocol.HEAD_S = 1.0

@@ -11,8 +11,8 @@ import anyio
 import pytest
 import sniffio
 
-from ssecore.protocol import ParkedConnection
-from ssecore.sender import EXTENSION
+from ssecore.server.protocol import ParkedConnection
+from ssecore.streaming.sender import EXTENSION
 from ssecore.testing import Exchange
 
 __all__ = ["is_parked", "lines_offered"]

@@ -14,8 +14,8 @@ import msgspec
 
 from handlers import ROUTES, resources
 from sseapp import GET, Event, Request, Response, Run, Settings, SSEApp
-from ssecore.sender import Timekeeper
-from ssecore.server import serve
+from ssecore.server.runner import serve
+from ssecore.streaming.sender import Timekeeper
 
 _failing: Final = anyio.Event()
 

@@ -8,7 +8,7 @@ from typing import Any
 import uvicorn
 from uvicorn.server import ServerState
 
-from ssecore.protocol import BoundedProtocol
+from ssecore.server.protocol import BoundedProtocol
 
 __all__ = ["Wire", "connected"]
 

@@ -13,8 +13,8 @@ from anyio import get_cancelled_exc_class
 
 from sseapp import GET, JSON, Event, Request, Response, Run, Settings, SSEApp, Subscription, from_thread, merge
 from ssecore.dialects import DATA_ONLY
-from ssecore.progress import Report
-from ssecore.server import serve
+from ssecore.server.runner import serve
+from ssecore.streaming.progress import Report
 
 __all__ = ["KINDS", "make"]
 

@@ -36,8 +36,8 @@ from sseapp import (
 )
 from ssecore import errors
 from ssecore.errors import BadRequest, NotFound, SettingsError, SSEAppError, Unavailable
-from ssecore.guard import MAX_HEADER_LINES
-from ssecore.request import (
+from ssecore.http.guard import MAX_HEADER_LINES
+from ssecore.http.request import (
     BODY_TIMEOUT_S,
     MAX_QUERY_FIELDS,
     MAX_UNREAD_BYTES,

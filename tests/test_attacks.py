@@ -26,9 +26,9 @@ import pytest
 from handlers import ROUTES
 from sseapp import BODIES, UPLOADS_PER_CALLER
 from ssecore.errors import Unauthorized
-from ssecore.guard import MAX_HEADER_LINES
-from ssecore.routes import Route
-from ssecore.tokens import Tokens, add_token, revoke_tokens, session_of
+from ssecore.http.guard import MAX_HEADER_LINES
+from ssecore.http.routes import Route
+from ssecore.http.tokens import Tokens, add_token, revoke_tokens, session_of
 from ssecore.wire import Decoder, Event
 from tests.needs import find, needs
 from tests.serving import Server, free_port, serve, serve_hypercorn, serve_uvicorn, wait_until

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page
 
-from ssecore.tokens import add_token
+from ssecore.http.tokens import add_token
 from tests import chromium, upstream
 from tests.chromium import LISTEN, Seen, seen
 from tests.needs import needs

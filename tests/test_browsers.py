@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from ssecore.tokens import add_token
+from ssecore.http.tokens import add_token
 from tests import upstream
 from tests.browsers import Browser, launched
 from tests.chromium import Seen

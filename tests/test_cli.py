@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import ssecore
-from ssecore.cli import load, main
 from ssecore.errors import SettingsError
+from ssecore.server.cli import load, main
 from tests import serving, upstream
 from tests.serving import Server, run_sseapp, serve
 from tests.test_listen import foreign, logging_as_before

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from sseapp import GET, POST, Event, Request, Run, Settings, SSEApp, Subscription
-from ssecore import client
 from ssecore.client import Broken, GapError, GaveUp, Refused, SourceError, batches, connect, is_gap
+from ssecore.client import source as client
 from ssecore.dialects import DATA_ONLY
 from ssecore.testing import Transport, VirtualClockLoop
 from ssecore.wire import Decoder

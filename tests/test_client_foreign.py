@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from benchmarks.nchan import PUBLISH, SUBSCRIBE, Nchan
-from ssecore import client
 from ssecore.client import connect
+from ssecore.client import source as client
 from ssecore.wire import Event
 from tests.foreign_servers import DATA
 from tests.needs import needs

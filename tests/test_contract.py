@@ -38,8 +38,8 @@ import pytest
 
 from handlers import ROUTES
 from ssecore.errors import SSEAppError
-from ssecore.request import MAX_QUERY_FIELDS
-from ssecore.routes import Route, Upload
+from ssecore.http.request import MAX_QUERY_FIELDS
+from ssecore.http.routes import Route, Upload
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.wire import Decoder, Event
 from tests.clients import BROWSER

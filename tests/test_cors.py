@@ -12,7 +12,7 @@ from starlette.routing import Mount
 
 from sseapp import GET, POST, ByteStream, Event, Request, Response, Settings, SSEApp
 from ssecore.errors import SettingsError
-from ssecore.tokens import add_token
+from ssecore.http.tokens import add_token
 from tests.clients import Answer, ask
 
 LISTED = "https://listed.example"

@@ -27,11 +27,11 @@ import ssecore.log.tail
 from sseapp import SSEApp
 from ssecore.dialects import DATA_ONLY, NAMED
 from ssecore.errors import LogError, LogUnavailable
+from ssecore.http.request import Request
+from ssecore.http.routes import GET
 from ssecore.log import Cursor, Gap, Log, Row, framed, new_epoch
 from ssecore.log.memory import MemoryLog
 from ssecore.log.tail import Reader, Tails
-from ssecore.request import Request
-from ssecore.routes import GET
 from ssecore.settings import Settings
 from ssecore.testing import Exchange, VirtualClockLoop
 from ssecore.topics import Subscription, Topics

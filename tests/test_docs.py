@@ -15,8 +15,8 @@ from playwright.sync_api import Browser
 from handlers import ROUTES
 from ssecore.client import SourceError
 from ssecore.errors import ClientGone, SSEAppError
-from ssecore.guard import Guard
-from ssecore.openapi import OpenAPI
+from ssecore.http.guard import Guard
+from ssecore.http.openapi import OpenAPI
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.settings import Settings
 from tests import chromium, serving

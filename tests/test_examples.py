@@ -17,8 +17,8 @@ from playwright.sync_api import Browser
 from streamlit.testing.v1 import AppTest
 
 from examples import fastapi_host, merge_sources, status_callback
-from ssecore.fixtures import OpenStream, open_stream
 from ssecore.testing import Transport, assert_stream, connect, lifespan
+from ssecore.testing.fixtures import OpenStream, open_stream
 from tests import chromium, serving, upstream
 from tests.needs import needs
 from tests.relay import relay

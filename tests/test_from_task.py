@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sseapp import GET, Event, Request, Run, Settings, SSEApp, from_task
 from ssecore.errors import BadRequest
-from ssecore.progress import TaskReport
+from ssecore.streaming.progress import TaskReport
 from ssecore.testing import assert_stream, connect
 
 LIMIT_S: Final = 30

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from handlers import ROUTES
 from sseapp import Settings, SSEApp, create_app
-from ssecore.request import Request
-from ssecore.routes import DELETE, POST, Route, Upload
+from ssecore.http.request import Request
+from ssecore.http.routes import DELETE, POST, Route, Upload
+from ssecore.http.tokens import add_token, session_of
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.testing import connect
-from ssecore.tokens import add_token, session_of
 from tests.serving import wait_until
 
 REQUESTS: Final = int(os.environ.get("SSEAPP_TEST_REQUESTS", "2000"))

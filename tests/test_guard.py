@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from sseapp import GET, JSON, POST, Event, Request, Response, Run, Settings, SSEApp, Subscription
 from ssecore.dialects import DATA_ONLY
 from ssecore.errors import Forbidden, SettingsError, Unauthorized
-from ssecore.guard import Caller
-from ssecore.testing import connect
-from ssecore.tokens import (
+from ssecore.http.guard import Caller
+from ssecore.http.tokens import (
     MAX_RIGHT_CHARS,
     MAX_RIGHTS,
     Tokens,
@@ -31,6 +30,7 @@ from ssecore.tokens import (
     session_of,
     set_rights,
 )
+from ssecore.testing import connect
 from tests.clients import ask, listening
 from tests.serving import run_sseapp, serve, wait_until
 
@@ -231,7 +231,7 @@ GRACE_S = 0.4
 
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssecore.tokens.GRACE_S", GRACE_S)
+    monkeypatch.setattr("ssecore.http.tokens.GRACE_S", GRACE_S)
 
 
 def read(path: Path) -> bytes:

@@ -29,9 +29,9 @@ from handlers.jobs import REPORT, ROUTES, SUMS, written_whole
 from handlers.tasks import open_tasks
 from sseapp import SSEApp
 from ssecore.errors import BadRequest, SSEAppError
-from ssecore.request import Request
-from ssecore.responses import JSON, Response
-from ssecore.routes import POST, Run
+from ssecore.http.request import Request
+from ssecore.http.responses import JSON, Response
+from ssecore.http.routes import POST, Run
 from ssecore.settings import Settings
 from ssecore.wire import Decoder, Event
 from tests import serving

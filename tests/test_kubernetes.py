@@ -9,7 +9,7 @@ import yaml
 
 import ssecore
 from handlers import ROUTES
-from ssecore.server import MAX_END_S
+from ssecore.server.runner import MAX_END_S
 from ssecore.settings import Settings
 
 ROOT: Final = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ssecore.cli import main
+from ssecore.server.cli import main
 from tests import serving, upstream
 from tests.serving import Server, run_sseapp, written_on
 from tests.test_client import cut, numbered, over, quick, stream

@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sseapp import GET, POST, ByteStream, Event, NotFound, Request, Response, Run, Settings, SSEApp, Subscription
 from ssecore.errors import BadRequest, Unavailable
+from ssecore.http.tokens import add_token
 from ssecore.testing import connect
-from ssecore.tokens import add_token
 from tests.clients import BROWSER, ask, listening
 from tests.serving import serve, wait_until
 

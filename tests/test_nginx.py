@@ -15,7 +15,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page
 
-from ssecore.server import KEEP_ALIVE_S
+from ssecore.server.runner import KEEP_ALIVE_S
 from ssecore.wire import Decoder
 from tests import chromium, redis_server
 from tests.chromium import LISTEN, seen

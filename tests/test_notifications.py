@@ -21,9 +21,9 @@ from trio.testing import MockClock
 
 from handlers.notifications import MAX_GROWTH, MAX_NAME, ROUTES
 from sseapp import SSEApp
+from ssecore.http.tokens import add_token
 from ssecore.settings import Settings
 from ssecore.testing import VirtualClockLoop, connect
-from ssecore.tokens import add_token
 from ssecore.wire import Decoder, Event
 from tests import serving
 from tests.lines import lines_offered

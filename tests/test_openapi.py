@@ -16,10 +16,10 @@ from openapi_spec_validator import OpenAPIV31SpecValidator, OpenAPIV32SpecValida
 from handlers import ROUTES
 from sseapp import GET, JSON, POST, Event, Request, Response, Run, Settings, SSEApp, Subscription, Upload, create_app
 from ssecore.errors import BadRequest
-from ssecore.routes import PARAMETER, Route
+from ssecore.http.routes import PARAMETER, Route
+from ssecore.http.tokens import add_token
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.testing import Transport
-from ssecore.tokens import add_token
 from ssecore.wire import Decoder
 
 VERSIONS: Final = ("3.1", "3.2")

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from ssecore.client import connect
-from ssecore.outbound import http_client
+from ssecore.client.outbound import http_client
 from tests import serving
 from tests.serving import Server, is_clean, serve
 from tests.upstream import answer

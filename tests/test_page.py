@@ -14,7 +14,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, ViewportSize, expect
 
-from ssecore.tokens import add_token, revoke_tokens
+from ssecore.http.tokens import add_token, revoke_tokens
 from tests import chromium
 from tests.needs import needs
 from tests.relay import relay

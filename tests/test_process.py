@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from sseapp import GET, Event, Request, Settings, SSEApp
-from ssecore.sender import Timekeeper
+from ssecore.streaming.sender import Timekeeper
 from ssecore.testing import connect
 from tests.needs import find, needs
 from tests.serving import Server, free_port, is_clean, serve, serve_module, serve_uvicorn, wait_until
@@ -195,12 +195,14 @@ def test_sigterm_before_the_imports_are_done_ends_pid_1(
 
 def started(way: str) -> list[str]:
     """How the command begins: as in the container, or as its script does."""
-    script = "from ssecore.command import main; raise SystemExit(main())"
+    script = "from ssecore.server.command import main; raise SystemExit(main())"
     return [sys.executable, *(["-m", "sseapp"] if way == "module" else ["-c", script])]
 
 
 def test_importing_it_leaves_signals_alone() -> None:
-    program = "import signal as s, sys; before = [s.getsignal(n) for n in (1, 2, 15)]; import sseapp, ssecore.server; "
+    program = (
+        "import signal as s, sys; before = [s.getsignal(n) for n in (1, 2, 15)]; import sseapp, ssecore.server.runner; "
+    )
     program += "sys.exit(before != [s.getsignal(n) for n in (1, 2, 15)])"
     assert subprocess.run([sys.executable, "-c", program, "serve"], cwd=ROOT).returncode == 0
 

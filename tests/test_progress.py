@@ -22,7 +22,8 @@ from trio.testing import MockClock
 
 from sseapp import GET, Run, Settings, SSEApp
 from ssecore.errors import BadRequest
-from ssecore.progress import (
+from ssecore.http.request import Request
+from ssecore.streaming.progress import (
     MAX_THREADS,
     LogEntry,
     LogLevel,
@@ -32,8 +33,7 @@ from ssecore.progress import (
     WorkCancelled,
     from_thread,
 )
-from ssecore.pump import CLOSE_S
-from ssecore.request import Request
+from ssecore.streaming.pump import CLOSE_S
 from ssecore.testing import VirtualClockLoop
 from ssecore.wire import Event
 from tests.clients import ask, listening

@@ -17,11 +17,11 @@ import httpx
 import pytest
 
 from sseapp import SSEApp
-from ssecore.protocol import MAX_AHEAD_BYTES, BoundedProtocol, ParkedConnection
-from ssecore.request import Request
-from ssecore.routes import GET
-from ssecore.sender import EXTENSION, chunk
+from ssecore.http.request import Request
+from ssecore.http.routes import GET
+from ssecore.server.protocol import MAX_AHEAD_BYTES, BoundedProtocol, ParkedConnection
 from ssecore.settings import Settings
+from ssecore.streaming.sender import EXTENSION, chunk
 from ssecore.wire import Event, cut
 from tests.needs import find, needs
 from tests.protocol import connected

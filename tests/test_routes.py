@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ssecore.errors import BadRequest, MethodNotAllowed, NotFound
-from ssecore.request import Request
-from ssecore.routes import DELETE, GET, PATCH, POST, PUT, Route, Run, Table, Upload
+from ssecore.http.request import Request
+from ssecore.http.routes import DELETE, GET, PATCH, POST, PUT, Route, Run, Table, Upload
 from ssecore.wire import Event
 
 

@@ -26,16 +26,16 @@ import ssecore.log
 from sseapp import SSEApp
 from ssecore.dialects import DATA_ONLY, NAMED
 from ssecore.errors import LogError, LogUnavailable, NotFound, SSEAppError, UpstreamError
+from ssecore.http.request import EndReason, Request
+from ssecore.http.responses import JSON, Response
+from ssecore.http.routes import GET, POST, Route, Run, Upload
 from ssecore.log import Log, Stat
 from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
 from ssecore.log.writer import Posted
-from ssecore.pump import CLOSE_S, FIRST_ITEM_S
-from ssecore.request import EndReason, Request
-from ssecore.responses import JSON, Response
-from ssecore.routes import GET, POST, Route, Run, Upload
 from ssecore.runs import DRAIN_CLOSE_S
 from ssecore.settings import Settings
+from ssecore.streaming.pump import CLOSE_S, FIRST_ITEM_S
 from ssecore.testing import VirtualClockLoop, connect
 from ssecore.topics import Subscription
 from ssecore.wire import Decoder, Event

@@ -27,7 +27,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from sseapp import GET, Event, Request, Settings, SSEApp
-from ssecore.protocol import LATE_S, MAX_AHEAD_BYTES, MAX_PIPELINED, BoundedProtocol
+from ssecore.server.protocol import LATE_S, MAX_AHEAD_BYTES, MAX_PIPELINED, BoundedProtocol
 from tests import serving
 from tests.clients import listening
 from tests.needs import find, needs
@@ -481,7 +481,7 @@ async def bounded(app: Any = nothing) -> AsyncIterator[tuple[tuple[str, int], li
 async def test_a_head_that_does_not_come_to_its_end_is_waited_for_so_long(
     head: bytes, first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssecore.protocol.HEAD_S", 0.2)
+    monkeypatch.setattr("ssecore.server.protocol.HEAD_S", 0.2)
     async with bounded() as (address, _):
         reader, writer = await asyncio.open_connection(*address)
         with anyio.fail_after(3):
@@ -616,7 +616,7 @@ async def test_what_is_too_much_or_no_request_ends_the_connection_after_the_answ
 
 
 async def test_only_so_many_bytes_may_come_behind_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssecore.protocol.HEAD_S", 0.3)
+    monkeypatch.setattr("ssecore.server.protocol.HEAD_S", 0.3)
     gate = Gate()
     async with gate.asked_for(b"") as (_, writer):
         writer.write(b"POST /1 HTTP/1.1\r\ncontent-length: 100000000\r\n\r\n")
@@ -644,7 +644,7 @@ async def test_a_client_that_leaves_with_requests_waiting_is_noticed(behind: byt
 
 
 async def test_half_a_head_behind_an_answer_is_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssecore.protocol.HEAD_S", 0.2)
+    monkeypatch.setattr("ssecore.server.protocol.HEAD_S", 0.2)
     gate = Gate()
     async with gate.asked_for(b"GET /1 HTTP/1.1\r\nhost: loc") as (reader, _):
         gate.opened.set()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sseapp import GET, JSON, Request, Response, Settings, SSEApp
+from ssecore.http.tokens import add_token, revoke_tokens, session_of
 from ssecore.testing import connect
-from ssecore.tokens import add_token, revoke_tokens, session_of
 from tests.clients import Answer, ask
 from tests.serving import serve
 

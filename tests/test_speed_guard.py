@@ -19,11 +19,11 @@ import anyio
 import pytest
 
 import ssecore.log.tail
-import ssecore.sender
+import ssecore.streaming.sender
 from handlers.chat import Prompt, chat, open_model
 from sseapp import SSEApp
-from ssecore.request import Request
-from ssecore.routes import GET
+from ssecore.http.request import Request
+from ssecore.http.routes import GET
 from ssecore.settings import Settings
 from ssecore.topics import Subscription
 from ssecore.wire import Event
@@ -254,7 +254,7 @@ async def test_a_broadcast_is_framed_once_and_costs_each_reader_one_write(
     monkeypatch: pytest.MonkeyPatch, counted: Counter[str]
 ) -> None:
     made: Counter[str] = Counter()
-    counters = ((ssecore.log.tail, "chunk"), (ssecore.log.tail, "framed"), (ssecore.sender.Sender, "_work"))
+    counters = ((ssecore.log.tail, "chunk"), (ssecore.log.tail, "framed"), (ssecore.streaming.sender.Sender, "_work"))
     for module, name in counters:
         original = getattr(module, name)
 

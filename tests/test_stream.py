@@ -28,11 +28,11 @@ from trio.testing import MockClock
 from sseapp import SSEApp
 from ssecore.dialects import DATA_ONLY, NAMED
 from ssecore.errors import NotFound, SSEAppError
-from ssecore.pump import CLOSE_S, FIRST_ITEM_S
-from ssecore.request import EndReason, Request
-from ssecore.responses import ByteStream, Response
-from ssecore.routes import GET, POST, Route
+from ssecore.http.request import EndReason, Request
+from ssecore.http.responses import ByteStream, Response
+from ssecore.http.routes import GET, POST, Route
 from ssecore.settings import Settings
+from ssecore.streaming.pump import CLOSE_S, FIRST_ITEM_S
 from ssecore.testing import Exchange, VirtualClockLoop, connect
 from ssecore.wire import HEARTBEAT, Decoder, Event, encode
 from tests.clients import stand_still

@@ -22,10 +22,10 @@ from handlers import database, tasks
 from handlers.database import NewTask, Task, open_tasks
 from handlers.tasks import ROUTES
 from sseapp import SSEApp
+from ssecore.http.request import Request
+from ssecore.http.routes import GET, Run
 from ssecore.log import Row, framed
 from ssecore.log.tail import Translate
-from ssecore.request import Request
-from ssecore.routes import GET, Run
 from ssecore.settings import Settings
 from ssecore.testing import VirtualClockLoop
 from ssecore.wire import Decoder, Event, encode

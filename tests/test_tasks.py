@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 from handlers import database
 from handlers.database import NewTask
-from handlers.tasks import MAX_ROW_BYTES, ROUTES, TaskFile, open_tasks
+from handlers.task_file import MAX_ROW_BYTES, TaskFile
+from handlers.tasks import ROUTES, open_tasks
 from sseapp import SSEApp
 from ssecore.errors import SSEAppError
 from ssecore.settings import Settings

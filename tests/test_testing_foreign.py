@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ssecore.client import connect as follow
-from ssecore.fixtures import OpenStream, open_stream
 from ssecore.testing import Transport, VirtualClockLoop, assert_stream, lifespan
+from ssecore.testing.fixtures import OpenStream, open_stream
 from ssecore.wire import HEARTBEAT, Event
 
 __all__ = ["open_stream"]

@@ -23,11 +23,11 @@ import ssecore.log
 from sseapp import SSEApp
 from ssecore.dialects import DATA_ONLY
 from ssecore.errors import EncodeError, LogError, LogUnavailable
+from ssecore.http.request import Request
+from ssecore.http.routes import GET
 from ssecore.log import Cursor, Stat, new_epoch
 from ssecore.log.memory import MemoryLog
 from ssecore.log.writer import Batch
-from ssecore.request import Request
-from ssecore.routes import GET
 from ssecore.settings import Settings
 from ssecore.testing import Exchange, VirtualClockLoop, connect
 from ssecore.topics import Subscription, Topics

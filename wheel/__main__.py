@@ -1,5 +1,5 @@
 """`python -m sseapp` where the wheel is installed; see hatch_build.py beside it."""
 
-from ssecore.command import main
+from ssecore.server.command import main
 
 raise SystemExit(main())

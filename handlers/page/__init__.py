@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from ssecore.errors import NotFound
-from ssecore.request import Request
-from ssecore.responses import JSON, Response
-from ssecore.routes import GET
+from ssecore.http.request import Request
+from ssecore.http.responses import JSON, Response
+from ssecore.http.routes import GET
 from ssecore.wire import encode_json
 
 __all__ = ["ROUTES"]

@@ -25,9 +25,9 @@ from anyio.abc import TaskGroup
 
 from ssecore.dialects import END_ID, Dialect, error_frames, failure_of
 from ssecore.errors import LogError, LogUnavailable, NotFound
+from ssecore.http.request import EndReason
 from ssecore.log import Cursor, Ended, Gap, Log, Row, Shared, Stat, framed, locate
-from ssecore.request import EndReason
-from ssecore.sender import Sender, chunk, deliver
+from ssecore.streaming.sender import Sender, chunk, deliver
 from ssecore.wire import Decoder, Event, encode
 
 __all__ = ["Attached", "Place", "Reader", "Tail", "Tails", "Translate", "gap_frames"]

@@ -15,7 +15,7 @@ __all__ = ["main", "prepare"]
 def main() -> int:
     """The command. Returns the exit code."""
     prepare()
-    from ssecore import cli
+    from ssecore.server import cli
 
     return cli.main()
 

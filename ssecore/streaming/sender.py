@@ -33,8 +33,8 @@ from anyio.lowlevel import checkpoint
 
 from ssecore.dialects import CURSOR_EVENT, error_frames, log_failure, spread
 from ssecore.errors import Draining, SSEAppError, Unavailable
-from ssecore.request import EndReason, Request, RequestFacts
-from ssecore.responses import Send
+from ssecore.http.request import EndReason, Request, RequestFacts
+from ssecore.http.responses import Send
 from ssecore.wire import HEARTBEAT, Event, encode
 
 __all__ = ["EXTENSION", "Line", "Sender", "SenderOptions", "Server", "Source", "Timekeeper", "chunk", "deliver"]

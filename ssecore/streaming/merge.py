@@ -11,7 +11,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectSendStream
 
-from ssecore.pump import GeneratorTask
+from ssecore.streaming.pump import GeneratorTask
 
 __all__ = ["merge"]
 

@@ -21,19 +21,17 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from datetime import UTC, datetime
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any, Final, Literal, NoReturn, Protocol
 
 import uvicorn
 
-from ssecore import stderr
 from ssecore.errors import SettingsError
-from ssecore.protocol import HEAD_SYNTAX_BYTES, BoundedProtocol
-from ssecore.sender import EXTENSION
+from ssecore.server import logs, stderr
+from ssecore.server.protocol import HEAD_SYNTAX_BYTES, BoundedProtocol
 from ssecore.settings import Settings
-from ssecore.wire import encode_json
+from ssecore.streaming.sender import EXTENSION
 
 __all__ = ["Hosted", "serve"]
 
@@ -236,25 +234,6 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-class _TruncatedOnPurpose(logging.Filter):
-    """A stream whose client stopped reading is cut, as it must be: no error of the app."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "without completing response" not in record.getMessage()
-
-
-class _JSONLines(logging.Formatter):
-    """One JSON object a line; of a stream's end each fact by itself."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created, UTC)
-        line = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
-        line |= getattr(record, "stream", {})
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return encode_json(line).decode()
-
-
 def serve(app: Drainable, settings: Settings) -> int:
     """Serve until a signal comes. Returns the exit code. Raises `SettingsError` where it can't or must not listen.
 
@@ -262,14 +241,7 @@ def serve(app: Drainable, settings: Settings) -> int:
     it has to be done by then. Lines for a standard error that is not read are dropped, unless the program has
     set up logging itself.
     """
-    stderr.unblock()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    if settings.log_format == "json":
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(_JSONLines())
-    for name, level in (("uvicorn.error", logging.WARNING), ("httpx", logging.WARNING)):
-        logging.getLogger(name).setLevel(level)
-    logging.getLogger("uvicorn.error").addFilter(_TruncatedOnPurpose())
+    logs.set_up(settings.log_format)
     sock = _listen(settings, private=app.private)
     host, port = sock.getsockname()[:2]
     bounds = (settings.max_header_bytes, settings.max_target_bytes)

@@ -20,9 +20,9 @@ from typing import Any
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from ssecore.guard import MAX_HEADER_LINES
-from ssecore.responses import Send
-from ssecore.sender import EXTENSION, chunk
+from ssecore.http.guard import MAX_HEADER_LINES
+from ssecore.http.responses import Send
+from ssecore.streaming.sender import EXTENSION, chunk
 
 __all__ = ["BoundedProtocol", "ParkedConnection"]
 
@@ -44,7 +44,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """With bounds on what comes before there is a request, and behind one: neither the parser nor uvicorn has any.
 
     - A head (and what stands between the parts of a body: chunk sizes, trailers) may have so many bytes, and a head so
-      much time. What is complete and yet too large is answered by the app (`ssecore.guard`).
+      much time. What is complete and yet too large is answered by the app (`ssecore.http.guard`).
     - Of pipelined requests a few wait. With one too many, or with bytes behind a request that are not a request, the
       connection ends when those before have their answers; what the client still sends is not looked at.
     - Reading goes on while requests wait: else the server would not notice that the client has left.

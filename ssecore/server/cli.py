@@ -1,7 +1,6 @@
 """The command `sseapp`: its options, and what each of its commands does.
 
-`ssecore.command` runs first, and prepares the process. This module and that one are the only ones of the engine that
-import the front door.
+`ssecore.server.command` runs first, and prepares the process. No other module of the engine imports `sseapp`.
 """
 
 import argparse
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import ssecore
-from ssecore import listen, publish
+from ssecore.client import listen, publish
 from ssecore.errors import SettingsError, SSEAppError
+from ssecore.http.tokens import add_token, parse_expiry, read_tokens, revoke_tokens, set_rights
 from ssecore.settings import Settings, describe
-from ssecore.tokens import add_token, parse_expiry, read_tokens, revoke_tokens, set_rights
 
 __all__ = ["load", "main"]
 
@@ -108,7 +107,7 @@ def _configure_token(token: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     from sseapp import SSEApp, create_app
-    from ssecore.server import Hosted, serve
+    from ssecore.server.runner import Hosted, serve
 
     given = {name: getattr(options, name) for name in ("host", "port", *OF_THE_SERVICE)}
     if options.app is None:

@@ -38,8 +38,8 @@ from ssecore.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
-from ssecore.routes import Route, Upload
-from ssecore.tokens import Credential
+from ssecore.http.routes import Route, Upload
+from ssecore.http.tokens import Credential
 from ssecore.wire import cut
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from anyio.lowlevel import checkpoint
 
 from ssecore.dialects import CURSOR_EVENT, END_ID, error_frames, failure_of
 from ssecore.errors import StreamTimeout
-from ssecore.request import EndReason, Request
-from ssecore.responses import http_error
+from ssecore.http.request import EndReason, Request
+from ssecore.http.responses import http_error
 from ssecore.wire import Event, encode
 
 __all__ = ["CLOSE_S", "FIRST_ITEM_S", "EventPump", "GeneratorTask", "Pump"]

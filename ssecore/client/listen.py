@@ -26,7 +26,7 @@ from ssecore.client import (
     json_object,
     to_file,
 )
-from ssecore.publish import json_argument
+from ssecore.client.publish import json_argument
 from ssecore.wire import Event
 
 __all__ = ["ENDS", "configure", "listen"]

@@ -16,10 +16,10 @@ import msgspec
 
 from ssecore import __version__
 from ssecore.dialects import NAMED
-from ssecore.guard import COOKIE, Guard
-from ssecore.request import Request
-from ssecore.responses import JSON, Response
-from ssecore.routes import GET, PARAMETER, Route, Upload, is_model
+from ssecore.http.guard import COOKIE, Guard
+from ssecore.http.request import Request
+from ssecore.http.responses import JSON, Response
+from ssecore.http.routes import GET, PARAMETER, Route, Upload, is_model
 from ssecore.wire import CONTENT_TYPE
 
 __all__ = ["OpenAPI", "document"]

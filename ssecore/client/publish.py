@@ -15,7 +15,7 @@ import anyio
 import httpx
 import orjson
 
-from ssecore.outbound import http_client
+from ssecore.client.outbound import http_client
 
 __all__ = ["configure", "json_argument", "publish"]
 

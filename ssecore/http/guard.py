@@ -37,7 +37,6 @@ What is configured makes the mode:
 """
 
 import ipaddress
-import math
 import re
 import shlex
 from collections.abc import Awaitable, Callable
@@ -45,22 +44,19 @@ from functools import lru_cache
 from inspect import isawaitable
 from typing import Final, Literal
 
-from anyio import current_time
-
 from ssecore.errors import (
     BadRequest,
     Forbidden,
     HeadersTooLarge,
     SettingsError,
     TargetTooLong,
-    TooManyRequests,
     Unauthorized,
 )
-from ssecore.request import Request
-from ssecore.responses import JSON, Response
-from ssecore.routes import DELETE, POST, Route
+from ssecore.http.request import Request
+from ssecore.http.responses import JSON, Response
+from ssecore.http.routes import DELETE, POST, Route
+from ssecore.http.tokens import MAX_RIGHT_CHARS, Credential, Tokens, session_of
 from ssecore.settings import Settings
-from ssecore.tokens import MAX_RIGHT_CHARS, Credential, Tokens, session_of
 
 __all__ = ["Caller", "Guard"]
 
@@ -77,8 +73,6 @@ EXPOSED: Final = (
 PREFLIGHT_S: Final = 7200
 #: Apache's and Tomcat's limit. Browsers send some twenty.
 MAX_HEADER_LINES: Final = 100
-#: Callers whose rate is kept in mind; those that have been quiet are forgotten first.
-MAX_RATES: Final = 10_000
 
 #: What Starlette's TestClient calls itself and its host. No server gives such a peer: it has an address.
 TEST_CLIENT: Final = "testclient"
@@ -114,7 +108,6 @@ class Guard:
         self._names_origins = bool(origins)
         # With or without an Origin: a cache keeps either.
         self._vary = [(b"vary", b"Origin")] if self._origins else []
-        self._full_at: dict[str, float] = {}
 
     @property
     def _to_open_it(self) -> str:
@@ -267,24 +260,6 @@ class Guard:
 
     async def _log_out(self, request: Request) -> Response:
         return Response(status=204, headers=_cookie(request, "", "; Max-Age=0"))
-
-    def spend(self, request: Request) -> None:
-        """One publication of the caller's. Raises `TooManyRequests`.
-
-        A bucket that holds one second's worth, kept as the time at which it is full again.
-        """
-        per_s, caller = self._settings.max_publish_per_s, request.caller
-        if per_s is None or caller is None:
-            return
-        now = current_time()
-        full_at = max(self._full_at.get(caller, now), now)
-        wait_s = full_at + 1 / per_s - now - max(1.0, 1 / per_s)
-        if wait_s > 0:
-            detail = f"more than {per_s:g} publications a second; try again"
-            raise TooManyRequests(detail, retry_after_s=math.ceil(wait_s))
-        if len(self._full_at) >= MAX_RATES:
-            self._full_at = {name: at for name, at in self._full_at.items() if at > now}
-        self._full_at[caller] = full_at + 1 / per_s
 
     # CORS, as the Fetch standard has it
 

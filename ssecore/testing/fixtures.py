@@ -1,4 +1,4 @@
-"""pytest's way to the kit of `ssecore.testing`: `pytest_plugins = ["ssecore.fixtures"]` in a conftest.py.
+"""pytest's way to the kit of `ssecore.testing`: `pytest_plugins = ["ssecore.testing.fixtures"]` in a conftest.py.
 
 Asynchronous fixtures and tests run under the plugin that anyio brings along: mark the tests with `@pytest.mark.anyio`,
 or set `anyio_mode = "auto"`.

@@ -45,7 +45,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from anyio.from_thread import BlockingPortal
 from anyio.lowlevel import RunVar, checkpoint
 
-from ssecore.pump import CLOSE_S, GeneratorTask
+from ssecore.streaming.pump import CLOSE_S, GeneratorTask
 from ssecore.wire import Event
 
 __all__ = [

@@ -1,0 +1,30 @@
+"""The other end: read streams of this or any other server, over cuts; write them to a file."""
+
+from ssecore.client.files import json_line, to_file
+from ssecore.client.source import (
+    Broken,
+    GapError,
+    GaveUp,
+    Refused,
+    Source,
+    SourceError,
+    batches,
+    connect,
+    is_gap,
+    json_object,
+)
+
+__all__ = [
+    "Broken",
+    "GapError",
+    "GaveUp",
+    "Refused",
+    "Source",
+    "SourceError",
+    "batches",
+    "connect",
+    "is_gap",
+    "json_line",
+    "json_object",
+    "to_file",
+]

@@ -1,0 +1,1 @@
+"""A request and its answer: routes, bodies, who may enter."""

@@ -1,0 +1,1 @@
+"""The process: the command `sseapp`, its runner over uvicorn, signals and logs."""

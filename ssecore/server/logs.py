@@ -1,0 +1,41 @@
+"""The process's log: lines on standard error, as text or as JSON."""
+
+import logging
+from datetime import UTC, datetime
+from typing import Literal
+
+from ssecore.server import stderr
+from ssecore.wire import encode_json
+
+__all__ = ["set_up"]
+
+
+class _TruncatedOnPurpose(logging.Filter):
+    """A stream whose client stopped reading is cut, as it must be: no error of the app."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "without completing response" not in record.getMessage()
+
+
+class _JSONLines(logging.Formatter):
+    """One JSON object a line; of a stream's end each fact by itself."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC)
+        line = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        line |= getattr(record, "stream", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return encode_json(line).decode()
+
+
+def set_up(log_format: Literal["text", "json"]) -> None:
+    """Log to a standard error that never blocks, unless the program has set up logging itself."""
+    stderr.unblock()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    if log_format == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_JSONLines())
+    for name, level in (("uvicorn.error", logging.WARNING), ("httpx", logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
+    logging.getLogger("uvicorn.error").addFilter(_TruncatedOnPurpose())
