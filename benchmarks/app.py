@@ -2,8 +2,8 @@
 
 `GET /durable` is /stream as a run, `GET /chat/fleeting` is /chat without one. `GET /padded` is /stream with bigger
 events, `GET /ticks` an event with its time each `interval` seconds (`/ticks/durable` as a run). `POST /written/{name}`
-publishes to the topic /topics/{name} without a request an event. `GET /alive` tells how many tasks there are. `--by-task` has a task for each
-reader, as under any other server.
+publishes to the topic /topics/{name} without a request an event. `GET /alive` tells how many tasks there are.
+`--by-task` has a task for each reader, as under any other server.
 """
 
 import argparse

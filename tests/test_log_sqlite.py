@@ -806,7 +806,7 @@ async def test_the_file_stays_small_while_a_million_events_pass_through(path: Pa
 
 
 async def test_the_wal_is_taken_into_the_file_before_it_is_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssecore.log.sqlite, "_MAX_WAL_BYTES", MIB // 4)
+    monkeypatch.setattr(ssecore.log.sqlite, "_CHECKPOINT_PAGES", 64)
     log = SqliteLog(path)
     async with log.running():
         epoch = await run(log)

@@ -110,7 +110,7 @@ _MAX_ORDERS: Final = 100
 #: Rows that one statement inserts. Each number of them is a statement of its own, which SQLite keeps.
 _ROWS_AT_ONCE: Final = 32
 #: What a batch takes of the file, and of the WAL, besides its body, roughly. The pages in use are counted again when
-#: so many bytes have been written that the bound could have been passed, and the WAL's size each 64th of its bound.
+#: so many bytes have been written that the bound could have been passed.
 _BATCH_BYTES: Final = 1024
 #: What a run may have grown since its owner was last charged for it (rule 1).
 _UNCHARGED_BYTES: Final = 64 * 1024
@@ -122,7 +122,7 @@ _MAX_KNOWN: Final = 10_000
 #: and commits up to 20 ms where the rows are large.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: SQLite takes the WAL into the file after so many pages, 2 MiB. (Its own 4 MiB would be half of a small log.)
+#: The WAL is taken into the file after so many pages, 2 MiB. (SQLite's own 4 MiB would be half of a small log.)
 _CHECKPOINT_PAGES: Final = 512
 #: Readers can keep the WAL from starting over. Beyond this it is made to.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
@@ -233,7 +233,6 @@ class SqliteStore(LocalStore):
         self._files: _Files = (None, None)
         #: The bytes of the pages in use when they were last counted, and those written since, roughly.
         self.used, self.written = 0, -1
-        self._unlooked = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -433,13 +432,9 @@ class SqliteStore(LocalStore):
         while len(known) > _MAX_KNOWN:
             del known[next(iter(known))]
         size = sum([order.size for order in orders])
-        self._wal_pages += 2 * changes + size // 4096  # a row's own page, and one of its index
-        self._unlooked += size
+        self._wal_pages += changes + 1 + size // 4096  # a page of the index for each row, and those of the bodies
         if self.written >= 0:
             self.written += size
-        if self._unlooked > _MAX_WAL_BYTES // 64:
-            self._unlooked = 0
-            self._bound_wal()
         return transaction
 
     def _present(self) -> "_Files":
@@ -459,18 +454,12 @@ class SqliteStore(LocalStore):
         """Take the WAL into the file, in the thread, once it is long enough."""
         self._syncs_header = self._wal_pages >= _CHECKPOINT_PAGES
         if self._syncs_header and self.writer:
-            try:
-                self.writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-            except sqlite3.Error as error:
-                logger.warning("the WAL of %s can't be taken into the file: %s", self.path, error)
             self._wal_pages = 0
-
-    def _bound_wal(self) -> None:
-        try:
-            if self.writer and os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES:
-                self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        except (OSError, sqlite3.Error) as error:
-            logger.warning("the WAL of %s can't be taken into the file: %s", self.path, error)
+            try:
+                held_up = os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES
+                self.writer.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if held_up else 'PASSIVE'})").fetchall()
+            except (OSError, sqlite3.Error) as error:
+                logger.warning("the WAL of %s can't be taken into the file: %s", self.path, error)
 
     # The readers
 
