@@ -122,8 +122,10 @@ _MAX_KNOWN: Final = 10_000
 #: and commits up to 20 ms where the rows are large.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: The WAL is taken into the file after so many pages, 2 MiB. (SQLite's own 4 MiB would be half of a small log.)
-_CHECKPOINT_PAGES: Final = 512
+#: The WAL is taken into the file after so many pages, as SQLite does by itself; appends wait for three syncs then. Of a
+#: log with a bound it is an eighth at most.
+_CHECKPOINT_PAGES: Final = 1000
+_PAGE_BYTES: Final = 4096
 #: Readers can keep the WAL from starting over. Beyond this it is made to.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
 #: What the upkeep writes after a failure, to find out whether there is room again: a row of a stream that never exists.
@@ -228,6 +230,7 @@ class SqliteStore(LocalStore):
         self._stuck = False  # `give_up` was called, and what was under way then isn't over yet
         self._busy_s = _BUSY_S  # how long the writer waits for another program's lock
         self._wal_pages = 0  # written since the last checkpoint, roughly
+        self._most_wal_pages = min(_CHECKPOINT_PAGES, max_bytes // 8 // _PAGE_BYTES)
         self._syncs_header = True  # the next transaction may
         self._slow_until = 0.0
         self._files: _Files = (None, None)
@@ -331,7 +334,7 @@ class SqliteStore(LocalStore):
         return (
             order.size <= _HERE_BYTES
             and not (self._full_sync or self.away or self._syncs_header or self.writer is None)
-            and self._wal_pages < _CHECKPOINT_PAGES
+            and self._wal_pages < self._most_wal_pages
             and time.monotonic() >= self._slow_until
         )
 
@@ -432,7 +435,7 @@ class SqliteStore(LocalStore):
         while len(known) > _MAX_KNOWN:
             del known[next(iter(known))]
         size = sum([order.size for order in orders])
-        self._wal_pages += changes + 1 + size // 4096  # a page of the index for each row, and those of the bodies
+        self._wal_pages += changes + 1 + size // _PAGE_BYTES  # a page of the index for each row, and those of the bodies
         if self.written >= 0:
             self.written += size
         return transaction
@@ -452,7 +455,7 @@ class SqliteStore(LocalStore):
 
     def _checkpoint(self) -> None:
         """Take the WAL into the file, in the thread, once it is long enough."""
-        self._syncs_header = self._wal_pages >= _CHECKPOINT_PAGES
+        self._syncs_header = self._wal_pages >= self._most_wal_pages
         if self._syncs_header and self.writer:
             self._wal_pages = 0
             try:
