@@ -435,7 +435,7 @@ class SqliteStore(LocalStore):
         while len(known) > _MAX_KNOWN:
             del known[next(iter(known))]
         size = sum([order.size for order in orders])
-        self._wal_pages += changes + 1 + size // _PAGE_BYTES  # a page of the index for each row, and those of the bodies
+        self._wal_pages += changes + 1 + size // _PAGE_BYTES  # of the index, and of bodies
         if self.written >= 0:
             self.written += size
         return transaction
