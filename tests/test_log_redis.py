@@ -749,7 +749,7 @@ async def test_a_user_that_may_not_is_told_apart_from_a_redis_that_is_away(serve
     server.call("ACL", "SETUSER", "app", "on", ">secret", *ACL.split(), "-xadd")
     async with _running(RedisLog(f"unix://app:secret@{server.path}")) as log:
         id = await run(log)
-        with pytest.raises(LogUnavailable, match="Redis refuses it"):
+        with pytest.raises(LogUnavailable, match="Redis returned an error"):
             await log.append(id, frames("a"), epoch=id)
         assert not log.away
 

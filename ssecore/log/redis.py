@@ -1,39 +1,28 @@
 """The event log in Redis Streams, for any number of processes. Redis 7.0 and later, and Valkey.
 
-What a finished call says withstands what Redis is configured to withstand. Where it lost something (a restart without
-its file, a failover), that is noticed, and said.
+A finished call survives what Redis is configured to survive; losses beyond that are detected.
 
-Theory of operation. Each process has three connections, each with a task of its own that alone touches it, so a caller
-that is cancelled breaks nothing. Two *lines* answer calls: what is asked for while one pipeline is under way goes into
-the next. What is appended meanwhile is one call, with a batch for each stream (`writer`). The third connection hears
-that somebody appended to a stream that is watched here, and then it is read:
+Each process has three connections. One task alone uses each, so a cancelled caller leaves no connection half read. Two
+*lines* answer calls; calls that arrive while a pipeline is in flight go into the next one. The third connection
+receives a message for each append to a watched stream, which is then read. ARCHITECTURE.md draws it.
 
-    append   ──► Commits: a batch a stream ──► line: EVALSHA ──► answers ──► watchers, callers ──► …
-    others   ──► line: EVALSHA, EVALSHA, … ──► callers
-    Redis    facts (hash) + rows (stream, the id is the last sequence) ──PUBLISH "more"──► every process
-    listener ──► line: one call for all streams that have more ──► rows, in sequence ──► watchers
-
-1.  A script changes all or nothing: it checks the writer, gives the sequence, trims, publishes. All keys have one hash
-    tag: several streams, and the index of them, change in one step.
-2.  Any call may be made again after its answer was lost. Of appends, Redis remembers the last answer that it gave to
-    each process: a process has one call under way, and makes the next when it has heard of that one, or given it up.
-3.  A connection knows its instance (the run id), and the scripts hold it: where it is another than the one that
-    appended to a stream last (a restart, a failover), the stream gets an epoch first. What the old instance had and
-    this one lacks was seen by somebody, and its numbers must not be given again in silence. Before anything is read
-    from another instance the watchers of what it lacks are told.
-4.  A run whose writer knows of more events than Redis has lost some: it is told so (`LogError`), and fails its run.
-5.  Pub/sub promises nothing, and carries nothing: a message of another process, a second subscribe frame, and a look
-    from time to time (the last message may be the lost one) each mean "read on from what the watchers have". Redis may
-    send a message before it has synced the append (`appendfsync always`: to a subscriber whose socket is full). It
-    answers a call only after the sync. So watchers get what a call has answered: the append itself, or a later read.
+1.  A script is atomic: it checks the writer, assigns the sequence, trims and publishes. All keys have one hash tag.
+2.  A call whose answer was lost is repeated. Redis keeps each process's last append answer by the call's number, and
+    returns it instead of appending twice. A process has one append call in flight.
+3.  Facts name the instance (Redis' run id) that appended last. On another instance a stream first gets a new epoch:
+    clients may have seen sequences that this instance lost and will assign again. Before anything is read from a new
+    instance, the watchers of streams that lost events are notified.
+4.  If a run's writer knows of more events than Redis has, its append raises `LogError` and the run fails.
+5.  Pub/sub may lose messages, so they carry no data. A message, a resubscription and a regular poll each mean: read on
+    from what the watchers have. Redis may publish before it has synced (`appendfsync always`), but answers calls only
+    afterwards; so watchers get only what a call returned.
 6.  Each process has a lease, and each run a holder, the process that created it. `unfinished` are the open runs whose
-    holder's lease has run out. Whoever was cut off from Redis doesn't look before a whole lease has passed: the others
-    may have been cut off too. It is the epoch that fences a holder that comes back, not the lease.
-7.  While Redis can't be reached, calls wait: `wait_s` each, however many wait, and reads for as long as their reader
-    likes. After `give_up` no call waits.
-8.  Redis may hold, and send, what this version can't read: another version's in a rolling deploy, foreign keys, a part
-    of our own keys. Whoever asks for that stream gets `LogError`, and its watchers are sent to ask. It is logged, and
-    everything else goes on.
+    holder's lease has expired. A process that lost its connection waits a whole lease first: others may have lost
+    theirs too. A returning holder is fenced by its epoch, not by the lease.
+7.  If Redis is unreachable, each call waits `wait_s`, and reads wait for as long as their reader does. After `give_up`
+    nothing waits.
+8.  Redis may hold data that this version can't read: another version's, foreign keys, partly deleted keys. Calls for
+    that stream raise `LogError`, its watchers are ended, and everything else continues.
 """
 
 import asyncio
@@ -90,33 +79,31 @@ __all__ = ["RedisLog"]
 
 logger = logging.getLogger("sseapp")
 
-#: How often an append is tried whose stream needs an epoch first, or is a topic that others delete each time. Seen
-#: twice in a row: Redis was restarted twice.
+#: Attempts of an append that first needs an epoch or a topic. Two failed in a row in tests: Redis restarted twice.
 _TRIES: Final = 5
 #: Calls in one pipeline.
 _MAX_PIPELINE: Final = 64
-#: What is left for a call once the service is about to stop: its caller is cancelled soon after.
+#: How long calls wait once the service is stopping: their callers are cancelled soon after.
 _LAST_S: Final = 0.4
-#: How long Redis remembers its last answer to a process, and the calls to one that is gone.
+#: How long Redis keeps a process's last answer, and the commands sent to it.
 _REMEMBER_S: Final = 3600
-#: What breaks a connection, and passes. RuntimeError: uvloop's, about a transport that is closed.
+#: Temporary errors that break a connection. uvloop raises RuntimeError if the transport is closed.
 _BROKEN: Final = (RedisError, OSError, RuntimeError)
-#: How often the connection that listens is asked for a sign of life, and how long it may give none.
+#: The subscribed connection's ping interval, and how long it may be silent.
 _PING_S: Final = 2.0
 _SILENCE_S: Final = 5.0
-#: Pauses between attempts to connect.
+#: Shortest and longest pause before reconnecting.
 _PAUSES_S: Final = (0.02, 1.0)
-#: Streams that the upkeep looks at in one turn.
 _STEP_STREAMS: Final = 64
-#: Watched streams that one call looks at, and those that one call reads on: some MiB.
+#: Watched streams that one call polls, and that one call reads (some MiB).
 _LOOK_STREAMS: Final = 1000
 _MORE_STREAMS: Final = 64
-#: The same complaint about Redis is logged at most once in this time.
+#: The same error is logged at most once in this time.
 _COMPLAIN_S: Final = 10.0
 
 
 class _Session(NamedTuple):
-    """A connection to one instance, that has the scripts."""
+    """A connection to one instance with the scripts loaded."""
 
     connection: Any
     instance: str
@@ -127,33 +114,33 @@ class _Session(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """A script by its name, or a command, with what it is given. The answer may be an exception."""
+    """`command` is a script's name or a command, with arguments. The answer may be an exception."""
 
     command: tuple[Any, ...]
     until: float
     answer: "asyncio.Future[Any]"
 
     def say(self, answer: Any) -> None:
-        if not self.answer.done():  # nobody waits any more, or it has been answered
+        if not self.answer.done():  # cancelled, or already resolved
             self.answer.set_result(answer)
 
 
 class _Line:
-    """A connection, and the one task that talks on it."""
+    """A connection and the one task that uses it."""
 
     def __init__(self, log: "RedisStore") -> None:
         self._log = log
         self._calls: deque[_Call] = deque()
-        self._asked: list[_Call] = []  # of these, those that are under way
+        self._asked: list[_Call] = []  # in flight
         self._wake = anyio.Event()
         self._scope = CancelScope(shield=True)
         self._closed = False
-        self._stopping = False  # `give_up` was called …
+        self._stopping = False  # `give_up` was called
         self._stuck = False  # … and Redis hasn't answered since
-        self._failure: Exception | None = None  # of the last attempt
+        self._failure: Exception | None = None  # the last attempt's
 
     async def ask(self, *command: Any, wait_s: float | None = None) -> Any:
-        """`wait_s`: how long to wait for the answer, if not as the engine is set; 0 tries once."""
+        """`wait_s`: how long to wait for the answer instead of the store's `wait_s`; 0 makes one attempt."""
         if self._closed or self._stuck:
             await checkpoint()
             raise LogUnavailable("the event log is closed") if self._closed else _stopping()
@@ -162,7 +149,7 @@ class _Line:
         call = _Call(command, current_time() + wait_s, loop.create_future())
         self._calls.append(call)
         self._wake.set()
-        # By the clock: a call in the queue must not wait for those before it to fail, and then for its own failure.
+        # A queued call must not wait first for those before it to fail, and then for its own failure.
         if self._stopping:
             wait_s = _LAST_S
         timer = loop.call_later(wait_s, self._overdue, call, wait_s) if 0 < wait_s < math.inf else None
@@ -191,7 +178,7 @@ class _Line:
         self._scope.cancel()
 
     async def run(self) -> None:
-        """Until it is closed, whatever is cancelled around it: somebody may have something to finish."""
+        """Runs until `close`, shielded: callers may still have calls to finish."""
         session: _Session | None = None
         pause = _PAUSES_S[0]
         try:
@@ -230,12 +217,12 @@ class _Line:
     def _take(self) -> list[_Call]:
         calls: list[_Call] = []
         while self._calls and len(calls) < _MAX_PIPELINE:
-            if not (call := self._calls.popleft()).answer.done():  # else nobody waits any more
+            if not (call := self._calls.popleft()).answer.done():
                 calls.append(call)
         return calls
 
     def _lost(self, error: Exception, pause: float) -> None:
-        """Ask again (rule 2), unless it can't help, or has to end."""
+        """Repeat the calls (rule 2), or fail those that have run out of time."""
         passing = isinstance(error, _BROKEN)
         if passing:
             self._failure = error
@@ -252,7 +239,7 @@ class _Line:
 
 
 async def _talk(session: _Session, calls: list[_Call], complain: Callable[[str, Exception], None]) -> None:
-    """One pipeline. Raises what breaks the connection, or is said by an instance that isn't ours any more."""
+    """Raises what breaks the connection, or means another instance."""
     connection, shas = session.connection, session.shas
     commands = [
         ("EVALSHA", shas[name], 0, *values) if name in shas else (name, *values) for (name, *values), _, _ in calls
@@ -264,17 +251,15 @@ async def _talk(session: _Session, calls: list[_Call], complain: Callable[[str, 
         except (NoScriptError, ReadOnlyError):
             raise
         except ResponseError as error:
-            complain(f"it refuses {call.command[0]}", error)
+            complain(f"{call.command[0]} failed", error)
             call.say(_away(error))
 
 
 class RedisLog(Log):
-    """`Log` in the Redis that `url` names (`redis://`, `rediss://` for TLS, `unix://`; user and password in it).
+    """`Log` in the Redis at `url` (`redis://`, `rediss://` for TLS, `unix://`). On asyncio only.
 
-    `wait_s`: how long a call waits for a Redis that is away, half of `lease_s` at most. `lease_s`: how long a process
-    may be silent before its runs are closed. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what
-    age has ended, and `look_s` that between two at the watched streams (rule 5). `prefix` begins the name of every key.
-    `max_bytes` is a bound in all (rule 7 of `ssecore.log`). On asyncio only.
+    `wait_s`: how long a call waits while Redis is unreachable, at most half of `lease_s`. `lease_s`: after how long
+    without contact a process's runs are closed. `look_s`: the poll interval of rule 5. `prefix` starts every key.
     """
 
     store: "RedisStore"
@@ -296,8 +281,6 @@ class RedisLog(Log):
 
 
 class RedisStore:
-    """The store, and what its processes have to do with each other (`Peers`)."""
-
     crowded = False
     gap_s: float | None = GAP_S
 
@@ -315,7 +298,7 @@ class RedisStore:
         self.on_call: Callable[[str, str], None] | None = None
         self.closing = False
         self.away = False
-        self.wait_s = min(wait_s, lease_s / 2)  # a lease outlasts its holder's own waiting
+        self.wait_s = min(wait_s, lease_s / 2)  # the lease must outlast its holder's own waits
         self.instance = ""
         self._url = url
         self._lease_s = lease_s
@@ -325,18 +308,18 @@ class RedisStore:
         self._max_bytes = max_bytes
         self._process = new_epoch()
         self._watchers = Watchers()
-        #: Of each watched stream: what watchers were told last; else what somebody saw first; else what was before the
-        #: first message, of an epoch that isn't known (""); else None.
+        #: By watched stream: the last event that watchers got; else the top when its facts were first read; else the
+        #: event before the first published one, of epoch "" (unknown); else None.
         self._told: dict[str, Cursor | None] = {}
         self._subscribed: dict[str, anyio.Event] = {}
         self._dirty: dict[str, None] = {}
         self._commits: deque[tuple[list[Batch], Callable[[], None]]] = deque()  # one at most
         self._number = 0
-        #: The top of the runs at work here (rules 4 and 6).
+        #: The last sequence of each run at work here (rules 4 and 6).
         self._tops: dict[str, int] = {}
         self._stopping = False
         self._back_at = self._held_at = 0.0
-        #: What has been complained about: when, and how often since.
+        #: By logged error: when it was logged, and how often it was suppressed since.
         self._complaints: dict[str, tuple[float, int]] = {}
 
     @asynccontextmanager
@@ -381,12 +364,11 @@ class RedisStore:
             raise failure
 
     def _connections(self) -> Callable[[], Any]:
-        """What makes them, not connected yet."""
         ours = {
             "protocol": 2,
             "socket_timeout": self.wait_s,
             "socket_connect_timeout": self.wait_s,
-            "retry": Retry(NoBackoff(), 0),  # the lines', which know what may be asked for twice
+            "retry": Retry(NoBackoff(), 0),  # `_Line` decides what may be repeated
         }
         try:
             options: dict[str, Any] = {**parse_url(self._url), **ours}
@@ -397,7 +379,7 @@ class RedisStore:
         return make
 
     async def connect(self) -> _Session:
-        """Raises `RedisError` and `OSError` for what may pass, `LogError` for what doesn't."""
+        """Raises `RedisError` or `OSError` for temporary errors, `LogError` for permanent ones."""
         connection = self._make()
         try:
             await connection.connect()
@@ -407,12 +389,15 @@ class RedisStore:
             if tuple(map(int, version.split(".")[:2])) < (7, 0):
                 raise LogError(f"the event log needs Redis 7.0 or later; this is {version}")
             if info.get("redis_mode") == "cluster":
-                raise LogError("the event log needs one Redis with its replicas; this is a node of a Redis Cluster")
+                raise LogError("the event log can't use a Redis Cluster: use one Redis, with or without replicas")
             if info.get("role") != "master":
-                raise RedisConnectionError("it is a replica")
+                raise RedisConnectionError("this Redis is a replica; the event log needs its master")
             instance = info["run_id"]
             if policy != "noeviction" and not self.instance:
-                logger.warning("the event log's Redis drops data when it is full (maxmemory-policy %s)", policy)
+                logger.warning(
+                    "the event log's Redis evicts data when it is full (maxmemory-policy %s): set it to noeviction",
+                    policy,
+                )
             head = f"local instance, prefix = '{instance}', [==[{self._prefix}]==]\n{self._constants()}\n{COMMON}"
             shas = await _exchange(connection, *[("SCRIPT", "LOAD", head + text) for text in SCRIPTS.values()])
             session = _Session(connection, instance, dict(zip(SCRIPTS, map(bytes.decode, shas), strict=True)))
@@ -425,13 +410,12 @@ class RedisStore:
         return session
 
     def _constants(self) -> str:
-        """For the scripts."""
         bound = "math.huge" if self._max_bytes is None else self._max_bytes
         values = (STREAM_BYTES, EVENT_BYTES, OWNERS, FOREVER_S, facts.EMPTY_TOPIC_S, bound)
         return f"local stream_bytes, event_bytes, owners, forever_s, empty_s, bound = {', '.join(map(str, values))}"
 
     async def _check_all(self, session: _Session) -> None:
-        """Rule 3: before anybody can read from the new instance."""
+        """Rule 3."""
         told = [(stream, cursor) for stream, cursor in self._told.items() if cursor is not None]
         for start in range(0, len(told), _LOOK_STREAMS):
             some = told[start : start + _LOOK_STREAMS]
@@ -448,15 +432,15 @@ class RedisStore:
             line.give_up()
 
     def heard_of(self, error: Exception | None) -> None:
-        """Redis has answered, or not."""
+        """Record whether Redis answered."""
         if error is not None and not self.away:
-            logger.error("the event log's Redis is away: %s", error)
+            logger.error("can't reach the event log's Redis: %s", error)
         elif error is None and self.away:
-            logger.warning("the event log's Redis is back")
+            logger.warning("the event log's Redis answers again")
         self.away = error is not None
 
     def complain(self, what: str, error: object) -> None:
-        """Log something about Redis that a request, or another process, could cause many times a second."""
+        """Log at a limited rate: a request, or another process, can cause many errors a second."""
         now = current_time()
         last, times = self._complaints.get(what, (-math.inf, 0))
         if now - last < _COMPLAIN_S:
@@ -468,7 +452,7 @@ class RedisStore:
         logger.error("the event log's Redis: %s: %s%s", what, error, again, exc_info=trace)
 
     async def _go_on(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Run one of the log's own tasks. If it fails it must not end the app (rule 8): it begins again."""
+        """Restart a failed task, so that it doesn't end the app (rule 8)."""
         while True:
             try:
                 await task()
@@ -488,7 +472,9 @@ class RedisStore:
             names = (stream, epoch, stat.kind, _maybe(stat.owner), _maybe(stat.key))
             said = (repr(stat.created), encode_json(stat.meta), self._process, *_limits(stat.retention))
             stat = _found(await self._writes.ask("create", *names, *said))
-            created = stat.stream == stream and stat.epochs[0][0] == epoch  # now, or by a try whose answer was lost
+            created = (
+                stat.stream == stream and stat.epochs[0][0] == epoch
+            )  # by this attempt or one whose answer was lost
             return stat, created
         finally:
             if not created and not at_work:
@@ -521,7 +507,7 @@ class RedisStore:
         return self._stats(await self._reads.ask("runs", _maybe(owner), limit - 1))
 
     async def unfinished(self) -> list[Stat]:
-        """Those whose holder's lease has run out, and those that are held here and nobody works on (rule 6)."""
+        """Runs whose holder's lease has expired, and runs held here without a worker (rule 6)."""
         if self._cut_off():
             return []
         left = await self._reads.ask("left", self._process)
@@ -530,7 +516,7 @@ class RedisStore:
         return [stat for stat in self._stats(left) if stat.stream not in self._tops]
 
     def _stats(self, found: list[Any]) -> list[Stat]:
-        """Of several streams, those that can be read (rule 8)."""
+        """The readable ones (rule 8)."""
         stats = []
         for one in found:
             try:
@@ -542,12 +528,11 @@ class RedisStore:
         return stats
 
     def _cut_off(self) -> bool:
-        """Whether others may have been cut off from Redis for so long that they lost their leases."""
+        """Whether other processes may have lost their leases as this one did."""
         now = current_time()
         return now - self._back_at < self._lease_s or now - self._held_at > self._lease_s / 2
 
     async def _hold(self) -> None:
-        """Keeps the lease, and answers calls."""
         lease, calls = self._name(f"lease:{self._process}"), self._name(f"calls:{self._process}")
         while True:
             try:
@@ -565,7 +550,7 @@ class RedisStore:
                         except Exception as error:
                             self.complain("a call to this process failed", error)
                     await self._writes.ask("LTRIM", calls, len(called), -1)
-            except SSEAppError:  # it may be refused at once: by a Redis that is full
+            except SSEAppError:  # fails at once if Redis is full
                 await anyio.sleep(self._lease_s / 10)
                 continue
             with anyio.move_on_after(self._lease_s / 3):
@@ -594,7 +579,7 @@ class RedisStore:
         return True
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
-        stream.encode()  # a lone surrogate is the caller's mistake: it must not reach the connection for all
+        stream.encode()  # raises for a lone surrogate here, not on the shared connection
         unwatch = self._watchers.add(stream, watcher)
         if stream not in self._told:
             self._told[stream] = None
@@ -619,7 +604,6 @@ class RedisStore:
         self._wake.set()
 
     async def _write(self) -> None:
-        """Until the log is closed, whatever is cancelled around it."""
         with self._writing:
             while True:
                 await self._wake.wait()
@@ -629,7 +613,7 @@ class RedisStore:
                 done()
 
     async def _send(self, batches: list[Batch]) -> None:
-        """Until each has its answer, or Redis has been away for too long."""
+        """Append the batches, until each is answered or Redis was unreachable for too long."""
         try:
             for _ in range(_TRIES):
                 batches = await self._call(batches)
@@ -638,15 +622,15 @@ class RedisStore:
                 for batch in batches:
                     with suppress(NotFound, WriterFenced):
                         await self._prepare(batch)
-            raise Unavailable("other processes open or delete this stream all the time; try again", retry_after_s=1)
-        except Exception as error:  # a bug of ours: nobody waits for ever
+            raise Unavailable("other processes keep opening or deleting this stream; try again", retry_after_s=1)
+        except Exception as error:  # even for a bug of ours: nothing may wait forever
             if not isinstance(error, SSEAppError):
                 logger.exception("the event log can't be written")
             for batch in batches:
                 batch.error = error if isinstance(error, SSEAppError) else _away(error)
 
     async def _prepare(self, batch: Batch) -> None:
-        """Open an epoch (rule 3), or create the topic."""
+        """For rule 3, or to create the topic."""
         if batch.last < 0 and batch.retention is not None:
             now = self._clock()
             epochs = ((new_epoch(), 1),)
@@ -655,7 +639,7 @@ class RedisStore:
             await self._open(batch.stream, new_epoch(), "")
 
     async def _call(self, batches: list[Batch]) -> list[Batch]:
-        """One call. Gives those that need an epoch first, or to be created (`last` is -1)."""
+        """One call. Returns the batches that first need an epoch or, with `last` -1, their topic."""
         self._number += 1
         values: list[Any] = []
         rows = [joined(batch.frames) for batch in batches]
@@ -664,7 +648,7 @@ class RedisStore:
             least = self._tops.get(batch.stream, 0)
             values += (batch.stream, batch.epoch, int(batch.close), meta, len(ends), packed(ends), body, least)
         wait_s = 0.0 if self.closing else self.wait_s
-        if self.away:  # what waited behind a call that failed has waited as long
+        if self.away:  # batches that waited behind a failed call have used up that time
             wait_s += min(batch.since for batch in batches) - time.monotonic()
             if wait_s <= 0:
                 raise _away(RedisConnectionError())
@@ -680,9 +664,9 @@ class RedisStore:
                 again.append(batch)
             else:
                 if said == b"failed":
-                    self.complain("it refuses to append", details[0].decode(errors="replace"))
+                    self.complain("append failed", details[0].decode(errors="replace"))
                 elif said == b"lost" and batch.stream in self._tops:
-                    self._tops[batch.stream] = 0  # it is at work still: with what it says of it
+                    self._tops[batch.stream] = 0  # its worker still has to append the failure
                 elif said != b"full":
                     self._tops.pop(batch.stream, None)
                 batch.error = _refusal(said, *details)
@@ -697,11 +681,10 @@ class RedisStore:
             top = Cursor(batch.epoch, batch.last)
             self._announce(batch.stream, top, row, "closed" if batch.close else None)
 
-    # What is heard of other processes
+    # What other processes append
 
     def _announce(self, stream: str, top: Cursor, row: Row | None, ended: Ended | None) -> None:
-        """Tell the watchers what has been appended, and the end; read on from the log instead where something is
-        missing before it (rule 5)."""
+        """Notify the watchers of our own append, or read on first if rows before it are missing (rule 5)."""
         told = self._told.get(stream)
         if told is not None and ended != "deleted":
             first = top.seq + 1 if row is None else row.first
@@ -723,8 +706,7 @@ class RedisStore:
             self._forget(stream)
 
     def _check(self, stream: str, told: Cursor, found: Any) -> bool:
-        """Whether what watchers had been told, before the facts were asked for, is in the log. If not, the stream that
-        they know is gone: they are told so, and come back with their cursors."""
+        """Whether the log still has what watchers got. If not, end their stream: clients resume, and get a `gap`."""
         try:
             stat = _stat(found)
             if stat is None or not told.epoch:
@@ -751,7 +733,7 @@ class RedisStore:
         self._channels.set()
 
     async def _watching(self, stream: str) -> None:
-        """Whoever watches first and then looks misses nothing: the look waits for the subscription."""
+        """Wait for the subscription (rule 8 of `ssecore.log`)."""
         if (subscribed := self._subscribed.get(stream)) is not None and not subscribed.is_set():
             with anyio.move_on_after(self.wait_s):
                 await subscribed.wait()
@@ -761,7 +743,6 @@ class RedisStore:
             raise _away(RedisConnectionError())
 
     async def _listen(self) -> None:
-        """One connection after another: each is asked for all that is watched."""
         pause = _PAUSES_S[0]
         while True:
             try:
@@ -780,10 +761,10 @@ class RedisStore:
             await anyio.sleep(pause)
 
     async def _subscribe(self, session: _Session) -> None:
-        """Asks the connection for what it hasn't been asked for, and now and then whether it is there."""
+        """Follow changes of the watched streams, and ping."""
         send = session.connection.send_command
         asked: dict[str, anyio.Event] = {}
-        with suppress(*_BROKEN):  # who listens on it hears of that too
+        with suppress(*_BROKEN):  # `_hear_all` gets the error too
             await send("SUBSCRIBE", self._name(f"called:{self._process}"))
             while True:
                 self._channels = anyio.Event()
@@ -799,15 +780,15 @@ class RedisStore:
                     await send("PING")
 
     async def _hear_all(self, session: _Session) -> None:
-        """Until the connection breaks, is silent, or is not to the instance of the moment."""
+        """Receive until the connection breaks or is silent, or the instance has changed."""
         message: Any = []
         try:
             while message is not None and session.instance == self.instance:
                 message = await session.connection.read_response(timeout=_SILENCE_S, disconnect_on_error=False)
                 if isinstance(message, list):
                     self._hear(*message)
-        except ResponseError as error:  # its user may not
-            self.complain("it refuses to be listened to", error)
+        except ResponseError as error:  # the user may lack the right
+            self.complain("SUBSCRIBE failed", error)
             await anyio.sleep(_PAUSES_S[1])
         except _BROKEN:
             pass
@@ -820,28 +801,27 @@ class RedisStore:
             self._heard(stream, data)
         elif kind == b"subscribe" and (subscribed := self._subscribed.get(stream)) is not None:
             if subscribed.is_set():
-                self._suspect(stream)  # connected anew: what was published meanwhile is lost
+                self._suspect(stream)  # reconnected: messages in between were lost
             subscribed.set()
 
     def _heard(self, stream: str, data: bytes) -> None:
-        """Rule 5. Of its own appends this process has the answers; any other message means "more", whatever it holds:
-        another version's may hold something else."""
+        """Rule 5. Ignores this process's own appends, and the message's other words: other versions send others."""
         first, *words = data.split(b" ", 4)
         if words[2:3] == [self._process.encode()]:
             return
-        if stream in self._told and self._told[stream] is None:  # watched, and no facts have been asked for yet
+        if stream in self._told and self._told[stream] is None:
             with suppress(ValueError):
                 self._told[stream] = Cursor("", int(first) - 1)
         self._suspect(stream)
 
     async def _refill(self) -> None:
-        """Reads what watchers were not told, of streams that something was heard of; from time to time looks at all."""
+        """Read dirty streams for their watchers; poll all watched ones regularly."""
         look_at = current_time() + self._look_s
         while True:
             with CancelScope(deadline=look_at):
                 await self._look.wait()
             self._look = anyio.Event()
-            with suppress(SSEAppError):  # then with the next look
+            with suppress(SSEAppError):  # the next poll repeats it
                 if current_time() >= look_at:
                     look_at = current_time() + self._look_s
                     await self._look_at_all()
@@ -855,7 +835,6 @@ class RedisStore:
                 self._suspect(stream.decode())
 
     async def _read_on(self) -> None:
-        """Until nothing more is known of."""
         while asked := dict(islice(self._more(), _MORE_STREAMS)):
             for stream in asked:
                 del self._dirty[stream]
@@ -869,7 +848,7 @@ class RedisStore:
                 self._tell_more(stream, told, *one)
 
     def _more(self) -> Iterator[tuple[str, Cursor]]:
-        """The streams to be read on, each with what its watchers have."""
+        """With what the watchers have."""
         return ((stream, told) for stream in self._dirty if (told := self._told.get(stream)) is not None)
 
     def _tell_more(
@@ -896,7 +875,6 @@ class RedisStore:
             self._tell(stream, None, "closed")
 
     def _name(self, name: str) -> str:
-        """Of a key or a channel."""
         return self._prefix + name
 
 
@@ -906,7 +884,6 @@ async def _disconnect(connection: Any) -> None:
 
 
 async def _exchange(connection: Any, *commands: tuple[str, ...]) -> list[Any]:
-    """One pipeline, of which nothing may fail."""
     await connection.send_packed_command(connection.pack_commands(commands))
     return [await connection.read_response() for _ in commands]
 
@@ -916,7 +893,6 @@ def _limits(retention: Retention) -> list[str]:
 
 
 def _found(said: Any) -> Stat:
-    """From the answer of a script that may refuse."""
     if isinstance(said, bytes):
         raise _refusal(said)
     stat = _stat(said)
@@ -940,10 +916,7 @@ def _refusal(said: bytes, text: bytes = b"") -> SSEAppError:
 
 
 def _stat(found: list[Any]) -> Stat | None:
-    """From a stream's name and its facts, names and values in turn. Raises `LogError` for what it can't read (rule 8).
-
-    Boundary of trust: what stands in Redis may be another version's, or somebody else's.
-    """
+    """Boundary of trust: Redis may hold another version's or program's data. Raises `LogError` (rule 8)."""
     name, fields = found
     if not fields and not isinstance(fields, Exception):
         return None
@@ -975,7 +948,7 @@ def _stat(found: list[Any]) -> Stat | None:
 
 
 def _rows(entries: list[Any]) -> list[Row]:
-    """From entries of a Redis stream. Raises `LogError` for what it can't read (rule 8)."""
+    """Raises `LogError` (rule 8)."""
     rows = []
     try:
         for id, (_, epoch, _, blob, _, _, _, body, *_) in entries:
@@ -989,7 +962,7 @@ def _rows(entries: list[Any]) -> list[Row]:
 
 
 def _unreadable(error: Exception) -> LogError:
-    return LogError(f"the event log in Redis holds something that this version can't read ({type(error).__name__})")
+    return LogError(f"the event log in Redis contains data that this version can't read ({type(error).__name__})")
 
 
 def _maybe(text: str | None) -> str:
@@ -1001,12 +974,12 @@ def _stopping() -> LogUnavailable:
 
 
 def _away(error: Exception) -> LogUnavailable:
-    """For the client; what Redis itself says may name its users and keys."""
+    """For the client: Redis' own error text may name users and keys."""
     reason = "Redis can't be reached"
     if isinstance(error, OutOfMemoryError):
         reason = "Redis is full"
     elif isinstance(error, ResponseError):
-        reason = "Redis refuses it"
+        reason = "Redis returned an error"
     elif not isinstance(error, _BROKEN):
         reason = "internal error"
     away = LogUnavailable(f"the event log can't be used at the moment: {reason}")
