@@ -1,29 +1,26 @@
 """The event log: streams of events that outlive the connections that read them.
 
-A stream is a named, append-only sequence of events, numbered from 1 without holes. It may be closed for good, and has
-a retention. Two kinds: a *run* has a beginning and an end and is kept whole; a *topic* goes on and is trimmed.
-`Log` is what everybody uses. The engines are its stores: `memory` and `sqlite` leave the decisions to `ledger`, `redis`
-to its scripts. The rules are cited by number at the code; tests/test_log.py runs over all stores.
+A stream is a named, append-only sequence of events, numbered from 1 without holes. A *run* ends and is kept whole; a
+*topic* goes on and is trimmed. tests/test_log.py checks these rules on all stores (`memory`, `sqlite`, `redis`).
 
-1.  A reader sees only what is in the log: append first, deliver then. What "in the log" withstands is the engine's.
-2.  An append is all or nothing: several events, one epoch, and with it, if asked for, the close and new `meta`.
-    Who is cancelled while it waits doesn't know whether its append went in; it did wholly or not at all.
-3.  Each writer's life (a run's writer, a process) opens an epoch on the stream before it appends. From then on writers
-    of earlier epochs are fenced, so a writer that was believed dead can't write into the work of its successor.
-4.  A cursor is `<epoch>.<seq>`: "I have what this writer wrote, up to here". It is valid if seq is below the first
-    sequence of the next epoch: then that history is a prefix of ours, and a read after it is complete. Otherwise the
-    log lost its tail after the reader saw it (a crash, a copy put back), and the sequence alone would skip events.
-5.  Stored bodies hold no `id:` line. With many publishers an id is known only after the append; `framed` puts it in.
-6.  Retention trims topics while they are open. `first` is exact by count, so a row may be expired in part; by bytes
-    and age whole rows go, and by bytes the newest row stays. A run is not trimmed: its `retention` is its owner's
-    limit. `age_s` after its close a stream is deleted. An open topic whose events have all gone keeps its numbers; if
-    it isn't written to (or opened) for `EMPTY_TOPIC_S` after the last one has gone, it is deleted, too.
-7.  An engine may have a bound, `max_bytes` in all. Over it the upkeep takes sooner what retention would take next:
-    closed streams as a whole, topics' oldest rows, by the time at which they are due (but for those that are due
-    within `EMPTY_TOPIC_S`: they go by themselves). An owner's runs may have a tenth of it: over that, its oldest
-    closed runs go. Open runs are never touched. A tenth beyond either bound nothing new is taken: `create` raises
-    `LogUnavailable` (`TooManyRequests` for the owner), `append` of events `LogUnavailable` unless it closes the stream.
-8.  Who watches first and then looks (`stat`, `read`) misses nothing. What it has twice then, it tells by the sequence.
+1.  A reader sees only what is in the log: append first, then deliver. What a stored event survives, each store states.
+2.  An append is atomic: several events of one epoch, and optionally the close and new `meta`. If its caller is
+    cancelled, it is stored wholly or not at all.
+3.  Each writer (a run's worker, a process on a topic) opens an epoch before it appends. That fences earlier writers, so
+    a writer presumed dead can't write into its successor's work.
+4.  A cursor `<epoch>.<seq>` means: the reader has this writer's events up to seq. It is valid if seq is below the next
+    epoch's first sequence; reading after it is then complete. Otherwise the log lost its tail (a crash, a restored
+    backup), and the sequence alone would skip events.
+5.  Stored bodies have no `id:` line: on a topic the id is known only after the append. `framed` inserts it.
+6.  Retention trims open topics: exactly by count (a row may expire in part), by whole rows for bytes and age; by bytes
+    the newest row stays. A run's `retention` is its worker's limit. `age_s` after its close a stream is deleted, and an
+    open topic without events `EMPTY_TOPIC_S` after its last use.
+7.  Above `max_bytes` in all, upkeep deletes early what expires next (but not within `EMPTY_TOPIC_S`): closed streams,
+    topics' oldest rows. Above a tenth of it, an owner's oldest closed runs are deleted. Open runs never are. A tenth
+    above either bound, `create` and `append` raise `LogUnavailable` (`create` for an owner `TooManyRequests`), except
+    an append that closes.
+8.  Call `watch` before `stat` or `read`. A row appended in between then arrives twice, never not at all; drop the
+    duplicate by its sequence.
 """
 
 import logging
@@ -89,81 +86,70 @@ T = TypeVar("T")
 
 
 class Peers(Protocol):
-    """What the processes that share a log have to do with each other."""
+    """Communication between processes that share a log."""
 
-    #: Called in the event loop with the stream and the word of each `call` to this process.
+    #: Called in the event loop with each `call` to this process.
     on_call: Callable[[str, str], None] | None
 
     async def call(self, stream: str, word: str) -> None:
-        """Hand a word to the process that works on the run: it gets it sooner or later. Raises `NotFound`."""
+        """Send a command to the run's process. Raises `NotFound`."""
 
     async def touch(self, stream: str, for_s: float) -> None:
-        """Somebody here is interested in the run, and will be for so long. For the process that works on it."""
+        """Mark the run as read in this process for so long."""
 
     async def touched(self, stream: str) -> bool:
-        """Whether somebody elsewhere is interested in the run."""
+        """Whether it is read in another process."""
 
     async def tell(self, stream: str) -> None:
-        """Somebody here has been told that the run is there: see `Log.delete`. Raises `NotFound`."""
+        """Record that this process answers a request for the run (see `Log.delete`). Raises `NotFound`."""
 
 
 class Store(Protocol):
-    """An engine. Where it can't be used, its calls raise `LogUnavailable`, and nothing has changed."""
+    """A store. Its calls may raise `LogUnavailable`; then nothing has changed. For the rest see `Log`."""
 
-    #: Whether it could not be reached when it was last asked for something.
+    #: Whether its last call failed.
     away: bool
-    #: Over its bound: the upkeep is wanted at once.
+    #: Over its bound: upkeep is needed now.
     crowded: bool
-    #: The log is about to be closed: what can't be stored now fails.
+    #: The log is closing: what can't be stored now fails.
     closing: bool
-    #: As `Commits` has it.
     gap_s: float | None
-    #: Where several processes share it.
     peers: Peers | None
 
-    def running(self) -> AbstractAsyncContextManager[None]:
-        """Opens it, keeps it working and closes it. Raises `LogError` where it can't be used at all."""
+    def running(self) -> AbstractAsyncContextManager[None]: ...
 
-    async def create(self, stat: Stat) -> tuple[Stat, bool]:
-        """See `Log.create`."""
+    async def create(self, stat: Stat) -> tuple[Stat, bool]: ...
 
-    async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
-        """See `Log.open`."""
+    async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat: ...
 
     def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
-        """Store the batches, all of different streams. When each has its `last` or its `error`, and the watchers have
-        been told, `done` is called in the event loop."""
+        """Store the batches, each of another stream: set `last` or `error`, notify the watchers, then call `done` in
+        the loop."""
 
-    async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
-        """See `Log.read`."""
+    async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]: ...
 
     async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
-        """See `Log.find`. One of them is given."""
+        """See `Log.find`. Takes one argument."""
 
-    async def runs(self, owner: str | None, limit: int) -> list[Stat]:
-        """See `Log.runs`."""
+    async def runs(self, owner: str | None, limit: int) -> list[Stat]: ...
 
-    async def unfinished(self) -> list[Stat]:
-        """See `Log.unfinished`."""
+    async def unfinished(self) -> list[Stat]: ...
 
-    async def delete(self, stream: str, unless_told: bool) -> bool:
-        """See `Log.delete`."""
+    async def delete(self, stream: str, unless_told: bool) -> bool: ...
 
-    def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
-        """See `Log.watch`."""
+    def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]: ...
 
     async def upkeep(self) -> bool:
-        """One step of what retention asks for. False where there was nothing to do."""
+        """One step. False if there was nothing to do."""
 
-    def give_up(self) -> None:
-        """Fail what waits."""
+    def give_up(self) -> None: ...
 
 
 class Log:
-    """The event log over a store. Any of its calls may raise `LogUnavailable`; then nothing has changed.
+    """The event log over a store. Its calls may raise `LogUnavailable`; then nothing has changed.
 
-    Frames are what `wire.encode` gives: not empty, no `id:`, with the blank line at the end. `clock` gives Unix time;
-    `upkeep_s` is the pause between two looks at what age has ended.
+    Frames are those of `wire.encode`: not empty, without `id:`, with the final blank line. `clock` returns Unix time;
+    `upkeep_s` is the interval of upkeep.
     """
 
     def __init__(self, store: Store, *, clock: Callable[[], float], upkeep_s: float) -> None:
@@ -173,34 +159,33 @@ class Log:
         self._commits = Commits(store.commit, store.gap_s)
         self._commits.on_commit = self._committed
         self._look = anyio.Event()
-        #: Called in the event loop with the batches of each commit, and the seconds that it took.
+        #: Called in the event loop with the batches of each commit, and its seconds.
         self.on_commit: Callable[[list[Batch], float], None] | None = None
 
     @property
     def peers(self) -> Peers | None:
-        """Where several processes write to the log. A topic has one epoch for all of them then."""
+        """If several processes share the log. They share a topic's epoch."""
         return self.store.peers
 
     @property
     def shared(self) -> bool:
-        """Whether several processes write to it."""
         return self.store.peers is not None
 
     @property
     def away(self) -> bool:
-        """Whether it could not be reached when it was last asked for something."""
+        """Whether the store's last call failed."""
         return self.store.away
 
     def give_up(self) -> None:
-        """Fail what waits for an engine that is away: its process is about to end."""
+        """Fail the calls that wait for an unreachable store: the process is about to end."""
         self.store.give_up()
         self._commits.give_up()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Opens the engine, keeps it working and closes it. One task enters and leaves; nothing works outside of it.
+        """Open the store, run it and close it after it has finished earlier calls.
 
-        On leaving, what was asked for before is done first. Raises `LogError` where the log can't be used at all.
+        Raises `LogError` if the log can't be used.
         """
         failure = None
         async with self.store.running():
@@ -232,10 +217,10 @@ class Log:
         key: str | None = None,
         retention: Retention | None = None,
     ) -> tuple[Stat, bool]:
-        """A new stream with its first epoch at sequence 1, and True.
+        """Create a stream whose first epoch starts at sequence 1. Returns its facts and True.
 
-        Where a stream has the `key`, or else the name, already: that one, untouched, and False. Two at the same
-        moment: one is created. To go on with a stream that is there, `open` it. Raises `Conflict` as `open` does.
+        If a stream has the `key` or the name: returns that one, unchanged, and False. Raises `Conflict` if the epoch
+        exists.
         """
         now, facts, keep = self._clock(), plain(meta) or {}, retention or Retention()
         stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
@@ -246,10 +231,8 @@ class Log:
                 self._look.set()
 
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
-        """Opens a further epoch, after the top: earlier writers are fenced (rule 3).
-
-        A new `retention` takes the place of the old one.
-        Raises `NotFound`, `WriterFenced` where it is closed, `Conflict` for an epoch that has been opened before.
+        """Open a further epoch: earlier writers are fenced (rule 3). A new `retention` replaces the old one.
+        Raises `NotFound`, `WriterFenced` if it is closed, `Conflict` if the epoch exists.
         """
         return await self.store.open(stream, epoch, retention)
 
@@ -262,22 +245,21 @@ class Log:
         close: bool = False,
         meta: dict[str, Any] | None = None,
     ) -> int:
-        """Appends, and gives the last sequence of the stream (rule 2). `meta` takes the place of the old one.
+        """Append (rule 2) and return the stream's last sequence. `meta` replaces the old one.
 
-        No frames: only closes or sets `meta`, or asks whether the writer still may.
-        Raises `WriterFenced` (closed, or not the newest epoch), `NotFound`, `TooLarge`.
+        Without frames: only close, set `meta`, or check the writer. Raises `WriterFenced` (closed, or not the newest
+        epoch), `NotFound`, `TooLarge`.
         """
         return (await self._append(stream, frames, epoch, close=close, meta=meta)).seq
 
     async def publish(
         self, topic: str, frames: Sequence[bytes], *, retention: Retention, meta: dict[str, Any] | None = None
     ) -> Cursor:
-        """Appends to a topic as one of any number of writers, and gives the last event's id; all or none.
+        """Append to a topic, as one of many writers, and return the last event's id. Creates the topic.
 
-        The topic is created where there is none. The epoch is the engine's: it opens one where this process has not
-        written to the topic yet (processes that share the log share it, too), and the topic takes this `retention`
-        then. No frames: only that. Raises `TooLarge`, `WriterFenced` where it is closed, and `Unavailable` where others
-        open or delete it all the time.
+        The store opens an epoch with this `retention` if this process (or one that shares the log) hasn't written to
+        the topic yet. Raises `TooLarge`, `WriterFenced` if it is closed, `Unavailable` if others keep opening or
+        deleting it.
         """
         return await self._append(topic, frames, "", meta=meta, retention=retention)
 
@@ -303,53 +285,48 @@ class Log:
         return Cursor(batch.epoch, batch.last - len(batch.frames) + behind)
 
     def writer(self, stream: str, epoch: str, told: Posted) -> Writer:
-        """Appends without waiting, for a run's only writer: `told` is called when what it posts is stored, or not."""
+        """For a run's only writer, which doesn't wait: `told` is called with the outcome of each post."""
         return Writer(self._commits, stream, epoch, told)
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
-        """The rows that hold the events after `after`, in order and without holes, at least one if there is one.
+        """The rows with the events after `after`, in order and without holes, until they pass `max_bytes`.
 
-        About `max_bytes`: the row that passes it is the last. Empty: nothing there, or no such stream. The first row
-        may begin before, hence `framed(row, after)`. One that begins beyond `after + 1` says that what lies between
-        has been trimmed since `locate`: announce it.
+        The first row may begin earlier: use `framed(row, after)`. If it begins after `after + 1`, events were trimmed
+        since `locate`: announce a gap.
         """
         return await self.store.read(stream, after, max_bytes)
 
     async def stat(self, stream: str) -> Stat | None:
-        """The stream's facts."""
         return await self.store.find(name=stream)
 
     async def find(self, *, epoch: str | None = None, key: str | None = None) -> Stat | None:
-        """The stream that this epoch belongs to, or that was created with this key."""
+        """The stream with this epoch, or created with this key."""
         return await self.store.find(epoch=epoch, key=key)
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
-        """The owner's runs (`None`: those of nobody), newest first."""
+        """The owner's runs (`None`: those without one), newest first."""
         return await self.store.runs(owner, limit)
 
     async def unfinished(self) -> list[Stat]:
-        """Runs that are not closed though nobody works on them any more, oldest first: what a crash left behind.
-
-        Where the log is not shared, ask at the start: all that are open are left behind then.
-        """
+        """Open runs whose process has died, oldest first. If the log isn't shared, call it at the start only."""
         return await self.store.unfinished()
 
     async def delete(self, stream: str, *, unless_told: bool = False) -> bool:
-        """Deletes it, open or not; where there is none, nothing happens. Epochs of it are unknown from now on.
+        """Delete it, open or not, with its epochs, if it exists.
 
-        With `unless_told` a stream that `Peers.tell` was called for stays, and the answer is False.
+        With `unless_told`, keeps a stream that `Peers.tell` was called for, and returns False.
         """
         return await self.store.delete(stream, unless_told)
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
-        """`watcher` gets each row that is appended from now on, in order, and the end; gives the un-watch (rule 8).
+        """Call `watcher` with each new row, in order, and with the end; returns the unwatch function (rule 8).
 
-        The stream need not exist yet. With the end the watch is over; nobody tells of an end that was before it.
+        The stream need not exist yet. An end before the call isn't reported.
         """
         return self.store.watch(stream, watcher)
 
     async def upkeep(self) -> None:
-        """Does at once what retention asks for. `running` does the same from time to time."""
+        """Apply retention now."""
         while await self.store.upkeep():
             pass
 
@@ -367,15 +344,12 @@ class Log:
         if self.on_commit is not None:
             try:
                 self.on_commit(batches, seconds)
-            except Exception:  # nobody who appended waits for ever because of it
+            except Exception:  # must not keep the callers waiting
                 logger.exception("what measures the event log failed")
 
 
 class Shared(Generic[K, T]):
-    """One call for all who ask for the same thing at the same moment: they share its result, and its failure.
-
-    If the task that makes the call is cancelled, the next one makes it again.
-    """
+    """Concurrent calls for one key share one call, its result and failure. If it is cancelled, another repeats it."""
 
     def __init__(self) -> None:
         self._calls: dict[K, _SharedCall[T]] = {}

@@ -1,7 +1,7 @@
-"""The rules of `ssecore.log` over streams that one process keeps by itself: the memory log and the SQLite log.
+"""The rules of `ssecore.log` for stores of one process: memory and SQLite.
 
-A `Ledger` is what a commit works on. It decides; an engine keeps. An operation is refused before it has changed
-anything, so one that is refused fails no other of the same commit.
+A `Ledger` decides; the store keeps. An operation is refused before it has changed anything, so a refusal doesn't fail
+others of the same commit.
 """
 
 import logging
@@ -42,37 +42,37 @@ T = TypeVar("T")
 
 
 class Entry:
-    """A stream's facts, and when the upkeep has to look at it. What else it has is the engine's."""
+    """A stream's facts, and when its next upkeep is `due`. `id`, `epoch` and `rows` are the store's."""
 
     __slots__ = ("charged", "due", "epoch", "id", "rows", "saved", "stat")
 
     def __init__(self, stat: Stat, due: float | None, charged: int = 0, id: int = 0, epoch: int = 0) -> None:
         self.stat = stat
         self.due = due
-        self.charged = charged  #: in the accounts (rule 7)
+        self.charged = charged  #: bytes in the owner's account (rule 7)
         self.id = id
-        self.epoch = epoch  #: the id of the newest
-        self.saved = True  #: False: the facts have changed, and have to be written
+        self.epoch = epoch  #: the newest one's id
+        self.saved = True  #: False: the facts must be written
         self.rows: Any = None
 
 
 class Ledger(ABC):
-    """Streams, and what may be done to them. `now` is Unix time, `max_bytes` the bound of rule 7."""
+    """All streams. `now` is Unix time, `max_bytes` the bound of rule 7."""
 
     now: float
     max_bytes: int
-    #: Rows, and streams, that one step of the upkeep looks at.
+    #: Rows, and streams, in one step of upkeep.
     step_rows: ClassVar[int] = 32
     step_streams: ClassVar[int] = 64
 
     def __init__(self, process: str) -> None:
-        #: What the epochs begin with that this process opens on topics.
+        #: Prefix of the epochs that this process opens on topics.
         self.process = process
         self.crowded = False
-        #: What watchers will be told.
+        #: For the watchers, after the commit.
         self.notices: list[tuple[str, Row | None, Ended | None]] = []
 
-    # What is asked for
+    # Operations
 
     def create(self, stat: Stat) -> tuple[Stat, bool]:
         there = self.look_up((stat.key and self.by_key(stat.key)) or stat.stream)
@@ -105,7 +105,7 @@ class Ledger(ABC):
             self.notices.append((stream, None, "deleted"))
 
     def upkeep(self) -> bool:
-        """One step. False where there was nothing to do."""
+        """One step. False if there was nothing to do."""
         overdue = self.due_until(self.now)
         for stream in overdue:
             entry = self._entry(stream)
@@ -117,7 +117,7 @@ class Ledger(ABC):
         swept = self.sweep()
         return bool(overdue) or swept or self._make_room() or self.give_back()
 
-    # How
+    # Their parts
 
     def _append(self, batch: Batch) -> None:
         entry = self.look_up(batch.stream)
@@ -156,7 +156,7 @@ class Ledger(ABC):
             self.grew(entry)
 
     def _may_trim(self, entry: Entry, before: Stat) -> bool:
-        """Whether an append to a topic can have made a row go, or the first one come."""
+        """Whether an append to a topic may have expired a row, or added its first one."""
         stat = entry.stat
         limit = stat.retention.bytes
         return (
@@ -176,7 +176,7 @@ class Ledger(ABC):
         self.save(entry)
 
     def _trim(self, entry: Entry, *, forced: bool = False) -> None:
-        """Takes the oldest rows that have to go, or all (`forced`), at most a step; `due` says when to look again."""
+        """Drop the oldest rows that have expired, or any (`forced`): one step; `due` is set to the next one."""
         stat = entry.stat
         entry.due = deleted_at(stat)
         if stat.kind == "topic" and not stat.closed:
@@ -198,7 +198,7 @@ class Ledger(ABC):
         self.save(entry)
 
     def _make_room(self) -> bool:
-        """One step of what a bound asks for. False where there was nothing to do, or nothing can be done."""
+        """One step of rule 7. False if there was nothing to do, or nothing can be done."""
         share = self.max_bytes // OWNERS
         for owner, used in self.accounts_over(share):
             if self._take(self.closed_runs(owner), used - share):
@@ -207,7 +207,7 @@ class Ledger(ABC):
         return excess > 0 and self._take(self.due_after(self.now + facts.EMPTY_TOPIC_S), excess)
 
     def _take(self, streams: Sequence[str], excess: int) -> bool:
-        """Deletes these, or of topics the oldest rows, until so much is gone."""
+        """Delete closed streams, and the oldest rows of topics, until `excess` bytes are free."""
         for stream in streams:
             entry = self._entry(stream)
             before = cost(entry.stat)
@@ -222,7 +222,7 @@ class Ledger(ABC):
         return bool(streams)
 
     def check_room(self) -> None:
-        """Raises `LogUnavailable` where nothing new is taken (rule 7)."""
+        """Raises `LogUnavailable` (rule 7)."""
         used = self.used()
         if used > self.max_bytes:
             self.crowded = True
@@ -239,90 +239,88 @@ class Ledger(ABC):
         if self.has_epoch(epoch):
             raise Conflict("this epoch has been opened before")
 
-    # What an engine keeps
+    # What a store implements
 
     @abstractmethod
     def look_up(self, stream: str) -> Entry | None:
-        """The stream, to be changed by this commit."""
+        """The stream, for this commit to change."""
 
     @abstractmethod
-    def by_key(self, key: str) -> str | None:
-        """The stream that was created with this key."""
+    def by_key(self, key: str) -> str | None: ...
 
     @abstractmethod
     def has_epoch(self, epoch: str) -> bool: ...
 
     @abstractmethod
     def insert(self, stat: Stat, due: float | None) -> Entry:
-        """A new stream, with its key, its epoch and its charge."""
+        """Store a new stream with its key, epoch and charge."""
 
     @abstractmethod
     def insert_epoch(self, entry: Entry, epoch: str, first: int, forgotten: list[str]) -> None:
-        """A further epoch; the oldest ones are forgotten."""
+        """Store a further epoch, and delete the `forgotten` ones."""
 
     @abstractmethod
     def insert_row(self, entry: Entry, row: Row) -> None:
-        """A row, appended now. The facts have changed already."""
+        """Store a row. The facts have changed already."""
 
     @abstractmethod
     def save(self, entry: Entry) -> None:
-        """The facts have changed, or will until the commit is over."""
+        """The facts must be written with this commit."""
 
     def grew(self, entry: Entry) -> None:
-        """As `save`, where nothing has changed but what a run's rows say themselves."""
+        """As `save`, if only facts have changed that a run's rows contain."""
         self.save(entry)
 
     @abstractmethod
     def oldest(self, entry: Entry) -> Iterable[tuple[int, float, int]]:
-        """Of the oldest rows, `step_rows` at most: last sequence, when it was appended, bytes."""
+        """The oldest rows, at most `step_rows`: last sequence, time of the append, bytes."""
 
     @abstractmethod
     def drop(self, entry: Entry, last: int) -> None:
-        """The rows up to this sequence go."""
+        """Delete the rows up to this sequence."""
 
     @abstractmethod
     def remove(self, entry: Entry) -> None:
-        """The stream goes, with its rows, key and epochs."""
+        """Delete the stream with its rows, key and epochs."""
 
     @abstractmethod
     def charge(self, entry: Entry, bytes: int) -> None:
-        """The stream's owner pays so much for it from now on."""
+        """Set the bytes that the owner is charged for the stream."""
 
     @abstractmethod
     def used(self) -> int:
         """The bytes that count against `max_bytes`."""
 
     @abstractmethod
-    def account(self, owner: str) -> int:
-        """What the owner's streams cost."""
+    def account(self, owner: str) -> int: ...
 
     @abstractmethod
     def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
-        """The owners that use more, and how much."""
+        """The owners above `bytes`, and how much they use."""
 
     @abstractmethod
     def closed_runs(self, owner: str) -> Sequence[str]:
-        """The owner's oldest closed runs, a step of them."""
+        """The owner's oldest closed runs, one step."""
 
     @abstractmethod
     def due_until(self, at: float) -> Sequence[str]:
-        """The streams that the upkeep has to look at by then, the most overdue first, a step of them."""
+        """The streams due by then, the earliest first, one step."""
 
     @abstractmethod
     def due_after(self, at: float) -> Sequence[str]:
-        """The streams that retention takes next, of those that it takes later than that."""
+        """The streams due after that, the earliest first, one step."""
 
     def sweep(self) -> bool:
-        """A step of what deletions have left to do. False where there is nothing."""
+        """One step of deleting rows of deleted streams. False if there are none."""
         return False
 
     def give_back(self) -> bool:
-        """A step of giving room back to the system. False where there is nothing."""
+        """One step of returning space to the system. False if there is none."""
         return False
 
 
 class LocalStore(ABC):
-    """What a store for one process is besides its ledger. See `ssecore.log.Store`."""
+    """A store of one process, besides its ledger (see `ssecore.log.Store`)."""
 
     away = False
     crowded = False
@@ -332,12 +330,12 @@ class LocalStore(ABC):
 
     def __init__(self) -> None:
         self._watchers = Watchers()
-        #: The first half of the epochs that this process opens on topics: in the log it recognizes them again.
+        #: The first half of the epochs that this process opens on topics.
         self._process = secrets.token_urlsafe(8)
 
     @abstractmethod
     async def apply(self, work: Callable[[Ledger], T]) -> T:
-        """Do this to the ledger, in a commit."""
+        """Run `work` on the ledger, in a commit."""
 
     async def create(self, stat: Stat) -> tuple[Stat, bool]:
         return await self.apply(lambda ledger: ledger.create(stat))
@@ -346,7 +344,7 @@ class LocalStore(ABC):
         return await self.apply(lambda ledger: ledger.open(stream, epoch, retention))
 
     async def delete(self, stream: str, unless_told: bool) -> bool:
-        """Whoever reads it is known here, and whoever works on it: nobody else has been told of it."""
+        """`unless_told` has no effect: no other process answers requests."""
         await self.apply(lambda ledger: ledger.delete(stream))
         return True
 

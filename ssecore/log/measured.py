@@ -1,4 +1,4 @@
-"""Appends to a log, measured, and runs that end with one, counted: for any engine."""
+"""Metrics of a log's appends and of the runs that end with them."""
 
 from ssecore.log import Log
 from ssecore.log.writer import Batch, failures
@@ -8,7 +8,7 @@ __all__ = ["measured"]
 
 
 def measured(log: Log, metrics: Metrics) -> Log:
-    """The log itself; from now on what is appended to it is in the metrics. They are told once a commit."""
+    """Count the log's commits in the metrics from now on, and return the log."""
 
     def committed(batches: list[Batch], seconds: float) -> None:
         stored = [batch for batch in batches if batch.error is None]

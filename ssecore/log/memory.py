@@ -1,8 +1,7 @@
-"""The event log in memory: nothing outlives the process. On asyncio and on trio.
+"""The event log in memory, for one process; it ends with the process. On asyncio and on trio.
 
-It keeps the rules of `ssecore.log` without locks and threads: between two awaits nobody else works, and each call
-changes everything in one such step. The step comes after the call's only await, a turn for the loop (so that a source
-that never waits lets the others run); who is cancelled there has changed nothing.
+It needs no locks: each call changes everything in one step without an await. The one await, a checkpoint, comes before
+it (so that a source which never waits lets others run); a call cancelled there has changed nothing.
 """
 
 import sys
@@ -32,8 +31,7 @@ _last: Final = attrgetter("row.last")
 
 
 class MemoryLog(Log):
-    """`Log` in memory. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what age has ended, and
-    `max_bytes` a bound in all (rule 7 of `ssecore.log`)."""
+    """`Log` in memory. Arguments as for `Log`; `max_bytes` is the bound of rule 7 of `ssecore.log`."""
 
     def __init__(
         self, *, clock: Callable[[], float] = time.time, upkeep_s: float = 5.0, max_bytes: int | None = None
@@ -59,14 +57,14 @@ class _Store(LocalStore):
         with only_worker() as alone:
             if not alone:
                 logger.warning(
-                    "this server has several workers, each with a memory log of its own: a client that comes back may "
-                    "reach one that doesn't know its run or topic; %s. (Streams without run= are not concerned.)",
+                    "this server has several workers, each with a memory log of its own: a client that reconnects may "
+                    "reach a worker that doesn't have its run or topic; %s. (Streams without run= aren't affected.)",
                     SEVERAL,
                 )
             yield
 
     def give_up(self) -> None:
-        """Nothing waits for what is in this process."""
+        """Nothing waits here."""
 
     async def apply(self, work: Callable[[Ledger], T]) -> T:
         await checkpoint()
