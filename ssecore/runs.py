@@ -1,22 +1,20 @@
-"""Runs: generators that run detached from any connection, into the log; and their routes under /runs.
+"""Runs: generators that run detached from any connection, into the log; and the routes under /runs.
 
 The first request to a resumable route starts a run: a stream in the log, whose name and first epoch are the run's id,
-and a `Worker` that pumps the generator into it. Its client reads the log as all others do. A request with
-`Last-Event-ID` resumes, on the same route or on `/runs/<id>/events`; one with a known `Idempotency-Key` reads the run
-that was started with it.
+and a `Worker` that pumps the generator into it. Its client reads the log as all others do. `Last-Event-ID` resumes, on
+the same route or on `/runs/<id>/events`; a known `Idempotency-Key` reads the run that was started with it.
 
 1.  A run's last event and its close are one append. The last event is the handler's own, or `error`, or `cancelled`.
 2.  If a run fails in its first second before any event, it is deleted: every waiting request gets the HTTP error, and
     its idempotency key can be used again. So no request is answered 200 or 202 before the first event or that second's
-    end. A process that answers for another one's run first marks it (`Peers.tell`): that run is kept, and ends with
-    a stored `error`.
+    end. A process that answers for another's run first marks it (`Peers.tell`): that run ends with a stored `error`.
 3.  A worker is in `Runs._workers` before its stream is created: of two requests with one key, the second finds it.
 4.  The handler's request is a copy without a connection: the end of a reader doesn't affect the run.
 5.  A run that a crash left open is closed at the next start, or by another process that shares the log: as
-    `interrupted`, or, if its last event is a terminal one, as completed.
+    `interrupted`, or as completed if its last event is a terminal one.
 6.  Another caller's run is answered as one that doesn't exist.
-7.  Processes that share the log all answer for every run. They forward a `cancel` to the run's process, and mark in the
-    log, for a time, that they have readers.
+7.  Processes that share the log all answer for every run. They forward a `cancel` to the run's process, and mark in
+    the log the runs that they read.
 """
 
 import asyncio
@@ -74,28 +72,28 @@ State = Literal["running", "completed", "failed", "cancelled", "interrupted"]
 #: Without authentication a key is as secret as a run's id: 22 characters of base64url are 128 bits.
 MIN_ANONYMOUS_KEY: Final = 22
 MAX_KEY: Final = 255
-#: The same for a thread, which shows a run only while it is running: 16 characters of base62, the length of the AI
-#: SDK's chat ids, are 95 bits.
+#: The same for a thread, which finds a run only while it is running: 16 of base62, as the AI SDK's chat ids, are 95
+#: bits.
 MIN_ANONYMOUS_THREAD: Final = 16
-#: How far a run's generator may be ahead of the log, in buffers: half in the pump, half posted and not stored yet.
+#: How far a generator may be ahead of the log, in buffers: half in the pump, half posted and not stored yet.
 BUFFERS: Final = 4
 #: Runs in `GET /runs`.
 MAX_LIST: Final = 1000
-#: Of a run's `about`: two lines on a screen, and with `MAX_LIST` runs a list of some 300 KB.
+#: Two lines on a screen; with `MAX_LIST` runs a list of some 300 KB.
 MAX_ABOUT_CHARS: Final = 200
-#: Pauses between attempts to store a run's end while the log is unreachable.
+#: Pauses between attempts to store a run's end.
 RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
-#: How long handlers may take to close once a drain's grace is over. `docker stop` kills the process 2 s after the
-#: default `drain_s`, and servers allow an app's end little more.
+#: For handlers to close after a drain's grace. `docker stop` kills the process 2 s after the default `drain_s`, and
+#: servers allow an app's end little more.
 DRAIN_CLOSE_S: Final = 1.5
-#: The linger time is counted in this many steps. A step that ends this much too late isn't counted: the process was
-#: stopped or its loop blocked, so no reader could return.
+#: The linger time is counted in steps. One that ends this late isn't counted: the process was stopped or its loop
+#: blocked, so no reader could return.
 LINGER_STEPS: Final = 8
 LATE_S: Final = 1.0
 
 
 class _Meta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A run's `meta` in the log. Other versions may write other fields: defaults apply, extra ones are kept."""
+    """A run's `meta`. Other versions may write fewer fields, or more, which are kept."""
 
     state: str | None = None
     #: Such as "GET /chat".
@@ -104,7 +102,7 @@ class _Meta(msgspec.Struct, frozen=True, omit_defaults=True):
     data_only: bool = False  #: from versions without dialects
     #: `None`: without readers it runs to its end.
     linger_s: float | None = None
-    #: Hashes of the path and query, and of these with the body.
+    #: See `_Fingerprint`.
     target: str | None = None
     request: str | None = None
     #: See `routes.About`.
@@ -121,7 +119,7 @@ def _meta(stat: Stat) -> _Meta:
 
 
 @dataclass(frozen=True, slots=True)
-class _Print:
+class _Fingerprint:
     """Hashes that identify a request: of path and query, and of these with the body."""
 
     target: str
@@ -129,8 +127,6 @@ class _Print:
 
 
 class Worker:
-    """A running run."""
-
     def __init__(
         self,
         runs: "Runs",
@@ -142,9 +138,9 @@ class Worker:
     ) -> None:
         self.id = id
         self.owner = request.caller
-        self.settled = anyio.Event()  #: set with its first stored event, or its end
+        self.started = anyio.Event()  #: set with its first stored event, or its end
         self.failed_early: Exception | None = None  #: rule 2
-        self.opened = False  #: a client got 200 or 202: from then on a failure is a stored event
+        self.answered = False  #: a client got 200 or 202: too late for rule 2
         self.readers = 0
         self.meta = meta
         self._runs = runs
@@ -154,20 +150,20 @@ class Worker:
         self._request = request.for_run(id)
         self._pump: Pump[Event] = Pump(
             route.handler(self._request, **params),
-            _stored,
+            _encode,
             self._request,
             buffer_bytes=BUFFERS // 2 * runs.settings.buffer_bytes,
         )
-        self._pump.told = self._take
+        self._pump.told = self._post_ready
         self._writer = runs.log.writer(id, id, self._confirm)
         self._unstored = 0  # bytes posted and not stored yet
         self._most_unstored = BUFFERS // 2 * runs.settings.buffer_bytes
         self._events_left = runs.retention.events or math.inf
         self._bytes_left = runs.retention.bytes or math.inf
-        self._trouble: SSEAppError | None = None  # why nothing more can be stored
-        self._over = anyio.Event()  # no more events, and those before are stored or failed
+        self._failure: SSEAppError | None = None  # why nothing more can be stored
+        self._finished = anyio.Event()  # no more events, and those before are stored or failed
         self._last = b""  # the newest event stored or posted
-        self._stored = 0  # their number
+        self._count = 0  # their number
         self._read = anyio.Event()
         self._unread = anyio.Event()
 
@@ -187,12 +183,12 @@ class Worker:
                     self._pump.stop()
                     await self._pump.closed()
                 tasks.cancel_scope.cancel()
-        except Exception:  # ours: a handler's own is in its stream
+        except Exception:  # ours
             logger.exception("run %s: its worker failed", self.id)
         finally:
             self._request.close()
             self._runs._ended(self)
-            self.settled.set()
+            self.started.set()
 
     async def _write(self) -> None:
         try:
@@ -200,30 +196,30 @@ class Worker:
                 await self._store()
             except (LogUnavailable, LogError, WriterFenced, NotFound):
                 raise
-            except Exception as error:  # an append that is too large, or a bug of ours
-                self._break_off()
+            except Exception as error:  # too large, or a bug of ours
+                self._stop_generator()
                 await self._append(error_frames(error, self._route.dialect, self._so_far()), "failed")
         except (LogUnavailable, LogError) as error:
-            self._break_off()
+            self._stop_generator()
             await self._end_unstored(error)
         except (WriterFenced, NotFound):
-            self._break_off()
+            self._stop_generator()
             logger.warning("run %s was taken over or deleted while it was running", self.id)
 
-    def _take(self) -> None:
-        """Post the pump's frames to the log. If too much isn't stored yet, they stay in the pump until `_confirm`.
+    def _post_ready(self) -> None:
+        """Post the pump's frames to the log; if too much isn't stored yet, `_confirm` does it.
 
         Hot path, once each time that the generator waits.
         """
-        if self._pump.ended or self._trouble is not None:
-            self._look()
+        if self._pump.ended or self._failure is not None:
+            self._check_finished()
         elif self._unstored < self._most_unstored and self._pump.has_something:
             self._post(self._pump.take())
-            if self._trouble is not None:
-                self._look()
+            if self._failure is not None:
+                self._check_finished()
 
     def _post(self, frames: list[bytes]) -> None:
-        frames, size = self._admitted(frames)
+        frames, size = self._admit(frames)
         if frames:
             self._unstored += size
             try:
@@ -231,45 +227,43 @@ class Worker:
             except SSEAppError as error:
                 self._confirm(size, error)
 
-    def _admitted(self, frames: list[bytes]) -> tuple[list[bytes], int]:
-        """The frames that fit this run's retention, and their size: a run isn't trimmed, so its beginning is kept."""
+    def _admit(self, frames: list[bytes]) -> tuple[list[bytes], int]:
+        """The frames that fit the run's retention (it isn't trimmed), and their size."""
         size = sum(map(len, frames))
         if len(frames) > self._events_left or size > min(self._bytes_left, facts.MAX_APPEND_BYTES):
-            self._trouble = TooLarge("the run is larger than the log keeps of one stream")
+            self._failure = TooLarge("the run is larger than the log keeps of one stream")
             frames = _fitting(frames, self._events_left, self._bytes_left)
             size = sum(map(len, frames))
         if frames:
             self._last = frames[-1]
-            self._stored += len(frames)
+            self._count += len(frames)
             self._events_left -= len(frames)
             self._bytes_left -= size
         return frames, size
 
     def _confirm(self, size: int, error: SSEAppError | None) -> None:
-        """Posted bytes are stored, or failed, with all posts after them. The first failure counts, except that one of
-        the log replaces `TooLarge`."""
+        """Posted bytes are stored, or failed, and with them all later posts."""
         self._unstored -= size
         if error is None:
-            self.settled.set()
-        elif self._trouble is None or isinstance(self._trouble, TooLarge):
-            self._trouble = error
-        if self._pump.has_something or self._trouble is not None:
-            self._take()
+            self.started.set()
+        elif self._failure is None or isinstance(self._failure, TooLarge):
+            self._failure = error
+        if self._pump.has_something or self._failure is not None:
+            self._post_ready()
 
-    def _look(self) -> None:
-        """Finish once all posts are stored: an end appended earlier would close the run over a hole."""
-        if not self._unstored or not (self._trouble is None or isinstance(self._trouble, TooLarge)):
-            self._over.set()
+    def _check_finished(self) -> None:
+        """Finish once all posts are stored: the end must not close the run over a hole."""
+        if not self._unstored or not (self._failure is None or isinstance(self._failure, TooLarge)):
+            self._finished.set()
 
     async def _store(self) -> None:
-        """Wait until all is stored; then append the end."""
-        await self._over.wait()
-        if self._trouble is not None:
-            raise self._trouble
-        frames, _ = self._admitted(self._pump.take())
-        if self._trouble is not None:
+        await self._finished.wait()
+        if self._failure is not None:
+            raise self._failure
+        frames, _ = self._admit(self._pump.take())
+        if self._failure is not None:
             await self._runs.log.append(self.id, frames, epoch=self.id)
-            raise self._trouble
+            raise self._failure
         failure = self._pump.failure
         if failure is not None and not frames and self._reason is None and self._may_be_deleted():
             self.failed_early = failure
@@ -280,19 +274,18 @@ class Worker:
         await self._append([*frames, *last], state)
 
     def _so_far(self) -> SoFar:
-        return SoFar(self.id, self.meta.note, self._stored, _decoded(self._last))
+        return SoFar(self.id, self.meta.note, self._count, _decoded(self._last))
 
     def _may_be_deleted(self) -> bool:
         """Rule 2, for this process."""
-        return not self.opened and not self.settled.is_set() and current_time() - self.began < FIRST_ITEM_S
+        return not self.answered and not self.started.is_set() and current_time() - self.began < FIRST_ITEM_S
 
-    def _break_off(self) -> None:
-        """Stop the generator: its events can't be stored."""
+    def _stop_generator(self) -> None:
         self._request.end_for("failed")
         self._pump.stop()
 
     def _ending(self) -> tuple[list[bytes], State]:
-        """The last events, and the state. A generator that completed has sent its own."""
+        """The last events, and the state."""
         dialect = self._route.dialect
         if self._pump.exhausted:
             failed = self._request.failed or self._last.startswith(b"event: error\n")
@@ -311,7 +304,7 @@ class Worker:
         await self._runs.log.append(self.id, frames, epoch=self.id, close=True, meta=meta)
 
     async def _end_unstored(self, error: SSEAppError) -> None:
-        """The log can't be used: send readers an error without an id now, and store it when possible."""
+        """Send readers an error without an id now, and store it once the log can be used."""
         frames = error_frames(error, self._route.dialect, self._so_far())
         logger.error("run %s: its events can't be stored: %s", self.id, error)
         if self.failed_early is None and self._may_be_deleted():
@@ -319,7 +312,7 @@ class Worker:
         tail = self._runs.tails.get(self.id)
         if tail is not None:
             tail.fail(b"".join(frames))
-        self.settled.set()
+        self.started.set()
         attempt = 0
         while self._reason != "drain":
             with anyio.move_on_after(RETRY_S[min(attempt, len(RETRY_S) - 1)]):
@@ -354,7 +347,7 @@ class Worker:
         self._read.set()
 
     async def _linger(self, limit: float) -> None:
-        """Cancel it once it had no readers for `limit` seconds, counted from the first reader's end."""
+        """Cancel it after `limit` seconds without readers, counted from the first reader's end."""
         while True:
             await self._unread.wait()
             self._unread = anyio.Event()
@@ -389,12 +382,12 @@ def _fitting(frames: list[bytes], events: float, size: float) -> list[bytes]:
 
 
 def _decoded(frame: bytes) -> Event | None:
-    """Parse one event of any size: the log takes larger ones than the decoder's default."""
+    """Without the decoder's bound: the log takes larger events."""
     events = Decoder(max_event_bytes=None).feed(frame)
     return events[-1] if events else None
 
 
-def _stored(event: Event) -> bytes:
+def _encode(event: Event) -> bytes:
     if event.id is not None:
         raise EncodeError("id must be left out on a resumable route: the log assigns ids", field="id")
     return encode(event)
@@ -416,27 +409,27 @@ class Runs:
         self._workers: dict[str, Worker] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._idle = anyio.Event()
-        #: Runs left open by a crash that can't be closed: tried once.
+        #: Runs that could not be closed.
         self._unclosable: set[str] = set()
-        self._give_up_at = 0.0  #: once `stopping` is set: workers still running then are abandoned
-        #: Readers here of other processes' runs that have a linger time.
-        self._elsewhere: Counter[str] = Counter()
+        self._give_up_at = 0.0  #: of the drain
+        #: Readers here of other processes' runs with a linger time.
+        self._remote_readers: Counter[str] = Counter()
         self._peers = log.peers
         if log.peers is not None:
-            log.peers.on_call = self._called
+            log.peers.on_call = self._on_command
 
     def linger_s(self, route: Route) -> float | None:
-        """How long the route's runs go on without readers; `None`: to their end."""
+        """How long the route's runs go on without readers."""
         linger_s = route.run.linger_s if route.run else None
         return self.settings.linger_s if linger_s == "setting" else linger_s
 
     async def keep_watch(self) -> None:
-        """If processes share the log: close runs of dead processes, and mark the runs that are read here."""
+        """If processes share the log: close dead processes' runs, and mark those read here."""
         while self._peers is not None:
             await anyio.sleep(self.settings.lease_s / 3)
             try:
                 await self.recover()
-                for run in list(self._elsewhere):
+                for run in list(self._remote_readers):
                     await self._peers.touch(run, max(self.settings.linger_s, self.settings.lease_s))
             except (LogUnavailable, LogError):
                 pass  # logged by the log
@@ -444,7 +437,7 @@ class Runs:
                 logger.exception("can't check the runs of other processes; trying again")
 
     async def recover(self) -> None:
-        """Close the runs that a crash left open (rule 5). One that can't be closed doesn't stop the others."""
+        """Rule 5. A run that can't be closed doesn't stop the others."""
         for stat in await self.log.unfinished():
             if stat.stream in self._unclosable:
                 continue
@@ -471,7 +464,7 @@ class Runs:
         logger.warning("run %s was left behind and is now %s", stat.stream, state)
 
     def _dialect(self, stat: Stat) -> Dialect:
-        """A run's dialect. If this version doesn't know it: `NAMED`."""
+        """`NAMED` if this version doesn't know the run's."""
         meta = _meta(stat)
         if meta.dialect is not None:
             return self._dialects.get(meta.dialect, NAMED)
@@ -481,18 +474,17 @@ class Runs:
         rows = await self.log.read(stat.stream, stat.last - 1, 1) if stat.last else []
         return _decoded(rows[-1].body[(0, *rows[-1].ends)[-2] :] if rows else b"")  # not all of the row
 
-    def _called(self, run: str, word: str) -> None:
-        """A command from another process."""
+    def _on_command(self, run: str, word: str) -> None:
         if (worker := self._workers.get(run)) is None:
             return
         if word == "cancel":
             worker.cancel("asked")
-        elif word == "read":  # starts the linger time; the other process renews it by `touch`
+        elif word == "read":  # starts the linger time, which `touch` renews
             worker.attach()
             worker.detach()
 
     async def drain(self, grace_s: float) -> None:
-        """Start no more runs, give them `grace_s` to finish, then close them as interrupted."""
+        """Start no more runs, wait `grace_s`, then close the rest as interrupted."""
         self.draining = True
         with anyio.move_on_after(grace_s):
             await self._no_workers()
@@ -516,7 +508,6 @@ class Runs:
             over.set()
 
     async def close(self) -> None:
-        """End all runs at the app's end."""
         with anyio.CancelScope(shield=True):
             await self.drain(0)
 
@@ -530,11 +521,11 @@ class Runs:
         self._idle = anyio.Event()
 
     async def respond(self, request: Request, route: Route, params: Mapping[str, Any]) -> Response | Attached:
-        """Answer a request to a resumable route: start, attach or resume."""
+        """Start, attach or resume."""
         if request.last_event_id == "end":
             return Response(status=204)
         if request.last_event_id:
-            return _located(request, await self._go_on(request, route=route))
+            return _with_location(request, await self._resume(request, route=route))
         about = _about(route, request)
         key = self._key(request, about.key or _given_key(request))
         stat, worker = await self._start(request, route, params, key, about)
@@ -543,7 +534,7 @@ class Runs:
         if preferred and (accepted is None or iscoroutinefunction(accepted)):
             accepted = _accepted  # the route's own might wait for the end
         if accepted is not None:
-            await _settled(worker)
+            await _wait_started(worker)
             given: Any = accepted(request, stat.stream)
             answer: Response | None = await given if isawaitable(given) else given
             if answer is not None:
@@ -552,11 +543,11 @@ class Runs:
                     headers["preference-applied"] = "respond-async"
                 return replace(answer, headers=headers)
         if worker is not None:
-            worker.attach()  # a client that disconnects now counts as a reader
+            worker.attach()  # counts as a reader, even if it disconnects now
         tail = self.tails.enter(stat.stream, id_first=route.dialect.id_first)  # collects events from now on
         try:
-            await _settled(worker)
-            return _located(request, await self._attach(stat.stream, None, route.dialect))
+            await _wait_started(worker)
+            return _with_location(request, await self._attach(stat.stream, None, route.dialect))
         finally:
             self.tails.leave(tail)
             if worker is not None:
@@ -573,10 +564,9 @@ class Runs:
     ) -> str:
         """Start a run from a program's own code, owned by `caller`; returns its id.
 
-        Waits for the first event, at most a second, and raises what `events` raises before (the run is then deleted).
-        With the `key` of an earlier run of this caller and name: returns that one's id, and doesn't use `events`.
-        `name`, by default the generator's, is shown in the run's state, the metrics and the log. Raises `Unavailable`
-        if there are too many runs or the app is stopping, `TooManyRequests`, `LogUnavailable`.
+        Waits for the first event, at most a second, and raises what `events` raises before (rule 2). With the `key` of
+        an earlier run of this caller and name: returns its id, and doesn't use `events`. `name` is shown in the state,
+        the metrics and the log. Raises `Unavailable` (too many runs, or stopping), `TooManyRequests`, `LogUnavailable`.
         """
         name = name or str(getattr(events, "__name__", type(events).__name__))
         if self.draining:
@@ -586,13 +576,13 @@ class Runs:
         request.route, request.caller = route, caller
         hashed = None if key is None else _digest(caller or "", "", name, key)
         stat, worker = await self._start(request, route, {}, hashed, About())
-        await _settled(worker)
+        await _wait_started(worker)
         return stat.stream
 
     async def wait(self, run: str, *, caller: str | None) -> Mapping[str, Any]:
         """Wait for the run's end and return its state. Waiting isn't reading: `linger_s` goes on.
 
-        Raises `NotFound` if the caller has no such run, and `Draining` if this app stops before.
+        Raises `NotFound`, and `Draining` if this app stops before.
         """
         over = anyio.Event()
         unwatch = self.log.watch(run, lambda row, ended: over.set() if ended else None)
@@ -612,23 +602,28 @@ class Runs:
     async def _start(
         self, request: Request, route: Route, params: Mapping[str, Any], key: str | None, about: About
     ) -> tuple[Stat, Worker | None]:
-        """A new run, or the one started with the same key."""
-        printed = _fingerprint(request)
+        fingerprint = _fingerprint(request)
         while True:
             known = await self.log.find(key=key) if key is not None else None
             if known is None:
-                known, worker = await self._create(request, route, params, about, key, printed)
+                known, worker = await self._create(request, route, params, about, key, fingerprint)
                 if worker is not None:
                     return known, worker
             worker = self._workers.get(known.stream)
-            if worker is not None or await self._told(known.stream) is not None:
-                return self._same(known, printed), worker
-            # It has failed meanwhile and been deleted (rule 2): its key is free again.
+            if worker is not None or await self._stat_for_answer(known.stream) is not None:
+                return self._check_fingerprint(known, fingerprint), worker
+            # It has failed and been deleted meanwhile (rule 2): the key is free.
 
     async def _create(
-        self, request: Request, route: Route, params: Mapping[str, Any], about: About, key: str | None, printed: _Print
+        self,
+        request: Request,
+        route: Route,
+        params: Mapping[str, Any],
+        about: About,
+        key: str | None,
+        fingerprint: _Fingerprint,
     ) -> tuple[Stat, Worker | None]:
-        """A new run and its worker; or the run that has the key, and `None`."""
+        """A new run and its worker; or the run with the key, and `None`."""
         self._check_room(request)
         if about.thread is not None and len(about.thread) > MAX_KEY:
             raise BadRequest(f"thread must have at most {MAX_KEY} characters", field="thread")
@@ -637,8 +632,8 @@ class Runs:
             route=route.name,
             dialect=route.dialect.name,
             linger_s=self.linger_s(route),
-            target=printed.target,
-            request=printed.whole,
+            target=fingerprint.target,
+            request=fingerprint.whole,
             thread=about.thread,
             note=dict(about.note),
             about=_line(about.text),
@@ -658,15 +653,15 @@ class Runs:
                 )
             if started:
                 request.hand_over()
-                self._set_to_work(worker)
+                self._start_task(worker)
                 return stat, worker
         finally:
             if not started:
                 self._ended(worker)
         return stat, None
 
-    def _set_to_work(self, worker: Worker) -> None:
-        """On asyncio not in the app's task group: it would wait for a handler that never ends."""
+    def _start_task(self, worker: Worker) -> None:
+        """Not in the app's task group if possible: it would wait for a handler that never ends."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # trio
@@ -676,8 +671,8 @@ class Runs:
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
-    def _same(self, stat: Stat, printed: _Print) -> Stat:
-        if _meta(stat).request != printed.whole:
+    def _check_fingerprint(self, stat: Stat, fingerprint: _Fingerprint) -> Stat:
+        if _meta(stat).request != fingerprint.whole:
             raise UnprocessableContent("this Idempotency-Key was used with another query or body; use a new key")
         return stat
 
@@ -700,7 +695,7 @@ class Runs:
             if sum(worker.owner == request.caller for worker in self._workers.values()) >= limit:
                 raise TooManyRequests("too many of your runs are running; cancel one, or try again later")
 
-    async def _go_on(
+    async def _resume(
         self,
         request: Request,
         *,
@@ -709,7 +704,6 @@ class Runs:
         only: str | None = None,
         translate: Translate | None = None,
     ) -> Response | Attached:
-        """Resume after the request's cursor."""
         cursor = parse_cursor(request.last_event_id)
         stat = await self.log.find(epoch=cursor.epoch)
         if stat is None or stat.kind != "run" or stat.owner != request.caller:
@@ -735,10 +729,10 @@ class Runs:
         self, run: str, cursor: Cursor | None, dialect: Dialect, *, translate: Translate | None = None
     ) -> Response | Attached:
         worker = self._workers.get(run)
-        await _settled(worker)
+        await _wait_started(worker)
         try:
             reader, stat = await self.tails.attach(
-                run, cursor or Place.START, dialect=dialect, translate=translate, look=self._told
+                run, cursor or Place.START, dialect=dialect, translate=translate, look=self._stat_for_answer
             )
         except NotFound:
             raise NotFound("there is no such run") from None
@@ -750,7 +744,7 @@ class Runs:
         if worker is not None:
             worker.attach()
         elif peers is not None:
-            self._elsewhere[run] += 1
+            self._remote_readers[run] += 1
         leave = reader.on_close
 
         def closed() -> None:
@@ -759,20 +753,20 @@ class Runs:
             if worker is not None:
                 worker.detach()
             elif peers is not None:
-                self._elsewhere -= Counter([run])  # drops keys at zero
+                self._remote_readers -= Counter([run])  # drops keys at zero
 
         reader.on_close = closed
         if peers is not None:
             try:
-                await self._interested(stat)
+                await self._mark_read(stat)
                 await peers.call(run, "read")
             except BaseException:
                 reader.close()
                 raise
         return Attached(reader, {"run-id": run, **dialect.headers(run)})
 
-    async def _told(self, run: str) -> Stat | None:
-        """The run's facts. Marks it first, so that its process doesn't delete it if it fails (rule 2)."""
+    async def _stat_for_answer(self, run: str) -> Stat | None:
+        """The run's facts; its process can't delete it any more (rule 2)."""
         stat = await self.log.stat(run)
         if self._peers is not None and stat and not stat.closed and not stat.last and run not in self._workers:
             try:
@@ -781,8 +775,7 @@ class Runs:
                 return None
         return stat
 
-    async def _interested(self, stat: Stat) -> None:
-        """Mark the run as read here, for the process that runs it."""
+    async def _mark_read(self, stat: Stat) -> None:
         linger_s = _meta(stat).linger_s
         if self._peers is not None and not stat.closed and linger_s is not None:
             await self._peers.touch(stat.stream, max(linger_s, self.settings.lease_s))
@@ -796,15 +789,15 @@ class Runs:
         translate: Translate | None = None,
         after: int | None = None,
     ) -> Response | Attached:
-        """Read an existing run, for handlers that show runs under a path of their own.
+        """Read an existing run, for handlers with a path of their own.
 
-        `only`: the route whose runs are shown, such as "POST /jobs"; others aren't found. `translate` changes or drops
-        events (see `log.tail.Translate`). `after`: skip this many events, unless the request has a cursor.
+        `only`: the route whose runs are shown, such as "POST /jobs". `translate`: see `log.tail.Translate`. `after`:
+        skip this many events, unless the request has a cursor.
         """
         if request.last_event_id == "end":
             return Response(status=204)
         if request.last_event_id:
-            return await self._go_on(request, run=run, only=only, translate=translate)
+            return await self._resume(request, run=run, only=only, translate=translate)
         stat = await self._owned(run, request.caller)
         if only is not None and _meta(stat).route != only:
             raise NotFound("there is no such run")
@@ -819,10 +812,10 @@ class Runs:
         if worker is not None:
             worker.attach()
         try:
-            while not stat.closed:  # read again after the watch began, and while another process runs it
+            while not stat.closed:  # checked again now that the watch is on
                 with anyio.move_on_after(self.settings.lease_s / 3):
                     await ended.wait()
-                await self._interested(stat)
+                await self._mark_read(stat)
                 stat = await self._owned(run, request.caller)
         finally:
             unwatch()
@@ -837,16 +830,16 @@ class Runs:
         return events
 
     async def find(self, request: Request, key: str, *, method: str, path: str) -> str | None:
-        """The run that the caller's request to this route started with this key."""
+        """The run that the caller started on this route with this key."""
         stat = await self.log.find(key=self._key(request, key, method, path) or "")
         return None if stat is None or stat.owner != request.caller else stat.stream
 
     async def of_thread(self, request: Request, thread: str, *, state: str | None = None) -> list[Mapping[str, Any]]:
-        """The caller's runs of the thread, newest first, in this state, among the newest `MAX_LIST`."""
+        """The caller's runs of the thread, newest first."""
         if request.caller is None and len(thread) < MIN_ANONYMOUS_THREAD:
             text = f"without credentials thread must have at least {MIN_ANONYMOUS_THREAD} random characters"
             raise BadRequest(text, field="thread")
-        if state == "running" and self._peers is None:  # on each load of a page: without the log
+        if state == "running" and self._peers is None:  # each load of a page asks: without the log
             mine = [worker for worker in self._workers.values() if worker.owner == request.caller]
             ids = [worker.id for worker in reversed(mine) if worker.meta.thread == thread]
             found = [stat for id in ids if (stat := await self.log.stat(id)) is not None]
@@ -856,19 +849,19 @@ class Runs:
 
     @property
     def at_work(self) -> int:
-        """The number of runs running in this process."""
+        """Runs running in this process."""
         return len(self._workers)
 
     def names(self) -> list[str]:
-        """The runs running in this process, for the log. Thread-safe."""
+        """For the log. Thread-safe."""
         return [f"run {worker.id} of {worker.route}" for worker in list(self._workers.values())]
 
     async def run_of(self, last_event_id: str) -> str | None:
-        """The run of an event's id, of any caller. Raises `BadRequest` for an invalid id."""
+        """The run of an event's id, of any caller. Raises `BadRequest`."""
         stat = await self.log.find(epoch=parse_cursor(last_event_id).epoch)
         return None if stat is None or stat.kind != "run" else stat.stream
 
-    # For a program's own code, and the routes under /runs. `caller`: the run's owner (rule 6).
+    # `caller`: the run's owner (rule 6).
 
     async def _owned(self, run: str, caller: str | None) -> Stat:
         stat = await self.log.stat(run)
@@ -877,21 +870,21 @@ class Runs:
         return stat
 
     async def state(self, run: str, *, caller: str | None) -> Mapping[str, Any]:
-        """The answer to `GET /runs/<id>`. Restarts the linger time. Raises `NotFound`."""
+        """Also restarts the linger time. Raises `NotFound`."""
         stat = await self._owned(run, caller)
         if (worker := self._workers.get(run)) is not None:
             worker.touch()
         else:
-            await self._interested(stat)
+            await self._mark_read(stat)
         return _state(stat)
 
     async def owned_by(self, caller: str | None, *, state: str | None = None) -> list[Mapping[str, Any]]:
-        """The states of the caller's runs, newest first, in this state."""
+        """The caller's runs, newest first."""
         found = [_state(stat) for stat in await self.log.runs(caller, MAX_LIST)]
         return [run for run in found if state is None or run["state"] == state]
 
     async def cancel(self, run: str, *, caller: str | None, keep: bool = False) -> int:
-        """Cancel a running run: 202. Delete one that has ended, unless `keep`: 204. Raises `NotFound`."""
+        """Cancel a run: 202. If it has ended, delete it, unless `keep`: 204. Raises `NotFound`."""
         stat = await self._owned(run, caller)
         worker = self._workers.get(run)
         if worker is not None and not stat.closed:
@@ -905,21 +898,21 @@ class Runs:
         return 204
 
 
-async def _settled(worker: Worker | None) -> None:
-    """Wait for a run's first event, or a second. Raises its failure (rule 2)."""
-    if worker is not None and not worker.opened:
+async def _wait_started(worker: Worker | None) -> None:
+    """Raises the run's failure (rule 2)."""
+    if worker is not None and not worker.answered:
         with anyio.move_on_after(FIRST_ITEM_S - (current_time() - worker.began)):
-            await worker.settled.wait()
+            await worker.started.wait()
         if worker.failed_early is not None:
             raise worker.failed_early
-        worker.opened = True
+        worker.answered = True
 
 
 def _events_path(request: Request, run: str) -> str:
     return request.reference(f"/runs/{run}/events")
 
 
-def _located(request: Request, answer: Response | Attached) -> Response | Attached:
+def _with_location(request: Request, answer: Response | Attached) -> Response | Attached:
     """Add a `Content-Location`: a client of a POST resumes there."""
     if isinstance(answer, Response) or (request.route is not None and request.route.hosted):
         return answer
@@ -942,7 +935,7 @@ async def _get(request: Request, id: str) -> Response:
     return JSON(await request.runs.state(id, caller=request.caller))
 
 
-class _Which(msgspec.Struct, forbid_unknown_fields=True):
+class _ListQuery(msgspec.Struct, forbid_unknown_fields=True):
     thread: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_KEY)] | None = None
     state: State | None = None
 
@@ -958,13 +951,13 @@ async def _list(request: Request) -> Response:
 
 
 async def _delete(request: Request, id: str) -> Response:
-    """Cancel a run (202); of one that is over, delete the events (204)"""
+    """Cancel a run (202), or delete the events of one that has ended (204)"""
     return Response(status=await request.runs.cancel(id, caller=request.caller))
 
 
-#: Routes of the engine; an embedding program has them too, under its mount path.
+#: An embedding program has them too, under its mount path.
 ROUTES: Final = [
-    GET("/runs", _list, query=_Which),
+    GET("/runs", _list, query=_ListQuery),
     GET("/runs/{id}", _get),
     DELETE("/runs/{id}", _delete),
     GET("/runs/{id}/events", _events, events={}),
@@ -1006,18 +999,18 @@ def _about(route: Route, request: Request) -> About:
 
 
 def _line(text: str) -> str:
-    """One line of bounded length: it is stored with the run, and a list has a thousand of them."""
+    """One line, since a list has a thousand of them."""
     # Cut first: the text may have megabytes.
     line = " ".join(text[: 4 * MAX_ABOUT_CHARS].split())
     return line if len(line) <= MAX_ABOUT_CHARS else f"{line[: MAX_ABOUT_CHARS - 1]}…"
 
 
-def _fingerprint(request: Request) -> _Print:
+def _fingerprint(request: Request) -> _Fingerprint:
     own = ("key", *CURSOR_PARAMETERS)
     query = sorted((name, value) for name, value in request.query_pairs() if name not in own)
     target = _digest(request.path, repr(query))
     media_type = request.headers.get("content-type", "")
-    return _Print(target, _digest(target, media_type, request.body_digest))
+    return _Fingerprint(target, _digest(target, media_type, request.body_digest))
 
 
 def _digest(*parts: str) -> str:
