@@ -544,12 +544,12 @@ class Runs:
                 return replace(answer, headers=headers)
         if worker is not None:
             worker.attach()  # counts as a reader, even if it disconnects now
-        tail = self.tails.enter(stat.stream, id_first=route.dialect.id_first)  # collects events from now on
+        tail = self.tails.acquire(stat.stream, id_first=route.dialect.id_first)  # collects events from now on
         try:
             await _wait_started(worker)
             return _with_location(request, await self._attach(stat.stream, None, route.dialect))
         finally:
-            self.tails.leave(tail)
+            self.tails.release(tail)
             if worker is not None:
                 worker.detach()
 
@@ -732,7 +732,7 @@ class Runs:
         await _wait_started(worker)
         try:
             reader, stat = await self.tails.attach(
-                run, cursor or Place.START, dialect=dialect, translate=translate, look=self._stat_for_answer
+                run, cursor or Place.START, dialect=dialect, translate=translate, get_stat=self._stat_for_answer
             )
         except NotFound:
             raise NotFound("there is no such run") from None
@@ -745,11 +745,11 @@ class Runs:
             worker.attach()
         elif peers is not None:
             self._remote_readers[run] += 1
-        leave = reader.on_close
+        release = reader.on_close
 
         def closed() -> None:
-            if leave is not None:
-                leave()
+            if release is not None:
+                release()
             if worker is not None:
                 worker.detach()
             elif peers is not None:

@@ -73,12 +73,12 @@ class Topics:
         stream = _stream(subscription.topic)
         init = subscription.init
 
-        def greet(top: Cursor) -> bytes:
+        def make_init(top: Cursor) -> bytes:
             return encode(Event(init.data, init.event, str(top), init.retry))
 
         try:
             reader, _ = await self._tails.attach(
-                stream, cursor or Place.TOP, dialect=request.dialect, greet=greet, look=self._look
+                stream, cursor or Place.TOP, dialect=request.dialect, make_first=make_init, get_stat=self._get_stat
             )
         except NotFound:
             raise Unavailable("the topic is being deleted; try again", retry_after_s=1) from None
@@ -89,7 +89,7 @@ class Topics:
             raise
         return Attached(reader, {})
 
-    async def _look(self, stream: str) -> Stat | None:
+    async def _get_stat(self, stream: str) -> Stat | None:
         """The topic's facts. Creates it, or resets the time of its deletion."""
         stat = await self._log.stat(stream)
         if stat is None or _is_stale(stat):

@@ -627,10 +627,10 @@ async def test_a_reader_slower_than_trimming_is_told_what_it_missed(server: Redi
     async with logs(server) as (one, two):
         epoch = await topic(one, events=30)
         tails = Tails(two)
-        tail = tails.enter("topic")
+        tail = tails.acquire("topic")
         stat = await two.stat("topic")
         assert stat is not None
-        tail.settle(stat)
+        tail.apply(stat)
         reader = Reader(tail, 0, dialect=NAMED)
         at, decoder, gaps = 0, Decoder(), 0
         for number in range(1, 2001):
@@ -648,7 +648,7 @@ async def test_a_reader_slower_than_trimming_is_told_what_it_missed(server: Redi
                         at += 1
         assert gaps > 10
         reader.close()
-        tails.leave(tail)
+        tails.release(tail)
 
 
 async def test_nothing_is_left_of_what_retention_has_taken(server: RedisServer) -> None:

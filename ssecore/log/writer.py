@@ -1,13 +1,12 @@
-"""Group commit: what is appended while a commit is under way is the next one, a batch for each stream.
+"""Group commit: what is appended while a commit is in flight is the next one, a batch for each stream.
 
-    append (awaited) ──┐
-    Writer.post (told) ┴─► a batch a stream ──► the engine's commit, one under way ──► watchers ──► callers ──► …
+    append (awaits) ────────┐
+    Writer.post (callback) ─┴─► a batch a stream ──► the store's commit ──► watchers ──► callers
 
-1.  Appends that meet are one batch, and one row, if they are of one stream and epoch (`MAX_ROW_BYTES`).
-2.  While no commit is under way, what is appended is handed over with the loop's next turn, so that what comes in this
-    one goes with it. What was only posted waits until `GAP_S` after the last commit was handed over, or until there is
-    a row's worth of it: so many slow writers make one commit in that time, and not one an event.
-3.  When something that was posted fails, all that its writer posted behind it fails, too: there is never a hole.
+1.  Concurrent appends of one stream and epoch are one batch, and one row (`MAX_ROW_BYTES`).
+2.  If no commit is in flight, a batch is committed with the loop's next turn. Batches that nothing awaits wait until
+    `GAP_S` after the last commit, or for a row's worth of them: many slow writers share one commit.
+3.  If a post fails, all later posts of its writer fail, too: there is never a hole.
 """
 
 import logging
@@ -28,27 +27,26 @@ __all__ = ["GAP_S", "Batch", "Commits", "Posted", "Writer", "failures"]
 
 logger: Final = logging.getLogger("sseapp")
 
-#: From one commit to the next where nobody awaits it. Whole milliseconds: uvloop's timers are no finer.
+#: Between commits that nothing awaits. Whole milliseconds: uvloop's timers aren't finer.
 GAP_S: Final = 0.002
-#: Bodies, and streams, in one commit: some milliseconds of an engine's work, which others may have to wait for.
+#: Bytes, and streams, in one commit: some milliseconds of a store's work.
 _MAX_COMMIT_BYTES: Final = 4 * 1024 * 1024
 _MAX_COMMIT_STREAMS: Final = 100
-#: Bodies that wait for a commit. More is not appended, but refused at once. Posts are not: each of their writers has a
-#: bound of its own.
+#: Bytes that wait for a commit. Further appends are refused, but not posts: their writers have bounds.
 _MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
 
 _CLOSED: Final = "the event log is closed"
 _STOPPING: Final = "the service is about to stop"
 
-#: Called in the event loop when what was posted is stored: how many bytes, and what it failed with, if it did.
+#: Called in the event loop with a post's bytes once they are stored, or with the error.
 Posted = Callable[[int, SSEAppError | None], None]
 
 
 class Batch:
-    """What goes in as one row: of one stream and epoch. Only the last append of it closes the stream or sets `meta`.
+    """One row: of one stream and epoch. Only its last append may close the stream or set `meta`.
 
-    `retention`, of a topic: it is created where there is none, and the engine chooses the epoch. The engine fills in
-    `epoch`, `last`, or `error`.
+    `retention` is a topic's, which the store creates if needed, and whose epoch it chooses. The store sets `epoch` and
+    `last`, or `error`.
     """
 
     __slots__ = (
@@ -83,7 +81,7 @@ class Batch:
         self.settled = False
 
     def settle(self) -> None:
-        """Tell all who wait for it."""
+        """Wake its callers."""
         self.settled = True
         if self.signal is not None:
             self.signal.set()
@@ -92,7 +90,7 @@ class Batch:
 
 
 class Writer:
-    """Appends to one stream, in order, and is told in the loop what came of it. Made by `Log.writer`."""
+    """Appends to one stream, in order, without waiting. Made by `Log.writer`."""
 
     __slots__ = ("_commits", "_epoch", "_stream", "_told", "failed")
 
@@ -101,11 +99,10 @@ class Writer:
         self.failed: SSEAppError | None = None
 
     def post(self, frames: Sequence[bytes], size: int) -> None:
-        """Hand over frames of `size` bytes. `told` is called once they are stored, or not; it may be at once.
+        """Append frames of `size` bytes. `told` is called once they are stored, or have failed, maybe at once.
 
-        An `append` that is to follow is made when all that was posted is known to be stored.
-        Raises what an earlier post failed with, `TooLarge`, `LogUnavailable`: then `told` is not called. How much is
-        posted and not stored yet is the caller's to bound.
+        A later `append` must wait for the last `told`. The caller bounds what is posted and not stored. Raises what an
+        earlier post failed with, `TooLarge`, `LogUnavailable`; `told` isn't called then.
         """
         if self.failed is not None:
             raise self.failed
@@ -121,9 +118,9 @@ class Writer:
 
 
 class Commits:
-    """The appends of a process, on their way into the engine. `commit` calls back when all of the batches are done.
+    """The appends of a process. `commit` calls back when all its batches are done.
 
-    `gap_s` as rule 2 has it; `None`: a commit takes no time, and each append is one.
+    `gap_s`: see rule 2. `None`: each append is a commit, which takes no time.
     """
 
     def __init__(self, commit: Callable[[list[Batch], Callable[[], None]], None], gap_s: float | None) -> None:
@@ -131,24 +128,24 @@ class Commits:
         self._gap_s = gap_s
         self._queue: dict[str, deque[Batch]] = {}
         self._queued_bytes = 0
-        self._awaited = False  # something of the queue is
+        self._awaited = False  # something in the queue is
         self._under_way: list[Batch] = []
         self._handed_at = -inf
-        self._planned: Any = None  # the handle of what hands over next
+        self._planned: Any = None  # the next commit's handle, and whether it is a timer
         self._loop: Any = None
         self._idle = anyio.Event()
-        self._refused: str | None = _CLOSED  # why nothing is taken
-        #: Called with the batches of each commit, and how many seconds it took.
+        self._refused: str | None = _CLOSED  # why appends are refused
+        #: See `Log.on_commit`.
         self.on_commit: Callable[[list[Batch], float], None] | None = None
 
     def open(self) -> None:
-        """In the event loop that is to be told."""
+        """Call in the event loop."""
         token: Any = current_token().native_token
         self._loop = token if hasattr(token, "call_later") else _Trio(token)
         self._refused = None
 
     async def close(self) -> None:
-        """Takes nothing more, and waits for what was taken before."""
+        """Refuse appends, and wait for earlier ones."""
         self._refused = _CLOSED
         while self._queue or self._under_way:
             self._idle = anyio.Event()
@@ -166,7 +163,7 @@ class Commits:
         retention: Retention | None = None,
         writer: Writer | None = None,
     ) -> Batch:
-        """The batch that the frames are in now, as its last ones. Hot path, once for each append or post."""
+        """Returns the frames' batch, in which they are last. Hot path, once for each append or post."""
         if self._refused is not None:
             raise LogUnavailable(self._refused)
         if size > facts.MAX_APPEND_BYTES:
@@ -202,7 +199,7 @@ class Commits:
         return batch
 
     def give_up(self) -> None:
-        """Fail what waits. As long as the commit of this moment isn't over, nothing more is taken."""
+        """Fail all batches, and further appends until the commit in flight is over."""
         if self._under_way and self._refused is None:
             self._refused = _STOPPING
         batches = self._under_way + [batch for waiting in self._queue.values() for batch in waiting]
@@ -247,7 +244,7 @@ class Commits:
             batches.append(batch := waiting.popleft())
             size += batch.size
             if waiting:
-                queue[stream] = waiting  # behind the others
+                queue[stream] = waiting  # after the others
         if not queue:
             self._awaited = False
         return batches
@@ -279,13 +276,13 @@ class Commits:
                 self._settle(batch)
 
     def _settle(self, batch: Batch) -> None:
-        if not batch.settled:  # else it was given up
+        if not batch.settled:  # by `give_up`
             self._queued_bytes -= batch.size
             batch.settle()
 
 
 class _Trio:
-    """What `Commits` needs of a loop. Trio has no timers for those without a task: nothing waits there."""
+    """The loop for `Commits` on trio, which has no timers outside of tasks: nothing waits there."""
 
     def __init__(self, token: Any) -> None:
         self._token = token
@@ -298,9 +295,9 @@ class _Trio:
         return self.call_soon(call)
 
     def cancel(self) -> None:
-        """What is due with the next turn comes."""
+        """Impossible; an extra commit does no harm."""
 
 
 def failures(batches: list[Batch]) -> int:
-    """How many of them could not be stored because of the log."""
+    """How many failed because of the log."""
     return sum(isinstance(batch.error, LogUnavailable | LogError) for batch in batches)
