@@ -1,32 +1,30 @@
-"""The event log in one SQLite file, for one process: what a finished call says is there after a SIGKILL.
+"""The event log in one SQLite file, for one process. What a finished call stored survives a SIGKILL.
 
-In WAL mode with `synchronous=NORMAL`; a lost power supply may take the last moments, which their readers are told
-(`diverged`). `full_sync=True` syncs each commit, and withstands that too.
+In WAL mode with `synchronous=NORMAL`: a power failure may lose the last moments; readers then get a `gap` (`diverged`).
+`full_sync=True` syncs each commit, and survives that too.
 
-Theory of operation. A thread that lives as long as the log commits; all that was handed to it while it was at work is
-its next transaction. The event loop hears of it by one call, and goes on with whoever waited:
+One thread commits for as long as the log runs; what is queued meanwhile is its next transaction. It reports back to the
+event loop by one call:
 
     append, post ──► Commits (writer.py): a batch a stream ──┐
     create, open, delete, upkeep ────────────────────────────┴──► queue ──► the thread ──► loop: watchers, callers
     read, find, … ──► a worker thread: one SELECT on one of a few connections
 
-1.  A batch is a row. What an open run's rows say (`last`, `size`, `updated`) is not written a second time with each
-    append: who asks the file gets it from the rows. With its close, its `meta` or an epoch the facts are written as
-    they are. So an append is one statement; and a transaction of nothing but rows is that statement, without BEGIN and
-    COMMIT.
-2.  An operation is refused before it has changed anything, so a refusal fails nobody else. An error of SQLite fails
-    every operation of the transaction with `LogUnavailable`; nothing of it is kept, and the next one tries anew.
-3.  `_known`, the facts of the streams in use, is changed by the thread alone, after a commit; the loop looks into it.
-    What a transaction changes are copies.
-4.  A reader's transaction is one SELECT: none holds the WAL back, and each sees every commit before it.
-5.  Nothing takes longer because of how much is to be deleted: a deleted stream's rows are `garbage` first, and the
-    upkeep takes a bounded step in a transaction of its own, as often as there is something to do. For `max_bytes` the
-    pages in use count, garbage too; so it is taken away before anything more is deleted for the sake of room.
-6.  A file that isn't ours is never written to. A new one is made under another name: whenever there is a file by the
-    log's name, the application id stands in its first bytes.
-7.  Before each transaction the thread checks that the file and its WAL are the ones that it opened: SQLite would go on
-    writing to a deleted file. After a failure the log is `away` until a transaction has written to the file; the upkeep
-    tries that from time to time.
+1.  A batch is a row. An append to an open run doesn't write the facts that its rows contain (`last`, `size`,
+    `updated`): queries derive them until the close, new `meta` or an epoch writes them. So such an append is one
+    statement, and a transaction of rows alone is that statement, without BEGIN and COMMIT.
+2.  An operation is refused before it has changed anything, so a refusal fails no other. An error of SQLite fails all
+    operations of its transaction with `LogUnavailable`, and stores none of them.
+3.  `_known`, the facts of the streams in use, is changed by the thread alone, after a commit; the loop only reads it.
+    A transaction changes copies.
+4.  A reader's transaction is one SELECT: it doesn't hold the WAL back, and sees every earlier commit.
+5.  Deleting takes bounded steps: a deleted stream's rows are `garbage`, which upkeep removes step by step. `max_bytes`
+    counts the pages in use, garbage too, so garbage is removed before more is deleted to free space.
+6.  Another program's file is never written to. A new file is made under another name, so a file by the log's name
+    always has the application id in its header.
+7.  Before each transaction the thread checks that the file and its WAL are the ones that it opened: SQLite would keep
+    writing to a deleted file. After a failure the log is `away` until a transaction has written to the file; upkeep
+    tries that.
 """
 
 import logging
@@ -63,13 +61,13 @@ __all__ = ["SqliteLog"]
 
 logger = logging.getLogger("sseapp")
 T = TypeVar("T")
-#: Device and inode of the file and of its WAL; `None`: not there.
+#: Device and inode of the file and of its WAL, if they exist.
 _Files = tuple[tuple[int, int] | None, tuple[int, int] | None]
 
 _APPLICATION_ID: Final = int.from_bytes(b"SSEL")
-#: Script number n makes version n + 1 of the file out of version n.
+#: Script n migrates version n to n + 1.
 _MIGRATIONS: Final = (
-    # Ids of streams are never used again: `garbage` names them. `due` is when the upkeep has to look at it.
+    # Stream ids aren't reused: `garbage` refers to them. `due` is the time of the next upkeep.
     """
     CREATE TABLE streams (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,
@@ -88,43 +86,41 @@ _MIGRATIONS: Final = (
     CREATE UNIQUE INDEX rows_last ON rows (stream, last);
     CREATE TABLE garbage (stream INTEGER PRIMARY KEY);
     """,
-    # What owners use, as `cost` says. Topics without events were kept for ever: the upkeep looks at them once.
+    # The owners' bytes, see `cost`. Topics without events used to be kept forever.
     """
     UPDATE streams SET due = 0 WHERE kind = 'topic' AND closed = 0 AND due IS NULL;
     CREATE TABLE accounts (owner TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
     INSERT INTO accounts SELECT owner, sum(6144 + size + 64 * (last - first + 1))
         FROM streams WHERE owner IS NOT NULL GROUP BY owner;
     """,
-    # From here on the facts of an open run are behind its rows (rule 1): an older program would append over them.
+    # From this version on an open run's facts lag behind its rows (rule 1): an older program would overwrite rows.
     "",
 )
 
-#: What one transaction does at most. Its appends have a bound of their own in `writer`.
+#: Operations in a transaction. `Commits` bounds its appends.
 _MAX_ORDERS: Final = 100
-#: Rows that one statement inserts. Each number of them is a statement of its own, which SQLite keeps.
+#: Rows in one INSERT. SQLite caches a statement for each number of rows.
 _ROWS_AT_ONCE: Final = 32
-#: What a batch takes of the file, and of the WAL, besides its body, roughly. The pages in use are counted again when
-#: so many bytes have been written that the bound could have been passed, and the WAL's size each 64th of its bound.
+#: A batch's bytes in the file, and in the WAL, besides its body, roughly. The pages are counted again once the bytes
+#: written could have passed the bound, and the WAL's size is checked each 64th of its bound.
 _BATCH_BYTES: Final = 1024
-#: What a run may have grown since its owner was last charged for it (rule 1).
+#: By how much a run may grow before its owner is charged again (rule 1).
 _UNCHARGED_BYTES: Final = 64 * 1024
-#: Connections, and threads, for reading. Most of the work holds the interpreter's lock; a few hide the disk's latency.
+#: Connections and threads for reading: few, since most of the work holds the interpreter's lock.
 _READERS: Final = 4
-#: Streams whose facts are kept in memory, about 1 KB each.
+#: Streams in `_known`, about 1 KB each.
 _MAX_KNOWN: Final = 10_000
-#: One step of upkeep, and of trimming at an append: rows, streams, pages. Each is some milliseconds,
-#: and commits up to 20 ms where the rows are large.
+#: Rows, and pages, in one step of upkeep: some milliseconds, and commits up to 20 ms if the rows are large.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: SQLite takes the WAL into the file after so many pages, 2 MiB. (Its own 4 MiB would be half of a small log.)
+#: Pages (2 MiB) after which SQLite checkpoints. Its default of 4 MiB would be half of a small log.
 _CHECKPOINT_PAGES: Final = 512
-#: Readers can keep the WAL from starting over. Beyond this it is made to.
+#: Readers can keep the WAL from restarting. Above this it is truncated.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
-#: What the upkeep writes after a failure, to find out whether there is room again: a row of a stream that never exists.
+#: After a failure upkeep writes a row of a stream that never exists, to test for free space.
 _PROBE_STREAM: Final = 0
 _PROBE_BYTES: Final = 64 * 1024
-#: How long SQLite waits while another program (a backup, a person with `sqlite3`) locks the file. As long as the Redis
-#: log waits for Redis.
+#: How long SQLite waits for another program's lock (a backup, `sqlite3`); as long as the Redis log waits.
 _BUSY_S: Final = 5.0
 _LOCK_POLL_S: Final = 0.05
 
@@ -158,7 +154,7 @@ _SELECT_ROWS: Final = """
 
 
 class _Order(Generic[T]):
-    """Something for the thread. `done` is called on the loop then, with what it failed with."""
+    """Work for the thread. `done` is called in the loop afterwards."""
 
     __slots__ = ("awaited", "done", "error", "result", "size", "work")
 
@@ -172,10 +168,10 @@ class _Order(Generic[T]):
 
 
 class SqliteLog(Log):
-    """`Log` in the file `path`, whose folder is made if need be.
+    """`Log` in the file `path`, whose folder is created if needed.
 
-    `full_sync`: see above. `lock_wait_s`: how long to wait for another process to let go of the file. `clock` gives
-    Unix time; `upkeep_s` is the pause between two looks at what age has ended; `max_bytes` is a bound in all (rule 7 of
+    `full_sync`: see above. `lock_wait_s`: how long to wait for another process that has the file. `clock`, `upkeep_s`
+    as for `Log`; `max_bytes`: rule 7 of `ssecore.log`.
     `ssecore.log`).
     """
 
@@ -196,8 +192,6 @@ class SqliteLog(Log):
 
 
 class SqliteStore(LocalStore):
-    """The file, the thread that writes to it, and its readers."""
-
     gap_s: float | None = GAP_S
 
     def __init__(
@@ -211,13 +205,13 @@ class SqliteStore(LocalStore):
         self.max_bytes = max_bytes
         self._orders: SimpleQueue[_Order[Any] | None] = SimpleQueue()
         self._under_way: dict[_Order[Any], None] = {}
-        self._known: dict[str, Entry] = {}  # rule 3; the longest unused first
+        self._known: dict[str, Entry] = {}  # rule 3; least recently used first
         self._idle: list[sqlite3.Connection] = []  # readers
         self.writer: sqlite3.Connection | None = None
         self._running = False
-        self._stuck = False  # `give_up` was called, and what was under way then isn't over yet
+        self._stuck = False  # since `give_up`, until earlier orders are done
         self._files: _Files = (None, None)
-        #: The bytes of the pages in use when they were last counted, and those written since, roughly.
+        #: Bytes of the pages in use when last counted, and bytes written since, roughly.
         self.used, self.written = 0, -1
         self._unlooked = 0
 
@@ -243,7 +237,7 @@ class SqliteStore(LocalStore):
                 if thread.ident is not None:
                     self._orders.put(None)
                     await run_sync(thread.join)
-                for _ in range(_READERS):  # whoever is still reading
+                for _ in range(_READERS):  # wait for the readers
                     await self._reading.acquire_on_behalf_of(object())
                 await run_sync(self._close)
                 os.close(lock)
@@ -273,9 +267,9 @@ class SqliteStore(LocalStore):
         return order.result
 
     def give_up(self) -> None:
-        """Another program may hold the file's lock: a transaction waits for it, and all others for the transaction."""
+        """A transaction may be waiting for another program's lock, and all others for it."""
         for order in self._under_way:
-            if order.awaited:  # else it is `Commits` that gives up
+            if order.awaited:  # else `Commits` fails it
                 order.awaited, order.error = False, LogUnavailable("the service is about to stop")
                 order.done(order)
         self._stuck = bool(self._under_way)
@@ -312,19 +306,18 @@ class SqliteStore(LocalStore):
         self._orders.put(order)
 
     def _work(self) -> None:
-        """The thread."""
         while orders := self._take():
             outcome: _Transaction | BaseException
             try:
                 outcome = self._transact(orders)
-            except BaseException as error:  # SQLite's, or a bug of ours: nobody waits for ever, and the next may work
+            except BaseException as error:  # even for a bug of ours: nothing may wait forever
                 outcome = error
-            with suppress(RuntimeError):  # the loop is gone, and all who waited with it
+            with suppress(RuntimeError):  # the loop has ended
                 self._tell(self._done, orders, outcome)
             del orders, outcome
 
     def _take(self) -> list[_Order[Any]]:
-        """What there is, and at least one; nothing at the end."""
+        """All that is queued, at least one; nothing at the end."""
         orders: list[_Order[Any]] = []
         while len(orders) < _MAX_ORDERS and not (orders and self._orders.empty()):
             order = self._orders.get()
@@ -336,7 +329,7 @@ class SqliteStore(LocalStore):
         return orders
 
     def _done(self, orders: list[_Order[Any]], outcome: "_Transaction | BaseException") -> None:
-        """On the loop."""
+        """In the loop."""
         if isinstance(outcome, BaseException):
             if not self.away:
                 why = None if isinstance(outcome, _Replaced) else outcome
@@ -358,7 +351,7 @@ class SqliteStore(LocalStore):
             self._stuck = False
 
     def _transact(self, orders: list[_Order[Any]]) -> "_Transaction":
-        """In the thread. Each order has its result or its refusal then."""
+        """In the thread. Sets each order's result or refusal."""
         try:
             file, wal = self._present()
             if file != self._files[0] or (self.writer and wal != self._files[1]):
@@ -398,7 +391,6 @@ class SqliteStore(LocalStore):
         return transaction
 
     def _present(self) -> "_Files":
-        """The file and the WAL that are there by these names now."""
         return _inode(self.path), _inode(f"{self.path}-wal")
 
     def _roll_back(self) -> None:
@@ -415,7 +407,7 @@ class SqliteStore(LocalStore):
             if self.writer and os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES:
                 self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         except (OSError, sqlite3.Error) as error:
-            logger.warning("the WAL of %s can't be taken into the file: %s", self.path, error)
+            logger.warning("can't checkpoint the WAL of %s: %s", self.path, error)
 
     # The readers
 
@@ -482,7 +474,7 @@ class SqliteStore(LocalStore):
         return db
 
     def _make_file(self) -> None:
-        """Under another name: a power failure in the middle would leave what doesn't look like a log (rule 6)."""
+        """Rule 6."""
         path = os.path.realpath(self.path)
         new = f"{path}.new"
         for left in (new, f"{new}-journal"):
@@ -511,7 +503,7 @@ class SqliteStore(LocalStore):
             db.executescript(f"BEGIN; {script}; {mark}; COMMIT")
 
     def _is_there(self) -> bool:
-        """Refuses a file that isn't ours (rule 6), by its first bytes: SQLite itself may change what it opens."""
+        """Raises for another program's file (rule 6), without SQLite, which may change what it opens."""
         try:
             with self.path.open("rb") as file:
                 header = file.read(100)
@@ -526,7 +518,7 @@ class SqliteStore(LocalStore):
         return bool(header)
 
     async def _lock(self) -> int:
-        """The lock file's descriptor. The lock is the kernel's: it goes with the process, whatever ends it."""
+        """The lock file's descriptor. The kernel drops the lock with the process."""
         until = current_time() + self._lock_wait_s
         while True:
             lock, holder = await run_sync(self._try_lock)
@@ -549,13 +541,13 @@ class SqliteStore(LocalStore):
             pid = os.read(lock, 20).strip().decode("ascii", "replace")
             os.close(lock)
             return None, f"process {pid}" if pid else "another process"
-        with suppress(OSError):  # a full disk: it is only for people
+        with suppress(OSError):  # full disk: the pid is only informative
             os.ftruncate(lock, 0)
             os.write(lock, b"%d\n" % os.getpid())
         return lock, ""
 
     def _close(self) -> None:
-        connections = [*self._idle, *filter(None, [self.writer])]  # the last one takes the WAL into the file
+        connections = [*self._idle, *filter(None, [self.writer])]  # the last close checkpoints
         self._idle, self.writer = [], None
         self._known.clear()
         for db in connections:
@@ -566,7 +558,7 @@ class SqliteStore(LocalStore):
 
 
 class _Transaction(Ledger):
-    """What happens between BEGIN and COMMIT, in the thread."""
+    """One transaction, in the thread."""
 
     def __init__(self, store: SqliteStore, db: sqlite3.Connection, known: dict[str, Entry], now: float) -> None:
         super().__init__(store._process)
@@ -578,14 +570,14 @@ class _Transaction(Ledger):
         self.now = now
         self.max_bytes = store.max_bytes
         self.wrote = False
-        #: How much more the owners use.
+        #: Bytes to add to the owners' accounts.
         self._charges: Counter[str] = Counter()
-        #: The streams that it has to do with, as they will be; None: deleted.
+        #: The streams that it uses, as they will be; None: deleted.
         self.entries: dict[str, Entry | None] = {}
 
     @property
     def db(self) -> sqlite3.Connection:
-        """For anything but the last rows: in a transaction, with the rows before it."""
+        """The connection, in a transaction that has the rows so far."""
         if not self._begun:
             self._db.execute("BEGIN IMMEDIATE")
             self._begun = True
@@ -615,7 +607,7 @@ class _Transaction(Ledger):
             self._insert_rows()  # rule 1
 
     def look_up(self, stream: str) -> Entry | None:
-        """A copy that may be changed. The file is asked only for a stream that isn't known."""
+        """A copy (rule 3)."""
         if stream in self.entries:
             return self.entries[stream]
         if known := self._known.get(stream):
@@ -683,7 +675,7 @@ class _Transaction(Ledger):
             entry.charged = bytes
 
     def used(self) -> int:
-        """The bytes of the pages in use. They are counted when they could be over the bound, and after a deletion."""
+        """The bytes of the pages in use, counted when they may exceed the bound, and after a deletion."""
         store = self._store
         if self.max_bytes == sys.maxsize:
             return 0
@@ -730,18 +722,18 @@ class _Transaction(Ledger):
         return bool(garbage)
 
     def give_back(self) -> bool:
-        """Free pages to the file system, once they are a quarter of the file; until then they are used again."""
+        """Free pages, once they are a quarter of the file."""
         pages, free = (self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
         if free <= max(_STEP_PAGES, pages // 4):
             return False
         for _ in range(_STEP_PAGES):
-            self.db.execute("PRAGMA incremental_vacuum(1)")  # of a greater number Python 3.11 would do one, too
+            self.db.execute("PRAGMA incremental_vacuum(1)")  # Python 3.11 frees one page a call, for any number
         return True
 
     def probe(self) -> None:
-        """Write something that the upkeep deletes."""
+        """Write rows that upkeep deletes."""
         self.db.execute("INSERT OR IGNORE INTO garbage VALUES (?)", (_PROBE_STREAM,))
-        row = (_PROBE_STREAM, self.now, _PROBE_BYTES)  # its number is the time: there may be one already
+        row = (_PROBE_STREAM, self.now, _PROBE_BYTES)  # `last` is the time, to be unique
         self.db.execute(
             "INSERT INTO rows (stream, last, epoch, at, ends, body) VALUES (?, ?, 0, 0, x'', zeroblob(?))", row
         )
@@ -766,7 +758,7 @@ def _read(db: sqlite3.Connection, stream: str, after: int, max_bytes: int) -> li
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    """From what `_SELECT` selects. What the facts themselves say, and not the rows, is what its owner has paid for."""
+    """From a row of `_SELECT`. The owner is charged by the stored facts, not those derived from rows."""
     id, due, epoch, first_written, last_written, size_written, *facts = row
     stream, kind, epochs, created, updated, first, last, size, closed, owner, meta, key, keep = facts
     epochs = tuple((name, start) for name, start in orjson.loads(epochs))
@@ -777,7 +769,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
 
 
 def _changing(stat: Stat) -> tuple[object, ...]:
-    """The columns of a stream that change in its life, but for `due`."""
+    """A stream's columns that change, except `due`."""
     meta, retention = encode_json(stat.meta).decode(), encode_json(stat.retention).decode()
     return stat.updated, stat.first, stat.last, stat.size, stat.closed, meta, retention
 
@@ -791,12 +783,12 @@ def _inode(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 
 
 class _Replaced(Exception):
-    """For the operator's log, behind the path."""
+    """For the operator's log, after the path."""
 
     def __str__(self) -> str:
         return (
-            ": the file or its -wal was deleted or replaced while this process uses it, and what is appended would be"
-            " lost. Stop the service, put the files back if you have them, and start it again"
+            ": the file or its -wal was deleted or replaced while this process uses it, and appends would be lost. Stop"
+            " the service, put the files back if you have them, and start it again"
         )
 
 
@@ -805,7 +797,7 @@ def _damaged(error: BaseException) -> bool:
 
 
 def _failure(doing: str, error: BaseException) -> SSEAppError:
-    """For the client: SQLite's own words name no path, anything else might."""
+    """For the client: SQLite's error texts contain no path, others may."""
     if _damaged(error):
         return LogError("the event log's file is damaged")
     reason = error if isinstance(error, sqlite3.Error) else "internal error"
@@ -816,7 +808,7 @@ def _failure(doing: str, error: BaseException) -> SSEAppError:
 
 
 def _complaint(db: sqlite3.Connection | None, error: BaseException) -> str:
-    """For whoever starts the program."""
+    """For the operator at the start."""
     if not _damaged(error):
         return f"can't be used: {error}"
     reason = str(error)
