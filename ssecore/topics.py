@@ -1,13 +1,11 @@
 """Topics: streams in the log with any number of writers and readers.
 
-Publishing appends; each append is framed once for all readers of this process (`log.tail`). The log creates topics and
-opens their epochs (`Log.publish`). A process keeps nothing about a topic without readers here.
-
-The log deletes a topic without events after `EMPTY_TOPIC_S` without use. `keep` writes to the topics that have readers
+The log creates topics and opens their epochs (`Log.publish`). A process keeps nothing about a topic without readers
+here. The log deletes a topic without events `EMPTY_TOPIC_S` after its last use; `keep` uses those that have readers
 here, so a disconnected reader has most of that time to resume.
 
-A new subscription begins with `init`, whose id is the newest event's: a cut before the first event loses nothing. A
-resumed one has no `init`, but a `gap` if events are missing. Unlike a run, an `expired` topic goes on with what it has.
+A subscription begins with `init`, whose id is the newest event's: a cut before the first event loses nothing. A resumed
+one has no `init`, but a `gap` if events are missing. Unlike a run, an `expired` topic goes on with what it has.
 """
 
 import time
@@ -27,9 +25,9 @@ from ssecore.wire import Event, encode
 
 __all__ = ["Subscription", "Topics"]
 
-#: Topics per commit, or call of Redis, in `Topics.keep`.
+#: Topics per commit, or call of Redis.
 KEEP_STEP: Final = 100
-#: How often `Topics.keep` writes within the time after which the log would delete a topic.
+#: Uses within the time after which the log would delete a topic.
 KEEPS: Final = 3
 
 
@@ -37,8 +35,8 @@ KEEPS: Final = 3
 class Subscription:
     """What a handler returns to subscribe its client to a topic.
 
-    `init` is the first event; the engine sets its id. Every `pulse_s` seconds the stream sends what `pulse` returns,
-    without an id: it isn't in the log.
+    `init` is the first event; the engine sets its id. `pulse` makes an event every `pulse_s` seconds, without an id: it
+    isn't in the log.
     """
 
     topic: str
@@ -90,7 +88,7 @@ class Topics:
         return Attached(reader, {})
 
     async def _get_stat(self, stream: str) -> Stat | None:
-        """The topic's facts. Creates it, or resets the time of its deletion."""
+        """The facts. Creates the topic, or uses it."""
         stat = await self._log.stat(stream)
         if stat is None or _is_stale(stat):
             await self._touch(stream)
@@ -103,11 +101,11 @@ class Topics:
             raise Unavailable("too many subscribers to this topic; try again")
 
     async def _touch(self, stream: str) -> None:
-        """Append no event: the log counts it as use, and creates the topic if needed."""
+        """Append no event. It counts as use."""
         await self._log.publish(stream, [], retention=self._retention, meta={})
 
     async def keep(self) -> None:
-        """Regularly write to the topics that have readers here, so that the log doesn't delete them."""
+        """Use the topics that have readers here, so that the log keeps them."""
         while True:
             await anyio.sleep(facts.EMPTY_TOPIC_S / KEEPS)
             streams = [stream for stream in self._tails.streams() if stream.startswith(_stream(""))]
@@ -132,5 +130,5 @@ def _stored(event: Event) -> bytes:
 
 
 def _stream(topic: str) -> str:
-    """Run ids have no colon, so a topic can't collide with one."""
+    """Run ids have no colon."""
     return f"topic:{topic}"

@@ -3,22 +3,20 @@
 A stream is a named, append-only sequence of events, numbered from 1 without holes. A *run* ends and is kept whole; a
 *topic* goes on and is trimmed. tests/test_log.py checks these rules on all stores (`memory`, `sqlite`, `redis`).
 
-1.  A reader sees only what is in the log: append first, then deliver. What a stored event survives, each store states.
-2.  An append is atomic: several events of one epoch, and optionally the close and new `meta`. If its caller is
-    cancelled, it is stored wholly or not at all.
-3.  Each writer (a run's worker, a process on a topic) opens an epoch before it appends. That fences earlier writers, so
-    a writer presumed dead can't write into its successor's work.
+1.  A reader sees only what is in the log: append first, then deliver.
+2.  An append is atomic: events of one epoch, and optionally the close and new `meta`, even if its caller is cancelled.
+3.  Each writer (a run's worker, a process on a topic) opens an epoch before it appends. That fences earlier writers,
+    which may only be presumed dead.
 4.  A cursor `<epoch>.<seq>` means: the reader has this writer's events up to seq. It is valid if seq is below the next
-    epoch's first sequence; reading after it is then complete. Otherwise the log lost its tail (a crash, a restored
-    backup), and the sequence alone would skip events.
+    epoch's first sequence. Otherwise the log lost its tail (a crash, a restored backup): the sequence alone would skip
+    events.
 5.  Stored bodies have no `id:` line: on a topic the id is known only after the append. `framed` inserts it.
-6.  Retention trims open topics: exactly by count (a row may expire in part), by whole rows for bytes and age; by bytes
-    the newest row stays. A run's `retention` is its worker's limit. `age_s` after its close a stream is deleted, and an
-    open topic without events `EMPTY_TOPIC_S` after its last use.
+6.  Retention trims open topics: exactly by count, by whole rows for bytes (never the newest) and age. A run's is its
+    worker's limit. `age_s` after its close a stream is deleted; an open topic without events `EMPTY_TOPIC_S` after its
+    last use.
 7.  Above `max_bytes` in all, upkeep deletes early what expires next (but not within `EMPTY_TOPIC_S`): closed streams,
-    topics' oldest rows. Above a tenth of it, an owner's oldest closed runs are deleted. Open runs never are. A tenth
-    above either bound, `create` and `append` raise `LogUnavailable` (`create` for an owner `TooManyRequests`), except
-    an append that closes.
+    topics' oldest rows; above a tenth of it, an owner's oldest closed runs. Open runs stay. A tenth above either bound,
+    `create` and `append` raise `LogUnavailable` (`create` for an owner `TooManyRequests`), unless the append closes.
 8.  Call `watch` before `stat` or `read`. A row appended in between then arrives twice, never not at all; drop the
     duplicate by its sequence.
 """
@@ -86,32 +84,32 @@ T = TypeVar("T")
 
 
 class Peers(Protocol):
-    """Communication between processes that share a log."""
+    """Between processes that share a log."""
 
-    #: Called in the event loop with each `call` to this process.
+    #: Called in the event loop for each `call` to this process.
     on_call: Callable[[str, str], None] | None
 
     async def call(self, stream: str, word: str) -> None:
-        """Send a command to the run's process. Raises `NotFound`."""
+        """Send a word to the run's process. Raises `NotFound`."""
 
     async def touch(self, stream: str, for_s: float) -> None:
-        """Mark the run as read in this process for so long."""
+        """Mark the run as read here, for so long."""
 
     async def touched(self, stream: str) -> bool:
-        """Whether it is read in another process."""
+        """Whether it is read elsewhere."""
 
     async def tell(self, stream: str) -> None:
-        """Record that this process answers a request for the run (see `Log.delete`). Raises `NotFound`."""
+        """Mark the run as answered here (see `Log.delete`). Raises `NotFound`."""
 
 
 class Store(Protocol):
-    """A store. Its calls may raise `LogUnavailable`; then nothing has changed. For the rest see `Log`."""
+    """A store of `Log`, which documents most of its calls."""
 
-    #: Whether its last call failed.
+    #: Its last call failed.
     away: bool
     #: Over its bound: upkeep is needed now.
     crowded: bool
-    #: The log is closing: what can't be stored now fails.
+    #: The log is closing: calls don't wait.
     closing: bool
     gap_s: float | None
     peers: Peers | None
@@ -129,7 +127,7 @@ class Store(Protocol):
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]: ...
 
     async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
-        """See `Log.find`. Takes one argument."""
+        """Takes one argument."""
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]: ...
 
@@ -146,10 +144,9 @@ class Store(Protocol):
 
 
 class Log:
-    """The event log over a store. Its calls may raise `LogUnavailable`; then nothing has changed.
+    """The event log. Its calls may raise `LogUnavailable`; then nothing has changed.
 
-    Frames are those of `wire.encode`: not empty, without `id:`, with the final blank line. `clock` returns Unix time;
-    `upkeep_s` is the interval of upkeep.
+    Frames are those of `wire.encode`, without `id:`. `clock` returns Unix time; `upkeep_s` is the interval of upkeep.
     """
 
     def __init__(self, store: Store, *, clock: Callable[[], float], upkeep_s: float) -> None:
@@ -159,12 +156,12 @@ class Log:
         self._commits = Commits(store.commit, store.gap_s)
         self._commits.on_commit = self._committed
         self._look = anyio.Event()
-        #: Called in the event loop with the batches of each commit, and its seconds.
+        #: Called in the event loop with each commit's batches and seconds.
         self.on_commit: Callable[[list[Batch], float], None] | None = None
 
     @property
     def peers(self) -> Peers | None:
-        """If several processes share the log. They share a topic's epoch."""
+        """If several processes share the log."""
         return self.store.peers
 
     @property
@@ -177,13 +174,13 @@ class Log:
         return self.store.away
 
     def give_up(self) -> None:
-        """Fail the calls that wait for an unreachable store: the process is about to end."""
+        """Fail the waiting calls: the process is about to end."""
         self.store.give_up()
         self._commits.give_up()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Open the store, run it and close it after it has finished earlier calls.
+        """Open the store, run it, and close it after earlier calls.
 
         Raises `LogError` if the log can't be used.
         """
@@ -217,10 +214,9 @@ class Log:
         key: str | None = None,
         retention: Retention | None = None,
     ) -> tuple[Stat, bool]:
-        """Create a stream whose first epoch starts at sequence 1. Returns its facts and True.
+        """Create a stream whose epoch starts at sequence 1. Returns its facts and True.
 
-        If a stream has the `key` or the name: returns that one, unchanged, and False. Raises `Conflict` if the epoch
-        exists.
+        If one has the `key` or the name: returns that, unchanged, and False. Raises `Conflict` if the epoch exists.
         """
         now, facts, keep = self._clock(), plain(meta) or {}, retention or Retention()
         stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
@@ -245,10 +241,9 @@ class Log:
         close: bool = False,
         meta: dict[str, Any] | None = None,
     ) -> int:
-        """Append (rule 2) and return the stream's last sequence. `meta` replaces the old one.
+        """Append, and return the stream's last sequence. `meta` replaces the old one.
 
-        Without frames: only close, set `meta`, or check the writer. Raises `WriterFenced` (closed, or not the newest
-        epoch), `NotFound`, `TooLarge`.
+        Without frames: only close, set `meta`, or check the writer. Raises `WriterFenced`, `NotFound`, `TooLarge`.
         """
         return (await self._append(stream, frames, epoch, close=close, meta=meta)).seq
 
@@ -257,9 +252,8 @@ class Log:
     ) -> Cursor:
         """Append to a topic, as one of many writers, and return the last event's id. Creates the topic.
 
-        The store opens an epoch with this `retention` if this process (or one that shares the log) hasn't written to
-        the topic yet. Raises `TooLarge`, `WriterFenced` if it is closed, `Unavailable` if others keep opening or
-        deleting it.
+        Opens an epoch, with this `retention`, if this process (or one that shares the log) hasn't written to it yet.
+        Raises `TooLarge`, `WriterFenced` if it is closed, `Unavailable` if others keep opening or deleting it.
         """
         return await self._append(topic, frames, "", meta=meta, retention=retention)
 
@@ -285,14 +279,13 @@ class Log:
         return Cursor(batch.epoch, batch.last - len(batch.frames) + behind)
 
     def writer(self, stream: str, epoch: str, told: Posted) -> Writer:
-        """For a run's only writer, which doesn't wait: `told` is called with the outcome of each post."""
+        """For a run's only writer. `told` is called with the outcome of each post."""
         return Writer(self._commits, stream, epoch, told)
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
-        """The rows with the events after `after`, in order and without holes, until they pass `max_bytes`.
+        """The rows after `after`, in order and without holes, until they pass `max_bytes`.
 
-        The first row may begin earlier: use `framed(row, after)`. If it begins after `after + 1`, events were trimmed
-        since `locate`: announce a gap.
+        The first row may begin earlier: use `framed(row, after)`. If it begins later than `after + 1`, announce a gap.
         """
         return await self.store.read(stream, after, max_bytes)
 
@@ -300,11 +293,11 @@ class Log:
         return await self.store.find(name=stream)
 
     async def find(self, *, epoch: str | None = None, key: str | None = None) -> Stat | None:
-        """The stream with this epoch, or created with this key."""
+        """By its epoch, or the key it was created with."""
         return await self.store.find(epoch=epoch, key=key)
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
-        """The owner's runs (`None`: those without one), newest first."""
+        """The owner's runs, newest first."""
         return await self.store.runs(owner, limit)
 
     async def unfinished(self) -> list[Stat]:
@@ -312,16 +305,16 @@ class Log:
         return await self.store.unfinished()
 
     async def delete(self, stream: str, *, unless_told: bool = False) -> bool:
-        """Delete it, open or not, with its epochs, if it exists.
+        """Delete the stream, open or not, if it exists.
 
-        With `unless_told`, keeps a stream that `Peers.tell` was called for, and returns False.
+        With `unless_told`, keep a run that `Peers.tell` was called for, and return False.
         """
         return await self.store.delete(stream, unless_told)
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
-        """Call `watcher` with each new row, in order, and with the end; returns the unwatch function (rule 8).
+        """Call `watcher` with each new row, in order, and with the end (rule 8). Returns the unwatch function.
 
-        The stream need not exist yet. An end before the call isn't reported.
+        The stream need not exist yet. An earlier end isn't reported.
         """
         return self.store.watch(stream, watcher)
 

@@ -1,7 +1,4 @@
-"""Rows, facts, cursors and retention of the log, and how facts change, as pure functions.
-
-The rules cited here are those of `ssecore.log`.
-"""
+"""Rows, facts, cursors and retention, and how facts change, as pure functions. The rules are those of `ssecore.log`."""
 
 import logging
 import re
@@ -59,39 +56,36 @@ logger = logging.getLogger("sseapp")
 S = TypeVar("S")
 T = TypeVar("T")
 
-#: One append at most: it is in memory as a whole, and SQLite stores no blob beyond 1 GB. A larger one is a bug of a
-#: source that doesn't bound its buffer (64 KiB by default).
+#: One append at most: it is in memory as a whole, and SQLite's blobs are bounded by 1 GB.
 MAX_APPEND_BYTES: Final = 64 * 1024 * 1024
-#: Appends are merged into rows up to this size. A larger append is one row.
+#: Appends are merged into rows up to this size.
 MAX_ROW_BYTES: Final = 64 * 1024
-#: Epochs that a stream keeps beyond those of its events. A topic gets one at each start of the process; a cursor of a
-#: dropped epoch is `expired`.
+#: Epochs that a stream keeps beyond those of its events. A topic gets one at each start of the process; cursors of
+#: dropped ones are `expired`.
 MAX_EPOCHS: Final = 1000
 
-#: How long an open topic without events is kept, for disconnected subscribers to resume. The app writes to topics
-#: that have readers more often than that.
+#: How long an open topic without events is kept, so that disconnected subscribers can resume.
 EMPTY_TOPIC_S: Final = 900.0
 
 #: What a stream, and an event, cost besides the bodies (rule 7). Measured: a chat's run of ten words takes 6 KB in
 #: Redis (a stream's first node alone 4) and 0.9 KB in SQLite, whose total is its pages in use.
 STREAM_BYTES: Final = 6144
 EVENT_BYTES: Final = 64
-#: An owner's share is the bound divided by this.
+#: An owner's share is `max_bytes` divided by this.
 OWNERS: Final = 10
-#: A retention without an age: streams kept forever have an order of deletion, too (rule 7).
+#: Instead of no `age_s`: streams kept forever have an order of deletion, too (rule 7).
 FOREVER_S: Final = 1e10
 
 Kind = Literal["run", "topic"]
 Ended = Literal["closed", "deleted"]
 
 
-# gc=False: the memory log keeps many, and none refers back to anything.
 class Row(msgspec.Struct, frozen=True, gc=False):
-    """Events of one epoch that were appended together. Stores may merge appends into one row."""
+    """Events of one epoch: an append, or several."""
 
     epoch: str
     first: int
-    #: The frames, each with its final blank line.
+    #: The frames.
     body: bytes
     #: The end of each event in `body`.
     ends: tuple[int, ...]
@@ -111,13 +105,13 @@ class Retention(msgspec.Struct, frozen=True):
 
 
 class Stat(msgspec.Struct, frozen=True):
-    """The facts of a stream at one moment. `meta` is shared: don't change it."""
+    """A stream's facts at one moment. `meta` is shared: don't change it."""
 
     stream: str
     kind: Kind
     #: (epoch, its first sequence), oldest first.
     epochs: tuple[tuple[str, int], ...]
-    #: Unix times: of the creation, and of the last append, open, new `meta`, close, or trim to zero events.
+    #: Unix times. `updated`: the last append, open, new `meta`, close, or trim to zero events.
     created: float
     updated: float
     #: Oldest sequence kept, or `last + 1`.
@@ -134,7 +128,7 @@ class Stat(msgspec.Struct, frozen=True):
 
 
 class Cursor(NamedTuple):
-    """A position in a stream. `str()` gives the `id` on the wire."""
+    """`str()` gives the `id` on the wire."""
 
     epoch: str
     seq: int
@@ -146,8 +140,8 @@ class Cursor(NamedTuple):
 class Gap(msgspec.Struct, frozen=True, rename={"from_": "from"}):
     """The `data` of a `gap` event: where the reader's history and the log's differ.
 
-    `from` and `to` are the first and last sequence concerned. `trimmed`: events that it will never get. `diverged`:
-    events that it has and the log lost; the log assigns their numbers again. `None`: not known.
+    `trimmed`: events that it will never get. `diverged`: events that it has and the log lost, whose numbers are
+    assigned again. `None`: not known.
     """
 
     reason: Literal["trimmed", "diverged", "expired"]
@@ -155,7 +149,7 @@ class Gap(msgspec.Struct, frozen=True, rename={"from_": "from"}):
     to: int | None = None
 
 
-#: Called in the event loop with a row, the stream's end, or both.
+#: Called in the event loop with a row, the end, or both.
 Watcher = Callable[[Row | None, Ended | None], None]
 
 
@@ -183,7 +177,7 @@ def framed(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
 
 
 def new_epoch() -> str:
-    """128 random bits: without credentials, knowing the epoch is the right to read the run."""
+    """128 random bits: they are the right to read a run without credentials."""
     return secrets.token_urlsafe(16)
 
 
@@ -191,7 +185,7 @@ _CURSOR: Final = re.compile(r"([A-Za-z0-9_-]{22})\.(0|[1-9][0-9]{0,15})")
 
 
 def parse_cursor(text: str) -> Cursor:
-    """`<22 characters of base64url>.<0 to 2^53-1>`, no sign, no leading zeros.
+    """`<22 characters of base64url>.<0 to 2^53-1>`, no leading zeros.
 
     Boundary of trust. Raises `BadRequest`.
     """
@@ -204,7 +198,7 @@ def parse_cursor(text: str) -> Cursor:
 def locate(stat: Stat, cursor: Cursor) -> tuple[int, Gap | None]:
     """The sequence to read after, and the gap to announce first (rule 4).
 
-    `expired` gives the place before the oldest event kept; the caller decides whether to continue there.
+    After `expired`, the caller may continue with the oldest event kept.
     """
     epoch, seq = cursor
     kept = stat.first - 1
@@ -228,7 +222,6 @@ def joined(frames: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
 
 
 def packed(ends: tuple[int, ...]) -> bytes:
-    """`ends` as stored."""
     return struct.pack(f"<{len(ends)}I", *ends)
 
 
@@ -238,7 +231,7 @@ def unpacked(ends: bytes) -> tuple[int, ...]:
 
 
 def legible(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
-    """Apply `read` to each, logging and leaving out what it fails on (another version's data, a bad disk)."""
+    """Apply `read` to each; log and leave out what it fails on (another version's, a bad disk)."""
     found = []
     for one in stored:
         try:
@@ -249,7 +242,7 @@ def legible(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
 
 
 def plain(meta: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A copy after a round trip through JSON: the same in every store. Raises `EncodeError`."""
+    """A copy by way of JSON: the same in every store. Raises `EncodeError`."""
     if meta is None:
         return None
     copy: dict[str, Any] = orjson.loads(encode_json(meta))
@@ -257,7 +250,7 @@ def plain(meta: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def opened(stat: Stat, epoch: str, retention: Retention | None, now: float) -> Stat:
-    """With the epoch opened after the newest event. Raises `WriterFenced` if closed."""
+    """With a new epoch. Raises `WriterFenced`."""
     if stat.closed:
         raise WriterFenced("the stream is closed")
     epochs = (*stat.epochs, (epoch, stat.last + 1))
@@ -270,7 +263,7 @@ def opened(stat: Stat, epoch: str, retention: Retention | None, now: float) -> S
 def appended(
     stat: Stat, epoch: str, events: int, size: int, close: bool, meta: dict[str, Any] | None, now: float
 ) -> Stat:
-    """With the events appended. Raises `WriterFenced` (rule 3)."""
+    """With an append. Raises `WriterFenced` (rule 3)."""
     if stat.closed:
         raise WriterFenced("the stream is closed")
     if stat.epochs[-1][0] != epoch:
@@ -311,14 +304,13 @@ def outlived(stat: Stat, last: int, at: float, now: float) -> bool:
 
 
 def deleted_at(stat: Stat) -> float | None:
-    """When the upkeep deletes the stream if it doesn't change (rule 6)."""
+    """When the stream is deleted as it is (rule 6)."""
     if stat.closed:
         return due(stat, stat.updated)
     return stat.updated + EMPTY_TOPIC_S if stat.kind == "topic" and stat.first > stat.last else None
 
 
 def due(stat: Stat, at: float) -> float:
-    """When what was appended, or closed, `at` expires."""
     return at + (FOREVER_S if stat.retention.age_s is None else stat.retention.age_s)
 
 

@@ -1,7 +1,6 @@
-"""The rules of `ssecore.log` for stores of one process: memory and SQLite.
+"""The rules of `ssecore.log` for stores of one process. A `Ledger` decides; its subclass stores.
 
-A `Ledger` decides; the store keeps. An operation is refused before it has changed anything, so a refusal doesn't fail
-others of the same commit.
+A refused operation has changed nothing, so it fails no other of its commit.
 """
 
 import logging
@@ -42,7 +41,7 @@ T = TypeVar("T")
 
 
 class Entry:
-    """A stream's facts, and when its next upkeep is `due`. `id`, `epoch` and `rows` are the store's."""
+    """A stream's facts. `id`, `epoch` and `rows` are the store's."""
 
     __slots__ = ("charged", "due", "epoch", "id", "rows", "saved", "stat")
 
@@ -57,7 +56,7 @@ class Entry:
 
 
 class Ledger(ABC):
-    """All streams. `now` is Unix time, `max_bytes` the bound of rule 7."""
+    """All streams, in one commit at `now` (Unix time)."""
 
     now: float
     max_bytes: int
@@ -66,7 +65,7 @@ class Ledger(ABC):
     step_streams: ClassVar[int] = 64
 
     def __init__(self, process: str) -> None:
-        #: Prefix of the epochs that this process opens on topics.
+        #: Prefix of this process's epochs on topics.
         self.process = process
         self.crowded = False
         #: For the watchers, after the commit.
@@ -156,7 +155,7 @@ class Ledger(ABC):
             self.grew(entry)
 
     def _may_trim(self, entry: Entry, before: Stat) -> bool:
-        """Whether an append to a topic may have expired a row, or added its first one."""
+        """Whether an append may have expired a topic's row, or added its first one."""
         stat = entry.stat
         limit = stat.retention.bytes
         return (
@@ -176,7 +175,7 @@ class Ledger(ABC):
         self.save(entry)
 
     def _trim(self, entry: Entry, *, forced: bool = False) -> None:
-        """Drop the oldest rows that have expired, or any (`forced`): one step; `due` is set to the next one."""
+        """One step of dropping the oldest rows that have expired, or any (`forced`). Sets `due`."""
         stat = entry.stat
         entry.due = deleted_at(stat)
         if stat.kind == "topic" and not stat.closed:
@@ -207,7 +206,7 @@ class Ledger(ABC):
         return excess > 0 and self._take(self.due_after(self.now + facts.EMPTY_TOPIC_S), excess)
 
     def _take(self, streams: Sequence[str], excess: int) -> bool:
-        """Delete closed streams, and the oldest rows of topics, until `excess` bytes are free."""
+        """Delete closed streams, or rows of topics, until `excess` bytes are free."""
         for stream in streams:
             entry = self._entry(stream)
             before = cost(entry.stat)
@@ -253,39 +252,39 @@ class Ledger(ABC):
 
     @abstractmethod
     def insert(self, stat: Stat, due: float | None) -> Entry:
-        """Store a new stream with its key, epoch and charge."""
+        """With its key, epoch and charge."""
 
     @abstractmethod
     def insert_epoch(self, entry: Entry, epoch: str, first: int, forgotten: list[str]) -> None:
-        """Store a further epoch, and delete the `forgotten` ones."""
+        """And delete the `forgotten` ones."""
 
     @abstractmethod
     def insert_row(self, entry: Entry, row: Row) -> None:
-        """Store a row. The facts have changed already."""
+        """The facts have changed already."""
 
     @abstractmethod
     def save(self, entry: Entry) -> None:
         """The facts must be written with this commit."""
 
     def grew(self, entry: Entry) -> None:
-        """As `save`, if only facts have changed that a run's rows contain."""
+        """As `save`, if a run's rows contain the change."""
         self.save(entry)
 
     @abstractmethod
     def oldest(self, entry: Entry) -> Iterable[tuple[int, float, int]]:
-        """The oldest rows, at most `step_rows`: last sequence, time of the append, bytes."""
+        """At most `step_rows`: last sequence, time of the append, bytes."""
 
     @abstractmethod
     def drop(self, entry: Entry, last: int) -> None:
-        """Delete the rows up to this sequence."""
+        """The rows up to this sequence."""
 
     @abstractmethod
     def remove(self, entry: Entry) -> None:
-        """Delete the stream with its rows, key and epochs."""
+        """With its rows, key and epochs."""
 
     @abstractmethod
     def charge(self, entry: Entry, bytes: int) -> None:
-        """Set the bytes that the owner is charged for the stream."""
+        """Charge the owner so much for the stream."""
 
     @abstractmethod
     def used(self) -> int:
@@ -296,31 +295,31 @@ class Ledger(ABC):
 
     @abstractmethod
     def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
-        """The owners above `bytes`, and how much they use."""
+        """And how much they use."""
 
     @abstractmethod
     def closed_runs(self, owner: str) -> Sequence[str]:
-        """The owner's oldest closed runs, one step."""
+        """The oldest, one step."""
 
     @abstractmethod
     def due_until(self, at: float) -> Sequence[str]:
-        """The streams due by then, the earliest first, one step."""
+        """The earliest first, one step."""
 
     @abstractmethod
     def due_after(self, at: float) -> Sequence[str]:
-        """The streams due after that, the earliest first, one step."""
+        """The earliest first, one step."""
 
     def sweep(self) -> bool:
-        """One step of deleting rows of deleted streams. False if there are none."""
+        """One step of deleting rows of deleted streams."""
         return False
 
     def give_back(self) -> bool:
-        """One step of returning space to the system. False if there is none."""
+        """One step of returning space to the system."""
         return False
 
 
 class LocalStore(ABC):
-    """A store of one process, besides its ledger (see `ssecore.log.Store`)."""
+    """A `Store` of one process, on its ledger."""
 
     away = False
     crowded = False
@@ -330,7 +329,7 @@ class LocalStore(ABC):
 
     def __init__(self) -> None:
         self._watchers = Watchers()
-        #: The first half of the epochs that this process opens on topics.
+        #: The first half of this process's epochs on topics.
         self._process = secrets.token_urlsafe(8)
 
     @abstractmethod

@@ -1,28 +1,25 @@
 """The event log in Redis Streams, for any number of processes. Redis 7.0 and later, and Valkey.
 
-A finished call survives what Redis is configured to survive; losses beyond that are detected.
-
-Each process has three connections. One task alone uses each, so a cancelled caller leaves no connection half read. Two
-*lines* answer calls; calls that arrive while a pipeline is in flight go into the next one. The third connection
-receives a message for each append to a watched stream, which is then read. ARCHITECTURE.md draws it.
+A finished call survives what Redis is configured to survive; losses beyond that are detected. Each process has three
+connections, each used by one task, so a cancelled caller leaves none half read: two *lines* for calls, which gather
+while a pipeline is in flight, and one subscribed to the watched streams. ARCHITECTURE.md draws it.
 
 1.  A script is atomic: it checks the writer, assigns the sequence, trims and publishes. All keys have one hash tag.
-2.  A call whose answer was lost is repeated. Redis keeps each process's last append answer by the call's number, and
-    returns it instead of appending twice. A process has one append call in flight.
+2.  A call whose answer was lost is repeated. Redis keeps each process's last append answer, by the call's number, and
+    returns it instead of appending twice.
 3.  Facts name the instance (Redis' run id) that appended last. On another instance a stream first gets a new epoch:
-    clients may have seen sequences that this instance lost and will assign again. Before anything is read from a new
-    instance, the watchers of streams that lost events are notified.
+    clients may have seen sequences that this instance lost and will assign again. Watchers of streams that lost events
+    are notified before anything is read from it.
 4.  If a run's writer knows of more events than Redis has, its append raises `LogError` and the run fails.
-5.  Pub/sub may lose messages, so they carry no data. A message, a resubscription and a regular poll each mean: read on
-    from what the watchers have. Redis may publish before it has synced (`appendfsync always`), but answers calls only
-    afterwards; so watchers get only what a call returned.
-6.  Each process has a lease, and each run a holder, the process that created it. `unfinished` are the open runs whose
-    holder's lease has expired. A process that lost its connection waits a whole lease first: others may have lost
-    theirs too. A returning holder is fenced by its epoch, not by the lease.
-7.  If Redis is unreachable, each call waits `wait_s`, and reads wait for as long as their reader does. After `give_up`
-    nothing waits.
-8.  Redis may hold data that this version can't read: another version's, foreign keys, partly deleted keys. Calls for
-    that stream raise `LogError`, its watchers are ended, and everything else continues.
+5.  Pub/sub may lose messages, and may publish before the sync (`appendfsync always`), so messages carry no data: they,
+    resubscriptions and a regular poll mean "read on". Watchers get only what a call returned.
+6.  A run's holder is the process that created it. `unfinished` are open runs whose holder's lease has expired; after a
+    lost connection a process waits a whole lease first, since others may have lost theirs. The epoch fences a returning
+    holder, not the lease.
+7.  If Redis is unreachable, each call waits `wait_s`, and reads wait as long as their reader. After `give_up` nothing
+    waits.
+8.  If Redis has data of another version, or foreign or partly deleted keys, calls for that stream raise `LogError` and
+    its watchers are ended; everything else continues.
 """
 
 import asyncio
@@ -79,31 +76,29 @@ __all__ = ["RedisLog"]
 
 logger = logging.getLogger("sseapp")
 
-#: Attempts of an append that first needs an epoch or a topic. Two failed in a row in tests: Redis restarted twice.
+#: Attempts of an append. Two failed in a row in tests: Redis restarted twice.
 _TRIES: Final = 5
 #: Calls in one pipeline.
 _MAX_PIPELINE: Final = 64
-#: How long calls wait once the service is stopping: their callers are cancelled soon after.
+#: How long calls wait once the service is stopping.
 _LAST_S: Final = 0.4
-#: How long Redis keeps a process's last answer, and the commands sent to it.
 _REMEMBER_S: Final = 3600
-#: Temporary errors that break a connection. uvloop raises RuntimeError if the transport is closed.
+#: Temporary errors. uvloop raises RuntimeError if the transport is closed.
 _BROKEN: Final = (RedisError, OSError, RuntimeError)
-#: The subscribed connection's ping interval, and how long it may be silent.
+#: Of the subscribed connection.
 _PING_S: Final = 2.0
 _SILENCE_S: Final = 5.0
 #: Shortest and longest pause before reconnecting.
 _PAUSES_S: Final = (0.02, 1.0)
 _STEP_STREAMS: Final = 64
-#: Watched streams that one call polls, and that one call reads (some MiB).
+#: Streams that one call polls, and that one call reads (some MiB).
 _LOOK_STREAMS: Final = 1000
 _MORE_STREAMS: Final = 64
-#: The same error is logged at most once in this time.
 _COMPLAIN_S: Final = 10.0
 
 
 class _Session(NamedTuple):
-    """A connection to one instance with the scripts loaded."""
+    """A connection with the scripts loaded."""
 
     connection: Any
     instance: str
@@ -114,7 +109,7 @@ class _Session(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """`command` is a script's name or a command, with arguments. The answer may be an exception."""
+    """`command` starts with a script's name or a command."""
 
     command: tuple[Any, ...]
     until: float
@@ -140,7 +135,7 @@ class _Line:
         self._failure: Exception | None = None  # the last attempt's
 
     async def ask(self, *command: Any, wait_s: float | None = None) -> Any:
-        """`wait_s`: how long to wait for the answer instead of the store's `wait_s`; 0 makes one attempt."""
+        """`wait_s`: instead of the store's; 0 makes one attempt."""
         if self._closed or self._stuck:
             await checkpoint()
             raise LogUnavailable("the event log is closed") if self._closed else _stopping()
@@ -149,7 +144,7 @@ class _Line:
         call = _Call(command, current_time() + wait_s, loop.create_future())
         self._calls.append(call)
         self._wake.set()
-        # A queued call must not wait first for those before it to fail, and then for its own failure.
+        # A queued call must not wait for those before it to fail first.
         if self._stopping:
             wait_s = _LAST_S
         timer = loop.call_later(wait_s, self._overdue, call, wait_s) if 0 < wait_s < math.inf else None
@@ -178,7 +173,7 @@ class _Line:
         self._scope.cancel()
 
     async def run(self) -> None:
-        """Runs until `close`, shielded: callers may still have calls to finish."""
+        """Shielded: callers may still have calls to finish."""
         session: _Session | None = None
         pause = _PAUSES_S[0]
         try:
@@ -222,7 +217,7 @@ class _Line:
         return calls
 
     def _lost(self, error: Exception, pause: float) -> None:
-        """Repeat the calls (rule 2), or fail those that have run out of time."""
+        """Rule 2, for the calls that have time left."""
         passing = isinstance(error, _BROKEN)
         if passing:
             self._failure = error
@@ -239,7 +234,6 @@ class _Line:
 
 
 async def _talk(session: _Session, calls: list[_Call], complain: Callable[[str, Exception], None]) -> None:
-    """Raises what breaks the connection, or means another instance."""
     connection, shas = session.connection, session.shas
     commands = [
         ("EVALSHA", shas[name], 0, *values) if name in shas else (name, *values) for (name, *values), _, _ in calls
@@ -319,7 +313,7 @@ class RedisStore:
         self._tops: dict[str, int] = {}
         self._stopping = False
         self._back_at = self._held_at = 0.0
-        #: By logged error: when it was logged, and how often it was suppressed since.
+        #: When each was logged, and how often suppressed since.
         self._complaints: dict[str, tuple[float, int]] = {}
 
     @asynccontextmanager
@@ -379,7 +373,7 @@ class RedisStore:
         return make
 
     async def connect(self) -> _Session:
-        """Raises `RedisError` or `OSError` for temporary errors, `LogError` for permanent ones."""
+        """Raises `LogError` for what isn't temporary."""
         connection = self._make()
         try:
             await connection.connect()
@@ -432,7 +426,6 @@ class RedisStore:
             line.give_up()
 
     def heard_of(self, error: Exception | None) -> None:
-        """Record whether Redis answered."""
         if error is not None and not self.away:
             logger.error("can't reach the event log's Redis: %s", error)
         elif error is None and self.away:
@@ -440,7 +433,7 @@ class RedisStore:
         self.away = error is not None
 
     def complain(self, what: str, error: object) -> None:
-        """Log at a limited rate: a request, or another process, can cause many errors a second."""
+        """Log at a limited rate: requests can cause many errors a second."""
         now = current_time()
         last, times = self._complaints.get(what, (-math.inf, 0))
         if now - last < _COMPLAIN_S:
@@ -452,7 +445,7 @@ class RedisStore:
         logger.error("the event log's Redis: %s: %s%s", what, error, again, exc_info=trace)
 
     async def _go_on(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Restart a failed task, so that it doesn't end the app (rule 8)."""
+        """Restart failed tasks (rule 8)."""
         while True:
             try:
                 await task()
@@ -507,7 +500,7 @@ class RedisStore:
         return self._stats(await self._reads.ask("runs", _maybe(owner), limit - 1))
 
     async def unfinished(self) -> list[Stat]:
-        """Runs whose holder's lease has expired, and runs held here without a worker (rule 6)."""
+        """Rule 6, and runs held here without a worker."""
         if self._cut_off():
             return []
         left = await self._reads.ask("left", self._process)
@@ -516,7 +509,7 @@ class RedisStore:
         return [stat for stat in self._stats(left) if stat.stream not in self._tops]
 
     def _stats(self, found: list[Any]) -> list[Stat]:
-        """The readable ones (rule 8)."""
+        """Rule 8."""
         stats = []
         for one in found:
             try:
@@ -528,7 +521,7 @@ class RedisStore:
         return stats
 
     def _cut_off(self) -> bool:
-        """Whether other processes may have lost their leases as this one did."""
+        """Whether others may have lost their leases (rule 6)."""
         now = current_time()
         return now - self._back_at < self._lease_s or now - self._held_at > self._lease_s / 2
 
@@ -613,7 +606,6 @@ class RedisStore:
                 done()
 
     async def _send(self, batches: list[Batch]) -> None:
-        """Append the batches, until each is answered or Redis was unreachable for too long."""
         try:
             for _ in range(_TRIES):
                 batches = await self._call(batches)
@@ -623,14 +615,13 @@ class RedisStore:
                     with suppress(NotFound, WriterFenced):
                         await self._prepare(batch)
             raise Unavailable("other processes keep opening or deleting this stream; try again", retry_after_s=1)
-        except Exception as error:  # even for a bug of ours: nothing may wait forever
+        except Exception as error:  # nothing may wait forever
             if not isinstance(error, SSEAppError):
                 logger.exception("the event log can't be written")
             for batch in batches:
                 batch.error = error if isinstance(error, SSEAppError) else _away(error)
 
     async def _prepare(self, batch: Batch) -> None:
-        """For rule 3, or to create the topic."""
         if batch.last < 0 and batch.retention is not None:
             now = self._clock()
             epochs = ((new_epoch(), 1),)
@@ -639,7 +630,7 @@ class RedisStore:
             await self._open(batch.stream, new_epoch(), "")
 
     async def _call(self, batches: list[Batch]) -> list[Batch]:
-        """One call. Returns the batches that first need an epoch or, with `last` -1, their topic."""
+        """Returns the batches that first need an epoch or, with `last` -1, their topic."""
         self._number += 1
         values: list[Any] = []
         rows = [joined(batch.frames) for batch in batches]
@@ -648,7 +639,7 @@ class RedisStore:
             least = self._tops.get(batch.stream, 0)
             values += (batch.stream, batch.epoch, int(batch.close), meta, len(ends), packed(ends), body, least)
         wait_s = 0.0 if self.closing else self.wait_s
-        if self.away:  # batches that waited behind a failed call have used up that time
+        if self.away:  # batches behind a failed call have waited as long
             wait_s += min(batch.since for batch in batches) - time.monotonic()
             if wait_s <= 0:
                 raise _away(RedisConnectionError())
@@ -684,7 +675,7 @@ class RedisStore:
     # What other processes append
 
     def _announce(self, stream: str, top: Cursor, row: Row | None, ended: Ended | None) -> None:
-        """Notify the watchers of our own append, or read on first if rows before it are missing (rule 5)."""
+        """Notify watchers of our own append; if rows before it are missing, read those first (rule 5)."""
         told = self._told.get(stream)
         if told is not None and ended != "deleted":
             first = top.seq + 1 if row is None else row.first
@@ -706,7 +697,7 @@ class RedisStore:
             self._forget(stream)
 
     def _check(self, stream: str, told: Cursor, found: Any) -> bool:
-        """Whether the log still has what watchers got. If not, end their stream: clients resume, and get a `gap`."""
+        """Whether the log still has what watchers got. If not, ends the stream: clients resume, and get a `gap`."""
         try:
             stat = _stat(found)
             if stat is None or not told.epoch:
@@ -733,7 +724,7 @@ class RedisStore:
         self._channels.set()
 
     async def _watching(self, stream: str) -> None:
-        """Wait for the subscription (rule 8 of `ssecore.log`)."""
+        """Rule 8 of `ssecore.log`: watch first."""
         if (subscribed := self._subscribed.get(stream)) is not None and not subscribed.is_set():
             with anyio.move_on_after(self.wait_s):
                 await subscribed.wait()
@@ -761,7 +752,6 @@ class RedisStore:
             await anyio.sleep(pause)
 
     async def _subscribe(self, session: _Session) -> None:
-        """Follow changes of the watched streams, and ping."""
         send = session.connection.send_command
         asked: dict[str, anyio.Event] = {}
         with suppress(*_BROKEN):  # `_hear_all` gets the error too
@@ -780,7 +770,7 @@ class RedisStore:
                     await send("PING")
 
     async def _hear_all(self, session: _Session) -> None:
-        """Receive until the connection breaks or is silent, or the instance has changed."""
+        """Until the connection breaks or is silent, or the instance changes."""
         message: Any = []
         try:
             while message is not None and session.instance == self.instance:
@@ -805,7 +795,7 @@ class RedisStore:
             subscribed.set()
 
     def _heard(self, stream: str, data: bytes) -> None:
-        """Rule 5. Ignores this process's own appends, and the message's other words: other versions send others."""
+        """Rule 5. Ignores our own appends."""
         first, *words = data.split(b" ", 4)
         if words[2:3] == [self._process.encode()]:
             return
@@ -815,7 +805,6 @@ class RedisStore:
         self._suspect(stream)
 
     async def _refill(self) -> None:
-        """Read dirty streams for their watchers; poll all watched ones regularly."""
         look_at = current_time() + self._look_s
         while True:
             with CancelScope(deadline=look_at):
@@ -848,7 +837,6 @@ class RedisStore:
                 self._tell_more(stream, told, *one)
 
     def _more(self) -> Iterator[tuple[str, Cursor]]:
-        """With what the watchers have."""
         return ((stream, told) for stream in self._dirty if (told := self._told.get(stream)) is not None)
 
     def _tell_more(
@@ -916,7 +904,7 @@ def _refusal(said: bytes, text: bytes = b"") -> SSEAppError:
 
 
 def _stat(found: list[Any]) -> Stat | None:
-    """Boundary of trust: Redis may hold another version's or program's data. Raises `LogError` (rule 8)."""
+    """Boundary of trust. Raises `LogError` (rule 8)."""
     name, fields = found
     if not fields and not isinstance(fields, Exception):
         return None
@@ -974,7 +962,7 @@ def _stopping() -> LogUnavailable:
 
 
 def _away(error: Exception) -> LogUnavailable:
-    """For the client: Redis' own error text may name users and keys."""
+    """For the client: Redis' own texts may name users and keys."""
     reason = "Redis can't be reached"
     if isinstance(error, OutOfMemoryError):
         reason = "Redis is full"

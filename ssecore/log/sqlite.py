@@ -1,30 +1,25 @@
 """The event log in one SQLite file, for one process. What a finished call stored survives a SIGKILL.
 
 In WAL mode with `synchronous=NORMAL`: a power failure may lose the last moments; readers then get a `gap` (`diverged`).
-`full_sync=True` syncs each commit, and survives that too.
+`full_sync=True` syncs each commit, and survives that too. One thread commits; what is queued meanwhile is its next
+transaction:
 
-One thread commits for as long as the log runs; what is queued meanwhile is its next transaction. It reports back to the
-event loop by one call:
+    append, post ──► Commits (writer.py) ──┐
+    create, open, delete, upkeep ──────────┴──► queue ──► the thread ──► loop: watchers, callers
+    read, find, … ──► worker threads: one SELECT on one of a few connections
 
-    append, post ──► Commits (writer.py): a batch a stream ──┐
-    create, open, delete, upkeep ────────────────────────────┴──► queue ──► the thread ──► loop: watchers, callers
-    read, find, … ──► a worker thread: one SELECT on one of a few connections
-
-1.  A batch is a row. An append to an open run doesn't write the facts that its rows contain (`last`, `size`,
-    `updated`): queries derive them until the close, new `meta` or an epoch writes them. So such an append is one
-    statement, and a transaction of rows alone is that statement, without BEGIN and COMMIT.
-2.  An operation is refused before it has changed anything, so a refusal fails no other. An error of SQLite fails all
-    operations of its transaction with `LogUnavailable`, and stores none of them.
+1.  An append to an open run doesn't write the facts that its rows contain (`last`, `size`, `updated`): queries derive
+    them until the close, new `meta` or an epoch writes them. So it is one statement, without BEGIN and COMMIT.
+2.  A refused operation has changed nothing, and fails no other. An error of SQLite fails all operations of its
+    transaction with `LogUnavailable`, and stores none.
 3.  `_known`, the facts of the streams in use, is changed by the thread alone, after a commit; the loop only reads it.
-    A transaction changes copies.
 4.  A reader's transaction is one SELECT: it doesn't hold the WAL back, and sees every earlier commit.
-5.  Deleting takes bounded steps: a deleted stream's rows are `garbage`, which upkeep removes step by step. `max_bytes`
-    counts the pages in use, garbage too, so garbage is removed before more is deleted to free space.
+5.  Upkeep deletes rows of deleted streams (`garbage`) in bounded steps. `max_bytes` counts the pages in use, so garbage
+    goes before more is deleted to free space.
 6.  Another program's file is never written to. A new file is made under another name, so a file by the log's name
     always has the application id in its header.
-7.  Before each transaction the thread checks that the file and its WAL are the ones that it opened: SQLite would keep
-    writing to a deleted file. After a failure the log is `away` until a transaction has written to the file; upkeep
-    tries that.
+7.  Before each transaction the thread checks that the file and its WAL are the ones it opened: SQLite would keep
+    writing to a deleted file. After a failure the log is `away` until upkeep, or another transaction, has written.
 """
 
 import logging
@@ -61,13 +56,13 @@ __all__ = ["SqliteLog"]
 
 logger = logging.getLogger("sseapp")
 T = TypeVar("T")
-#: Device and inode of the file and of its WAL, if they exist.
+#: Device and inode of the file and its WAL.
 _Files = tuple[tuple[int, int] | None, tuple[int, int] | None]
 
 _APPLICATION_ID: Final = int.from_bytes(b"SSEL")
 #: Script n migrates version n to n + 1.
 _MIGRATIONS: Final = (
-    # Stream ids aren't reused: `garbage` refers to them. `due` is the time of the next upkeep.
+    # `garbage` needs ids that aren't reused. `due`: the next upkeep.
     """
     CREATE TABLE streams (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,
@@ -86,41 +81,41 @@ _MIGRATIONS: Final = (
     CREATE UNIQUE INDEX rows_last ON rows (stream, last);
     CREATE TABLE garbage (stream INTEGER PRIMARY KEY);
     """,
-    # The owners' bytes, see `cost`. Topics without events used to be kept forever.
+    # See `cost`. Topics without events used to be kept forever.
     """
     UPDATE streams SET due = 0 WHERE kind = 'topic' AND closed = 0 AND due IS NULL;
     CREATE TABLE accounts (owner TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
     INSERT INTO accounts SELECT owner, sum(6144 + size + 64 * (last - first + 1))
         FROM streams WHERE owner IS NOT NULL GROUP BY owner;
     """,
-    # From this version on an open run's facts lag behind its rows (rule 1): an older program would overwrite rows.
+    # From here on facts lag behind rows (rule 1): an older program would overwrite rows.
     "",
 )
 
-#: Operations in a transaction. `Commits` bounds its appends.
+#: Operations in a transaction.
 _MAX_ORDERS: Final = 100
-#: Rows in one INSERT. SQLite caches a statement for each number of rows.
+#: Rows in one INSERT.
 _ROWS_AT_ONCE: Final = 32
-#: A batch's bytes in the file, and in the WAL, besides its body, roughly. The pages are counted again once the bytes
-#: written could have passed the bound, and the WAL's size is checked each 64th of its bound.
+#: A batch's bytes in the file, and in the WAL, besides its body, roughly. Pages are counted again once the bound could
+#: have been passed, and the WAL's size is checked each 64th of its bound.
 _BATCH_BYTES: Final = 1024
-#: By how much a run may grow before its owner is charged again (rule 1).
+#: A run's growth before its owner is charged again.
 _UNCHARGED_BYTES: Final = 64 * 1024
-#: Connections and threads for reading: few, since most of the work holds the interpreter's lock.
+#: Few: most of the work holds the interpreter's lock.
 _READERS: Final = 4
-#: Streams in `_known`, about 1 KB each.
+#: About 1 KB each.
 _MAX_KNOWN: Final = 10_000
-#: Rows, and pages, in one step of upkeep: some milliseconds, and commits up to 20 ms if the rows are large.
+#: In one step of upkeep: some milliseconds, with large rows commits up to 20 ms.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: Pages (2 MiB) after which SQLite checkpoints. Its default of 4 MiB would be half of a small log.
+#: 2 MiB. SQLite's default of 4 MiB would be half of a small log.
 _CHECKPOINT_PAGES: Final = 512
-#: Readers can keep the WAL from restarting. Above this it is truncated.
+#: Readers can keep the WAL from restarting: then it is truncated.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
-#: After a failure upkeep writes a row of a stream that never exists, to test for free space.
+#: After a failure upkeep tests for free space by a row of no stream.
 _PROBE_STREAM: Final = 0
 _PROBE_BYTES: Final = 64 * 1024
-#: How long SQLite waits for another program's lock (a backup, `sqlite3`); as long as the Redis log waits.
+#: For another program's lock (a backup, `sqlite3`).
 _BUSY_S: Final = 5.0
 _LOCK_POLL_S: Final = 0.05
 
@@ -154,7 +149,7 @@ _SELECT_ROWS: Final = """
 
 
 class _Order(Generic[T]):
-    """Work for the thread. `done` is called in the loop afterwards."""
+    """Work for the thread. `done` is called in the loop."""
 
     __slots__ = ("awaited", "done", "error", "result", "size", "work")
 
@@ -170,9 +165,8 @@ class _Order(Generic[T]):
 class SqliteLog(Log):
     """`Log` in the file `path`, whose folder is created if needed.
 
-    `full_sync`: see above. `lock_wait_s`: how long to wait for another process that has the file. `clock`, `upkeep_s`
-    as for `Log`; `max_bytes`: rule 7 of `ssecore.log`.
-    `ssecore.log`).
+    `lock_wait_s`: how long to wait for another process that has the file. `clock`, `upkeep_s` as for `Log`;
+    `max_bytes`: rule 7 of `ssecore.log`.
     """
 
     store: "SqliteStore"
@@ -211,7 +205,7 @@ class SqliteStore(LocalStore):
         self._running = False
         self._stuck = False  # since `give_up`, until earlier orders are done
         self._files: _Files = (None, None)
-        #: Bytes of the pages in use when last counted, and bytes written since, roughly.
+        #: Bytes of the pages in use when counted, and written since.
         self.used, self.written = 0, -1
         self._unlooked = 0
 
@@ -267,7 +261,7 @@ class SqliteStore(LocalStore):
         return order.result
 
     def give_up(self) -> None:
-        """A transaction may be waiting for another program's lock, and all others for it."""
+        """The transaction may be waiting for another program's lock."""
         for order in self._under_way:
             if order.awaited:  # else `Commits` fails it
                 order.awaited, order.error = False, LogUnavailable("the service is about to stop")
@@ -310,14 +304,14 @@ class SqliteStore(LocalStore):
             outcome: _Transaction | BaseException
             try:
                 outcome = self._transact(orders)
-            except BaseException as error:  # even for a bug of ours: nothing may wait forever
+            except BaseException as error:  # nothing may wait forever
                 outcome = error
             with suppress(RuntimeError):  # the loop has ended
                 self._tell(self._done, orders, outcome)
             del orders, outcome
 
     def _take(self) -> list[_Order[Any]]:
-        """All that is queued, at least one; nothing at the end."""
+        """At least one; nothing at the end."""
         orders: list[_Order[Any]] = []
         while len(orders) < _MAX_ORDERS and not (orders and self._orders.empty()):
             order = self._orders.get()
@@ -351,7 +345,7 @@ class SqliteStore(LocalStore):
             self._stuck = False
 
     def _transact(self, orders: list[_Order[Any]]) -> "_Transaction":
-        """In the thread. Sets each order's result or refusal."""
+        """In the thread."""
         try:
             file, wal = self._present()
             if file != self._files[0] or (self.writer and wal != self._files[1]):
@@ -503,7 +497,7 @@ class SqliteStore(LocalStore):
             db.executescript(f"BEGIN; {script}; {mark}; COMMIT")
 
     def _is_there(self) -> bool:
-        """Raises for another program's file (rule 6), without SQLite, which may change what it opens."""
+        """Rule 6, without SQLite, which may change what it opens."""
         try:
             with self.path.open("rb") as file:
                 header = file.read(100)
@@ -518,7 +512,7 @@ class SqliteStore(LocalStore):
         return bool(header)
 
     async def _lock(self) -> int:
-        """The lock file's descriptor. The kernel drops the lock with the process."""
+        """The lock file's descriptor."""
         until = current_time() + self._lock_wait_s
         while True:
             lock, holder = await run_sync(self._try_lock)
@@ -572,12 +566,12 @@ class _Transaction(Ledger):
         self.wrote = False
         #: Bytes to add to the owners' accounts.
         self._charges: Counter[str] = Counter()
-        #: The streams that it uses, as they will be; None: deleted.
+        #: Its streams as they will be; None: deleted.
         self.entries: dict[str, Entry | None] = {}
 
     @property
     def db(self) -> sqlite3.Connection:
-        """The connection, in a transaction that has the rows so far."""
+        """In a transaction, after the rows so far."""
         if not self._begun:
             self._db.execute("BEGIN IMMEDIATE")
             self._begun = True
@@ -675,7 +669,7 @@ class _Transaction(Ledger):
             entry.charged = bytes
 
     def used(self) -> int:
-        """The bytes of the pages in use, counted when they may exceed the bound, and after a deletion."""
+        """Counted when it may exceed the bound, and after a deletion."""
         store = self._store
         if self.max_bytes == sys.maxsize:
             return 0
@@ -722,7 +716,7 @@ class _Transaction(Ledger):
         return bool(garbage)
 
     def give_back(self) -> bool:
-        """Free pages, once they are a quarter of the file."""
+        """Once a quarter of the file is free."""
         pages, free = (self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
         if free <= max(_STEP_PAGES, pages // 4):
             return False
@@ -758,7 +752,7 @@ def _read(db: sqlite3.Connection, stream: str, after: int, max_bytes: int) -> li
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    """From a row of `_SELECT`. The owner is charged by the stored facts, not those derived from rows."""
+    """From `_SELECT`. The owner is charged by the stored facts."""
     id, due, epoch, first_written, last_written, size_written, *facts = row
     stream, kind, epochs, created, updated, first, last, size, closed, owner, meta, key, keep = facts
     epochs = tuple((name, start) for name, start in orjson.loads(epochs))
@@ -783,8 +777,6 @@ def _inode(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 
 
 class _Replaced(Exception):
-    """For the operator's log, after the path."""
-
     def __str__(self) -> str:
         return (
             ": the file or its -wal was deleted or replaced while this process uses it, and appends would be lost. Stop"
@@ -797,7 +789,7 @@ def _damaged(error: BaseException) -> bool:
 
 
 def _failure(doing: str, error: BaseException) -> SSEAppError:
-    """For the client: SQLite's error texts contain no path, others may."""
+    """For the client: only SQLite's texts contain no path."""
     if _damaged(error):
         return LogError("the event log's file is damaged")
     reason = error if isinstance(error, sqlite3.Error) else "internal error"
@@ -808,7 +800,6 @@ def _failure(doing: str, error: BaseException) -> SSEAppError:
 
 
 def _complaint(db: sqlite3.Connection | None, error: BaseException) -> str:
-    """For the operator at the start."""
     if not _damaged(error):
         return f"can't be used: {error}"
     reason = str(error)

@@ -1,15 +1,13 @@
 """Readers of the log: cursors into a tail that all of a stream's readers share.
 
-A `Tail` holds a stream's newest events, framed once per process. A `Reader` has no queue, only the sequence up to which
-it has read; what comes next it takes from the tail, or else from the log, or else it gets a `gap`. So a slow reader
-costs no memory.
+A `Tail` has a stream's newest events, framed once per process. A `Reader` has only the sequence up to which it has
+read; it takes what comes next from the tail, or else the log, or else gets a `gap`. So a slow reader costs no memory.
 
 1.  A tail watches before it reads the facts (rule 8 of `ssecore.log`).
-2.  For a moment `top` may be beyond the tail's newest row; readers then read the log, and skip duplicates.
-3.  Readers that are behind at the same place (many that reconnect at once) share one read of the log, which is kept
-    until the last of them has caught up.
+2.  `top` may briefly be beyond the tail's newest row; readers then read the log, and skip duplicates.
+3.  Readers that are behind at the same place share one read of the log, which is kept until the last has caught up.
 4.  A `Translate` keeps the event's id, so cursors mean the same everywhere.
-5.  Changes are delivered in a round, on the loop's next turn: what is appended in this turn travels together. Between
+5.  A round on the loop's next turn delivers all that was appended in this one. Between slices of readers the loop gets
     slices of readers the loop gets a turn.
 """
 
@@ -31,25 +29,25 @@ from ssecore.wire import Decoder, Event, encode
 
 __all__ = ["Attached", "Place", "Reader", "Tail", "Tails", "Translate", "gap_frames"]
 
-#: Most bytes of a tail beyond its newest row.
+#: Of a tail, beyond its newest row.
 TAIL_BYTES: Final = 256 * 1024
-#: Bytes of one read of the log.
+#: Of one read of the log.
 READ_BYTES: Final = 256 * 1024
-#: Bytes of reads that are kept (rule 3).
+#: Of the kept reads (rule 3).
 KEPT_BYTES: Final = 1024 * 1024
-#: Readers in a slice (rule 5): about half a millisecond. Smaller slices merge more events of a burst into one write.
+#: Readers in a slice: about half a millisecond. Smaller slices merge more events of a burst into one write.
 SLICE: Final = 64
-#: No reader has this position: cursors begin at 0.
+#: No reader's position.
 NO_READER: Final = -1
 
 
-#: Translates an event, or drops it (`None`), by the event alone: it may be called again. Its id is ignored. A stream's
-#: last event must not be dropped, or no client's cursor reaches the end.
+#: Translates an event, or drops it (`None`), by the event alone, maybe repeatedly. Its id is ignored. A stream's last
+#: event must not be dropped, or no client's cursor reaches the end.
 Translate = Callable[[Event], Event | None]
 
 
 def gap_frames(gap: Gap, dialect: Dialect, *, last: bool = False) -> bytes:
-    """A `gap` event, without `id:` since it isn't in the log.
+    """A `gap` event, without an id since it isn't in the log.
 
     `last`: it ends the stream. A page can't tell 204 from 410, so it gets the gap, and a resume after its id a 204.
     """
@@ -60,8 +58,6 @@ def gap_frames(gap: Gap, dialect: Dialect, *, last: bool = False) -> bytes:
 
 
 class Tail:
-    """The newest events of a stream."""
-
     def __init__(self, log: Log, stream: str, gaps: "Counter[str]", *, id_first: bool = False) -> None:
         self.stream = stream
         self.id_first = id_first  #: see `framed`
@@ -74,7 +70,6 @@ class Tail:
         self.readers: dict[Reader, Sender | None] = {}
         #: One per open reader, and per `Tails.acquire` until its `release`.
         self.references = 0
-        #: Readers that currently read the log.
         self.behind: set[Reader] = set()
         self._log = log
         self._chunks: deque[tuple[Row, bytes]] = deque()
@@ -82,15 +77,14 @@ class Tail:
         self._since: tuple[int, int, bytes] = (-1, -1, b"")
         self._reads: dict[int, tuple[bytes, int, Gap | None]] = {}
         self._reading: Shared[int, tuple[bytes, int, Gap | None]] = Shared()
-        self._scheduled = False  # a round is scheduled
+        self._scheduled = False  # a round is
         self._seen: tuple[int, Ended | None] = (0, None)  # top and end at the round's start
         self._framed: tuple[bytes, bytes] = (b"", b"")  # the round's batch, and as an HTTP chunk
         self.close = log.watch(stream, self._on_append)
-        #: For `Reader.on_close`, the same object for all readers.
         self.release: Callable[[], None] = lambda: None
 
     def apply(self, stat: Stat) -> None:
-        """Apply facts read after the watch began (rule 1)."""
+        """Rule 1."""
         self.top = max(self.top, stat.last)
         if stat.closed and self.ended is None:
             self.ended = "closed"
@@ -111,7 +105,6 @@ class Tail:
         self._wake()
 
     def fail(self, unstored_end: bytes) -> None:
-        """End the readers with `unstored_end`."""
         self.unstored_end, self.ended = unstored_end, "closed"
         self._wake()
 
@@ -149,11 +142,11 @@ class Tail:
             return
         self._scheduled = False
         self._framed = (b"", b"")  # frees up to twice the tail's size
-        if self._seen != (self.top, self.ended):  # changed between slices: the first readers may lack it
+        if self._seen != (self.top, self.ended):  # changed between slices
             self._wake()
 
     def since(self, after: int) -> tuple[bytes, int] | None:
-        """All events after `after`, and the last one's sequence; `None` if the tail lacks some."""
+        """All events after `after`, and the last one's sequence; `None` if some are missing."""
         if not self._chunks or not self._chunks[0][0].first <= after + 1 <= self._chunks[-1][0].last:
             return None
         last = self._chunks[-1][0].last
@@ -168,7 +161,7 @@ class Tail:
         return self._since[2], last
 
     async def read(self, after: int) -> tuple[bytes, int, Gap | None]:
-        """The next frames of the log, the last one's sequence, and the gap before them (rule 3)."""
+        """Frames from the log, the last one's sequence, and the gap before them (rule 3)."""
         if (known := self._reads.get(after)) is not None:
             return known
         return await self._reading.do(after, partial(self._read, after))
@@ -177,7 +170,7 @@ class Tail:
         top = self.top
         rows = await self._log.read(self.stream, after, READ_BYTES)
         stat = None if rows else await self._log.stat(self.stream)
-        # A closed run without rows is being deleted, or lost them; `deleted`, the name may be another stream's.
+        # A closed run without rows is being deleted, or lost them; if `deleted`, a new stream may have the name.
         gone = not rows and (stat is None or (stat.kind == "run" and stat.closed and stat.last <= top))
         if gone or self.ended == "deleted":
             return b"", self.top, Gap("expired", after + 1)
@@ -193,7 +186,7 @@ class Tail:
         return result
 
     def caught_up(self, reader: "Reader") -> None:
-        """Drop the kept reads after the last reader that was behind."""
+        """Rule 3."""
         self.behind.discard(reader)
         if not self.behind:
             self._reads.clear()
@@ -221,10 +214,10 @@ class Reader:
     )
 
     events = True
-    #: The request that starts a run has waited already.
+    #: `Runs` has waited already.
     first_s = 0.0
     has_something = True
-    #: A drain ends it in any case: its client resumes elsewhere.
+    #: A drain ends it: its client resumes elsewhere.
     ended = False
 
     def __init__(
@@ -245,7 +238,6 @@ class Reader:
         #: The log's error, or that of `translate`.
         self.failure: Exception | None = None
         self.on_close: Callable[[], None] | None = None
-        #: Gets the tail's frames unchanged.
         self.is_shared = translate is None
         self._dialect = dialect
         self._translate = translate
@@ -304,7 +296,7 @@ class Reader:
         return before + self._translated(frames)
 
     def _translated(self, frames: bytes) -> bytes:
-        """Rule 4. If `translate` fails, the reader ends, after the events before."""
+        """Rule 4. If `translate` fails, the reader ends."""
         if self._translate is None:
             return frames
         parts: list[bytes] = []
@@ -327,7 +319,7 @@ class Reader:
         return b"".join(error_frames(self.failure, self._dialect))[:-1] + END_ID
 
     def close(self) -> None:
-        """May be called again."""
+        """Idempotent."""
         self.tail.readers.pop(self, None)
         self.tail.caught_up(self)
         if self.on_close is not None:
@@ -345,7 +337,7 @@ def _translate_all(frames: bytes, translate: Translate, id_first: bool) -> Itera
 
 
 class Place(Enum):
-    """The start of a reader without a cursor."""
+    """For readers without a cursor."""
 
     START = "start"
     TOP = "top"
@@ -359,7 +351,7 @@ class Attached(NamedTuple):
 
 
 class Tails:
-    """The tails of an app, one per stream that has readers here."""
+    """One tail for each stream that has readers here."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -370,7 +362,6 @@ class Tails:
         return self._tails.get(stream)
 
     def streams(self) -> list[str]:
-        """Those that have readers here."""
         return list(self._tails)
 
     def subscribers(self, stream: str) -> int:
@@ -387,10 +378,9 @@ class Tails:
         make_first: Callable[[Cursor], bytes] | None = None,
         get_stat: Callable[[str], Awaitable[Stat | None]] | None = None,
     ) -> tuple[Reader, Stat]:
-        """A reader that starts at `place`, after a gap if needed, and the facts. Only `Reader.close` undoes it.
+        """A reader from `place`, after a gap if needed, and the facts. Only `Reader.close` undoes it.
 
-        `make_first` makes the first event of a reader at the top. `get_stat` replaces `Log.stat`. Raises
-        `NotFound`.
+        `make_first` makes the event of a reader at the top; `get_stat` replaces `Log.stat`. Raises `NotFound`.
         """
         tail = self.acquire(stream, id_first=dialect.id_first)
         try:
@@ -414,7 +404,7 @@ class Tails:
         return reader, stat
 
     def acquire(self, stream: str, *, id_first: bool = False) -> Tail:
-        """Reference the stream's tail, which watches from now on. Call `apply` with facts read after this."""
+        """The stream's tail, which watches from now on. Call `apply` with facts read after this."""
         tail = self._tails.get(stream)
         if tail is None or tail.ended == "deleted" or tail.unstored_end:
             tail = self._tails[stream] = Tail(self.log, stream, self.gaps, id_first=id_first)
@@ -423,7 +413,7 @@ class Tails:
         return tail
 
     def release(self, tail: Tail) -> None:
-        """Drop a reference. The tail goes with the last one, not the last reader: another may be about to be made."""
+        """The last reference drops the tail, not the last reader: another may be about to be made."""
         tail.references -= 1
         if not tail.references:
             tail.close()

@@ -1,11 +1,11 @@
-"""Group commit: what is appended while a commit is in flight is the next one, a batch for each stream.
+"""Group commit: appends during a commit form the next one, a batch for each stream.
 
     append (awaits) ────────┐
     Writer.post (callback) ─┴─► a batch a stream ──► the store's commit ──► watchers ──► callers
 
 1.  Concurrent appends of one stream and epoch are one batch, and one row (`MAX_ROW_BYTES`).
-2.  If no commit is in flight, a batch is committed with the loop's next turn. Batches that nothing awaits wait until
-    `GAP_S` after the last commit, or for a row's worth of them: many slow writers share one commit.
+2.  A batch is committed with the loop's next turn, or after the commit in flight. If nothing awaits it, it waits until
+    `GAP_S` after the last commit, or for a row's worth: many slow writers share one commit.
 3.  If a post fails, all later posts of its writer fail, too: there is never a hole.
 """
 
@@ -27,26 +27,26 @@ __all__ = ["GAP_S", "Batch", "Commits", "Posted", "Writer", "failures"]
 
 logger: Final = logging.getLogger("sseapp")
 
-#: Between commits that nothing awaits. Whole milliseconds: uvloop's timers aren't finer.
+#: Between commits that nothing awaits. uvloop's timers are whole milliseconds.
 GAP_S: Final = 0.002
-#: Bytes, and streams, in one commit: some milliseconds of a store's work.
+#: In one commit: some milliseconds of a store's work.
 _MAX_COMMIT_BYTES: Final = 4 * 1024 * 1024
 _MAX_COMMIT_STREAMS: Final = 100
-#: Bytes that wait for a commit. Further appends are refused, but not posts: their writers have bounds.
+#: Waiting bytes above which appends are refused, but not posts: their writers have bounds.
 _MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
 
 _CLOSED: Final = "the event log is closed"
 _STOPPING: Final = "the service is about to stop"
 
-#: Called in the event loop with a post's bytes once they are stored, or with the error.
+#: Called in the event loop with a post's bytes once they are stored, or the error.
 Posted = Callable[[int, SSEAppError | None], None]
 
 
 class Batch:
-    """One row: of one stream and epoch. Only its last append may close the stream or set `meta`.
+    """A row, of one stream and epoch. Only its last append may close the stream or set `meta`.
 
-    `retention` is a topic's, which the store creates if needed, and whose epoch it chooses. The store sets `epoch` and
-    `last`, or `error`.
+    With `retention` it is a topic's, which the store creates, choosing the epoch. The store sets `epoch` and `last`, or
+    `error`.
     """
 
     __slots__ = (
@@ -81,7 +81,6 @@ class Batch:
         self.settled = False
 
     def settle(self) -> None:
-        """Wake its callers."""
         self.settled = True
         if self.signal is not None:
             self.signal.set()
@@ -90,7 +89,7 @@ class Batch:
 
 
 class Writer:
-    """Appends to one stream, in order, without waiting. Made by `Log.writer`."""
+    """Appends to one stream, in order, without waiting."""
 
     __slots__ = ("_commits", "_epoch", "_stream", "_told", "failed")
 
@@ -101,8 +100,8 @@ class Writer:
     def post(self, frames: Sequence[bytes], size: int) -> None:
         """Append frames of `size` bytes. `told` is called once they are stored, or have failed, maybe at once.
 
-        A later `append` must wait for the last `told`. The caller bounds what is posted and not stored. Raises what an
-        earlier post failed with, `TooLarge`, `LogUnavailable`; `told` isn't called then.
+        `append` only after the last `told`. The caller bounds what isn't stored yet. Raises an earlier post's failure,
+        `TooLarge`, `LogUnavailable`; `told` isn't called then.
         """
         if self.failed is not None:
             raise self.failed
@@ -118,9 +117,9 @@ class Writer:
 
 
 class Commits:
-    """The appends of a process. `commit` calls back when all its batches are done.
+    """A process's appends. `commit` calls back when all its batches are done.
 
-    `gap_s`: see rule 2. `None`: each append is a commit, which takes no time.
+    `gap_s`: rule 2. `None`: each append is a commit, which takes no time.
     """
 
     def __init__(self, commit: Callable[[list[Batch], Callable[[], None]], None], gap_s: float | None) -> None:
@@ -131,7 +130,7 @@ class Commits:
         self._awaited = False  # something in the queue is
         self._under_way: list[Batch] = []
         self._handed_at = -inf
-        self._planned: Any = None  # the next commit's handle, and whether it is a timer
+        self._planned: Any = None  # the next commit: its handle, whether it is a timer
         self._loop: Any = None
         self._idle = anyio.Event()
         self._refused: str | None = _CLOSED  # why appends are refused
@@ -163,7 +162,7 @@ class Commits:
         retention: Retention | None = None,
         writer: Writer | None = None,
     ) -> Batch:
-        """Returns the frames' batch, in which they are last. Hot path, once for each append or post."""
+        """The frames' batch, in which they are last. Hot path, once for each append or post."""
         if self._refused is not None:
             raise LogUnavailable(self._refused)
         if size > facts.MAX_APPEND_BYTES:
@@ -199,7 +198,7 @@ class Commits:
         return batch
 
     def give_up(self) -> None:
-        """Fail all batches, and further appends until the commit in flight is over."""
+        """Fail all batches, and appends until the commit in flight is over."""
         if self._under_way and self._refused is None:
             self._refused = _STOPPING
         batches = self._under_way + [batch for waiting in self._queue.values() for batch in waiting]
@@ -282,7 +281,7 @@ class Commits:
 
 
 class _Trio:
-    """The loop for `Commits` on trio, which has no timers outside of tasks: nothing waits there."""
+    """Trio's loop for `Commits`. It has no timers outside of tasks: nothing waits."""
 
     def __init__(self, token: Any) -> None:
         self._token = token
