@@ -7,7 +7,8 @@ the same route or on `/runs/<id>/events`; a known `Idempotency-Key` reads the ru
 1.  A run's last event and its close are one append. The last event is the handler's own, or `error`, or `cancelled`.
 2.  If a run fails in its first second before any event, it is deleted: every waiting request gets the HTTP error, and
     its idempotency key can be used again. So no request is answered 200 or 202 before the first event or that second's
-    end. A process that answers for another's run first marks it (`Peers.tell`): that run ends with a stored `error`.
+    end. A process that answers for another's run first marks it (`Peers.mark_answered`): that run ends with a stored
+    `error`.
 3.  A worker is in `Runs._workers` before its stream is created: of two requests with one key, the second finds it.
 4.  The handler's request is a copy without a connection: the end of a reader doesn't affect the run.
 5.  A run that a crash left open is closed at the next start, or by another process that shares the log: as
@@ -267,7 +268,7 @@ class Worker:
         failure = self._pump.failure
         if failure is not None and not frames and self._reason is None and self._may_be_deleted():
             self.failed_early = failure
-            if await self._runs.log.delete(self.id, unless_told=True):
+            if await self._runs.log.delete(self.id, unless_answered=True):
                 return
             self.failed_early = None
         last, state = self._ending()
@@ -319,7 +320,7 @@ class Worker:
                 await self._runs.stopping.wait()
             attempt += 1
             try:
-                if self.failed_early is None or not await self._runs.log.delete(self.id, unless_told=True):
+                if self.failed_early is None or not await self._runs.log.delete(self.id, unless_answered=True):
                     await self._append(frames, "failed")
                 return
             except (LogUnavailable, LogError):
@@ -416,7 +417,7 @@ class Runs:
         self._remote_readers: Counter[str] = Counter()
         self._peers = log.peers
         if log.peers is not None:
-            log.peers.on_call = self._on_command
+            log.peers.on_command = self._on_command
 
     def linger_s(self, route: Route) -> float | None:
         """How long the route's runs go on without readers."""
@@ -474,12 +475,12 @@ class Runs:
         rows = await self.log.read(stat.stream, stat.last - 1, 1) if stat.last else []
         return _decoded(rows[-1].body[(0, *rows[-1].ends)[-2] :] if rows else b"")  # not all of the row
 
-    def _on_command(self, run: str, word: str) -> None:
+    def _on_command(self, run: str, command: str) -> None:
         if (worker := self._workers.get(run)) is None:
             return
-        if word == "cancel":
+        if command == "cancel":
             worker.cancel("asked")
-        elif word == "read":  # starts the linger time, which `touch` renews
+        elif command == "read":  # starts the linger time, which `touch` renews
             worker.attach()
             worker.detach()
 
@@ -759,7 +760,7 @@ class Runs:
         if peers is not None:
             try:
                 await self._mark_read(stat)
-                await peers.call(run, "read")
+                await peers.send_command(run, "read")
             except BaseException:
                 reader.close()
                 raise
@@ -770,7 +771,7 @@ class Runs:
         stat = await self.log.stat(run)
         if self._peers is not None and stat and not stat.closed and not stat.last and run not in self._workers:
             try:
-                await self._peers.tell(run)
+                await self._peers.mark_answered(run)
             except NotFound:
                 return None
         return stat
@@ -891,7 +892,7 @@ class Runs:
             worker.cancel("asked")
             return 202
         if self._peers is not None and not stat.closed:
-            await self._peers.call(run, "cancel")
+            await self._peers.send_command(run, "cancel")
             return 202
         if not keep:
             await self.log.delete(run)

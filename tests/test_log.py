@@ -745,20 +745,20 @@ async def test_a_deleted_stream_is_gone_and_its_name_free(log: Log) -> None:
 
 async def test_a_stream_is_deleted_unless_another_process_was_told_of_it(log: Log) -> None:
     await run(log)
-    assert await log.delete("run", unless_told=True)
+    assert await log.delete("run", unless_answered=True)
     assert await log.stat("run") is None
-    assert await log.delete("run", unless_told=True), "a call may be made again"
+    assert await log.delete("run", unless_answered=True), "a call may be made again"
 
     epoch = await run(log)  # under its name: what was told before is forgotten
     if log.peers is not None:
-        await log.peers.tell("run")
+        await log.peers.mark_answered("run")
     # Where there is one process alone, that one knows whom it has told.
-    assert await log.delete("run", unless_told=True) == (not log.shared)
+    assert await log.delete("run", unless_answered=True) == (not log.shared)
     if log.shared:
         assert await log.append("run", [frame("a")], epoch=epoch, close=True) == 1
         assert await log.delete("run")
         await run(log)
-        assert await log.delete("run", unless_told=True)
+        assert await log.delete("run", unless_answered=True)
 
 
 async def test_what_measures_the_log_hears_of_each_commit_and_its_failure_harms_nobody(

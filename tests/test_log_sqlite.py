@@ -530,7 +530,7 @@ async def test_after_a_failed_transaction_nothing_that_was_posted_behind_it_is_s
         assert log.store.writer
         log.store.writer.execute("PRAGMA query_only = ON")
         writer.post([frame("b")], 2)
-        while not log._commits._under_way:
+        while not log._commits._in_flight:
             await checkpoint()
         writer.post([frame("c")], 4)
         await over.wait()

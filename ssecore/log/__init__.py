@@ -46,10 +46,10 @@ from ssecore.log.facts import (
     Watcher,
     framed,
     joined,
+    json_copy,
     locate,
     new_epoch,
     parse_cursor,
-    plain,
 )
 from ssecore.log.writer import Batch, Commits, Posted, Writer
 
@@ -86,11 +86,11 @@ T = TypeVar("T")
 class Peers(Protocol):
     """Between processes that share a log."""
 
-    #: Called in the event loop for each `call` to this process.
-    on_call: Callable[[str, str], None] | None
+    #: Called in the event loop for each command to this process.
+    on_command: Callable[[str, str], None] | None
 
-    async def call(self, stream: str, word: str) -> None:
-        """Send a word to the run's process. Raises `NotFound`."""
+    async def send_command(self, stream: str, command: str) -> None:
+        """Send a command to the run's process. Raises `NotFound`."""
 
     async def touch(self, stream: str, for_s: float) -> None:
         """Mark the run as read here, for so long."""
@@ -98,7 +98,7 @@ class Peers(Protocol):
     async def touched(self, stream: str) -> bool:
         """Whether it is read elsewhere."""
 
-    async def tell(self, stream: str) -> None:
+    async def mark_answered(self, stream: str) -> None:
         """Mark the run as answered here (see `Log.delete`). Raises `NotFound`."""
 
 
@@ -106,9 +106,9 @@ class Store(Protocol):
     """A store of `Log`, which documents most of its calls."""
 
     #: Its last call failed.
-    away: bool
+    unavailable: bool
     #: Over its bound: upkeep is needed now.
-    crowded: bool
+    over_bound: bool
     #: The log is closing: calls don't wait.
     closing: bool
     gap_s: float | None
@@ -133,7 +133,7 @@ class Store(Protocol):
 
     async def unfinished(self) -> list[Stat]: ...
 
-    async def delete(self, stream: str, unless_told: bool) -> bool: ...
+    async def delete(self, stream: str, unless_answered: bool) -> bool: ...
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]: ...
 
@@ -169,9 +169,9 @@ class Log:
         return self.store.peers is not None
 
     @property
-    def away(self) -> bool:
+    def unavailable(self) -> bool:
         """Whether the store's last call failed."""
-        return self.store.away
+        return self.store.unavailable
 
     def give_up(self) -> None:
         """Fail the waiting calls: the process is about to end."""
@@ -218,12 +218,12 @@ class Log:
 
         If one has the `key` or the name: returns that, unchanged, and False. Raises `Conflict` if the epoch exists.
         """
-        now, facts, keep = self._clock(), plain(meta) or {}, retention or Retention()
+        now, facts, keep = self._clock(), json_copy(meta) or {}, retention or Retention()
         stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
         try:
             return await self.store.create(stat)
         finally:
-            if self.store.crowded:
+            if self.store.over_bound:
                 self._look.set()
 
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
@@ -270,17 +270,17 @@ class Log:
         if self.store.gap_s is None:
             await checkpoint()
         size = sum(map(len, frames))
-        batch = self._commits.add(stream, epoch, frames, size, close=close, meta=plain(meta), retention=retention)
+        batch = self._commits.add(stream, epoch, frames, size, close=close, meta=json_copy(meta), retention=retention)
         behind = len(batch.frames)
-        if not batch.settled and batch.signal is not None:
+        if not batch.resolved and batch.signal is not None:
             await batch.signal.wait()
         if batch.error is not None:
             raise batch.error
         return Cursor(batch.epoch, batch.last - len(batch.frames) + behind)
 
-    def writer(self, stream: str, epoch: str, told: Posted) -> Writer:
-        """For a run's only writer. `told` is called with the outcome of each post."""
-        return Writer(self._commits, stream, epoch, told)
+    def writer(self, stream: str, epoch: str, on_stored: Posted) -> Writer:
+        """For a run's only writer. `on_stored` is called with the outcome of each post."""
+        return Writer(self._commits, stream, epoch, on_stored)
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         """The rows after `after`, in order and without holes, until they pass `max_bytes`.
@@ -304,12 +304,12 @@ class Log:
         """Open runs whose process has died, oldest first. If the log isn't shared, call it at the start only."""
         return await self.store.unfinished()
 
-    async def delete(self, stream: str, *, unless_told: bool = False) -> bool:
+    async def delete(self, stream: str, *, unless_answered: bool = False) -> bool:
         """Delete the stream, open or not, if it exists.
 
-        With `unless_told`, keep a run that `Peers.tell` was called for, and return False.
+        With `unless_answered`, keep a run that `Peers.mark_answered` was called for, and return False.
         """
-        return await self.store.delete(stream, unless_told)
+        return await self.store.delete(stream, unless_answered)
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         """Call `watcher` with each new row, in order, and with the end (rule 8). Returns the unwatch function.
@@ -332,7 +332,7 @@ class Log:
                 await self.upkeep()
 
     def _committed(self, batches: list[Batch], seconds: float) -> None:
-        if self.store.crowded:
+        if self.store.over_bound:
             self._look.set()
         if self.on_commit is not None:
             try:

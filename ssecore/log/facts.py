@@ -37,17 +37,17 @@ __all__ = [
     "deleted_at",
     "due",
     "framed",
-    "full",
+    "has_expired",
+    "is_full",
     "joined",
-    "legible",
+    "json_copy",
     "locate",
+    "log_full",
     "new_epoch",
     "opened",
-    "outlived",
-    "over",
     "packed",
     "parse_cursor",
-    "plain",
+    "readable",
     "share_full",
     "unpacked",
 ]
@@ -230,7 +230,7 @@ def unpacked(ends: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(ends) // 4}I", ends)
 
 
-def legible(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
+def readable(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
     """Apply `read` to each; log and leave out what it fails on (another version's, a bad disk)."""
     found = []
     for one in stored:
@@ -241,7 +241,7 @@ def legible(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
     return found
 
 
-def plain(meta: dict[str, Any] | None) -> dict[str, Any] | None:
+def json_copy(meta: dict[str, Any] | None) -> dict[str, Any] | None:
     """A copy by way of JSON: the same in every store. Raises `EncodeError`."""
     if meta is None:
         return None
@@ -288,7 +288,7 @@ def _first(stat: Stat, last: int) -> int:
     return stat.first if limit is None or stat.kind == "run" else max(stat.first, last - limit + 1)
 
 
-def outlived(stat: Stat, last: int, at: float, now: float) -> bool:
+def has_expired(stat: Stat, last: int, at: float, now: float) -> bool:
     """Whether the oldest row, which ends at `last` and was appended `at`, has expired (rule 6).
 
     Repeat with the new `first` and `size`.
@@ -319,12 +319,12 @@ def cost(stat: Stat) -> int:
     return STREAM_BYTES + stat.size + EVENT_BYTES * (stat.last - stat.first + 1)
 
 
-def over(bytes: int, bound: int) -> bool:
+def is_full(bytes: int, bound: int) -> bool:
     """Whether appends are refused (rule 7)."""
     return bytes > bound + bound // 10
 
 
-def full() -> LogUnavailable:
+def log_full() -> LogUnavailable:
     return LogUnavailable("the event log is full; try again later")
 
 

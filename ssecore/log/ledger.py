@@ -24,11 +24,11 @@ from ssecore.log.facts import (
     cost,
     deleted_at,
     due,
-    full,
+    has_expired,
+    is_full,
     joined,
+    log_full,
     opened,
-    outlived,
-    over,
     share_full,
 )
 from ssecore.log.watchers import Watchers
@@ -67,7 +67,7 @@ class Ledger(ABC):
     def __init__(self, process: str) -> None:
         #: Prefix of this process's epochs on topics.
         self.process = process
-        self.crowded = False
+        self.over_bound = False
         #: For the watchers, after the commit.
         self.notices: list[tuple[str, Row | None, Ended | None]] = []
 
@@ -78,7 +78,7 @@ class Ledger(ABC):
         if there is not None:
             return there.stat, False
         self.check_room()
-        if stat.owner is not None and over(self.account(stat.owner), self.max_bytes // OWNERS):
+        if stat.owner is not None and is_full(self.account(stat.owner), self.max_bytes // OWNERS):
             raise share_full()
         self._check_new(stat.epochs[0][0])
         self.insert(stat, deleted_at(stat))
@@ -181,7 +181,7 @@ class Ledger(ABC):
         if stat.kind == "topic" and not stat.closed:
             count = gone = 0
             for last, at, size in self.oldest(entry):
-                if not forced and not outlived(stat, last, at, self.now):
+                if not forced and not has_expired(stat, last, at, self.now):
                     entry.due = due(stat, at)
                     break
                 stat = replace(stat, first=max(stat.first, last + 1), size=stat.size - size)
@@ -224,9 +224,9 @@ class Ledger(ABC):
         """Raises `LogUnavailable` (rule 7)."""
         used = self.used()
         if used > self.max_bytes:
-            self.crowded = True
-            if over(used, self.max_bytes):
-                raise full()
+            self.over_bound = True
+            if is_full(used, self.max_bytes):
+                raise log_full()
 
     def _entry(self, stream: str) -> Entry:
         entry = self.look_up(stream)
@@ -321,8 +321,8 @@ class Ledger(ABC):
 class LocalStore(ABC):
     """A `Store` of one process, on its ledger."""
 
-    away = False
-    crowded = False
+    unavailable = False
+    over_bound = False
     closing = False
     gap_s: float | None = None
     peers: Peers | None = None
@@ -342,8 +342,8 @@ class LocalStore(ABC):
     async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
         return await self.apply(lambda ledger: ledger.open(stream, epoch, retention))
 
-    async def delete(self, stream: str, unless_told: bool) -> bool:
-        """`unless_told` has no effect: no other process answers requests."""
+    async def delete(self, stream: str, unless_answered: bool) -> bool:
+        """`unless_answered` has no effect: no other process answers requests."""
         await self.apply(lambda ledger: ledger.delete(stream))
         return True
 

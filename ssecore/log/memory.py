@@ -87,7 +87,7 @@ class _Store(LocalStore):
 
     def _notify(self) -> None:
         ledger = self._ledger
-        self.crowded, ledger.crowded = ledger.crowded, False
+        self.over_bound, ledger.over_bound = ledger.over_bound, False
         notices, ledger.notices = ledger.notices, []
         for notice in notices:
             self._watchers.notify(*notice)

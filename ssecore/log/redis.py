@@ -59,9 +59,9 @@ from ssecore.log.facts import (
     Row,
     Stat,
     Watcher,
-    full,
     joined,
     locate,
+    log_full,
     new_epoch,
     packed,
     share_full,
@@ -92,9 +92,9 @@ _SILENCE_S: Final = 5.0
 _PAUSES_S: Final = (0.02, 1.0)
 _STEP_STREAMS: Final = 64
 #: Streams that one call polls, and that one call reads (some MiB).
-_LOOK_STREAMS: Final = 1000
+_POLL_STREAMS: Final = 1000
 _MORE_STREAMS: Final = 64
-_COMPLAIN_S: Final = 10.0
+_LOG_S: Final = 10.0
 
 
 class _Session(NamedTuple):
@@ -115,7 +115,7 @@ class _Call(NamedTuple):
     until: float
     answer: "asyncio.Future[Any]"
 
-    def say(self, answer: Any) -> None:
+    def resolve(self, answer: Any) -> None:
         if not self.answer.done():  # cancelled, or already resolved
             self.answer.set_result(answer)
 
@@ -126,7 +126,7 @@ class _Line:
     def __init__(self, log: "RedisStore") -> None:
         self._log = log
         self._calls: deque[_Call] = deque()
-        self._asked: list[_Call] = []  # in flight
+        self._in_flight: list[_Call] = []  # in flight
         self._wake = anyio.Event()
         self._scope = CancelScope(shield=True)
         self._closed = False
@@ -149,24 +149,24 @@ class _Line:
             wait_s = _LAST_S
         timer = loop.call_later(wait_s, self._overdue, call, wait_s) if 0 < wait_s < math.inf else None
         try:
-            said = await call.answer
+            answer = await call.answer
         finally:
             if timer is not None:
                 timer.cancel()
-        if isinstance(said, Exception):
-            raise said
-        return said
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def _overdue(self, call: _Call, wait_s: float) -> None:
         error = self._failure or RedisConnectionError(f"no answer within {wait_s:g} s")
-        self._log.heard_of(error)
-        call.say(_away(error))
+        self._log.note_reachable(error)
+        call.resolve(_unavailable(error))
 
     def give_up(self) -> None:
         self._stopping = True
-        self._stuck = bool(self._asked or self._calls)
-        for call in (*self._asked, *self._calls):
-            call.say(_stopping())
+        self._stuck = bool(self._in_flight or self._calls)
+        for call in (*self._in_flight, *self._calls):
+            call.resolve(_stopping())
 
     def close(self) -> None:
         self._closed = True
@@ -182,32 +182,32 @@ class _Line:
                     if not self._calls:
                         await self._wake.wait()
                     self._wake = anyio.Event()
-                    self._asked = self._take()
-                    if not self._asked:
+                    self._in_flight = self._take()
+                    if not self._in_flight:
                         continue
                     try:
                         if session is not None and session.instance != self._log.instance:
                             await session.drop()
                             session = None
                         session = session or await self._log.connect()
-                        await _talk(session, self._asked, self._log.complain)
-                        self._log.heard_of(None)
-                        self._asked, self._stuck, self._failure = [], False, None
+                        await _send_pipeline(session, self._in_flight, self._log.log_error)
+                        self._log.note_reachable(None)
+                        self._in_flight, self._stuck, self._failure = [], False, None
                         pause = _PAUSES_S[0]
                     except Exception as error:
                         if session is not None:
                             await session.drop()
                         session = None
                         self._stuck = self._stopping
-                        self._lost(error, pause)
+                        self._retry(error, pause)
                         await anyio.sleep(pause * random.uniform(0.5, 1))
                         pause = min(2 * pause, _PAUSES_S[1])
         finally:
             self._closed = True
             if session is not None:
                 await session.drop()
-            for call in (*self._asked, *self._calls):
-                call.say(LogUnavailable("the event log is closed"))
+            for call in (*self._in_flight, *self._calls):
+                call.resolve(LogUnavailable("the event log is closed"))
 
     def _take(self) -> list[_Call]:
         calls: list[_Call] = []
@@ -216,24 +216,24 @@ class _Line:
                 calls.append(call)
         return calls
 
-    def _lost(self, error: Exception, pause: float) -> None:
+    def _retry(self, error: Exception, pause: float) -> None:
         """Rule 2, for the calls that have time left."""
         passing = isinstance(error, _BROKEN)
         if passing:
             self._failure = error
-            self._log.heard_of(error)
+            self._log.note_reachable(error)
         elif not isinstance(error, SSEAppError):
-            self._log.complain("the connection failed", error)
+            self._log.log_error("the connection failed", error)
         again = []
-        for call in self._asked:
+        for call in self._in_flight:
             if passing and call.until > current_time() + pause and not call.answer.done():
                 again.append(call)
             else:
-                call.say(error if isinstance(error, SSEAppError) else _away(error))
+                call.resolve(error if isinstance(error, SSEAppError) else _unavailable(error))
         self._calls.extendleft(reversed(again))
 
 
-async def _talk(session: _Session, calls: list[_Call], complain: Callable[[str, Exception], None]) -> None:
+async def _send_pipeline(session: _Session, calls: list[_Call], log_error: Callable[[str, Exception], None]) -> None:
     connection, shas = session.connection, session.shas
     commands = [
         ("EVALSHA", shas[name], 0, *values) if name in shas else (name, *values) for (name, *values), _, _ in calls
@@ -241,19 +241,19 @@ async def _talk(session: _Session, calls: list[_Call], complain: Callable[[str, 
     await connection.send_packed_command(connection.pack_commands(commands))
     for call in calls:
         try:
-            call.say(await connection.read_response())
+            call.resolve(await connection.read_response())
         except (NoScriptError, ReadOnlyError):
             raise
         except ResponseError as error:
-            complain(f"{call.command[0]} failed", error)
-            call.say(_away(error))
+            log_error(f"{call.command[0]} failed", error)
+            call.resolve(_unavailable(error))
 
 
 class RedisLog(Log):
     """`Log` in the Redis at `url` (`redis://`, `rediss://` for TLS, `unix://`). On asyncio only.
 
     `wait_s`: how long a call waits while Redis is unreachable, at most half of `lease_s`. `lease_s`: after how long
-    without contact a process's runs are closed. `look_s`: the poll interval of rule 5. `prefix` starts every key.
+    without contact a process's runs are closed. `poll_s`: the poll interval of rule 5. `prefix` starts every key.
     """
 
     store: "RedisStore"
@@ -267,15 +267,15 @@ class RedisLog(Log):
         prefix: str = "sseapp",
         clock: Callable[[], float] = time.time,
         upkeep_s: float = 5.0,
-        look_s: float = 2.0,
+        poll_s: float = 2.0,
         max_bytes: int | None = None,
     ) -> None:
-        store = RedisStore(url, wait_s, lease_s, prefix, clock, look_s, max_bytes)
+        store = RedisStore(url, wait_s, lease_s, prefix, clock, poll_s, max_bytes)
         super().__init__(store, clock=clock, upkeep_s=upkeep_s)
 
 
 class RedisStore:
-    crowded = False
+    over_bound = False
     gap_s: float | None = GAP_S
 
     def __init__(
@@ -285,26 +285,26 @@ class RedisStore:
         lease_s: float,
         prefix: str,
         clock: Callable[[], float],
-        look_s: float,
+        poll_s: float,
         max_bytes: int | None,
     ) -> None:
         self.peers: Peers | None = self
-        self.on_call: Callable[[str, str], None] | None = None
+        self.on_command: Callable[[str, str], None] | None = None
         self.closing = False
-        self.away = False
+        self.unavailable = False
         self.wait_s = min(wait_s, lease_s / 2)  # the lease must outlast its holder's own waits
         self.instance = ""
         self._url = url
         self._lease_s = lease_s
         self._prefix = f"{{{prefix}}}:"  # one hash tag
         self._clock = clock
-        self._look_s = look_s
+        self._poll_s = poll_s
         self._max_bytes = max_bytes
         self._process = new_epoch()
         self._watchers = Watchers()
         #: By watched stream: the last event that watchers got; else the top when its facts were first read; else the
         #: event before the first published one, of epoch "" (unknown); else None.
-        self._told: dict[str, Cursor | None] = {}
+        self._notified: dict[str, Cursor | None] = {}
         self._subscribed: dict[str, anyio.Event] = {}
         self._dirty: dict[str, None] = {}
         self._commits: deque[tuple[list[Batch], Callable[[], None]]] = deque()  # one at most
@@ -312,15 +312,15 @@ class RedisStore:
         #: The last sequence of each run at work here (rules 4 and 6).
         self._tops: dict[str, int] = {}
         self._stopping = False
-        self._back_at = self._held_at = 0.0
+        self._reconnected_at = self._renewed_at = 0.0
         #: When each was logged, and how often suppressed since.
-        self._complaints: dict[str, tuple[float, int]] = {}
+        self._logged: dict[str, tuple[float, int]] = {}
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         failure: Exception | None = None
-        self._make = self._connections()
-        self._wake, self._look, self._channels, self._called = (
+        self._make = self._connection_factory()
+        self._wake, self._dirtied, self._channels, self._command_signal = (
             anyio.Event(),
             anyio.Event(),
             anyio.Event(),
@@ -336,9 +336,9 @@ class RedisStore:
                     await self._reads.ask("PING")
                 except LogUnavailable as error:
                     raise LogError(f"the event log's Redis can't be used: {error.__cause__}") from error
-                self._back_at = self._held_at = current_time()
-                for task in (self._listen, self._refill, self._hold):
-                    group.start_soon(self._go_on, task)
+                self._reconnected_at = self._renewed_at = current_time()
+                for task in (self._listen, self._read_dirty, self._renew_lease):
+                    group.start_soon(self._restarting, task)
                 group.start_soon(self._write)
                 try:
                     yield
@@ -357,7 +357,7 @@ class RedisStore:
         if failure:
             raise failure
 
-    def _connections(self) -> Callable[[], Any]:
+    def _connection_factory(self) -> Callable[[], Any]:
         ours = {
             "protocol": 2,
             "socket_timeout": self.wait_s,
@@ -377,8 +377,8 @@ class RedisStore:
         connection = self._make()
         try:
             await connection.connect()
-            (told,) = await _exchange(connection, ("INFO",))
-            info = dict(line.split(":", 1) for line in told.decode().splitlines() if ":" in line)
+            (reply,) = await _exchange(connection, ("INFO",))
+            info = dict(line.split(":", 1) for line in reply.decode().splitlines() if ":" in line)
             version, policy = info["redis_version"], info.get("maxmemory_policy", "noeviction")
             if tuple(map(int, version.split(".")[:2])) < (7, 0):
                 raise LogError(f"the event log needs Redis 7.0 or later; this is {version}")
@@ -410,9 +410,9 @@ class RedisStore:
 
     async def _check_all(self, session: _Session) -> None:
         """Rule 3."""
-        told = [(stream, cursor) for stream, cursor in self._told.items() if cursor is not None]
-        for start in range(0, len(told), _LOOK_STREAMS):
-            some = told[start : start + _LOOK_STREAMS]
+        known = [(stream, cursor) for stream, cursor in self._notified.items() if cursor is not None]
+        for start in range(0, len(known), _POLL_STREAMS):
+            some = known[start : start + _POLL_STREAMS]
             asked = [("EVALSHA", session.shas["stat"], "0", stream) for stream, _ in some]
             for (stream, cursor), found in zip(some, await _exchange(session.connection, *asked), strict=True):
                 self._check(stream, cursor, found)
@@ -425,32 +425,32 @@ class RedisStore:
         for line in (self._reads, self._writes):
             line.give_up()
 
-    def heard_of(self, error: Exception | None) -> None:
-        if error is not None and not self.away:
+    def note_reachable(self, error: Exception | None) -> None:
+        if error is not None and not self.unavailable:
             logger.error("can't reach the event log's Redis: %s", error)
-        elif error is None and self.away:
+        elif error is None and self.unavailable:
             logger.warning("the event log's Redis answers again")
-        self.away = error is not None
+        self.unavailable = error is not None
 
-    def complain(self, what: str, error: object) -> None:
+    def log_error(self, what: str, error: object) -> None:
         """Log at a limited rate: requests can cause many errors a second."""
         now = current_time()
-        last, times = self._complaints.get(what, (-math.inf, 0))
-        if now - last < _COMPLAIN_S:
-            self._complaints[what] = last, times + 1
+        last, times = self._logged.get(what, (-math.inf, 0))
+        if now - last < _LOG_S:
+            self._logged[what] = last, times + 1
             return
-        self._complaints[what] = now, 0
+        self._logged[what] = now, 0
         again = f" ({times} times more since this was last logged)" if times else ""
         trace = error if isinstance(error, Exception) and not isinstance(error, (*_BROKEN, SSEAppError)) else None
         logger.error("the event log's Redis: %s: %s%s", what, error, again, exc_info=trace)
 
-    async def _go_on(self, task: Callable[[], Awaitable[None]]) -> None:
+    async def _restarting(self, task: Callable[[], Awaitable[None]]) -> None:
         """Restart failed tasks (rule 8)."""
         while True:
             try:
                 await task()
             except Exception as error:
-                self.complain("a task of the event log failed", error)
+                self.log_error("a task of the event log failed", error)
             await anyio.sleep(_PAUSES_S[1])
 
     # What callers ask for
@@ -462,9 +462,9 @@ class RedisStore:
         if stat.kind == "run":
             self._tops.setdefault(stream, 0)
         try:
-            names = (stream, epoch, stat.kind, _maybe(stat.owner), _maybe(stat.key))
-            said = (repr(stat.created), encode_json(stat.meta), self._process, *_limits(stat.retention))
-            stat = _found(await self._writes.ask("create", *names, *said))
+            names = (stream, epoch, stat.kind, _optional(stat.owner), _optional(stat.key))
+            values = (repr(stat.created), encode_json(stat.meta), self._process, *_limits(stat.retention))
+            stat = _stat_or_refusal(await self._writes.ask("create", *names, *values))
             created = (
                 stat.stream == stream and stat.epochs[0][0] == epoch
             )  # by this attempt or one whose answer was lost
@@ -479,25 +479,25 @@ class RedisStore:
 
     async def _open(self, stream: str, epoch: str, mark: str, *limits: str) -> Stat:
         now, most = repr(self._clock()), facts.MAX_EPOCHS
-        return _found(await self._writes.ask("open", stream, epoch, now, mark, most, *limits))
+        return _stat_or_refusal(await self._writes.ask("open", stream, epoch, now, mark, most, *limits))
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
-        await self._watching(stream)
+        await self._await_subscription(stream)
         return _rows(await self._reads.ask("read", stream, after, max_bytes, wait_s=math.inf))
 
     async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
         if name is not None:
-            await self._watching(name)
+            await self._await_subscription(name)
             stat = _stat(await self._reads.ask("stat", name))
-            if stat is not None and name in self._told and self._told[name] is None:
-                self._told[name] = Cursor(stat.epochs[-1][0], stat.last)
+            if stat is not None and name in self._notified and self._notified[name] is None:
+                self._notified[name] = Cursor(stat.epochs[-1][0], stat.last)
             return stat
         if epoch is not None:
             return _stat(await self._reads.ask("find", "epochs", epoch))
-        return _stat(await self._reads.ask("find", "keys", _maybe(key)))
+        return _stat(await self._reads.ask("find", "keys", _optional(key)))
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
-        return self._stats(await self._reads.ask("runs", _maybe(owner), limit - 1))
+        return self._stats(await self._reads.ask("runs", _optional(owner), limit - 1))
 
     async def unfinished(self) -> list[Stat]:
         """Rule 6, and runs held here without a worker."""
@@ -515,7 +515,7 @@ class RedisStore:
             try:
                 stat = _stat(one)
             except LogError as error:
-                self.complain("a stream can't be read", error)
+                self.log_error("a stream can't be read", error)
             else:
                 stats += [stat] if stat is not None else []
         return stats
@@ -523,35 +523,35 @@ class RedisStore:
     def _cut_off(self) -> bool:
         """Whether others may have lost their leases (rule 6)."""
         now = current_time()
-        return now - self._back_at < self._lease_s or now - self._held_at > self._lease_s / 2
+        return now - self._reconnected_at < self._lease_s or now - self._renewed_at > self._lease_s / 2
 
-    async def _hold(self) -> None:
+    async def _renew_lease(self) -> None:
         lease, calls = self._name(f"lease:{self._process}"), self._name(f"calls:{self._process}")
         while True:
             try:
                 await self._writes.ask("SET", lease, "", "PX", int(self._lease_s * 1000))
                 now = current_time()
-                if now - self._held_at > self._lease_s / 2:
-                    self._back_at = now
-                self._held_at = now
+                if now - self._renewed_at > self._lease_s / 2:
+                    self._reconnected_at = now
+                self._renewed_at = now
                 while called := await self._writes.ask("LRANGE", calls, 0, 99):
-                    for said in called:
-                        word, _, stream = said.decode(errors="replace").partition(" ")
+                    for message in called:
+                        command, _, stream = message.decode(errors="replace").partition(" ")
                         try:
-                            if self.on_call is not None:
-                                self.on_call(stream, word)
+                            if self.on_command is not None:
+                                self.on_command(stream, command)
                         except Exception as error:
-                            self.complain("a call to this process failed", error)
+                            self.log_error("a call to this process failed", error)
                     await self._writes.ask("LTRIM", calls, len(called), -1)
             except SSEAppError:  # fails at once if Redis is full
                 await anyio.sleep(self._lease_s / 10)
                 continue
             with anyio.move_on_after(self._lease_s / 3):
-                await self._called.wait()
-            self._called = anyio.Event()
+                await self._command_signal.wait()
+            self._command_signal = anyio.Event()
 
-    async def call(self, stream: str, word: str) -> None:
-        if not await self._writes.ask("call", stream, word, _REMEMBER_S):
+    async def send_command(self, stream: str, command: str) -> None:
+        if not await self._writes.ask("call", stream, command, _REMEMBER_S):
             raise NotFound("no such stream")
 
     async def touch(self, stream: str, for_s: float) -> None:
@@ -560,22 +560,22 @@ class RedisStore:
     async def touched(self, stream: str) -> bool:
         return bool(await self._reads.ask("EXISTS", self._name(f"touched:{stream}")))
 
-    async def tell(self, stream: str) -> None:
-        if not await self._writes.ask("tell", stream):
+    async def mark_answered(self, stream: str) -> None:
+        if not await self._writes.ask("mark_answered", stream):
             raise NotFound("no such stream")
 
-    async def delete(self, stream: str, unless_told: bool) -> bool:
-        if not await self._writes.ask("delete", stream, int(unless_told)):
+    async def delete(self, stream: str, unless_answered: bool) -> bool:
+        if not await self._writes.ask("delete", stream, int(unless_answered)):
             return False
         self._tops.pop(stream, None)
-        self._tell(stream, None, "deleted")
+        self._notify(stream, None, "deleted")
         return True
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         stream.encode()  # raises for a lone surrogate here, not on the shared connection
         unwatch = self._watchers.add(stream, watcher)
-        if stream not in self._told:
-            self._told[stream] = None
+        if stream not in self._notified:
+            self._notified[stream] = None
             self._subscribed[stream] = anyio.Event()
             self._channels.set()
 
@@ -619,7 +619,7 @@ class RedisStore:
             if not isinstance(error, SSEAppError):
                 logger.exception("the event log can't be written")
             for batch in batches:
-                batch.error = error if isinstance(error, SSEAppError) else _away(error)
+                batch.error = error if isinstance(error, SSEAppError) else _unavailable(error)
 
     async def _prepare(self, batch: Batch) -> None:
         if batch.last < 0 and batch.retention is not None:
@@ -639,28 +639,28 @@ class RedisStore:
             least = self._tops.get(batch.stream, 0)
             values += (batch.stream, batch.epoch, int(batch.close), meta, len(ends), packed(ends), body, least)
         wait_s = 0.0 if self.closing else self.wait_s
-        if self.away:  # batches behind a failed call have waited as long
+        if self.unavailable:  # batches behind a failed call have waited as long
             wait_s += min(batch.since for batch in batches) - time.monotonic()
             if wait_s <= 0:
-                raise _away(RedisConnectionError())
+                raise _unavailable(RedisConnectionError())
         common = (self._process, self._number, repr(self._clock()), _REMEMBER_S)
         answers = await self._writes.ask("append", *common, *values, wait_s=wait_s)
         again = []
-        for batch, (body, ends), (said, *details) in zip(batches, rows, answers, strict=True):
-            if said == b"ok":
+        for batch, (body, ends), (status, *details) in zip(batches, rows, answers, strict=True):
+            if status == b"ok":
                 batch.last, batch.epoch = int(details[0]), details[1].decode()
                 self._appended(batch, Row(batch.epoch, batch.last - len(ends) + 1, body, ends) if ends else None)
-            elif said == b"instance" or (said == b"none" and batch.retention is not None):
-                batch.last = 0 if said == b"instance" else -1
+            elif status == b"instance" or (status == b"none" and batch.retention is not None):
+                batch.last = 0 if status == b"instance" else -1
                 again.append(batch)
             else:
-                if said == b"failed":
-                    self.complain("append failed", details[0].decode(errors="replace"))
-                elif said == b"lost" and batch.stream in self._tops:
+                if status == b"failed":
+                    self.log_error("append failed", details[0].decode(errors="replace"))
+                elif status == b"lost" and batch.stream in self._tops:
                     self._tops[batch.stream] = 0  # its worker still has to append the failure
-                elif said != b"full":
+                elif status != b"full":
                     self._tops.pop(batch.stream, None)
-                batch.error = _refusal(said, *details)
+                batch.error = _refusal(status, *details)
         return again
 
     def _appended(self, batch: Batch, row: Row | None) -> None:
@@ -670,60 +670,60 @@ class RedisStore:
             self._tops[batch.stream] = batch.last
         if row or batch.close:
             top = Cursor(batch.epoch, batch.last)
-            self._announce(batch.stream, top, row, "closed" if batch.close else None)
+            self._notify_append(batch.stream, top, row, "closed" if batch.close else None)
 
     # What other processes append
 
-    def _announce(self, stream: str, top: Cursor, row: Row | None, ended: Ended | None) -> None:
+    def _notify_append(self, stream: str, top: Cursor, row: Row | None, ended: Ended | None) -> None:
         """Notify watchers of our own append; if rows before it are missing, read those first (rule 5)."""
-        told = self._told.get(stream)
-        if told is not None and ended != "deleted":
+        known = self._notified.get(stream)
+        if known is not None and ended != "deleted":
             first = top.seq + 1 if row is None else row.first
-            if top.epoch != told.epoch or first > told.seq + 1:
-                self._suspect(stream)
+            if top.epoch != known.epoch or first > known.seq + 1:
+                self._mark_dirty(stream)
                 return
-            if row is not None and row.last <= told.seq:
+            if row is not None and row.last <= known.seq:
                 row = None
-        self._tell(stream, row, ended)
+        self._notify(stream, row, ended)
 
-    def _tell(self, stream: str, row: Row | None, ended: Ended | None) -> None:
-        if stream not in self._told:
+    def _notify(self, stream: str, row: Row | None, ended: Ended | None) -> None:
+        if stream not in self._notified:
             return
         if row is not None:
-            self._told[stream] = Cursor(row.epoch, row.last)
+            self._notified[stream] = Cursor(row.epoch, row.last)
         if row is not None or ended is not None:
             self._watchers.notify(stream, row, ended)
         if ended is not None and not self._watchers.watched(stream):
             self._forget(stream)
 
-    def _check(self, stream: str, told: Cursor, found: Any) -> bool:
+    def _check(self, stream: str, known: Cursor, found: Any) -> bool:
         """Whether the log still has what watchers got. If not, ends the stream: clients resume, and get a `gap`."""
         try:
             stat = _stat(found)
-            if stat is None or not told.epoch:
-                fine = stat is not None and told.seq <= stat.last
+            if stat is None or not known.epoch:
+                fine = stat is not None and known.seq <= stat.last
             else:
-                gap = locate(stat, told)[1]
+                gap = locate(stat, known)[1]
                 fine = gap is None or gap.reason == "trimmed"
         except LogError as error:
-            self.complain("a stream can't be read", error)
+            self.log_error("a stream can't be read", error)
             fine = False
         if not fine:
-            self._tell(stream, None, "deleted")
+            self._notify(stream, None, "deleted")
         return fine
 
-    def _suspect(self, stream: str) -> None:
-        if stream in self._told:
+    def _mark_dirty(self, stream: str) -> None:
+        if stream in self._notified:
             self._dirty[stream] = None
-            self._look.set()
+            self._dirtied.set()
 
     def _forget(self, stream: str) -> None:
-        self._told.pop(stream, None)
+        self._notified.pop(stream, None)
         self._dirty.pop(stream, None)
         self._subscribed.pop(stream, anyio.Event()).set()
         self._channels.set()
 
-    async def _watching(self, stream: str) -> None:
+    async def _await_subscription(self, stream: str) -> None:
         """Rule 8 of `ssecore.log`: watch first."""
         if (subscribed := self._subscribed.get(stream)) is not None and not subscribed.is_set():
             with anyio.move_on_after(self.wait_s):
@@ -731,7 +731,7 @@ class RedisStore:
                 if self._stopping:
                     raise _stopping()
                 return
-            raise _away(RedisConnectionError())
+            raise _unavailable(RedisConnectionError())
 
     async def _listen(self) -> None:
         pause = _PAUSES_S[0]
@@ -742,104 +742,104 @@ class RedisStore:
                 try:
                     async with anyio.create_task_group() as group:
                         group.start_soon(self._subscribe, session)
-                        await self._hear_all(session)
+                        await self._receive_all(session)
                         group.cancel_scope.cancel()
                 finally:
                     await session.drop()
             except (*_BROKEN, LogError) as error:
-                self.heard_of(error)
+                self.note_reachable(error)
                 pause = min(2 * pause, _PAUSES_S[1])
             await anyio.sleep(pause)
 
     async def _subscribe(self, session: _Session) -> None:
         send = session.connection.send_command
         asked: dict[str, anyio.Event] = {}
-        with suppress(*_BROKEN):  # `_hear_all` gets the error too
+        with suppress(*_BROKEN):  # `_receive_all` gets the error too
             await send("SUBSCRIBE", self._name(f"called:{self._process}"))
             while True:
                 self._channels = anyio.Event()
                 wanted = dict(self._subscribed)
                 new = [stream for stream, signal in wanted.items() if asked.get(stream) is not signal]
-                for word, streams in (("SUBSCRIBE", new), ("UNSUBSCRIBE", asked.keys() - wanted.keys())):
+                for verb, streams in (("SUBSCRIBE", new), ("UNSUBSCRIBE", asked.keys() - wanted.keys())):
                     if streams:
-                        await send(word, *[self._name(f"appended:{stream}") for stream in streams])
+                        await send(verb, *[self._name(f"appended:{stream}") for stream in streams])
                 asked = wanted
                 with anyio.move_on_after(_PING_S) as pause:
                     await self._channels.wait()
                 if pause.cancelled_caught:
                     await send("PING")
 
-    async def _hear_all(self, session: _Session) -> None:
+    async def _receive_all(self, session: _Session) -> None:
         """Until the connection breaks or is silent, or the instance changes."""
         message: Any = []
         try:
             while message is not None and session.instance == self.instance:
                 message = await session.connection.read_response(timeout=_SILENCE_S, disconnect_on_error=False)
                 if isinstance(message, list):
-                    self._hear(*message)
+                    self._receive(*message)
         except ResponseError as error:  # the user may lack the right
-            self.complain("SUBSCRIBE failed", error)
+            self.log_error("SUBSCRIBE failed", error)
             await anyio.sleep(_PAUSES_S[1])
         except _BROKEN:
             pass
 
-    def _hear(self, kind: bytes, name: bytes, data: Any = None) -> None:
+    def _receive(self, kind: bytes, name: bytes, data: Any = None) -> None:
         channel, _, stream = name.decode(errors="replace").removeprefix(self._prefix).partition(":")
         if channel == "called":
-            self._called.set()
+            self._command_signal.set()
         elif kind == b"message":
-            self._heard(stream, data)
+            self._on_message(stream, data)
         elif kind == b"subscribe" and (subscribed := self._subscribed.get(stream)) is not None:
             if subscribed.is_set():
-                self._suspect(stream)  # reconnected: messages in between were lost
+                self._mark_dirty(stream)  # reconnected: messages in between were lost
             subscribed.set()
 
-    def _heard(self, stream: str, data: bytes) -> None:
+    def _on_message(self, stream: str, data: bytes) -> None:
         """Rule 5. Ignores our own appends."""
         first, *words = data.split(b" ", 4)
         if words[2:3] == [self._process.encode()]:
             return
-        if stream in self._told and self._told[stream] is None:
+        if stream in self._notified and self._notified[stream] is None:
             with suppress(ValueError):
-                self._told[stream] = Cursor("", int(first) - 1)
-        self._suspect(stream)
+                self._notified[stream] = Cursor("", int(first) - 1)
+        self._mark_dirty(stream)
 
-    async def _refill(self) -> None:
-        look_at = current_time() + self._look_s
+    async def _read_dirty(self) -> None:
+        poll_at = current_time() + self._poll_s
         while True:
-            with CancelScope(deadline=look_at):
-                await self._look.wait()
-            self._look = anyio.Event()
+            with CancelScope(deadline=poll_at):
+                await self._dirtied.wait()
+            self._dirtied = anyio.Event()
             with suppress(SSEAppError):  # the next poll repeats it
-                if current_time() >= look_at:
-                    look_at = current_time() + self._look_s
-                    await self._look_at_all()
-                await self._read_on()
+                if current_time() >= poll_at:
+                    poll_at = current_time() + self._poll_s
+                    await self._poll()
+                await self._read_all_dirty()
 
-    async def _look_at_all(self) -> None:
-        told = [(stream, *cursor) for stream, cursor in self._told.items() if cursor is not None]
-        for start in range(0, len(told), _LOOK_STREAMS):
-            asked = [value for facts in told[start : start + _LOOK_STREAMS] for value in facts]
+    async def _poll(self) -> None:
+        known = [(stream, *cursor) for stream, cursor in self._notified.items() if cursor is not None]
+        for start in range(0, len(known), _POLL_STREAMS):
+            asked = [value for facts in known[start : start + _POLL_STREAMS] for value in facts]
             for stream in await self._reads.ask("news", *asked):
-                self._suspect(stream.decode())
+                self._mark_dirty(stream.decode())
 
-    async def _read_on(self) -> None:
-        while asked := dict(islice(self._more(), _MORE_STREAMS)):
+    async def _read_all_dirty(self) -> None:
+        while asked := dict(islice(self._dirty_cursors(), _MORE_STREAMS)):
             for stream in asked:
                 del self._dirty[stream]
-            facts = [value for stream, told in asked.items() for value in (stream, *told)]
+            facts = [value for stream, known in asked.items() for value in (stream, *known)]
             try:
                 news = await self._reads.ask("more", MAX_ROW_BYTES, *facts)
             except SSEAppError:
-                self._dirty.update(dict.fromkeys(stream for stream in asked if stream in self._told))
+                self._dirty.update(dict.fromkeys(stream for stream in asked if stream in self._notified))
                 raise
-            for (stream, told), one in zip(asked.items(), news, strict=True):
-                self._tell_more(stream, told, *one)
+            for (stream, known), one in zip(asked.items(), news, strict=True):
+                self._notify_rows(stream, known, *one)
 
-    def _more(self) -> Iterator[tuple[str, Cursor]]:
-        return ((stream, told) for stream in self._dirty if (told := self._told.get(stream)) is not None)
+    def _dirty_cursors(self) -> Iterator[tuple[str, Cursor]]:
+        return ((stream, known) for stream in self._dirty if (known := self._notified.get(stream)) is not None)
 
-    def _tell_more(
+    def _notify_rows(
         self, stream: str, asked: Cursor, name: bytes, last: bytes, closed: bytes, rows: Any, facts: Any
     ) -> None:
         if facts is not None and not self._check(stream, asked, [name, facts]):
@@ -847,20 +847,20 @@ class RedisStore:
         try:
             found, top = _rows(rows), int(last)
         except (LogError, ValueError) as error:
-            self.complain("a stream can't be read", error)
-            self._tell(stream, None, "deleted")
+            self.log_error("a stream can't be read", error)
+            self._notify(stream, None, "deleted")
             return
         for row in found:
-            told = self._told.get(stream)
-            if told is not None and row.last > told.seq:
-                self._tell(stream, row, "closed" if closed == b"1" and row.last >= top else None)
-        told = self._told.get(stream)
-        if told is None:
+            known = self._notified.get(stream)
+            if known is not None and row.last > known.seq:
+                self._notify(stream, row, "closed" if closed == b"1" and row.last >= top else None)
+        known = self._notified.get(stream)
+        if known is None:
             return
-        if found and told.seq < top:
-            self._suspect(stream)
+        if found and known.seq < top:
+            self._mark_dirty(stream)
         elif closed == b"1":
-            self._tell(stream, None, "closed")
+            self._notify(stream, None, "closed")
 
     def _name(self, name: str) -> str:
         return self._prefix + name
@@ -880,27 +880,27 @@ def _limits(retention: Retention) -> list[str]:
     return ["" if limit is None else repr(limit) for limit in (retention.events, retention.bytes, retention.age_s)]
 
 
-def _found(said: Any) -> Stat:
-    if isinstance(said, bytes):
-        raise _refusal(said)
-    stat = _stat(said)
+def _stat_or_refusal(answer: Any) -> Stat:
+    if isinstance(answer, bytes):
+        raise _refusal(answer)
+    stat = _stat(answer)
     assert stat is not None
     return stat
 
 
-def _refusal(said: bytes, text: bytes = b"") -> SSEAppError:
-    if said == b"failed":
-        return _away(OutOfMemoryError() if b"OOM" in text else ResponseError())
+def _refusal(status: bytes, text: bytes = b"") -> SSEAppError:
+    if status == b"failed":
+        return _unavailable(OutOfMemoryError() if b"OOM" in text else ResponseError())
     refusals: dict[bytes, SSEAppError] = {
         b"none": NotFound("no such stream"),
         b"closed": WriterFenced("the stream is closed"),
         b"fenced": WriterFenced("another writer has taken over the stream"),
         b"conflict": Conflict("this epoch has been opened before"),
         b"lost": LogError("the event log lost some of this run's events"),
-        b"full": full(),
+        b"full": log_full(),
         b"share": share_full(),
     }
-    return refusals[said]
+    return refusals[status]
 
 
 def _stat(found: list[Any]) -> Stat | None:
@@ -953,7 +953,7 @@ def _unreadable(error: Exception) -> LogError:
     return LogError(f"the event log in Redis contains data that this version can't read ({type(error).__name__})")
 
 
-def _maybe(text: str | None) -> str:
+def _optional(text: str | None) -> str:
     return "" if text is None else f"={text}"
 
 
@@ -961,7 +961,7 @@ def _stopping() -> LogUnavailable:
     return LogUnavailable("the service is about to stop")
 
 
-def _away(error: Exception) -> LogUnavailable:
+def _unavailable(error: Exception) -> LogUnavailable:
     """For the client: Redis' own texts may name users and keys."""
     reason = "Redis can't be reached"
     if isinstance(error, OutOfMemoryError):
@@ -970,6 +970,6 @@ def _away(error: Exception) -> LogUnavailable:
         reason = "Redis returned an error"
     elif not isinstance(error, _BROKEN):
         reason = "internal error"
-    away = LogUnavailable(f"the event log can't be used at the moment: {reason}")
-    away.__cause__ = error
-    return away
+    unavailable = LogUnavailable(f"the event log can't be used at the moment: {reason}")
+    unavailable.__cause__ = error
+    return unavailable

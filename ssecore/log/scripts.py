@@ -17,7 +17,7 @@ from typing import Final
 __all__ = ["COMMON", "SCRIPTS"]
 
 #: Starts each script, after `instance`, `prefix`, constants of `ssecore.log` and `bound` (`max_bytes`). `trim` applies
-#: `ssecore.log.facts.outlived` to the oldest rows, and returns first and size. `recharge` stores them and the cost.
+#: `ssecore.log.facts.has_expired` to the oldest rows, and returns first and size. `recharge` stores them and the cost.
 #: `safely` removes a stream that it can't read from `due`; a full or read-only Redis is not the stream's fault.
 COMMON: Final = """
 local function num(n) return string.format('%.0f', n) end
@@ -281,7 +281,7 @@ end
 return math.max(#due, taken, make_room(tonumber(ARGV[2]), ARGV[1]))
 """,
     # stream
-    "tell": """
+    "mark_answered": """
 if redis.call('EXISTS', facts(ARGV[1])) == 0 then return 0 end
 set(ARGV[1], 'told', 1)
 return 1

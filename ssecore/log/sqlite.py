@@ -19,7 +19,8 @@ transaction:
 6.  Another program's file is never written to. A new file is made under another name, so a file by the log's name
     always has the application id in its header.
 7.  Before each transaction the thread checks that the file and its WAL are the ones it opened: SQLite would keep
-    writing to a deleted file. After a failure the log is `away` until upkeep, or another transaction, has written.
+    writing to a deleted file. After a failure the log is `unavailable` until upkeep, or another transaction, has
+    written.
 """
 
 import logging
@@ -46,7 +47,7 @@ from anyio.to_thread import run_sync
 from ssecore.errors import LogError, LogUnavailable, SSEAppError
 from ssecore.filelock import try_lock
 from ssecore.log import Log
-from ssecore.log.facts import OWNERS, Retention, Row, Stat, cost, legible, packed, unpacked
+from ssecore.log.facts import OWNERS, Retention, Row, Stat, cost, packed, readable, unpacked
 from ssecore.log.ledger import Entry, Ledger, LocalStore
 from ssecore.log.writer import GAP_S, Batch
 from ssecore.wire import encode_json
@@ -198,7 +199,7 @@ class SqliteStore(LocalStore):
         self._clock = clock
         self.max_bytes = max_bytes
         self._orders: SimpleQueue[_Order[Any] | None] = SimpleQueue()
-        self._under_way: dict[_Order[Any], None] = {}
+        self._in_flight: dict[_Order[Any], None] = {}
         self._known: dict[str, Entry] = {}  # rule 3; least recently used first
         self._idle: list[sqlite3.Connection] = []  # readers
         self.writer: sqlite3.Connection | None = None
@@ -207,7 +208,7 @@ class SqliteStore(LocalStore):
         self._files: _Files = (None, None)
         #: Bytes of the pages in use when counted, and written since.
         self.used, self.written = 0, -1
-        self._unlooked = 0
+        self._unchecked = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -215,11 +216,11 @@ class SqliteStore(LocalStore):
         self._reading = CapacityLimiter(_READERS)
         self._orders = SimpleQueue()
         token: Any = current_token().native_token
-        self._tell = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
+        self._call_soon = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
         thread = threading.Thread(target=self._work, name="sseapp event log", daemon=True)
         try:
             self.writer = await run_sync(self._open_file)
-            self._files, self.away, self.written = self._present(), False, -1
+            self._files, self.unavailable, self.written = self._present(), False, -1
             thread.start()
             self._running = True
             try:
@@ -262,14 +263,14 @@ class SqliteStore(LocalStore):
 
     def give_up(self) -> None:
         """The transaction may be waiting for another program's lock."""
-        for order in self._under_way:
+        for order in self._in_flight:
             if order.awaited:  # else `Commits` fails it
                 order.awaited, order.error = False, LogUnavailable("the service is about to stop")
                 order.done(order)
-        self._stuck = bool(self._under_way)
+        self._stuck = bool(self._in_flight)
 
     async def upkeep(self) -> bool:
-        if self.away:
+        if self.unavailable:
             with suppress(SSEAppError):
                 await self.apply(_Transaction.probe)  # type: ignore[arg-type]
         return await super().upkeep()
@@ -296,7 +297,7 @@ class SqliteStore(LocalStore):
     # The writer
 
     def _put(self, order: _Order[Any]) -> None:
-        self._under_way[order] = None
+        self._in_flight[order] = None
         self._orders.put(order)
 
     def _work(self) -> None:
@@ -307,7 +308,7 @@ class SqliteStore(LocalStore):
             except BaseException as error:  # nothing may wait forever
                 outcome = error
             with suppress(RuntimeError):  # the loop has ended
-                self._tell(self._done, orders, outcome)
+                self._call_soon(self._done, orders, outcome)
             del orders, outcome
 
     def _take(self) -> list[_Order[Any]]:
@@ -325,23 +326,23 @@ class SqliteStore(LocalStore):
     def _done(self, orders: list[_Order[Any]], outcome: "_Transaction | BaseException") -> None:
         """In the loop."""
         if isinstance(outcome, BaseException):
-            if not self.away:
+            if not self.unavailable:
                 why = None if isinstance(outcome, _Replaced) else outcome
                 logger.error("can't write the event log %s%s", self.path, outcome if why is None else "", exc_info=why)
-            self.away = True
+            self.unavailable = True
             for order in orders:
                 order.error = _failure("written", outcome)
         else:
-            if self.away and outcome.wrote:
+            if self.unavailable and outcome.wrote:
                 logger.warning("the event log %s is written again", self.path)
-                self.away = False
-            self.crowded = outcome.crowded
+                self.unavailable = False
+            self.over_bound = outcome.over_bound
             for notice in outcome.notices:
                 self._watchers.notify(*notice)
         for order in orders:
-            del self._under_way[order]
+            del self._in_flight[order]
             order.done(order)
-        if not self._under_way:
+        if not self._in_flight:
             self._stuck = False
 
     def _transact(self, orders: list[_Order[Any]]) -> "_Transaction":
@@ -376,11 +377,11 @@ class SqliteStore(LocalStore):
         while len(known) > _MAX_KNOWN:
             del known[next(iter(known))]
         size = sum([order.size for order in orders])
-        self._unlooked += size
+        self._unchecked += size
         if self.written >= 0:
             self.written += size
-        if self._unlooked > _MAX_WAL_BYTES // 64:
-            self._unlooked = 0
+        if self._unchecked > _MAX_WAL_BYTES // 64:
+            self._unchecked = 0
             self._bound_wal()
         return transaction
 
@@ -410,7 +411,7 @@ class SqliteStore(LocalStore):
         return found[0] if found else None
 
     async def _all(self, where: str, *values: object) -> list[Stat]:
-        return await self._query(lambda db: legible(lambda row: _entry(row).stat, db.execute(_SELECT + where, values)))
+        return await self._query(lambda db: readable(lambda row: _entry(row).stat, db.execute(_SELECT + where, values)))
 
     async def _query(self, select: Callable[[sqlite3.Connection], T]) -> T:
         if not self._running:
@@ -459,7 +460,7 @@ class SqliteStore(LocalStore):
                 db.execute(f"SELECT * FROM {table} ORDER BY rowid DESC LIMIT 1").fetchall()
             db.execute("ROLLBACK")
         except BaseException as error:
-            text = _complaint(db, error)
+            text = _error_text(db, error)
             if db:
                 db.close()
             if isinstance(error, sqlite3.Error | OSError):
@@ -799,7 +800,7 @@ def _failure(doing: str, error: BaseException) -> SSEAppError:
     return LogUnavailable(text)
 
 
-def _complaint(db: sqlite3.Connection | None, error: BaseException) -> str:
+def _error_text(db: sqlite3.Connection | None, error: BaseException) -> str:
     if not _damaged(error):
         return f"can't be used: {error}"
     reason = str(error)

@@ -56,8 +56,8 @@ class Batch:
         "frames",
         "last",
         "meta",
+        "resolved",
         "retention",
-        "settled",
         "signal",
         "since",
         "size",
@@ -78,40 +78,40 @@ class Batch:
         self.last = 0
         self.error: SSEAppError | None = None
         self.signal: anyio.Event | None = None
-        self.settled = False
+        self.resolved = False
 
-    def settle(self) -> None:
-        self.settled = True
+    def resolve(self) -> None:
+        self.resolved = True
         if self.signal is not None:
             self.signal.set()
         if self.writer is not None:
-            self.writer.tell(self.size, self.error)
+            self.writer.notify(self.size, self.error)
 
 
 class Writer:
     """Appends to one stream, in order, without waiting."""
 
-    __slots__ = ("_commits", "_epoch", "_stream", "_told", "failed")
+    __slots__ = ("_commits", "_epoch", "_on_stored", "_stream", "failed")
 
-    def __init__(self, commits: "Commits", stream: str, epoch: str, told: Posted) -> None:
-        self._commits, self._stream, self._epoch, self._told = commits, stream, epoch, told
+    def __init__(self, commits: "Commits", stream: str, epoch: str, on_stored: Posted) -> None:
+        self._commits, self._stream, self._epoch, self._on_stored = commits, stream, epoch, on_stored
         self.failed: SSEAppError | None = None
 
     def post(self, frames: Sequence[bytes], size: int) -> None:
-        """Append frames of `size` bytes. `told` is called once they are stored, or have failed, maybe at once.
+        """Append frames of `size` bytes. `on_stored` is called once they are stored, or have failed, maybe at once.
 
-        `append` only after the last `told`. The caller bounds what isn't stored yet. Raises an earlier post's failure,
-        `TooLarge`, `LogUnavailable`; `told` isn't called then.
+        `append` only after the last `on_stored`. The caller bounds what isn't stored yet. Raises an earlier post's
+        failure, `TooLarge`, `LogUnavailable`; `on_stored` isn't called then.
         """
         if self.failed is not None:
             raise self.failed
         self._commits.add(self._stream, self._epoch, frames, size, writer=self)
 
-    def tell(self, size: int, error: SSEAppError | None) -> None:
+    def notify(self, size: int, error: SSEAppError | None) -> None:
         if error is not None and self.failed is None:
             self.failed = error
         try:
-            self._told(size, error)
+            self._on_stored(size, error)
         except Exception:
             logger.exception("a writer of the event log failed over the answer")
 
@@ -128,8 +128,8 @@ class Commits:
         self._queue: dict[str, deque[Batch]] = {}
         self._queued_bytes = 0
         self._awaited = False  # something in the queue is
-        self._under_way: list[Batch] = []
-        self._handed_at = -inf
+        self._in_flight: list[Batch] = []
+        self._committed_at = -inf
         self._planned: Any = None  # the next commit: its handle, whether it is a timer
         self._loop: Any = None
         self._idle = anyio.Event()
@@ -146,7 +146,7 @@ class Commits:
     async def close(self) -> None:
         """Refuse appends, and wait for earlier ones."""
         self._refused = _CLOSED
-        while self._queue or self._under_way:
+        while self._queue or self._in_flight:
             self._idle = anyio.Event()
             await self._idle.wait()
 
@@ -193,40 +193,40 @@ class Commits:
             if batch.signal is None:
                 batch.signal = anyio.Event()
             self._awaited = True
-        if not self._under_way:
+        if not self._in_flight:
             self._plan()
         return batch
 
     def give_up(self) -> None:
         """Fail all batches, and appends until the commit in flight is over."""
-        if self._under_way and self._refused is None:
+        if self._in_flight and self._refused is None:
             self._refused = _STOPPING
-        batches = self._under_way + [batch for waiting in self._queue.values() for batch in waiting]
+        batches = self._in_flight + [batch for waiting in self._queue.values() for batch in waiting]
         self._queue.clear()
         for batch in batches:
             batch.error = LogUnavailable(_STOPPING)
-            self._settle(batch)
+            self._resolve(batch)
 
     def _plan(self) -> None:
         if self._gap_s is None:
-            self._hand_over()
+            self._start_commit()
             return
         at_once = self._awaited or self._queued_bytes >= MAX_ROW_BYTES
-        wait_s = 0.0 if at_once else self._handed_at + self._gap_s - monotonic()
+        wait_s = 0.0 if at_once else self._committed_at + self._gap_s - monotonic()
         if self._planned is not None:
             if wait_s > 0 or not self._planned[1]:
                 return
             self._planned[0].cancel()
         if wait_s > 0:
-            self._planned = self._loop.call_later(wait_s, self._hand_over), True
+            self._planned = self._loop.call_later(wait_s, self._start_commit), True
         else:
-            self._planned = self._loop.call_soon(self._hand_over), False
+            self._planned = self._loop.call_soon(self._start_commit), False
 
-    def _hand_over(self) -> None:
+    def _start_commit(self) -> None:
         self._planned = None
-        batches = self._under_way = self._take()
+        batches = self._in_flight = self._take()
         if batches:
-            self._handed_at = monotonic()
+            self._committed_at = monotonic()
             self._commit(batches, self._done)
         elif not self._queue:
             self._idle.set()
@@ -249,21 +249,21 @@ class Commits:
         return batches
 
     def _done(self) -> None:
-        batches, self._under_way = self._under_way, []
+        batches, self._in_flight = self._in_flight, []
         if self._refused == _STOPPING:
             self._refused = None
         if self.on_commit is not None:
-            self.on_commit(batches, monotonic() - self._handed_at)
+            self.on_commit(batches, monotonic() - self._committed_at)
         for batch in batches:
-            self._settle(batch)
+            self._resolve(batch)
             if batch.error is not None and batch.writer is not None:
-                self._fail_behind(batch)
+                self._fail_later(batch)
         if self._queue:
             self._plan()
         else:
             self._idle.set()
 
-    def _fail_behind(self, failed: Batch) -> None:
+    def _fail_later(self, failed: Batch) -> None:
         """Rule 3."""
         waiting = self._queue.pop(failed.stream, deque())
         kept = deque(batch for batch in waiting if batch.writer is not failed.writer)
@@ -272,12 +272,12 @@ class Commits:
         for batch in waiting:
             if batch.writer is failed.writer:
                 batch.error = failed.error
-                self._settle(batch)
+                self._resolve(batch)
 
-    def _settle(self, batch: Batch) -> None:
-        if not batch.settled:  # by `give_up`
+    def _resolve(self, batch: Batch) -> None:
+        if not batch.resolved:  # by `give_up`
             self._queued_bytes -= batch.size
-            batch.settle()
+            batch.resolve()
 
 
 class _Trio:
