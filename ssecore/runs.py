@@ -41,7 +41,6 @@ from ssecore.errors import (
     BadRequest,
     Conflict,
     Draining,
-    EncodeError,
     Forbidden,
     Gone,
     Interrupted,
@@ -59,10 +58,11 @@ from ssecore.http.request import CURSOR_PARAMETERS, Request, no_connection
 from ssecore.http.responses import JSON, Response
 from ssecore.http.routes import DELETE, GET, About, Route, Run
 from ssecore.log import Cursor, Gap, Log, Retention, Stat, facts, framed, locate, new_epoch, parse_cursor
+from ssecore.log.facts import encoded
 from ssecore.log.tail import READ_BYTES, Attached, Place, Tails, Translate, gap_frames
 from ssecore.settings import Settings
 from ssecore.streaming.pump import FIRST_ITEM_S, Pump
-from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
+from ssecore.wire import CONTENT_TYPE, Decoder, Event
 
 __all__ = ["ROUTES", "Runs", "State", "Worker"]
 
@@ -151,7 +151,7 @@ class Worker:
         self._request = request.for_run(id)
         self._pump: Pump[Event] = Pump(
             route.handler(self._request, **params),
-            _encode,
+            encoded,
             self._request,
             buffer_bytes=BUFFERS // 2 * runs.settings.buffer_bytes,
         )
@@ -167,10 +167,6 @@ class Worker:
         self._count = 0  # their number
         self._read = anyio.Event()
         self._unread = anyio.Event()
-
-    @property
-    def route(self) -> str:
-        return self._route.name
 
     async def run(self) -> None:
         try:
@@ -388,12 +384,6 @@ def _decoded(frame: bytes) -> Event | None:
     return events[-1] if events else None
 
 
-def _encode(event: Event) -> bytes:
-    if event.id is not None:
-        raise EncodeError("id must be left out on a resumable route: the log assigns ids", field="id")
-    return encode(event)
-
-
 class Runs:
     def __init__(
         self, log: Log, tails: Tails, settings: Settings, tasks: TaskGroup, dialects: Iterable[Dialect] = ()
@@ -502,7 +492,7 @@ class Runs:
                 "and will be closed as interrupted",
                 worker.id,
                 DRAIN_CLOSE_S,
-                worker.route,
+                worker.meta.route,
             )
             self._ended(worker)
         for over in self._waiting:
@@ -612,7 +602,11 @@ class Runs:
                     return known, worker
             worker = self._workers.get(known.stream)
             if worker is not None or await self._stat_for_answer(known.stream) is not None:
-                return self._check_fingerprint(known, fingerprint), worker
+                if _meta(known).request != fingerprint.whole:
+                    raise UnprocessableContent(
+                        "this Idempotency-Key was used with another query or body: use a new one"
+                    )
+                return known, worker
             # It has failed and been deleted meanwhile (rule 2): the key is free.
 
     async def _create(
@@ -671,11 +665,6 @@ class Runs:
             task = loop.create_task(worker.run())
             self._running.add(task)
             task.add_done_callback(self._running.discard)
-
-    def _check_fingerprint(self, stat: Stat, fingerprint: _Fingerprint) -> Stat:
-        if _meta(stat).request != fingerprint.whole:
-            raise UnprocessableContent("this Idempotency-Key was used with another query or body; use a new key")
-        return stat
 
     def _key(self, request: Request, key: str | None, method: str | None = None, path: str | None = None) -> str | None:
         if not key:
@@ -855,7 +844,7 @@ class Runs:
 
     def names(self) -> list[str]:
         """For the log. Thread-safe."""
-        return [f"run {worker.id} of {worker.route}" for worker in list(self._workers.values())]
+        return [f"run {worker.id} of {worker.meta.route}" for worker in list(self._workers.values())]
 
     async def run_of(self, last_event_id: str) -> str | None:
         """The run of an event's id, of any caller. Raises `BadRequest`."""

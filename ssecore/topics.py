@@ -16,9 +16,10 @@ from typing import Final
 
 import anyio
 
-from ssecore.errors import EncodeError, LogError, LogUnavailable, NotFound, Unavailable
+from ssecore.errors import LogError, LogUnavailable, NotFound, Unavailable
 from ssecore.http.request import Request
 from ssecore.log import Cursor, Log, Retention, Stat, facts, parse_cursor
+from ssecore.log.facts import encoded
 from ssecore.log.tail import Attached, Place, Tails
 from ssecore.settings import Settings
 from ssecore.wire import Event, encode
@@ -57,7 +58,7 @@ class Topics:
 
         Raises `EncodeError`, `LogUnavailable`, `Unavailable`.
         """
-        frames = [_stored(event) for event in events]
+        frames = [encoded(event) for event in events]
         return await self._log.publish(_stream(topic), frames, retention=self._retention)
 
     def subscribers(self, topic: str) -> int:
@@ -121,12 +122,6 @@ class Topics:
 
 def _is_stale(stat: Stat) -> bool:
     return stat.first > stat.last and time.time() - stat.updated > facts.EMPTY_TOPIC_S / KEEPS
-
-
-def _stored(event: Event) -> bytes:
-    if event.id is not None:
-        raise EncodeError("id must be left out on a topic: the log assigns ids", field="id")
-    return encode(event)
 
 
 def _stream(topic: str) -> str:

@@ -302,7 +302,7 @@ async def test_topics_without_events_of_a_file_that_kept_them_for_ever_are_forgo
         await run(log)
     with closing(sqlite3.connect(path)) as db:
         db.executescript("UPDATE streams SET due = NULL; DROP TABLE accounts; PRAGMA user_version = 1")
-    clock.now += ssecore.log.EMPTY_TOPIC_S
+    clock.now += ssecore.log.facts.EMPTY_TOPIC_S
     async with log.running():
         await log.upkeep()
         assert [await log.stat(name) is not None for name in ("empty", "kept", "run")] == [False, True, True]

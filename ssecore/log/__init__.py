@@ -32,10 +32,6 @@ from anyio.lowlevel import checkpoint
 
 from ssecore.errors import SSEAppError
 from ssecore.log.facts import (
-    EMPTY_TOPIC_S,
-    MAX_APPEND_BYTES,
-    MAX_EPOCHS,
-    MAX_ROW_BYTES,
     Cursor,
     Ended,
     Gap,
@@ -45,7 +41,6 @@ from ssecore.log.facts import (
     Stat,
     Watcher,
     framed,
-    joined,
     json_copy,
     locate,
     new_epoch,
@@ -54,14 +49,9 @@ from ssecore.log.facts import (
 from ssecore.log.writer import Batch, Commits, Posted, Writer
 
 __all__ = [
-    "EMPTY_TOPIC_S",
-    "MAX_APPEND_BYTES",
-    "MAX_EPOCHS",
-    "MAX_ROW_BYTES",
     "Cursor",
     "Ended",
     "Gap",
-    "Kind",
     "Log",
     "Peers",
     "Retention",
@@ -69,10 +59,8 @@ __all__ = [
     "Shared",
     "Stat",
     "Store",
-    "Watcher",
     "Writer",
     "framed",
-    "joined",
     "locate",
     "new_epoch",
     "parse_cursor",
@@ -163,10 +151,6 @@ class Log:
     def peers(self) -> Peers | None:
         """If several processes share the log."""
         return self.store.peers
-
-    @property
-    def shared(self) -> bool:
-        return self.store.peers is not None
 
     @property
     def unavailable(self) -> bool:

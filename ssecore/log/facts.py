@@ -12,8 +12,8 @@ import msgspec
 import orjson
 from msgspec.structs import replace
 
-from ssecore.errors import BadRequest, LogUnavailable, TooLarge, TooManyRequests, WriterFenced
-from ssecore.wire import encode_json
+from ssecore.errors import BadRequest, EncodeError, LogUnavailable, TooLarge, TooManyRequests, WriterFenced
+from ssecore.wire import Event, encode, encode_json
 
 __all__ = [
     "EMPTY_TOPIC_S",
@@ -36,6 +36,7 @@ __all__ = [
     "cost",
     "deleted_at",
     "due",
+    "encoded",
     "framed",
     "has_expired",
     "is_full",
@@ -219,6 +220,13 @@ def joined(frames: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
     if len(body) > MAX_APPEND_BYTES:
         raise TooLarge(f"an append of {len(body)} bytes; the event log takes {MAX_APPEND_BYTES} at once")
     return body, tuple(accumulate(map(len, frames)))
+
+
+def encoded(event: Event) -> bytes:
+    """An event's frame. Raises `EncodeError`."""
+    if event.id is not None:
+        raise EncodeError("id must be left out here: the event log assigns ids", field="id")
+    return encode(event)
 
 
 def packed(ends: tuple[int, ...]) -> bytes:

@@ -352,6 +352,3 @@ class LocalStore(ABC):
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         return self._watchers.add(stream, watcher)
-
-    def opened_here(self, epoch: str) -> bool:
-        return epoch.startswith(self._process)

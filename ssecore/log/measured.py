@@ -1,7 +1,8 @@
 """Metrics of a log's appends and of the runs that end with them."""
 
+from ssecore.errors import LogError, LogUnavailable
 from ssecore.log import Log
-from ssecore.log.writer import Batch, failures
+from ssecore.log.writer import Batch
 from ssecore.metrics import Metrics
 
 __all__ = ["measured"]
@@ -12,7 +13,7 @@ def measured(log: Log, metrics: Metrics) -> Log:
 
     def committed(batches: list[Batch], seconds: float) -> None:
         stored = [batch for batch in batches if batch.error is None]
-        if failed := failures(batches):
+        if failed := sum(isinstance(batch.error, LogUnavailable | LogError) for batch in batches):
             metrics.log_failures.inc(failed)
         if events := sum([len(batch.frames) for batch in stored]):
             metrics.appends.observe(seconds)

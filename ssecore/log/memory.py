@@ -12,8 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from heapq import nsmallest
 from itertools import islice
-from operator import attrgetter
-from typing import Final, NamedTuple, TypeVar
+from typing import TypeVar
 
 from anyio.lowlevel import checkpoint
 
@@ -27,7 +26,6 @@ from ssecore.workers import SEVERAL, only_worker
 __all__ = ["MemoryLog"]
 
 T = TypeVar("T")
-_last: Final = attrgetter("row.last")
 
 
 class MemoryLog(Log):
@@ -37,13 +35,6 @@ class MemoryLog(Log):
         self, *, clock: Callable[[], float] = time.time, upkeep_s: float = 5.0, max_bytes: int | None = None
     ) -> None:
         super().__init__(_Store(clock, max_bytes), clock=clock, upkeep_s=upkeep_s)
-
-
-class _Kept(NamedTuple):
-    """A row and when it was appended."""
-
-    row: Row
-    at: float
 
 
 class _Store(LocalStore):
@@ -98,9 +89,9 @@ class _Store(LocalStore):
         size = 0
         entry = self._ledger.streams.get(stream)
         if entry:
-            start = bisect_right(entry.rows, max(after, entry.stat.first - 1), key=_last)
+            start = bisect_right(entry.rows, max(after, entry.stat.first - 1), key=lambda kept: kept[0].last)
             for index in range(start, len(entry.rows)):
-                row = entry.rows[index].row
+                row = entry.rows[index][0]
                 found.append(row)
                 size += len(row.body)
                 if size >= max_bytes:
@@ -150,7 +141,7 @@ class _Streams(Ledger):
 
     def insert(self, stat: Stat, due: float | None) -> Entry:
         entry = self.streams[stat.stream] = Entry(stat, due)
-        entry.rows = deque()
+        entry.rows = deque()  # of rows, each with the time of its append
         self.epochs[stat.epochs[0][0]] = stat.stream
         if stat.key is not None:
             self.keys[stat.key] = stat.stream
@@ -163,7 +154,7 @@ class _Streams(Ledger):
             del self.epochs[name]
 
     def insert_row(self, entry: Entry, row: Row) -> None:
-        entry.rows.append(_Kept(row, self.now))
+        entry.rows.append((row, self.now))
 
     def save(self, entry: Entry) -> None:
         self.charge(entry, cost(entry.stat))
@@ -172,7 +163,7 @@ class _Streams(Ledger):
         return [(row.last, at, len(row.body)) for row, at in islice(entry.rows, self.step_rows)]
 
     def drop(self, entry: Entry, last: int) -> None:
-        while entry.rows and entry.rows[0].row.last <= last:
+        while entry.rows and entry.rows[0][0].last <= last:
             entry.rows.popleft()
 
     def remove(self, entry: Entry) -> None:

@@ -104,9 +104,6 @@ class _Session(NamedTuple):
     instance: str
     shas: dict[str, str]
 
-    async def drop(self) -> None:
-        await _disconnect(self.connection)
-
 
 class _Call(NamedTuple):
     """`command` starts with a script's name or a command."""
@@ -187,7 +184,7 @@ class _Line:
                         continue
                     try:
                         if session is not None and session.instance != self._log.instance:
-                            await session.drop()
+                            await _disconnect(session.connection)
                             session = None
                         session = session or await self._log.connect()
                         await _send_pipeline(session, self._in_flight, self._log.log_error)
@@ -196,7 +193,7 @@ class _Line:
                         pause = _PAUSES_S[0]
                     except Exception as error:
                         if session is not None:
-                            await session.drop()
+                            await _disconnect(session.connection)
                         session = None
                         self._stuck = self._stopping
                         self._retry(error, pause)
@@ -205,7 +202,7 @@ class _Line:
         finally:
             self._closed = True
             if session is not None:
-                await session.drop()
+                await _disconnect(session.connection)
             for call in (*self._in_flight, *self._calls):
                 call.resolve(LogUnavailable("the event log is closed"))
 
@@ -745,7 +742,7 @@ class RedisStore:
                         await self._receive_all(session)
                         group.cancel_scope.cancel()
                 finally:
-                    await session.drop()
+                    await _disconnect(session.connection)
             except (*_BROKEN, LogError) as error:
                 self.note_reachable(error)
                 pause = min(2 * pause, _PAUSES_S[1])
