@@ -22,9 +22,9 @@ A stream is a named, append-only sequence of events, numbered from 1 without hol
 """
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import anyio
 from anyio import CancelScope
@@ -56,7 +56,6 @@ __all__ = [
     "Peers",
     "Retention",
     "Row",
-    "Shared",
     "Stat",
     "Store",
     "Writer",
@@ -67,8 +66,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("sseapp")
-K = TypeVar("K", bound=Hashable)
-T = TypeVar("T")
 
 
 class Peers(Protocol):
@@ -323,38 +320,3 @@ class Log:
                 self.on_commit(batches, seconds)
             except Exception:  # must not keep the callers waiting
                 logger.exception("what measures the event log failed")
-
-
-class Shared(Generic[K, T]):
-    """Concurrent calls for one key share one call, its result and failure. If it is cancelled, another repeats it."""
-
-    def __init__(self) -> None:
-        self._calls: dict[K, _SharedCall[T]] = {}
-
-    async def do(self, key: K, call: Callable[[], Awaitable[T]]) -> T:
-        while (other := self._calls.get(key)) is not None:
-            await other.done.wait()
-            if other.failure is not None:
-                raise other.failure
-            if other.finished:
-                return other.result
-        mine = self._calls[key] = _SharedCall[T]()
-        try:
-            mine.result = await call()
-            mine.finished = True
-            return mine.result
-        except Exception as error:
-            mine.failure = error
-            raise
-        finally:
-            del self._calls[key]
-            mine.done.set()
-
-
-class _SharedCall(Generic[T]):
-    result: T
-    failure: Exception | None = None
-    finished = False
-
-    def __init__(self) -> None:
-        self.done = anyio.Event()

@@ -18,12 +18,13 @@ from enum import Enum
 from functools import partial
 from typing import Final, NamedTuple
 
+import anyio
 from anyio.abc import TaskGroup
 
 from ssecore.dialects import END_ID, Dialect, error_frames, failure_of
 from ssecore.errors import LogError, LogUnavailable, NotFound
 from ssecore.http.request import EndReason
-from ssecore.log import Cursor, Ended, Gap, Log, Row, Shared, Stat, framed, locate
+from ssecore.log import Cursor, Ended, Gap, Log, Row, Stat, framed, locate
 from ssecore.streaming.sender import Sender, chunk, deliver
 from ssecore.wire import Decoder, Event, encode
 
@@ -37,6 +38,8 @@ READ_BYTES: Final = 256 * 1024
 KEPT_BYTES: Final = 1024 * 1024
 #: Readers in a slice: about half a millisecond. Smaller slices merge more events of a burst into one write.
 SLICE: Final = 64
+#: Frames, the last one's sequence, and the gap before them.
+_Reading = tuple[bytes, int, Gap | None]
 #: No reader's position.
 NO_READER: Final = -1
 
@@ -75,8 +78,9 @@ class Tail:
         self._chunks: deque[tuple[Row, bytes]] = deque()
         self._size = 0
         self._since: tuple[int, int, bytes] = (-1, -1, b"")
-        self._reads: dict[int, tuple[bytes, int, Gap | None]] = {}
-        self._reading: Shared[int, tuple[bytes, int, Gap | None]] = Shared()
+        self._reads: dict[int, _Reading] = {}
+        #: Reads in flight, each with its result or failure.
+        self._reading: dict[int, tuple[anyio.Event, list[_Reading | Exception]]] = {}
         self._scheduled = False  # a round is
         self._seen: tuple[int, Ended | None] = (0, None)  # top and end at the round's start
         self._framed: tuple[bytes, bytes] = (b"", b"")  # the round's batch, and as an HTTP chunk
@@ -160,13 +164,30 @@ class Tail:
             self._since = (after, last, parts[0] if len(parts) == 1 else b"".join(parts))
         return self._since[2], last
 
-    async def read(self, after: int) -> tuple[bytes, int, Gap | None]:
-        """Frames from the log, the last one's sequence, and the gap before them (rule 3)."""
+    async def read(self, after: int) -> _Reading:
+        """The next events from the log (rule 3)."""
         if (known := self._reads.get(after)) is not None:
             return known
-        return await self._reading.do(after, partial(self._read, after))
+        while (reading := self._reading.get(after)) is not None:
+            done, outcome = reading
+            await done.wait()
+            if outcome:  # else its task was cancelled
+                if isinstance(outcome[0], Exception):
+                    raise outcome[0]
+                return outcome[0]
+        done, outcome = self._reading[after] = anyio.Event(), []
+        try:
+            result = await self._read(after)
+            outcome.append(result)
+            return result
+        except Exception as error:
+            outcome.append(error)
+            raise
+        finally:
+            del self._reading[after]
+            done.set()
 
-    async def _read(self, after: int) -> tuple[bytes, int, Gap | None]:
+    async def _read(self, after: int) -> _Reading:
         top = self.top
         rows = await self._log.read(self.stream, after, READ_BYTES)
         stat = None if rows else await self._log.stat(self.stream)
