@@ -7,6 +7,7 @@ import logging
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeVar
 
 from msgspec.structs import replace
@@ -40,19 +41,17 @@ logger: Final = logging.getLogger("sseapp")
 T = TypeVar("T")
 
 
+@dataclass(eq=False, slots=True)
 class Entry:
     """A stream's facts. `id`, `epoch` and `rows` are the store's."""
 
-    __slots__ = ("charged", "due", "epoch", "id", "rows", "saved", "stat")
-
-    def __init__(self, stat: Stat, due: float | None, charged: int = 0, id: int = 0, epoch: int = 0) -> None:
-        self.stat = stat
-        self.due = due
-        self.charged = charged  #: bytes in the owner's account (rule 7)
-        self.id = id
-        self.epoch = epoch  #: the newest one's id
-        self.saved = True  #: False: the facts must be written
-        self.rows: Any = None
+    stat: Stat
+    due: float | None
+    charged: int = 0  #: bytes in the owner's account (rule 7)
+    id: int = 0
+    epoch: int = 0  #: the newest one's id
+    saved: bool = True  #: False: the facts must be written
+    rows: Any = None
 
 
 class Ledger(ABC):

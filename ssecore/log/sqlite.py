@@ -32,6 +32,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -149,18 +150,16 @@ _SELECT_ROWS: Final = """
     WHERE streams.name = ? AND rows.last > max(?, streams.first - 1) ORDER BY rows.last"""
 
 
+@dataclass(eq=False, slots=True)
 class _Order(Generic[T]):
     """Work for the thread. `done` is called in the loop."""
 
-    __slots__ = ("awaited", "done", "error", "result", "size", "work")
-
-    def __init__(self, work: Callable[["_Transaction"], T], done: Callable[[Any], None], size: int) -> None:
-        self.work = work
-        self.done = done
-        self.awaited = False
-        self.size = size
-        self.result: T
-        self.error: SSEAppError | None = None
+    work: Callable[["_Transaction"], T]
+    done: Callable[[Any], None]
+    size: int
+    awaited: bool = False
+    result: T = field(init=False)
+    error: SSEAppError | None = None
 
 
 class SqliteLog(Log):
@@ -253,8 +252,7 @@ class SqliteStore(LocalStore):
         if not self._running or self._stuck:
             raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
         signal = anyio.Event()
-        order = _Order(work, lambda _: signal.set(), _BATCH_BYTES)
-        order.awaited = True
+        order = _Order(work, lambda _: signal.set(), _BATCH_BYTES, awaited=True)
         self._put(order)
         await signal.wait()
         if order.error:

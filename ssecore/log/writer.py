@@ -12,6 +12,7 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
 from typing import Any, Final
@@ -42,6 +43,7 @@ _STOPPING: Final = "the service is about to stop"
 Posted = Callable[[int, SSEAppError | None], None]
 
 
+@dataclass(eq=False, slots=True)
 class Batch:
     """A row, of one stream and epoch. Only its last append may close the stream or set `meta`.
 
@@ -49,36 +51,19 @@ class Batch:
     `error`.
     """
 
-    __slots__ = (
-        "close",
-        "epoch",
-        "error",
-        "frames",
-        "last",
-        "meta",
-        "resolved",
-        "retention",
-        "signal",
-        "since",
-        "size",
-        "stream",
-        "writer",
-    )
-
-    def __init__(self, stream: str, epoch: str, retention: Retention | None, writer: "Writer | None") -> None:
-        self.stream = stream
-        self.epoch = epoch
-        self.retention = retention
-        self.writer = writer
-        self.frames: list[bytes] = []
-        self.size = 0
-        self.close = False
-        self.meta: dict[str, Any] | None = None
-        self.since = monotonic()
-        self.last = 0
-        self.error: SSEAppError | None = None
-        self.signal: anyio.Event | None = None
-        self.resolved = False
+    stream: str
+    epoch: str
+    retention: Retention | None
+    writer: "Writer | None"
+    frames: list[bytes] = field(default_factory=list)
+    size: int = 0
+    close: bool = False
+    meta: dict[str, Any] | None = None
+    since: float = field(default_factory=monotonic)
+    last: int = 0
+    error: SSEAppError | None = None
+    signal: anyio.Event | None = None
+    resolved: bool = False
 
     def resolve(self) -> None:
         self.resolved = True
