@@ -1,21 +1,19 @@
 """Runs: generators that run detached from any connection, into the log; and the routes under /runs.
 
 The first request to a resumable route starts a run: a stream in the log, whose name and first epoch are the run's id,
-and a `Worker` that pumps the generator into it. Its client reads the log as all others do. `Last-Event-ID` resumes, on
-the same route or on `/runs/<id>/events`; a known `Idempotency-Key` reads the run that was started with it.
+and a `Worker` that pumps the generator into it. All clients read the log. `Last-Event-ID` resumes; a known
+`Idempotency-Key` reads the run that was started with it.
 
 1.  A run's last event and its close are one append. The last event is the handler's own, or `error`, or `cancelled`.
 2.  If a run fails in its first second before any event, it is deleted: every waiting request gets the HTTP error, and
-    its idempotency key can be used again. So no request is answered 200 or 202 before the first event or that second's
-    end. A process that answers for another's run first marks it (`Peers.mark_answered`): that run ends with a stored
-    `error`.
-3.  A worker is in `Runs._workers` before its stream is created: of two requests with one key, the second finds it.
-4.  The handler's request is a copy without a connection: the end of a reader doesn't affect the run.
-5.  A run that a crash left open is closed at the next start, or by another process that shares the log: as
-    `interrupted`, or as completed if its last event is a terminal one.
+    its idempotency key can be used again. So no request is answered 200 or 202 before. A process that answers for
+    another's run first marks it (`Peers.mark_answered`): that run ends with a stored `error`.
+3.  A worker is in `Runs._workers` before its stream exists: of two requests with one key, the second finds it.
+4.  The handler's request is a copy without a connection: a reader's end doesn't affect it.
+5.  A run that a crash left open is closed at the next start, or by another process: as `interrupted`, or as completed
+    if its last event is a terminal one.
 6.  Another caller's run is answered as one that doesn't exist.
-7.  Processes that share the log all answer for every run. They forward a `cancel` to the run's process, and mark in
-    the log the runs that they read.
+7.  Processes that share the log all answer for every run. They forward a `cancel`, and mark the runs that they read.
 """
 
 import asyncio
@@ -70,40 +68,33 @@ logger = logging.getLogger("sseapp")
 
 State = Literal["running", "completed", "failed", "cancelled", "interrupted"]
 
-#: Without authentication a key is as secret as a run's id: 22 characters of base64url are 128 bits.
+#: Without authentication a key is as secret as a run's id: 22 of base64url are 128 bits.
 MIN_ANONYMOUS_KEY: Final = 22
 MAX_KEY: Final = 255
-#: The same for a thread, which finds a run only while it is running: 16 of base62, as the AI SDK's chat ids, are 95
-#: bits.
+#: The same for a thread, which finds only running runs: 16 of base62, as the AI SDK's chat ids, are 95 bits.
 MIN_ANONYMOUS_THREAD: Final = 16
-#: How far a generator may be ahead of the log, in buffers: half in the pump, half posted and not stored yet.
+#: How far a generator may be ahead of the log, in buffers: half in the pump, half posted.
 BUFFERS: Final = 4
-#: Runs in `GET /runs`.
 MAX_LIST: Final = 1000
 #: Two lines on a screen; with `MAX_LIST` runs a list of some 300 KB.
 MAX_ABOUT_CHARS: Final = 200
-#: Pauses between attempts to store a run's end.
 RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
-#: For handlers to close after a drain's grace. `docker stop` kills the process 2 s after the default `drain_s`, and
-#: servers allow an app's end little more.
+#: For handlers to close after a drain's grace: `docker stop` kills the process 2 s after the default `drain_s`.
 DRAIN_CLOSE_S: Final = 1.5
-#: The linger time is counted in steps. One that ends this late isn't counted: the process was stopped or its loop
-#: blocked, so no reader could return.
+#: Steps of the linger time. One that ends this late isn't counted: the process was stopped, and its readers too.
 LINGER_STEPS: Final = 8
 LATE_S: Final = 1.0
 
 
 class _Meta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A run's `meta`. Other versions may write fewer fields, or more, which are kept."""
+    """A run's `meta`. Other versions may write other fields, which are kept."""
 
     state: str | None = None
     #: Such as "GET /chat".
     route: str | None = None
     dialect: str | None = None
     data_only: bool = False  #: from versions without dialects
-    #: `None`: without readers it runs to its end.
     linger_s: float | None = None
-    #: See `_Fingerprint`.
     target: str | None = None
     request: str | None = None
     #: See `routes.About`.
@@ -121,7 +112,7 @@ def _meta(stat: Stat) -> _Meta:
 
 @dataclass(frozen=True, slots=True)
 class _Fingerprint:
-    """Hashes that identify a request: of path and query, and of these with the body."""
+    """Hashes of a request: path and query; these and the body."""
 
     target: str
     whole: str
@@ -161,9 +152,9 @@ class Worker:
         self._most_unstored = BUFFERS // 2 * runs.settings.buffer_bytes
         self._events_left = runs.retention.events or math.inf
         self._bytes_left = runs.retention.bytes or math.inf
-        self._failure: SSEAppError | None = None  # why nothing more can be stored
-        self._finished = anyio.Event()  # no more events, and those before are stored or failed
-        self._last = b""  # the newest event stored or posted
+        self._failure: SSEAppError | None = None  # the log's
+        self._finished = anyio.Event()  # no more events, and all are stored or failed
+        self._last = b""  # the newest event
         self._count = 0  # their number
         self._read = anyio.Event()
         self._unread = anyio.Event()
@@ -204,10 +195,8 @@ class Worker:
             logger.warning("run %s was taken over or deleted while it was running", self.id)
 
     def _post_ready(self) -> None:
-        """Post the pump's frames to the log; if too much isn't stored yet, `_confirm` does it.
-
-        Hot path, once each time that the generator waits.
-        """
+        """Post the pump's frames; if too much isn't stored yet, `_confirm` does it. Hot path, once per wait of the
+        generator."""
         if self._pump.ended or self._failure is not None:
             self._check_finished()
         elif self._unstored < self._most_unstored and self._pump.has_something:
@@ -225,7 +214,7 @@ class Worker:
                 self._confirm(size, error)
 
     def _admit(self, frames: list[bytes]) -> tuple[list[bytes], int]:
-        """The frames that fit the run's retention (it isn't trimmed), and their size."""
+        """The frames that fit the run's retention, and their size."""
         size = sum(map(len, frames))
         if len(frames) > self._events_left or size > min(self._bytes_left, facts.MAX_APPEND_BYTES):
             self._failure = TooLarge("the run is larger than the log keeps of one stream")
@@ -239,7 +228,7 @@ class Worker:
         return frames, size
 
     def _confirm(self, size: int, error: SSEAppError | None) -> None:
-        """Posted bytes are stored, or failed, and with them all later posts."""
+        """Posted bytes are stored, or have failed."""
         self._unstored -= size
         if error is None:
             self.started.set()
@@ -249,7 +238,7 @@ class Worker:
             self._post_ready()
 
     def _check_finished(self) -> None:
-        """Finish once all posts are stored: the end must not close the run over a hole."""
+        """Finish once all posts are stored: an earlier end would close the run over a hole."""
         if not self._unstored or not (self._failure is None or isinstance(self._failure, TooLarge)):
             self._finished.set()
 
@@ -282,7 +271,6 @@ class Worker:
         self._pump.stop()
 
     def _ending(self) -> tuple[list[bytes], State]:
-        """The last events, and the state."""
         dialect = self._route.dialect
         if self._pump.exhausted:
             failed = self._request.failed or self._last.startswith(b"event: error\n")
@@ -301,7 +289,7 @@ class Worker:
         await self._runs.log.append(self.id, frames, epoch=self.id, close=True, meta=meta)
 
     async def _end_unstored(self, error: SSEAppError) -> None:
-        """Send readers an error without an id now, and store it once the log can be used."""
+        """Send readers an error without an id; store it once that is possible."""
         frames = error_frames(error, self._route.dialect, self._so_far())
         logger.error("run %s: its events can't be stored: %s", self.id, error)
         if self.failed_early is None and self._may_be_deleted():
@@ -324,7 +312,7 @@ class Worker:
                     return
 
     def cancel(self, reason: Literal["asked", "linger", "drain"]) -> None:
-        """Cancel it, unless it has ended or been cancelled."""
+        """Idempotent."""
         if self._reason is None and not self._pump.exhausted and not self._pump.ended:
             self._reason = reason
             self._request.end_for("drain" if reason == "drain" else "cancelled")
@@ -344,7 +332,7 @@ class Worker:
         self._read.set()
 
     async def _linger(self, limit: float) -> None:
-        """Cancel it after `limit` seconds without readers, counted from the first reader's end."""
+        """Cancel it after `limit` seconds without readers, once it had one."""
         while True:
             await self._unread.wait()
             self._unread = anyio.Event()
@@ -370,7 +358,6 @@ class Worker:
 
 
 def _fitting(frames: list[bytes], events: float, size: float) -> list[bytes]:
-    """The first frames, within `events`, `size` and one append."""
     size = min(size, facts.MAX_APPEND_BYTES)
     for before, total in enumerate(accumulate(map(len, frames))):
         if before >= events or total > size:
@@ -410,12 +397,11 @@ class Runs:
             log.peers.on_command = self._on_command
 
     def linger_s(self, route: Route) -> float | None:
-        """How long the route's runs go on without readers."""
         linger_s = route.run.linger_s if route.run else None
         return self.settings.linger_s if linger_s == "setting" else linger_s
 
     async def keep_watch(self) -> None:
-        """If processes share the log: close dead processes' runs, and mark those read here."""
+        """Rules 5 and 7, if processes share the log."""
         while self._peers is not None:
             await anyio.sleep(self.settings.lease_s / 3)
             try:
@@ -423,7 +409,7 @@ class Runs:
                 for run in list(self._remote_readers):
                     await self._peers.touch(run, max(self.settings.linger_s, self.settings.lease_s))
             except (LogUnavailable, LogError):
-                pass  # logged by the log
+                pass  # the log has logged it
             except Exception:
                 logger.exception("can't check the runs of other processes; trying again")
 
@@ -455,7 +441,6 @@ class Runs:
         logger.warning("run %s was left behind and is now %s", stat.stream, state)
 
     def _dialect(self, stat: Stat) -> Dialect:
-        """`NAMED` if this version doesn't know the run's."""
         meta = _meta(stat)
         if meta.dialect is not None:
             return self._dialects.get(meta.dialect, NAMED)
@@ -470,12 +455,12 @@ class Runs:
             return
         if command == "cancel":
             worker.cancel("asked")
-        elif command == "read":  # starts the linger time, which `touch` renews
+        elif command == "read":  # starts the linger time
             worker.attach()
             worker.detach()
 
     async def drain(self, grace_s: float) -> None:
-        """Start no more runs, wait `grace_s`, then close the rest as interrupted."""
+        """Start no more runs, wait `grace_s`, close the rest as interrupted."""
         self.draining = True
         with anyio.move_on_after(grace_s):
             await self._no_workers()
@@ -512,7 +497,6 @@ class Runs:
         self._idle = anyio.Event()
 
     async def respond(self, request: Request, route: Route, params: Mapping[str, Any]) -> Response | Attached:
-        """Start, attach or resume."""
         if request.last_event_id == "end":
             return Response(status=204)
         if request.last_event_id:
@@ -555,9 +539,9 @@ class Runs:
     ) -> str:
         """Start a run from a program's own code, owned by `caller`; returns its id.
 
-        Waits for the first event, at most a second, and raises what `events` raises before (rule 2). With the `key` of
-        an earlier run of this caller and name: returns its id, and doesn't use `events`. `name` is shown in the state,
-        the metrics and the log. Raises `Unavailable` (too many runs, or stopping), `TooManyRequests`, `LogUnavailable`.
+        Waits for the first event, at most a second, and raises earlier failures (rule 2). With the `key` of an earlier
+        run of this caller and name: returns its id, and doesn't use `events`. `name` is shown in the state, metrics and
+        log. Raises `Unavailable` (too many runs, or stopping), `TooManyRequests`, `LogUnavailable`.
         """
         name = name or str(getattr(events, "__name__", type(events).__name__))
         if self.draining:
@@ -607,7 +591,7 @@ class Runs:
                         "this Idempotency-Key was used with another query or body: use a new one"
                     )
                 return known, worker
-            # It has failed and been deleted meanwhile (rule 2): the key is free.
+            # It has failed and been deleted (rule 2): the key is free.
 
     async def _create(
         self,
@@ -656,7 +640,7 @@ class Runs:
         return stat, None
 
     def _start_task(self, worker: Worker) -> None:
-        """Not in the app's task group if possible: it would wait for a handler that never ends."""
+        """On asyncio outside of the app's task group, which would wait for a handler that never ends."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # trio
@@ -802,7 +786,7 @@ class Runs:
         if worker is not None:
             worker.attach()
         try:
-            while not stat.closed:  # checked again now that the watch is on
+            while not stat.closed:
                 with anyio.move_on_after(self.settings.lease_s / 3):
                     await ended.wait()
                 await self._mark_read(stat)
@@ -820,7 +804,7 @@ class Runs:
         return events
 
     async def find(self, request: Request, key: str, *, method: str, path: str) -> str | None:
-        """The run that the caller started on this route with this key."""
+        """The caller's run on this route with this key."""
         stat = await self.log.find(key=self._key(request, key, method, path) or "")
         return None if stat is None or stat.owner != request.caller else stat.stream
 
@@ -829,7 +813,7 @@ class Runs:
         if request.caller is None and len(thread) < MIN_ANONYMOUS_THREAD:
             text = f"without credentials thread must have at least {MIN_ANONYMOUS_THREAD} random characters"
             raise BadRequest(text, field="thread")
-        if state == "running" and self._peers is None:  # each load of a page asks: without the log
+        if state == "running" and self._peers is None:  # asked on each load of a page: without the log
             mine = [worker for worker in self._workers.values() if worker.owner == request.caller]
             ids = [worker.id for worker in reversed(mine) if worker.meta.thread == thread]
             found = [stat for id in ids if (stat := await self.log.stat(id)) is not None]
@@ -860,7 +844,7 @@ class Runs:
         return stat
 
     async def state(self, run: str, *, caller: str | None) -> Mapping[str, Any]:
-        """Also restarts the linger time. Raises `NotFound`."""
+        """Restarts the linger time. Raises `NotFound`."""
         stat = await self._owned(run, caller)
         if (worker := self._workers.get(run)) is not None:
             worker.touch()
@@ -903,7 +887,7 @@ def _events_path(request: Request, run: str) -> str:
 
 
 def _with_location(request: Request, answer: Response | Attached) -> Response | Attached:
-    """Add a `Content-Location`: a client of a POST resumes there."""
+    """A client of a POST resumes at the `Content-Location`."""
     if isinstance(answer, Response) or (request.route is not None and request.route.hosted):
         return answer
     path = _events_path(request, answer.headers["run-id"])
@@ -945,7 +929,7 @@ async def _delete(request: Request, id: str) -> Response:
     return Response(status=await request.runs.cancel(id, caller=request.caller))
 
 
-#: An embedding program has them too, under its mount path.
+#: Also an embedding program's, under its mount path.
 ROUTES: Final = [
     GET("/runs", _list, query=_ListQuery),
     GET("/runs/{id}", _get),
@@ -989,7 +973,6 @@ def _about(route: Route, request: Request) -> About:
 
 
 def _line(text: str) -> str:
-    """One line, since a list has a thousand of them."""
     # Cut first: the text may have megabytes.
     line = " ".join(text[: 4 * MAX_ABOUT_CHARS].split())
     return line if len(line) <= MAX_ABOUT_CHARS else f"{line[: MAX_ABOUT_CHARS - 1]}…"
