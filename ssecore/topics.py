@@ -1,8 +1,7 @@
 """Topics: streams in the log with any number of writers and readers.
 
 The log creates topics and opens their epochs (`Log.publish`). A process keeps nothing about a topic without readers
-here. The log deletes a topic without events `EMPTY_TOPIC_S` after its last use; `keep` uses those that have readers
-here, so a disconnected reader has most of that time to resume.
+The log deletes a topic without events `EMPTY_TOPIC_S` after its last use; `keep` uses those that have readers here.
 
 A subscription begins with `init`, whose id is the newest event's: a cut before the first event loses nothing. A resumed
 one has no `init`, but a `gap` if events are missing. Unlike a run, an `expired` topic goes on with what it has.
@@ -26,9 +25,9 @@ from ssecore.wire import Event, encode
 
 __all__ = ["Subscription", "Topics"]
 
-#: Topics per commit, or call of Redis.
+#: Topics per commit.
 KEEP_STEP: Final = 100
-#: Uses within the time after which the log would delete a topic.
+#: Uses in that time.
 KEEPS: Final = 3
 
 
@@ -66,7 +65,7 @@ class Topics:
         return self._tails.subscribers(_stream(topic))
 
     async def subscribe(self, request: Request, subscription: Subscription) -> Attached:
-        """A reader from the request's cursor. Raises `BadRequest`, `Unavailable`, `LogUnavailable`."""
+        """Raises `BadRequest`, `Unavailable`, `LogUnavailable`."""
         self._check_room(subscription.topic)
         cursor = parse_cursor(request.last_event_id) if request.last_event_id else None
         stream = _stream(subscription.topic)

@@ -1,24 +1,23 @@
 """The event log: streams of events that outlive the connections that read them.
 
 A stream is a named, append-only sequence of events, numbered from 1 without holes. A *run* ends and is kept whole; a
-*topic* goes on and is trimmed. tests/test_log.py checks these rules on all stores (`memory`, `sqlite`, `redis`).
+*topic* goes on and is trimmed. tests/test_log.py checks these rules on all stores.
 
 1.  A reader sees only what is in the log: append first, then deliver.
 2.  An append is atomic: events of one epoch, and optionally the close and new `meta`, even if its caller is cancelled.
 3.  Each writer (a run's worker, a process on a topic) opens an epoch before it appends. That fences earlier writers,
     which may only be presumed dead.
 4.  A cursor `<epoch>.<seq>` means: the reader has this writer's events up to seq. It is valid if seq is below the next
-    epoch's first sequence. Otherwise the log lost its tail (a crash, a restored backup): the sequence alone would skip
-    events.
-5.  Stored bodies have no `id:` line: on a topic the id is known only after the append. `framed` inserts it.
+    epoch's first sequence; else the log lost its tail (a crash, a restored backup), and the sequence would skip events.
+5.  Stored bodies have no `id:` line, since a topic's id is known only after the append: `framed` inserts it.
 6.  Retention trims open topics: exactly by count, by whole rows for bytes (never the newest) and age. A run's is its
     worker's limit. `age_s` after its close a stream is deleted; an open topic without events `EMPTY_TOPIC_S` after its
     last use.
 7.  Above `max_bytes` in all, upkeep deletes early what expires next (but not within `EMPTY_TOPIC_S`): closed streams,
     topics' oldest rows; above a tenth of it, an owner's oldest closed runs. Open runs stay. A tenth above either bound,
     `create` and `append` raise `LogUnavailable` (`create` for an owner `TooManyRequests`), unless the append closes.
-8.  Call `watch` before `stat` or `read`. A row appended in between then arrives twice, never not at all; drop the
-    duplicate by its sequence.
+8.  Call `watch` before `stat` or `read`. A row appended in between then arrives twice: drop the duplicate by its
+    sequence.
 """
 
 import logging
@@ -69,32 +68,30 @@ logger = logging.getLogger("sseapp")
 
 
 class Peers(Protocol):
-    """Between processes that share a log."""
-
-    #: Called in the event loop for each command to this process.
+    #: Called in the loop for each command to this process.
     on_command: Callable[[str, str], None] | None
 
     async def send_command(self, stream: str, command: str) -> None:
-        """Send a command to the run's process. Raises `NotFound`."""
+        """To the run's process. Raises `NotFound`."""
 
     async def touch(self, stream: str, for_s: float) -> None:
-        """Mark the run as read here, for so long."""
+        """The run is read here, for so long."""
 
     async def touched(self, stream: str) -> bool:
         """Whether it is read elsewhere."""
 
     async def mark_answered(self, stream: str) -> None:
-        """Mark the run as answered here (see `Log.delete`). Raises `NotFound`."""
+        """See `Log.delete`. Raises `NotFound`."""
 
 
 class Store(Protocol):
-    """A store of `Log`, which documents most of its calls."""
+    """See `Log`."""
 
     #: Its last call failed.
     unavailable: bool
-    #: Over its bound: upkeep is needed now.
+    #: Upkeep is needed now (rule 7).
     over_bound: bool
-    #: The log is closing: calls don't wait.
+    #: Calls don't wait any more.
     closing: bool
     gap_s: float | None
     peers: Peers | None
@@ -106,8 +103,8 @@ class Store(Protocol):
     async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat: ...
 
     def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
-        """Store the batches, each of another stream: set `last` or `error`, notify the watchers, then call `done` in
-        the loop."""
+        """Store the batches, each of another stream: set `last` or `error`, notify the watchers, call `done` in the
+        loop."""
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]: ...
 
@@ -141,17 +138,15 @@ class Log:
         self._commits = Commits(store.commit, store.gap_s)
         self._commits.on_commit = self._committed
         self._look = anyio.Event()
-        #: Called in the event loop with each commit's batches and seconds.
+        #: Called with each commit's batches and seconds.
         self.on_commit: Callable[[list[Batch], float], None] | None = None
 
     @property
     def peers(self) -> Peers | None:
-        """If several processes share the log."""
         return self.store.peers
 
     @property
     def unavailable(self) -> bool:
-        """Whether the store's last call failed."""
         return self.store.unavailable
 
     def give_up(self) -> None:
@@ -208,7 +203,8 @@ class Log:
                 self._look.set()
 
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
-        """Open a further epoch: earlier writers are fenced (rule 3). A new `retention` replaces the old one.
+        """Open a further epoch (rule 3). A new `retention` replaces the old one.
+
         Raises `NotFound`, `WriterFenced` if it is closed, `Conflict` if the epoch exists.
         """
         return await self.store.open(stream, epoch, retention)
@@ -224,7 +220,7 @@ class Log:
     ) -> int:
         """Append, and return the stream's last sequence. `meta` replaces the old one.
 
-        Without frames: only close, set `meta`, or check the writer. Raises `WriterFenced`, `NotFound`, `TooLarge`.
+        Without frames: close, set `meta`, or check the writer. Raises `WriterFenced`, `NotFound`, `TooLarge`.
         """
         return (await self._append(stream, frames, epoch, close=close, meta=meta)).seq
 
@@ -260,7 +256,7 @@ class Log:
         return Cursor(batch.epoch, batch.last - len(batch.frames) + behind)
 
     def writer(self, stream: str, epoch: str, on_stored: Posted) -> Writer:
-        """For a run's only writer. `on_stored` is called with the outcome of each post."""
+        """For a run's only writer."""
         return Writer(self._commits, stream, epoch, on_stored)
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
@@ -286,9 +282,8 @@ class Log:
         return await self.store.unfinished()
 
     async def delete(self, stream: str, *, unless_answered: bool = False) -> bool:
-        """Delete the stream, open or not, if it exists.
-
-        With `unless_answered`, keep a run that `Peers.mark_answered` was called for, and return False.
+        """Delete the stream, if it exists. `unless_answered`: keep a run that `Peers.mark_answered` was called for, and
+        return False.
         """
         return await self.store.delete(stream, unless_answered)
 

@@ -61,20 +61,19 @@ T = TypeVar("T")
 MAX_APPEND_BYTES: Final = 64 * 1024 * 1024
 #: Appends are merged into rows up to this size.
 MAX_ROW_BYTES: Final = 64 * 1024
-#: Epochs that a stream keeps beyond those of its events. A topic gets one at each start of the process; cursors of
-#: dropped ones are `expired`.
+#: Epochs kept beyond those of the events kept. A topic gets one at each start of the process.
 MAX_EPOCHS: Final = 1000
 
-#: How long an open topic without events is kept, so that disconnected subscribers can resume.
+#: How long an open topic without events is kept for its subscribers to resume.
 EMPTY_TOPIC_S: Final = 900.0
 
-#: What a stream, and an event, cost besides the bodies (rule 7). Measured: a chat's run of ten words takes 6 KB in
-#: Redis (a stream's first node alone 4) and 0.9 KB in SQLite, whose total is its pages in use.
+#: Bytes of a stream, and of an event, besides the bodies (rule 7). Measured: a run of ten words takes 6 KB in Redis (a
+#: stream's first node alone 4) and 0.9 KB in SQLite, whose total is its pages in use.
 STREAM_BYTES: Final = 6144
 EVENT_BYTES: Final = 64
 #: An owner's share is `max_bytes` divided by this.
 OWNERS: Final = 10
-#: Instead of no `age_s`: streams kept forever have an order of deletion, too (rule 7).
+#: Instead of no `age_s`: such streams have an order of deletion, too (rule 7).
 FOREVER_S: Final = 1e10
 
 Kind = Literal["run", "topic"]
@@ -106,13 +105,13 @@ class Retention(msgspec.Struct, frozen=True):
 
 
 class Stat(msgspec.Struct, frozen=True):
-    """A stream's facts at one moment. `meta` is shared: don't change it."""
+    """A stream's facts. Don't change `meta`: it is shared."""
 
     stream: str
     kind: Kind
     #: (epoch, its first sequence), oldest first.
     epochs: tuple[tuple[str, int], ...]
-    #: Unix times. `updated`: the last append, open, new `meta`, close, or trim to zero events.
+    #: Unix times. `updated`: by an append, open, new `meta`, close, or trim to zero events.
     created: float
     updated: float
     #: Oldest sequence kept, or `last + 1`.
@@ -155,11 +154,11 @@ Watcher = Callable[[Row | None, Ended | None], None]
 
 
 def framed(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
-    """The row's events after sequence `after`, each with its `id:` line.
+    """The row's events after `after`, each with its `id:` line.
 
     The id is the last line of its block: some clients (`@microsoft/fetch-event-source` 2.0.1, npm `eventsource` 2.0.2)
-    take an id as soon as its line is complete: cut before the data, they would resume after an event that they never
-    got. `id_first` is for dialects whose clients pair an id with the data after it.
+    take an id as soon as its line is complete: cut before the data, they would miss it. `id_first`: some dialects'
+    clients pair an id with the data after it.
 
     Hot path, once per row and process; 0.2 µs an event.
     """
@@ -178,7 +177,7 @@ def framed(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
 
 
 def new_epoch() -> str:
-    """128 random bits: they are the right to read a run without credentials."""
+    """128 random bits: without authentication they are the right to read a run."""
     return secrets.token_urlsafe(16)
 
 
@@ -239,7 +238,7 @@ def unpacked(ends: bytes) -> tuple[int, ...]:
 
 
 def readable(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
-    """Apply `read` to each; log and leave out what it fails on (another version's, a bad disk)."""
+    """`read` each; log and leave out those that can't be (another version's, a bad disk)."""
     found = []
     for one in stored:
         try:
@@ -250,7 +249,7 @@ def readable(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
 
 
 def json_copy(meta: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A copy by way of JSON: the same in every store. Raises `EncodeError`."""
+    """A copy by way of JSON, the same for every store. Raises `EncodeError`."""
     if meta is None:
         return None
     copy: dict[str, Any] = orjson.loads(encode_json(meta))

@@ -1,15 +1,15 @@
-"""The Lua scripts of the Redis log: each changes all or nothing (the rules are those of `redis`).
+"""The Lua scripts of the Redis log (see the rules in `redis`). Each changes all or nothing.
 
-Keys, after the prefix: `facts:<stream>` (hash), `rows:<stream>` (a Redis stream; an entry is a row, its id the last
-sequence), `touched:<stream>`; by process `lease:`, `calls:` (list of commands) and `process:` (its last answer); the
-indexes `epochs` and `keys` (hashes, to the stream), `open` and `runs:<owner>` (sorted by `count`, the order of
-creation), `due` (by the time of the next upkeep) and `bytes` (hash: bytes by owner, and in total as '').
+Keys, after the prefix: `facts:<stream>` (hash), `rows:<stream>` (a Redis stream of rows, each with its last sequence as
+id), `touched:<stream>`; `lease:<process>`, `calls:<process>` (commands), `process:<process>` (its last answer); the
+indexes `epochs` and `keys` (to the stream), `open` and `runs:<owner>` (by `count`, the order of creation), `due` (by
+the next upkeep), and `bytes` (by owner, and in total as '').
 Channels: `appended:<stream>`, `called:<process>`.
-Facts: the fields of `Stat`, and `epoch` (the newest), `writer` (the epoch that may append), `instance` (of the last
-append), `holder`, `told` (another process has answered a request for it), `cost` (its part of `bytes`).
+Facts: those of `Stat`, `epoch` (the newest), `writer` (the epoch that may append), `instance` (of the last append),
+`holder`, `told` (another process answers for it), `cost` (in `bytes`).
 
-Keys may be missing one by one (evicted, deleted by hand) or have another type: a script over several streams returns an
-error in place of a stream that it can't read, and continues.
+Keys may be missing (evicted, deleted by hand) or have another type: a script over several streams returns an error in
+that stream's place.
 """
 
 from typing import Final

@@ -1,25 +1,25 @@
 """The event log in one SQLite file, for one process. What a finished call stored survives a SIGKILL.
 
 In WAL mode with `synchronous=NORMAL`: a power failure may lose the last moments; readers then get a `gap` (`diverged`).
-`full_sync=True` syncs each commit, and survives that too. One thread commits; what is queued meanwhile is its next
+`full_sync=True` syncs each commit, and survives that too. A thread commits; what is queued meanwhile is its next
 transaction:
 
     append, post ──► Commits (writer.py) ──┐
     create, open, delete, upkeep ──────────┴──► queue ──► the thread ──► loop: watchers, callers
     read, find, … ──► worker threads: one SELECT on one of a few connections
 
-1.  An append to an open run doesn't write the facts that its rows contain (`last`, `size`, `updated`): queries derive
-    them until the close, new `meta` or an epoch writes them. So it is one statement, without BEGIN and COMMIT.
-2.  A refused operation has changed nothing, and fails no other. An error of SQLite fails all operations of its
-    transaction with `LogUnavailable`, and stores none.
+1.  An append to an open run writes no facts that its rows contain (`last`, `size`, `updated`): queries derive them
+    until a close, `meta` or an epoch writes them. So it is one statement, without BEGIN and COMMIT.
+2.  A refusal changes nothing and fails no other operation. An error of SQLite fails its whole transaction with
+    `LogUnavailable`.
 3.  `_known`, the facts of the streams in use, is changed by the thread alone, after a commit; the loop only reads it.
-4.  A reader's transaction is one SELECT: it doesn't hold the WAL back, and sees every earlier commit.
-5.  Upkeep deletes rows of deleted streams (`garbage`) in bounded steps. `max_bytes` counts the pages in use, so garbage
-    goes before more is deleted to free space.
+4.  A reader's transaction is one SELECT, so that it doesn't hold the WAL back.
+5.  Upkeep deletes the rows of deleted streams (`garbage`) in steps. `max_bytes` counts the pages in use, so that comes
+    before more is deleted.
 6.  Another program's file is never written to. A new file is made under another name, so a file by the log's name
     always has the application id in its header.
-7.  Before each transaction the thread checks that the file and its WAL are the ones it opened: SQLite would keep
-    writing to a deleted file. After a failure the log is `unavailable` until upkeep, or another transaction, has
+7.  Before each transaction the thread checks that the file and its WAL are those it opened: SQLite would go on with a
+    deleted file. After a failure the log is `unavailable` until something was written; upkeep tries that.
     written.
 """
 
@@ -90,7 +90,7 @@ _MIGRATIONS: Final = (
     INSERT INTO accounts SELECT owner, sum(6144 + size + 64 * (last - first + 1))
         FROM streams WHERE owner IS NOT NULL GROUP BY owner;
     """,
-    # From here on facts lag behind rows (rule 1): an older program would overwrite rows.
+    # From here on facts may lag behind rows (rule 1).
     "",
 )
 
@@ -98,8 +98,7 @@ _MIGRATIONS: Final = (
 _MAX_ORDERS: Final = 100
 #: Rows in one INSERT.
 _ROWS_AT_ONCE: Final = 32
-#: A batch's bytes in the file, and in the WAL, besides its body, roughly. Pages are counted again once the bound could
-#: have been passed, and the WAL's size is checked each 64th of its bound.
+#: A batch's bytes in the file besides its body, roughly: when to count pages again, and to look at the WAL.
 _BATCH_BYTES: Final = 1024
 #: A run's growth before its owner is charged again.
 _UNCHARGED_BYTES: Final = 64 * 1024
@@ -107,10 +106,10 @@ _UNCHARGED_BYTES: Final = 64 * 1024
 _READERS: Final = 4
 #: About 1 KB each.
 _MAX_KNOWN: Final = 10_000
-#: In one step of upkeep: some milliseconds, with large rows commits up to 20 ms.
+#: In one step of upkeep: some milliseconds.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: 2 MiB. SQLite's default of 4 MiB would be half of a small log.
+#: 2 MiB: SQLite's 4 MiB would be half of a small log.
 _CHECKPOINT_PAGES: Final = 512
 #: Readers can keep the WAL from restarting: then it is truncated.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
@@ -205,7 +204,7 @@ class SqliteStore(LocalStore):
         self._running = False
         self._stuck = False  # since `give_up`, until earlier orders are done
         self._files: _Files = (None, None)
-        #: Bytes of the pages in use when counted, and written since.
+        #: Bytes of the pages in use at the last count, and written since.
         self.used, self.written = 0, -1
         self._unchecked = 0
 
@@ -260,7 +259,7 @@ class SqliteStore(LocalStore):
         return order.result
 
     def give_up(self) -> None:
-        """The transaction may be waiting for another program's lock."""
+        """The thread may wait for another program's lock."""
         for order in self._in_flight:
             if order.awaited:  # else `Commits` fails it
                 order.awaited, order.error = False, LogUnavailable("the service is about to stop")
@@ -668,7 +667,7 @@ class _Transaction(Ledger):
             entry.charged = bytes
 
     def used(self) -> int:
-        """Counted when it may exceed the bound, and after a deletion."""
+        """Counted when it may exceed the bound."""
         store = self._store
         if self.max_bytes == sys.maxsize:
             return 0

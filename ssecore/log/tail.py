@@ -1,14 +1,14 @@
 """Readers of the log: cursors into a tail that all of a stream's readers share.
 
-A `Tail` has a stream's newest events, framed once per process. A `Reader` has only the sequence up to which it has
-read; it takes what comes next from the tail, or else the log, or else gets a `gap`. So a slow reader costs no memory.
+A `Tail` has a stream's newest events, framed once per process. A `Reader` has only its position, and takes what comes
+next from the tail, or else the log, or else gets a `gap`. So a slow reader costs no memory.
 
 1.  A tail watches before it reads the facts (rule 8 of `ssecore.log`).
 2.  `top` may briefly be beyond the tail's newest row; readers then read the log, and skip duplicates.
-3.  Readers that are behind at the same place share one read of the log, which is kept until the last has caught up.
+3.  Readers behind at the same place share one read of the log, which is kept until the last has caught up.
 4.  A `Translate` keeps the event's id, so cursors mean the same everywhere.
-5.  A round on the loop's next turn delivers all that was appended in this one. Between slices of readers the loop gets
-    slices of readers the loop gets a turn.
+5.  A round on the loop's next turn delivers all that was appended in this one, to slices of readers, with a turn of the
+    loop in between.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ Translate = Callable[[Event], Event | None]
 def gap_frames(gap: Gap, dialect: Dialect, *, last: bool = False) -> bytes:
     """A `gap` event, without an id since it isn't in the log.
 
-    `last`: it ends the stream. A page can't tell 204 from 410, so it gets the gap, and a resume after its id a 204.
+    `last`: it ends the stream. A page can't tell 204 from 410, so it gets this, and a resume after its id gets 204.
     """
     data = {"reason": gap.reason, "from": gap.from_, "to": gap.to}
     if not last:
@@ -67,11 +67,11 @@ class Tail:
         self.gaps = gaps
         self.top = 0
         self.ended: Ended | None = None
-        #: A terminal event without an id, which could not be stored.
+        #: A last event without an id.
         self.unstored_end = b""
         #: With their senders, once started.
         self.readers: dict[Reader, Sender | None] = {}
-        #: One per open reader, and per `Tails.acquire` until its `release`.
+        #: Open readers, and acquisitions not released.
         self.references = 0
         self.behind: set[Reader] = set()
         self._log = log
@@ -82,8 +82,8 @@ class Tail:
         #: Reads in flight, each with its result or failure.
         self._reading: dict[int, tuple[anyio.Event, list[_Reading | Exception]]] = {}
         self._scheduled = False  # a round is
-        self._seen: tuple[int, Ended | None] = (0, None)  # top and end at the round's start
-        self._framed: tuple[bytes, bytes] = (b"", b"")  # the round's batch, and as an HTTP chunk
+        self._seen: tuple[int, Ended | None] = (0, None)  # at the round's start
+        self._framed: tuple[bytes, bytes] = (b"", b"")  # the round's batch, and its HTTP chunk
         self.close = log.watch(stream, self._on_append)
         self.release: Callable[[], None] = lambda: None
 
@@ -154,9 +154,9 @@ class Tail:
         if not self._chunks or not self._chunks[0][0].first <= after + 1 <= self._chunks[-1][0].last:
             return None
         last = self._chunks[-1][0].last
-        if self._since[:2] != (after, last):  # cached for readers that are up to date
+        if self._since[:2] != (after, last):  # mostly the same for all
             parts: list[bytes] = []
-            for row, frames in reversed(self._chunks):  # most readers lack only the newest of thousands
+            for row, frames in reversed(self._chunks):  # mostly the newest alone
                 if row.last <= after:
                     break
                 parts.append(frames if row.first > after else framed(row, after, id_first=self.id_first))
@@ -191,7 +191,7 @@ class Tail:
         top = self.top
         rows = await self._log.read(self.stream, after, READ_BYTES)
         stat = None if rows else await self._log.stat(self.stream)
-        # A closed run without rows is being deleted, or lost them; if `deleted`, a new stream may have the name.
+        # A closed run without rows is being deleted, or lost them.
         gone = not rows and (stat is None or (stat.kind == "run" and stat.closed and stat.last <= top))
         if gone or self.ended == "deleted":
             return b"", self.top, Gap("expired", after + 1)
@@ -216,7 +216,7 @@ class Tail:
 class Reader:
     """A source for `Sender`: a stream's events after `after`.
 
-    `before` is sent first; `opening` if nothing else is ready in the first second.
+    `before` is sent first; `opening` if nothing else is there in the first second.
     """
 
     __slots__ = (
@@ -275,7 +275,7 @@ class Reader:
         return self.after - self._uncounted
 
     def ready(self) -> bytes | None:
-        """The events available without waiting; `None`: call `from_log`."""
+        """What needs no waiting; `None`: call `from_log`."""
         tail = self.tail
         before, self._before = self._before, b""
         if self.finished:
@@ -372,7 +372,7 @@ class Attached(NamedTuple):
 
 
 class Tails:
-    """One tail for each stream that has readers here."""
+    """Of the streams that have readers here."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -399,7 +399,7 @@ class Tails:
         make_first: Callable[[Cursor], bytes] | None = None,
         get_stat: Callable[[str], Awaitable[Stat | None]] | None = None,
     ) -> tuple[Reader, Stat]:
-        """A reader from `place`, after a gap if needed, and the facts. Only `Reader.close` undoes it.
+        """A reader from `place`, after any gap, and the facts. Only `Reader.close` undoes it.
 
         `make_first` makes the event of a reader at the top; `get_stat` replaces `Log.stat`. Raises `NotFound`.
         """
@@ -425,7 +425,7 @@ class Tails:
         return reader, stat
 
     def acquire(self, stream: str, *, id_first: bool = False) -> Tail:
-        """The stream's tail, which watches from now on. Call `apply` with facts read after this."""
+        """The stream's tail, which watches from now on. Then `apply` its facts."""
         tail = self._tails.get(stream)
         if tail is None or tail.ended == "deleted" or tail.unstored_end:
             tail = self._tails[stream] = Tail(self.log, stream, self.gaps, id_first=id_first)

@@ -4,8 +4,8 @@
     Writer.post (callback) ─┴─► a batch a stream ──► the store's commit ──► watchers ──► callers
 
 1.  Concurrent appends of one stream and epoch are one batch, and one row (`MAX_ROW_BYTES`).
-2.  A batch is committed with the loop's next turn, or after the commit in flight. If nothing awaits it, it waits until
-    `GAP_S` after the last commit, or for a row's worth: many slow writers share one commit.
+2.  A batch is committed with the loop's next turn, or after the commit in flight; if nothing awaits it, `GAP_S` after
+    the last commit, or with a row's worth: so many slow writers share a commit.
 3.  If a post fails, all later posts of its writer fail, too: there is never a hole.
 """
 
@@ -33,13 +33,13 @@ GAP_S: Final = 0.002
 #: In one commit: some milliseconds of a store's work.
 _MAX_COMMIT_BYTES: Final = 4 * 1024 * 1024
 _MAX_COMMIT_STREAMS: Final = 100
-#: Waiting bytes above which appends are refused, but not posts: their writers have bounds.
+#: Waiting bytes. Above, appends are refused, but not posts: their writers have bounds.
 _MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
 
 _CLOSED: Final = "the event log is closed"
 _STOPPING: Final = "the service is about to stop"
 
-#: Called in the event loop with a post's bytes once they are stored, or the error.
+#: Called in the event loop: a post's bytes are stored, or have failed.
 Posted = Callable[[int, SSEAppError | None], None]
 
 
@@ -47,7 +47,7 @@ Posted = Callable[[int, SSEAppError | None], None]
 class Batch:
     """A row, of one stream and epoch. Only its last append may close the stream or set `meta`.
 
-    With `retention` it is a topic's, which the store creates, choosing the epoch. The store sets `epoch` and `last`, or
+    With `retention` it is a topic's: the store creates it and chooses the epoch. The store sets `epoch` and `last`, or
     `error`.
     """
 
@@ -83,10 +83,10 @@ class Writer:
         self.failed: SSEAppError | None = None
 
     def post(self, frames: Sequence[bytes], size: int) -> None:
-        """Append frames of `size` bytes. `on_stored` is called once they are stored, or have failed, maybe at once.
+        """Append frames of `size` bytes. `on_stored` is called with the outcome, maybe at once.
 
-        `append` only after the last `on_stored`. The caller bounds what isn't stored yet. Raises an earlier post's
-        failure, `TooLarge`, `LogUnavailable`; `on_stored` isn't called then.
+        `append` only after that. The caller bounds what isn't stored yet. Raises an earlier post's failure, `TooLarge`,
+        `LogUnavailable`; `on_stored` isn't called then.
         """
         if self.failed is not None:
             raise self.failed
@@ -102,10 +102,7 @@ class Writer:
 
 
 class Commits:
-    """A process's appends. `commit` calls back when all its batches are done.
-
-    `gap_s`: rule 2. `None`: each append is a commit, which takes no time.
-    """
+    """A process's appends. `gap_s`: rule 2; `None`: each append is a commit, which takes no time."""
 
     def __init__(self, commit: Callable[[list[Batch], Callable[[], None]], None], gap_s: float | None) -> None:
         self._commit = commit
@@ -147,7 +144,7 @@ class Commits:
         retention: Retention | None = None,
         writer: Writer | None = None,
     ) -> Batch:
-        """The frames' batch, in which they are last. Hot path, once for each append or post."""
+        """The frames' batch, in which they are last. Hot path."""
         if self._refused is not None:
             raise LogUnavailable(self._refused)
         if size > facts.MAX_APPEND_BYTES:
@@ -183,7 +180,7 @@ class Commits:
         return batch
 
     def give_up(self) -> None:
-        """Fail all batches, and appends until the commit in flight is over."""
+        """Fail all, and appends until the commit in flight is over."""
         if self._in_flight and self._refused is None:
             self._refused = _STOPPING
         batches = self._in_flight + [batch for waiting in self._queue.values() for batch in waiting]
@@ -266,7 +263,7 @@ class Commits:
 
 
 class _Trio:
-    """Trio's loop for `Commits`. It has no timers outside of tasks: nothing waits."""
+    """For trio, which has no timers outside of tasks: nothing waits."""
 
     def __init__(self, token: Any) -> None:
         self._token = token
