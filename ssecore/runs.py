@@ -8,7 +8,7 @@ and a `Worker` that pumps the generator into it. All clients read the log. `Last
 2.  If a run fails in its first second before any event, it is deleted: every waiting request gets the HTTP error, and
     its idempotency key can be used again. So no request is answered 200 or 202 before. A process that answers for
     another's run first marks it (`Peers.mark_answered`): that run ends with a stored `error`.
-3.  A worker is in `Runs._workers` before its stream exists: of two requests with one key, the second finds it.
+3.  A worker is in `Runs._workers` before its stream exists, so that two requests with one key find each other.
 4.  The handler's request is a copy without a connection: a reader's end doesn't affect it.
 5.  A run that a crash left open is closed at the next start, or by another process: as `interrupted`, or as completed
     if its last event is a terminal one.
@@ -68,12 +68,12 @@ logger = logging.getLogger("sseapp")
 
 State = Literal["running", "completed", "failed", "cancelled", "interrupted"]
 
-#: Without authentication a key is as secret as a run's id: 22 of base64url are 128 bits.
+#: Without authentication a key is as secret as a run's id; 22 of base64url are 128 bits.
 MIN_ANONYMOUS_KEY: Final = 22
 MAX_KEY: Final = 255
-#: The same for a thread, which finds only running runs: 16 of base62, as the AI SDK's chat ids, are 95 bits.
+#: For a thread, which finds only running runs: 16 of base62, as the AI SDK's chat ids, are 95 bits.
 MIN_ANONYMOUS_THREAD: Final = 16
-#: How far a generator may be ahead of the log, in buffers: half in the pump, half posted.
+#: How far a generator may be ahead of the log, half in the pump, half posted.
 BUFFERS: Final = 4
 MAX_LIST: Final = 1000
 #: Two lines on a screen; with `MAX_LIST` runs a list of some 300 KB.
@@ -332,7 +332,7 @@ class Worker:
         self._read.set()
 
     async def _linger(self, limit: float) -> None:
-        """Cancel it after `limit` seconds without readers, once it had one."""
+        """Cancel it after `limit` seconds without readers."""
         while True:
             await self._unread.wait()
             self._unread = anyio.Event()
@@ -366,7 +366,7 @@ def _fitting(frames: list[bytes], events: float, size: float) -> list[bytes]:
 
 
 def _decoded(frame: bytes) -> Event | None:
-    """Without the decoder's bound: the log takes larger events."""
+    """The log takes larger events than a decoder by default."""
     events = Decoder(max_event_bytes=None).feed(frame)
     return events[-1] if events else None
 
@@ -390,7 +390,7 @@ class Runs:
         #: Runs that could not be closed.
         self._unclosable: set[str] = set()
         self._give_up_at = 0.0  #: of the drain
-        #: Readers here of other processes' runs with a linger time.
+        #: Readers here of other processes' runs.
         self._remote_readers: Counter[str] = Counter()
         self._peers = log.peers
         if log.peers is not None:
@@ -414,7 +414,7 @@ class Runs:
                 logger.exception("can't check the runs of other processes; trying again")
 
     async def recover(self) -> None:
-        """Rule 5. A run that can't be closed doesn't stop the others."""
+        """Rule 5. One that can't be closed doesn't stop the others."""
         for stat in await self.log.unfinished():
             if stat.stream in self._unclosable:
                 continue
@@ -540,8 +540,8 @@ class Runs:
         """Start a run from a program's own code, owned by `caller`; returns its id.
 
         Waits for the first event, at most a second, and raises earlier failures (rule 2). With the `key` of an earlier
-        run of this caller and name: returns its id, and doesn't use `events`. `name` is shown in the state, metrics and
-        log. Raises `Unavailable` (too many runs, or stopping), `TooManyRequests`, `LogUnavailable`.
+        run of this caller and name: returns its id; `events` isn't used. Raises `Unavailable` (too many runs, or
+        stopping), `TooManyRequests`, `LogUnavailable`.
         """
         name = name or str(getattr(events, "__name__", type(events).__name__))
         if self.draining:
@@ -640,7 +640,7 @@ class Runs:
         return stat, None
 
     def _start_task(self, worker: Worker) -> None:
-        """On asyncio outside of the app's task group, which would wait for a handler that never ends."""
+        """Not in the app's task group, which would wait for a handler that never ends."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # trio
@@ -779,7 +779,7 @@ class Runs:
         return await self._attach(run, cursor, self._dialect(stat), translate=translate)
 
     async def whole(self, request: Request, run: str) -> list[Event]:
-        """All events of a run, once it has ended. Waiting counts as reading."""
+        """All events of a run, once it has ended. Counts as reading."""
         stat = await self._owned(run, request.caller)
         worker, ended = self._workers.get(run), anyio.Event()
         unwatch = self.log.watch(run, lambda row, end: ended.set() if end is not None else None)

@@ -1,10 +1,10 @@
 """Topics: streams in the log with any number of writers and readers.
 
-The log creates topics and opens their epochs (`Log.publish`). A process keeps nothing about a topic without readers
+The log creates topics and opens their epochs. A process keeps nothing about a topic without readers here.
 The log deletes a topic without events `EMPTY_TOPIC_S` after its last use; `keep` uses those that have readers here.
 
-A subscription begins with `init`, whose id is the newest event's: a cut before the first event loses nothing. A resumed
-one has no `init`, but a `gap` if events are missing. Unlike a run, an `expired` topic goes on with what it has.
+A subscription begins with `init`, whose id is the newest event's, or is resumed, with a `gap` if events are missing.
+Unlike a run, an `expired` topic goes on with what it has.
 """
 
 import time

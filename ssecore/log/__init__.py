@@ -4,20 +4,19 @@ A stream is a named, append-only sequence of events, numbered from 1 without hol
 *topic* goes on and is trimmed. tests/test_log.py checks these rules on all stores.
 
 1.  A reader sees only what is in the log: append first, then deliver.
-2.  An append is atomic: events of one epoch, and optionally the close and new `meta`, even if its caller is cancelled.
-3.  Each writer (a run's worker, a process on a topic) opens an epoch before it appends. That fences earlier writers,
-    which may only be presumed dead.
+2.  An append is atomic: events of one epoch, maybe the close and new `meta`, even if its caller is cancelled.
+3.  Each writer (a run's worker, a process on a topic) opens an epoch before it appends. That fences earlier ones, which
+    may still be alive.
 4.  A cursor `<epoch>.<seq>` means: the reader has this writer's events up to seq. It is valid if seq is below the next
     epoch's first sequence; else the log lost its tail (a crash, a restored backup), and the sequence would skip events.
 5.  Stored bodies have no `id:` line, since a topic's id is known only after the append: `framed` inserts it.
-6.  Retention trims open topics: exactly by count, by whole rows for bytes (never the newest) and age. A run's is its
-    worker's limit. `age_s` after its close a stream is deleted; an open topic without events `EMPTY_TOPIC_S` after its
-    last use.
+6.  Retention trims open topics: exactly by count, by whole rows for bytes (never the newest) and age. A run's limits
+    its worker. `age_s` after its close a stream is deleted; an open topic without events `EMPTY_TOPIC_S` after its last
+    use.
 7.  Above `max_bytes` in all, upkeep deletes early what expires next (but not within `EMPTY_TOPIC_S`): closed streams,
     topics' oldest rows; above a tenth of it, an owner's oldest closed runs. Open runs stay. A tenth above either bound,
     `create` and `append` raise `LogUnavailable` (`create` for an owner `TooManyRequests`), unless the append closes.
-8.  Call `watch` before `stat` or `read`. A row appended in between then arrives twice: drop the duplicate by its
-    sequence.
+8.  Call `watch` before `stat` or `read`. A row appended in between arrives twice: drop one by its sequence.
 """
 
 import logging
@@ -103,7 +102,7 @@ class Store(Protocol):
     async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat: ...
 
     def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
-        """Store the batches, each of another stream: set `last` or `error`, notify the watchers, call `done` in the
+        """Store the batches, each of another stream: set `last` or `error`, notify watchers, call `done` in the
         loop."""
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]: ...
@@ -150,7 +149,7 @@ class Log:
         return self.store.unavailable
 
     def give_up(self) -> None:
-        """Fail the waiting calls: the process is about to end."""
+        """Fail the waiting calls: the process ends."""
         self.store.give_up()
         self._commits.give_up()
 
@@ -190,7 +189,7 @@ class Log:
         key: str | None = None,
         retention: Retention | None = None,
     ) -> tuple[Stat, bool]:
-        """Create a stream whose epoch starts at sequence 1. Returns its facts and True.
+        """Create a stream. Returns its facts and True.
 
         If one has the `key` or the name: returns that, unchanged, and False. Raises `Conflict` if the epoch exists.
         """
@@ -205,7 +204,7 @@ class Log:
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
         """Open a further epoch (rule 3). A new `retention` replaces the old one.
 
-        Raises `NotFound`, `WriterFenced` if it is closed, `Conflict` if the epoch exists.
+        Raises `NotFound`, `WriterFenced`, `Conflict` if the epoch exists.
         """
         return await self.store.open(stream, epoch, retention)
 
@@ -230,7 +229,7 @@ class Log:
         """Append to a topic, as one of many writers, and return the last event's id. Creates the topic.
 
         Opens an epoch, with this `retention`, if this process (or one that shares the log) hasn't written to it yet.
-        Raises `TooLarge`, `WriterFenced` if it is closed, `Unavailable` if others keep opening or deleting it.
+        Raises `TooLarge`, `WriterFenced`, `Unavailable` if others keep opening or deleting it.
         """
         return await self._append(topic, frames, "", meta=meta, retention=retention)
 
@@ -278,7 +277,7 @@ class Log:
         return await self.store.runs(owner, limit)
 
     async def unfinished(self) -> list[Stat]:
-        """Open runs whose process has died, oldest first. If the log isn't shared, call it at the start only."""
+        """Open runs whose process has died, oldest first. If the log isn't shared, call it at the start."""
         return await self.store.unfinished()
 
     async def delete(self, stream: str, *, unless_answered: bool = False) -> bool:
@@ -288,7 +287,7 @@ class Log:
         return await self.store.delete(stream, unless_answered)
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
-        """Call `watcher` with each new row, in order, and with the end (rule 8). Returns the unwatch function.
+        """Call `watcher` with each new row, in order, and the end (rule 8), until the returned function is called.
 
         The stream need not exist yet. An earlier end isn't reported.
         """

@@ -1,4 +1,4 @@
-"""Rows, facts, cursors and retention, and how facts change, as pure functions. The rules are those of `ssecore.log`."""
+"""Rows, facts, cursors, retention, and how facts change. The rules are those of `ssecore.log`."""
 
 import logging
 import re
@@ -57,23 +57,23 @@ logger = logging.getLogger("sseapp")
 S = TypeVar("S")
 T = TypeVar("T")
 
-#: One append at most: it is in memory as a whole, and SQLite's blobs are bounded by 1 GB.
+#: It is in memory as a whole, and SQLite's blobs are bounded by 1 GB.
 MAX_APPEND_BYTES: Final = 64 * 1024 * 1024
 #: Appends are merged into rows up to this size.
 MAX_ROW_BYTES: Final = 64 * 1024
-#: Epochs kept beyond those of the events kept. A topic gets one at each start of the process.
+#: Epochs kept beyond those of the events. A topic gets one at each start of the process.
 MAX_EPOCHS: Final = 1000
 
-#: How long an open topic without events is kept for its subscribers to resume.
+#: For subscribers to resume an open topic without events.
 EMPTY_TOPIC_S: Final = 900.0
 
-#: Bytes of a stream, and of an event, besides the bodies (rule 7). Measured: a run of ten words takes 6 KB in Redis (a
-#: stream's first node alone 4) and 0.9 KB in SQLite, whose total is its pages in use.
+#: Besides the bodies (rule 7). Measured: a run of ten words takes 6 KB in Redis (a stream's first node alone 4), and
+#: 0.9 KB in SQLite.
 STREAM_BYTES: Final = 6144
 EVENT_BYTES: Final = 64
 #: An owner's share is `max_bytes` divided by this.
 OWNERS: Final = 10
-#: Instead of no `age_s`: such streams have an order of deletion, too (rule 7).
+#: Instead of no `age_s`, to order deletions (rule 7).
 FOREVER_S: Final = 1e10
 
 Kind = Literal["run", "topic"]
@@ -140,8 +140,7 @@ class Cursor(NamedTuple):
 class Gap(msgspec.Struct, frozen=True, rename={"from_": "from"}):
     """The `data` of a `gap` event: where the reader's history and the log's differ.
 
-    `trimmed`: events that it will never get. `diverged`: events that it has and the log lost, whose numbers are
-    assigned again. `None`: not known.
+    `trimmed`: events that it will never get. `diverged`: events that it has and the log lost. `None`: not known.
     """
 
     reason: Literal["trimmed", "diverged", "expired"]
@@ -177,7 +176,7 @@ def framed(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
 
 
 def new_epoch() -> str:
-    """128 random bits: without authentication they are the right to read a run."""
+    """128 random bits: they may be the only right to read a run."""
     return secrets.token_urlsafe(16)
 
 
@@ -238,7 +237,7 @@ def unpacked(ends: bytes) -> tuple[int, ...]:
 
 
 def readable(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
-    """`read` each; log and leave out those that can't be (another version's, a bad disk)."""
+    """`read` each; log and leave out those that can't be."""
     found = []
     for one in stored:
         try:
@@ -249,7 +248,7 @@ def readable(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
 
 
 def json_copy(meta: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A copy by way of JSON, the same for every store. Raises `EncodeError`."""
+    """A copy by way of JSON. Raises `EncodeError`."""
     if meta is None:
         return None
     copy: dict[str, Any] = orjson.loads(encode_json(meta))

@@ -154,7 +154,7 @@ class Ledger(ABC):
             self.grew(entry)
 
     def _may_trim(self, entry: Entry, before: Stat) -> bool:
-        """Whether an append may have expired a topic's row, or added its first one."""
+        """Whether an append may have expired a row, or added the first."""
         stat = entry.stat
         limit = stat.retention.bytes
         return (
@@ -174,7 +174,7 @@ class Ledger(ABC):
         self.save(entry)
 
     def _trim(self, entry: Entry, *, forced: bool = False) -> None:
-        """One step of dropping the oldest rows that have expired, or any (`forced`). Sets `due`."""
+        """One step of dropping the oldest rows that have expired, or any (`forced`)."""
         stat = entry.stat
         entry.due = deleted_at(stat)
         if stat.kind == "topic" and not stat.closed:
@@ -196,7 +196,7 @@ class Ledger(ABC):
         self.save(entry)
 
     def _make_room(self) -> bool:
-        """One step of rule 7. False if there was nothing to do, or nothing can be done."""
+        """One step of rule 7. False if nothing can be done."""
         share = self.max_bytes // OWNERS
         for owner, used in self.accounts_over(share):
             if self._take(self.closed_runs(owner), used - share):
@@ -266,7 +266,7 @@ class Ledger(ABC):
         """The facts must be written with this commit."""
 
     def grew(self, entry: Entry) -> None:
-        """As `save`, if a run's rows contain the change."""
+        """As `save`, if a run's rows contain it."""
         self.save(entry)
 
     @abstractmethod

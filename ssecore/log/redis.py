@@ -1,23 +1,20 @@
 """The event log in Redis Streams, for any number of processes. Redis 7.0 and later, and Valkey.
 
-A finished call survives what Redis is configured to survive; losses beyond that are detected. Each process has three
-connections, each used by one task, so a cancelled caller leaves none half read: two *lines* for calls, which gather
-while a pipeline is in flight, and one subscribed to the watched streams. ARCHITECTURE.md draws it.
+A finished call survives what Redis is configured to survive. Each process has three connections, each used by one task,
+so a cancelled caller leaves none half read: two *lines* for calls, and one subscribed to the watched streams.
+ARCHITECTURE.md draws it.
 
-1.  A script is atomic: it checks the writer, assigns the sequence, trims and publishes. All keys have one hash tag.
+1.  Scripts are atomic. All keys have one hash tag.
 2.  A call whose answer was lost is repeated. Redis keeps each process's last append answer, by the call's number, and
     returns it instead of appending twice.
-3.  Facts name the instance (Redis' run id) that appended last. On another instance a stream first gets a new epoch:
-    clients may have seen sequences that this instance lost and will assign again. Watchers of streams that lost events
-    are notified before anything is read from it.
+3.  Facts name the instance (Redis' run id) that appended last. On another one a stream first gets a new epoch: clients
+    may have seen sequences that it lost and will assign again. Watchers of streams that lost events are notified first.
 4.  If a run's writer knows of more events than Redis has, its append raises `LogError` and the run fails.
-5.  Pub/sub may lose messages, and may publish before the sync (`appendfsync always`), so messages carry no data: they,
-    resubscriptions and a regular poll mean "read on". Watchers get only what a call returned.
+5.  Messages may be lost, or arrive before the sync (`appendfsync always`), so they carry no data: they, resubscriptions
+    and a regular poll mean "read on". Watchers get only what a call returned.
 6.  A run's holder is the process that created it. `unfinished` are open runs whose holder's lease has expired; after a
-    lost connection a process waits a whole lease first, since others may have lost theirs. The epoch fences a returning
-    holder, not the lease.
-7.  If Redis is unreachable, each call waits `wait_s`, and reads wait as long as their reader. After `give_up` nothing
-    waits.
+    lost connection a process waits a whole lease first, since others may have lost theirs.
+7.  If Redis is unreachable, a call waits `wait_s`, a read as long as its reader, and after `give_up` none.
 8.  If Redis has data of another version, or foreign or partly deleted keys, calls for that stream raise `LogError` and
     its watchers are ended; everything else continues.
 """
@@ -83,7 +80,7 @@ _MAX_PIPELINE: Final = 64
 #: How long calls wait once the service is stopping.
 _LAST_S: Final = 0.4
 _REMEMBER_S: Final = 3600
-#: Temporary errors. uvloop raises RuntimeError if the transport is closed.
+#: Temporary errors (RuntimeError: uvloop's, of a closed transport).
 _BROKEN: Final = (RedisError, OSError, RuntimeError)
 #: Of the subscribed connection.
 _PING_S: Final = 2.0
@@ -118,8 +115,6 @@ class _Call(NamedTuple):
 
 
 class _Line:
-    """A connection and the one task that uses it."""
-
     def __init__(self, log: "RedisStore") -> None:
         self._log = log
         self._calls: deque[_Call] = deque()
@@ -141,7 +136,7 @@ class _Line:
         call = _Call(command, current_time() + wait_s, loop.create_future())
         self._calls.append(call)
         self._wake.set()
-        # A queued call must not wait for those before it to fail first.
+        # A queued call must not wait for earlier ones to fail.
         if self._stopping:
             wait_s = _LAST_S
         timer = loop.call_later(wait_s, self._overdue, call, wait_s) if 0 < wait_s < math.inf else None
@@ -170,7 +165,7 @@ class _Line:
         self._scope.cancel()
 
     async def run(self) -> None:
-        """Shielded: callers may still have calls to finish."""
+        """Shielded: callers may have calls to finish."""
         session: _Session | None = None
         pause = _PAUSES_S[0]
         try:
@@ -214,7 +209,7 @@ class _Line:
         return calls
 
     def _retry(self, error: Exception, pause: float) -> None:
-        """Rule 2, for the calls that have time left."""
+        """Rule 2."""
         passing = isinstance(error, _BROKEN)
         if passing:
             self._failure = error
@@ -306,11 +301,11 @@ class RedisStore:
         self._dirty: dict[str, None] = {}
         self._commits: deque[tuple[list[Batch], Callable[[], None]]] = deque()  # one at most
         self._number = 0
-        #: The last sequence of each run at work here (rules 4 and 6).
+        #: The last sequence of runs running here (rules 4 and 6).
         self._tops: dict[str, int] = {}
         self._stopping = False
         self._reconnected_at = self._renewed_at = 0.0
-        #: When each was logged, and how often suppressed since.
+        #: When each was logged, and how often not since.
         self._logged: dict[str, tuple[float, int]] = {}
 
     @asynccontextmanager
@@ -497,7 +492,7 @@ class RedisStore:
         return self._stats(await self._reads.ask("runs", _optional(owner), limit - 1))
 
     async def unfinished(self) -> list[Stat]:
-        """Rule 6, and runs held here without a worker."""
+        """Rule 6; also those held here without a worker."""
         if self._cut_off():
             return []
         left = await self._reads.ask("left", self._process)
@@ -569,7 +564,7 @@ class RedisStore:
         return True
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
-        stream.encode()  # raises for a lone surrogate here, not on the shared connection
+        stream.encode()  # raises for a lone surrogate, before it breaks the connection
         unwatch = self._watchers.add(stream, watcher)
         if stream not in self._notified:
             self._notified[stream] = None
@@ -672,7 +667,7 @@ class RedisStore:
     # What other processes append
 
     def _notify_append(self, stream: str, top: Cursor, row: Row | None, ended: Ended | None) -> None:
-        """Notify watchers of our own append; if rows before it are missing, read those first (rule 5)."""
+        """Notify watchers of our own append, unless rows before it are missing (rule 5)."""
         known = self._notified.get(stream)
         if known is not None and ended != "deleted":
             first = top.seq + 1 if row is None else row.first
@@ -694,7 +689,7 @@ class RedisStore:
             self._forget(stream)
 
     def _check(self, stream: str, known: Cursor, found: Any) -> bool:
-        """Whether the log still has what watchers got. If not, ends the stream: clients resume, and get a `gap`."""
+        """Whether the log still has what watchers got. If not, ends the stream: clients resume with a `gap`."""
         try:
             stat = _stat(found)
             if stat is None or not known.epoch:

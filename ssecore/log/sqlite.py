@@ -2,11 +2,7 @@
 
 In WAL mode with `synchronous=NORMAL`: a power failure may lose the last moments; readers then get a `gap` (`diverged`).
 `full_sync=True` syncs each commit, and survives that too. A thread commits; what is queued meanwhile is its next
-transaction:
-
-    append, post ──► Commits (writer.py) ──┐
-    create, open, delete, upkeep ──────────┴──► queue ──► the thread ──► loop: watchers, callers
-    read, find, … ──► worker threads: one SELECT on one of a few connections
+transaction. Reads run in other threads.
 
 1.  An append to an open run writes no facts that its rows contain (`last`, `size`, `updated`): queries derive them
     until a close, `meta` or an epoch writes them. So it is one statement, without BEGIN and COMMIT.
@@ -58,13 +54,13 @@ __all__ = ["SqliteLog"]
 
 logger = logging.getLogger("sseapp")
 T = TypeVar("T")
-#: Device and inode of the file and its WAL.
+#: Device and inode of each, if it exists.
 _Files = tuple[tuple[int, int] | None, tuple[int, int] | None]
 
 _APPLICATION_ID: Final = int.from_bytes(b"SSEL")
 #: Script n migrates version n to n + 1.
 _MIGRATIONS: Final = (
-    # `garbage` needs ids that aren't reused. `due`: the next upkeep.
+    # `garbage` needs ids that aren't reused.
     """
     CREATE TABLE streams (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,
@@ -98,9 +94,9 @@ _MIGRATIONS: Final = (
 _MAX_ORDERS: Final = 100
 #: Rows in one INSERT.
 _ROWS_AT_ONCE: Final = 32
-#: A batch's bytes in the file besides its body, roughly: when to count pages again, and to look at the WAL.
+#: Of a batch in the file besides its body, roughly.
 _BATCH_BYTES: Final = 1024
-#: A run's growth before its owner is charged again.
+#: A run grows by that before its owner is charged.
 _UNCHARGED_BYTES: Final = 64 * 1024
 #: Few: most of the work holds the interpreter's lock.
 _READERS: Final = 4
@@ -111,9 +107,9 @@ _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
 #: 2 MiB: SQLite's 4 MiB would be half of a small log.
 _CHECKPOINT_PAGES: Final = 512
-#: Readers can keep the WAL from restarting: then it is truncated.
+#: Readers can keep the WAL from restarting.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
-#: After a failure upkeep tests for free space by a row of no stream.
+#: To test for free space after a failure.
 _PROBE_STREAM: Final = 0
 _PROBE_BYTES: Final = 64 * 1024
 #: For another program's lock (a backup, `sqlite3`).
@@ -164,8 +160,7 @@ class _Order(Generic[T]):
 class SqliteLog(Log):
     """`Log` in the file `path`, whose folder is created if needed.
 
-    `lock_wait_s`: how long to wait for another process that has the file. `clock`, `upkeep_s` as for `Log`;
-    `max_bytes`: rule 7 of `ssecore.log`.
+    `lock_wait_s`: for another process to release it. `clock`, `upkeep_s` as for `Log`; `max_bytes`: its rule 7.
     """
 
     store: "SqliteStore"
@@ -204,7 +199,7 @@ class SqliteStore(LocalStore):
         self._running = False
         self._stuck = False  # since `give_up`, until earlier orders are done
         self._files: _Files = (None, None)
-        #: Bytes of the pages in use at the last count, and written since.
+        #: Bytes of the pages in use when counted, and written since.
         self.used, self.written = 0, -1
         self._unchecked = 0
 
@@ -495,7 +490,7 @@ class SqliteStore(LocalStore):
             db.executescript(f"BEGIN; {script}; {mark}; COMMIT")
 
     def _is_there(self) -> bool:
-        """Rule 6, without SQLite, which may change what it opens."""
+        """Rule 6. Not by SQLite, which may change what it opens."""
         try:
             with self.path.open("rb") as file:
                 header = file.read(100)
@@ -750,7 +745,7 @@ def _read(db: sqlite3.Connection, stream: str, after: int, max_bytes: int) -> li
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    """From `_SELECT`. The owner is charged by the stored facts."""
+    """The owner is charged by the stored facts."""
     id, due, epoch, first_written, last_written, size_written, *facts = row
     stream, kind, epochs, created, updated, first, last, size, closed, owner, meta, key, keep = facts
     epochs = tuple((name, start) for name, start in orjson.loads(epochs))
@@ -761,7 +756,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
 
 
 def _changing(stat: Stat) -> tuple[object, ...]:
-    """A stream's columns that change, except `due`."""
+    """All columns that change, except `due`."""
     meta, retention = encode_json(stat.meta).decode(), encode_json(stat.retention).decode()
     return stat.updated, stat.first, stat.last, stat.size, stat.closed, meta, retention
 

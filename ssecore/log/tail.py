@@ -36,7 +36,7 @@ TAIL_BYTES: Final = 256 * 1024
 READ_BYTES: Final = 256 * 1024
 #: Of the kept reads (rule 3).
 KEPT_BYTES: Final = 1024 * 1024
-#: Readers in a slice: about half a millisecond. Smaller slices merge more events of a burst into one write.
+#: About half a millisecond. Smaller slices merge more events of a burst into one write.
 SLICE: Final = 64
 #: Frames, the last one's sequence, and the gap before them.
 _Reading = tuple[bytes, int, Gap | None]
@@ -150,7 +150,7 @@ class Tail:
             self._wake()
 
     def since(self, after: int) -> tuple[bytes, int] | None:
-        """All events after `after`, and the last one's sequence; `None` if some are missing."""
+        """Events after `after`, and the last one's sequence; `None` if some are missing."""
         if not self._chunks or not self._chunks[0][0].first <= after + 1 <= self._chunks[-1][0].last:
             return None
         last = self._chunks[-1][0].last
@@ -334,7 +334,7 @@ class Reader:
         """Nothing runs."""
 
     def farewell(self, reason: EndReason | None) -> bytes:
-        """Empty: the log has the end. But if `translate` failed, the client must not resume and fail again."""
+        """Empty, but if `translate` failed: the client must not resume and fail again."""
         if self.failure is None or isinstance(self.failure, LogUnavailable | LogError):
             return b""
         return b"".join(error_frames(self.failure, self._dialect))[:-1] + END_ID
@@ -365,7 +365,7 @@ class Place(Enum):
 
 
 class Attached(NamedTuple):
-    """A reader, which must be closed, and the answer's headers."""
+    """A reader, to be closed, and the answer's headers."""
 
     reader: Reader
     headers: Mapping[str, str]
@@ -434,7 +434,7 @@ class Tails:
         return tail
 
     def release(self, tail: Tail) -> None:
-        """The last reference drops the tail, not the last reader: another may be about to be made."""
+        """The last reference drops the tail: after the last reader, another may be about to be made."""
         tail.references -= 1
         if not tail.references:
             tail.close()

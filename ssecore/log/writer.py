@@ -5,7 +5,7 @@
 
 1.  Concurrent appends of one stream and epoch are one batch, and one row (`MAX_ROW_BYTES`).
 2.  A batch is committed with the loop's next turn, or after the commit in flight; if nothing awaits it, `GAP_S` after
-    the last commit, or with a row's worth: so many slow writers share a commit.
+    the last commit, or with a row's worth.
 3.  If a post fails, all later posts of its writer fail, too: there is never a hole.
 """
 
