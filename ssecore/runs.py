@@ -73,15 +73,15 @@ MIN_ANONYMOUS_KEY: Final = 22
 MAX_KEY: Final = 255
 #: For a thread, which finds only running runs: 16 of base62, as the AI SDK's chat ids, are 95 bits.
 MIN_ANONYMOUS_THREAD: Final = 16
-#: How far a generator may be ahead of the log, half in the pump, half posted.
+#: How far a generator may be ahead of the log.
 BUFFERS: Final = 4
 MAX_LIST: Final = 1000
-#: Two lines on a screen; with `MAX_LIST` runs a list of some 300 KB.
+#: Two lines on a screen; with `MAX_LIST` runs 300 KB.
 MAX_ABOUT_CHARS: Final = 200
 RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 #: For handlers to close after a drain's grace: `docker stop` kills the process 2 s after the default `drain_s`.
 DRAIN_CLOSE_S: Final = 1.5
-#: Steps of the linger time. One that ends this late isn't counted: the process was stopped, and its readers too.
+#: Steps of the linger time. One that ends this late isn't counted: the process was stopped.
 LINGER_STEPS: Final = 8
 LATE_S: Final = 1.0
 
@@ -112,7 +112,7 @@ def _meta(stat: Stat) -> _Meta:
 
 @dataclass(frozen=True, slots=True)
 class _Fingerprint:
-    """Hashes of a request: path and query; these and the body."""
+    """Hashes of a request, without and with its body."""
 
     target: str
     whole: str
@@ -238,7 +238,7 @@ class Worker:
             self._post_ready()
 
     def _check_finished(self) -> None:
-        """Finish once all posts are stored: an earlier end would close the run over a hole."""
+        """Finish once all posts are stored: there must be no hole."""
         if not self._unstored or not (self._failure is None or isinstance(self._failure, TooLarge)):
             self._finished.set()
 
@@ -289,7 +289,7 @@ class Worker:
         await self._runs.log.append(self.id, frames, epoch=self.id, close=True, meta=meta)
 
     async def _end_unstored(self, error: SSEAppError) -> None:
-        """Send readers an error without an id; store it once that is possible."""
+        """Send readers an error without an id; store it when possible."""
         frames = error_frames(error, self._route.dialect, self._so_far())
         logger.error("run %s: its events can't be stored: %s", self.id, error)
         if self.failed_early is None and self._may_be_deleted():
@@ -366,7 +366,7 @@ def _fitting(frames: list[bytes], events: float, size: float) -> list[bytes]:
 
 
 def _decoded(frame: bytes) -> Event | None:
-    """The log takes larger events than a decoder by default."""
+    """Of any size."""
     events = Decoder(max_event_bytes=None).feed(frame)
     return events[-1] if events else None
 
@@ -460,7 +460,7 @@ class Runs:
             worker.detach()
 
     async def drain(self, grace_s: float) -> None:
-        """Start no more runs, wait `grace_s`, close the rest as interrupted."""
+        """Start no more runs, wait `grace_s`, interrupt the rest."""
         self.draining = True
         with anyio.move_on_after(grace_s):
             await self._no_workers()
@@ -591,7 +591,7 @@ class Runs:
                         "this Idempotency-Key was used with another query or body: use a new one"
                     )
                 return known, worker
-            # It has failed and been deleted (rule 2): the key is free.
+            # Deleted meanwhile (rule 2): the key is free.
 
     async def _create(
         self,
@@ -602,7 +602,7 @@ class Runs:
         key: str | None,
         fingerprint: _Fingerprint,
     ) -> tuple[Stat, Worker | None]:
-        """A new run and its worker; or the run with the key, and `None`."""
+        """A new run and its worker; or the key's run, and `None`."""
         self._check_room(request)
         if about.thread is not None and len(about.thread) > MAX_KEY:
             raise BadRequest(f"thread must have at most {MAX_KEY} characters", field="thread")
@@ -640,7 +640,7 @@ class Runs:
         return stat, None
 
     def _start_task(self, worker: Worker) -> None:
-        """Not in the app's task group, which would wait for a handler that never ends."""
+        """Not in the app's task group: it would wait for a handler that never ends."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # trio
@@ -740,7 +740,7 @@ class Runs:
         return Attached(reader, {"run-id": run, **dialect.headers(run)})
 
     async def _stat_for_answer(self, run: str) -> Stat | None:
-        """The run's facts; its process can't delete it any more (rule 2)."""
+        """The run's facts; it can't be deleted any more (rule 2)."""
         stat = await self.log.stat(run)
         if self._peers is not None and stat and not stat.closed and not stat.last and run not in self._workers:
             try:
@@ -804,7 +804,7 @@ class Runs:
         return events
 
     async def find(self, request: Request, key: str, *, method: str, path: str) -> str | None:
-        """The caller's run on this route with this key."""
+        """The caller's run of this route and key."""
         stat = await self.log.find(key=self._key(request, key, method, path) or "")
         return None if stat is None or stat.owner != request.caller else stat.stream
 
@@ -831,7 +831,7 @@ class Runs:
         return [f"run {worker.id} of {worker.meta.route}" for worker in list(self._workers.values())]
 
     async def run_of(self, last_event_id: str) -> str | None:
-        """The run of an event's id, of any caller. Raises `BadRequest`."""
+        """By an event's id, of any caller. Raises `BadRequest`."""
         stat = await self.log.find(epoch=parse_cursor(last_event_id).epoch)
         return None if stat is None or stat.kind != "run" else stat.stream
 

@@ -155,7 +155,7 @@ class Log:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Open the store, run it, and close it after earlier calls.
+        """Open the store, and close it after earlier calls.
 
         Raises `LogError` if the log can't be used.
         """
@@ -226,7 +226,7 @@ class Log:
     async def publish(
         self, topic: str, frames: Sequence[bytes], *, retention: Retention, meta: dict[str, Any] | None = None
     ) -> Cursor:
-        """Append to a topic, as one of many writers, and return the last event's id. Creates the topic.
+        """Append to a topic, creating it, and return the last event's id.
 
         Opens an epoch, with this `retention`, if this process (or one that shares the log) hasn't written to it yet.
         Raises `TooLarge`, `WriterFenced`, `Unavailable` if others keep opening or deleting it.

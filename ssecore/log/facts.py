@@ -140,7 +140,8 @@ class Cursor(NamedTuple):
 class Gap(msgspec.Struct, frozen=True, rename={"from_": "from"}):
     """The `data` of a `gap` event: where the reader's history and the log's differ.
 
-    `trimmed`: events that it will never get. `diverged`: events that it has and the log lost. `None`: not known.
+    `from`, `to`: the first and last sequence. `trimmed`: it will never get these. `diverged`: it has them, and the log
+    lost them. `None`: not known.
     """
 
     reason: Literal["trimmed", "diverged", "expired"]

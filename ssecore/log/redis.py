@@ -73,7 +73,7 @@ __all__ = ["RedisLog"]
 
 logger = logging.getLogger("sseapp")
 
-#: Attempts of an append. Two failed in a row in tests: Redis restarted twice.
+#: Attempts of an append. Two have failed in a row: Redis restarted twice.
 _TRIES: Final = 5
 #: Calls in one pipeline.
 _MAX_PIPELINE: Final = 64
@@ -136,7 +136,7 @@ class _Line:
         call = _Call(command, current_time() + wait_s, loop.create_future())
         self._calls.append(call)
         self._wake.set()
-        # A queued call must not wait for earlier ones to fail.
+        # Else it would wait for earlier ones to fail.
         if self._stopping:
             wait_s = _LAST_S
         timer = loop.call_later(wait_s, self._overdue, call, wait_s) if 0 < wait_s < math.inf else None
@@ -425,7 +425,7 @@ class RedisStore:
         self.unavailable = error is not None
 
     def log_error(self, what: str, error: object) -> None:
-        """Log at a limited rate: requests can cause many errors a second."""
+        """Log at a limited rate: requests can cause many."""
         now = current_time()
         last, times = self._logged.get(what, (-math.inf, 0))
         if now - last < _LOG_S:
@@ -513,7 +513,7 @@ class RedisStore:
         return stats
 
     def _cut_off(self) -> bool:
-        """Whether others may have lost their leases (rule 6)."""
+        """Whether others may have lost their leases, too (rule 6)."""
         now = current_time()
         return now - self._reconnected_at < self._lease_s or now - self._renewed_at > self._lease_s / 2
 

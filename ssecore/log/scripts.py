@@ -8,17 +8,16 @@ Channels: `appended:<stream>`, `called:<process>`.
 Facts: those of `Stat`, `epoch` (the newest), `writer` (the epoch that may append), `instance` (of the last append),
 `holder`, `told` (another process answers for it), `cost` (in `bytes`).
 
-Keys may be missing (evicted, deleted by hand) or have another type: a script over several streams returns an error in
-that stream's place.
+Keys may be missing (evicted, deleted by hand) or have another type: that is an error in the stream's place.
 """
 
 from typing import Final
 
 __all__ = ["COMMON", "SCRIPTS"]
 
-#: Starts each script, after `instance`, `prefix`, constants of `ssecore.log` and `bound` (`max_bytes`). `trim` applies
-#: `ssecore.log.facts.has_expired` to the oldest rows, and returns first and size. `recharge` stores them and the cost.
-#: `safely` removes a stream that it can't read from `due`; a full or read-only Redis is not the stream's fault.
+#: Starts each script, after `instance`, `prefix`, constants and `bound` (`max_bytes`). `trim` applies
+#: `ssecore.log.facts.has_expired` to the oldest rows, and returns first and size. `safely` removes a stream that it
+#: can't read from `due`, unless Redis is full or read-only.
 COMMON: Final = """
 local function num(n) return string.format('%.0f', n) end
 local function facts(stream) return prefix .. 'facts:' .. stream end

@@ -10,8 +10,8 @@ transaction. Reads run in other threads.
     `LogUnavailable`.
 3.  `_known`, the facts of the streams in use, is changed by the thread alone, after a commit; the loop only reads it.
 4.  A reader's transaction is one SELECT, so that it doesn't hold the WAL back.
-5.  Upkeep deletes the rows of deleted streams (`garbage`) in steps. `max_bytes` counts the pages in use, so that comes
-    before more is deleted.
+5.  Upkeep deletes the rows of deleted streams (`garbage`) in steps, before it deletes more: `max_bytes` counts the
+    pages in use.
 6.  Another program's file is never written to. A new file is made under another name, so a file by the log's name
     always has the application id in its header.
 7.  Before each transaction the thread checks that the file and its WAL are those it opened: SQLite would go on with a
@@ -79,7 +79,7 @@ _MIGRATIONS: Final = (
     CREATE UNIQUE INDEX rows_last ON rows (stream, last);
     CREATE TABLE garbage (stream INTEGER PRIMARY KEY);
     """,
-    # See `cost`. Topics without events used to be kept forever.
+    # Topics without events used to be kept forever.
     """
     UPDATE streams SET due = 0 WHERE kind = 'topic' AND closed = 0 AND due IS NULL;
     CREATE TABLE accounts (owner TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
@@ -102,14 +102,14 @@ _UNCHARGED_BYTES: Final = 64 * 1024
 _READERS: Final = 4
 #: About 1 KB each.
 _MAX_KNOWN: Final = 10_000
-#: In one step of upkeep: some milliseconds.
+#: In a step: some milliseconds.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: 2 MiB: SQLite's 4 MiB would be half of a small log.
+#: SQLite's own 4 MiB would be half of a small log.
 _CHECKPOINT_PAGES: Final = 512
 #: Readers can keep the WAL from restarting.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
-#: To test for free space after a failure.
+#: A row to test for free space.
 _PROBE_STREAM: Final = 0
 _PROBE_BYTES: Final = 64 * 1024
 #: For another program's lock (a backup, `sqlite3`).

@@ -4,7 +4,7 @@ A `Tail` has a stream's newest events, framed once per process. A `Reader` has o
 next from the tail, or else the log, or else gets a `gap`. So a slow reader costs no memory.
 
 1.  A tail watches before it reads the facts (rule 8 of `ssecore.log`).
-2.  `top` may briefly be beyond the tail's newest row; readers then read the log, and skip duplicates.
+2.  `top` may briefly be beyond the newest row; readers then read the log, and skip duplicates.
 3.  Readers behind at the same place share one read of the log, which is kept until the last has caught up.
 4.  A `Translate` keeps the event's id, so cursors mean the same everywhere.
 5.  A round on the loop's next turn delivers all that was appended in this one, to slices of readers, with a turn of the
@@ -30,13 +30,12 @@ from ssecore.wire import Decoder, Event, encode
 
 __all__ = ["Attached", "Place", "Reader", "Tail", "Tails", "Translate", "gap_frames"]
 
-#: Of a tail, beyond its newest row.
+#: Without the newest row.
 TAIL_BYTES: Final = 256 * 1024
-#: Of one read of the log.
 READ_BYTES: Final = 256 * 1024
 #: Of the kept reads (rule 3).
 KEPT_BYTES: Final = 1024 * 1024
-#: About half a millisecond. Smaller slices merge more events of a burst into one write.
+#: Half a millisecond. Smaller slices merge more events of a burst into one write.
 SLICE: Final = 64
 #: Frames, the last one's sequence, and the gap before them.
 _Reading = tuple[bytes, int, Gap | None]
@@ -52,7 +51,7 @@ Translate = Callable[[Event], Event | None]
 def gap_frames(gap: Gap, dialect: Dialect, *, last: bool = False) -> bytes:
     """A `gap` event, without an id since it isn't in the log.
 
-    `last`: it ends the stream. A page can't tell 204 from 410, so it gets this, and a resume after its id gets 204.
+    `last`: it ends the stream, since a page can't tell 204 from 410; a resume after its id gets 204.
     """
     data = {"reason": gap.reason, "from": gap.from_, "to": gap.to}
     if not last:
@@ -150,7 +149,7 @@ class Tail:
             self._wake()
 
     def since(self, after: int) -> tuple[bytes, int] | None:
-        """Events after `after`, and the last one's sequence; `None` if some are missing."""
+        """Events after `after`, and the last sequence; `None` if some are missing."""
         if not self._chunks or not self._chunks[0][0].first <= after + 1 <= self._chunks[-1][0].last:
             return None
         last = self._chunks[-1][0].last
@@ -191,7 +190,7 @@ class Tail:
         top = self.top
         rows = await self._log.read(self.stream, after, READ_BYTES)
         stat = None if rows else await self._log.stat(self.stream)
-        # A closed run without rows is being deleted, or lost them.
+        # A closed run without rows is being deleted.
         gone = not rows and (stat is None or (stat.kind == "run" and stat.closed and stat.last <= top))
         if gone or self.ended == "deleted":
             return b"", self.top, Gap("expired", after + 1)
@@ -216,7 +215,7 @@ class Tail:
 class Reader:
     """A source for `Sender`: a stream's events after `after`.
 
-    `before` is sent first; `opening` if nothing else is there in the first second.
+    `before` is sent first, `opening` after a second without events.
     """
 
     __slots__ = (
@@ -256,7 +255,7 @@ class Reader:
         self._uncounted = after
         self.opening = opening
         self.finished = False
-        #: The log's error, or that of `translate`.
+        #: The log's, or `translate`'s.
         self.failure: Exception | None = None
         self.on_close: Callable[[], None] | None = None
         self.is_shared = translate is None
@@ -317,7 +316,7 @@ class Reader:
         return before + self._translated(frames)
 
     def _translated(self, frames: bytes) -> bytes:
-        """Rule 4. If `translate` fails, the reader ends."""
+        """Rule 4."""
         if self._translate is None:
             return frames
         parts: list[bytes] = []

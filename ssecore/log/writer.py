@@ -1,8 +1,5 @@
 """Group commit: appends during a commit form the next one, a batch for each stream.
 
-    append (awaits) ────────┐
-    Writer.post (callback) ─┴─► a batch a stream ──► the store's commit ──► watchers ──► callers
-
 1.  Concurrent appends of one stream and epoch are one batch, and one row (`MAX_ROW_BYTES`).
 2.  A batch is committed with the loop's next turn, or after the commit in flight; if nothing awaits it, `GAP_S` after
     the last commit, or with a row's worth.
@@ -33,7 +30,7 @@ GAP_S: Final = 0.002
 #: In one commit: some milliseconds of a store's work.
 _MAX_COMMIT_BYTES: Final = 4 * 1024 * 1024
 _MAX_COMMIT_STREAMS: Final = 100
-#: Waiting bytes. Above, appends are refused, but not posts: their writers have bounds.
+#: Waiting bytes. Above, appends are refused, but not posts: their writers are bounded.
 _MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
 
 _CLOSED: Final = "the event log is closed"
@@ -45,7 +42,7 @@ Posted = Callable[[int, SSEAppError | None], None]
 
 @dataclass(eq=False, slots=True)
 class Batch:
-    """A row, of one stream and epoch. Only its last append may close the stream or set `meta`.
+    """A row. Only its last append may close the stream or set `meta`.
 
     With `retention` it is a topic's: the store creates it and chooses the epoch. The store sets `epoch` and `last`, or
     `error`.
@@ -83,10 +80,10 @@ class Writer:
         self.failed: SSEAppError | None = None
 
     def post(self, frames: Sequence[bytes], size: int) -> None:
-        """Append frames of `size` bytes. `on_stored` is called with the outcome, maybe at once.
+        """Append frames of `size` bytes; `on_stored` is called with the outcome, maybe at once.
 
-        `append` only after that. The caller bounds what isn't stored yet. Raises an earlier post's failure, `TooLarge`,
-        `LogUnavailable`; `on_stored` isn't called then.
+        The caller bounds what isn't stored yet, and waits for it before an `append`. Raises an earlier post's failure,
+        `TooLarge`, `LogUnavailable`.
         """
         if self.failed is not None:
             raise self.failed
@@ -180,7 +177,7 @@ class Commits:
         return batch
 
     def give_up(self) -> None:
-        """Fail all, and appends until the commit in flight is over."""
+        """Fail all, and appends until the commit is over."""
         if self._in_flight and self._refused is None:
             self._refused = _STOPPING
         batches = self._in_flight + [batch for waiting in self._queue.values() for batch in waiting]
@@ -263,7 +260,7 @@ class Commits:
 
 
 class _Trio:
-    """For trio, which has no timers outside of tasks: nothing waits."""
+    """Trio has no timers outside of tasks: nothing waits."""
 
     def __init__(self, token: Any) -> None:
         self._token = token
@@ -276,4 +273,4 @@ class _Trio:
         return self.call_soon(call)
 
     def cancel(self) -> None:
-        """Impossible; an extra commit does no harm."""
+        """Impossible."""
