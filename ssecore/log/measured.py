@@ -12,15 +12,17 @@ def measured(log: Log, metrics: Metrics) -> Log:
     """Count the log's commits in the metrics from now on, and return the log."""
 
     def committed(batches: list[Batch], seconds: float) -> None:
-        stored = [batch for batch in batches if batch.error is None]
-        if failed := sum(isinstance(batch.error, LogUnavailable | LogError) for batch in batches):
-            metrics.log_failures.inc(failed)
-        if events := sum([len(batch.frames) for batch in stored]):
+        events = 0
+        for batch in batches:
+            if batch.error is None:
+                events += len(batch.frames)
+                if batch.close and batch.meta is not None:
+                    metrics.runs_ended.labels(batch.meta["state"]).inc()
+            elif isinstance(batch.error, LogUnavailable | LogError):
+                metrics.log_failures.inc()
+        if events:
             metrics.appends.observe(seconds)
             metrics.appended.inc(events)
-        for batch in stored:
-            if batch.close and batch.meta is not None:
-                metrics.runs_ended.labels(batch.meta["state"]).inc()
 
     log.on_commit = committed
     return log

@@ -1,22 +1,27 @@
 """The event log in one SQLite file, for one process. What a finished call stored survives a SIGKILL.
 
 In WAL mode with `synchronous=NORMAL`: a power failure may lose the last moments; readers then get a `gap` (`diverged`).
-`full_sync=True` syncs each commit, and survives that too. A thread commits; what is queued meanwhile is its next
-transaction. Reads run in other threads.
+`full_sync=True` syncs each commit, and survives that too. Small commits run on the event loop, others in a thread,
+whose next transaction is all that is queued. Reads run in other threads.
 
 1.  An append to an open run writes no facts that its rows contain (`last`, `size`, `updated`): queries derive them
     until a close, `meta` or an epoch writes them. So it is one statement, without BEGIN and COMMIT.
 2.  A refusal changes nothing and fails no other operation. An error of SQLite fails its whole transaction with
     `LogUnavailable`.
-3.  `_known`, the facts of the streams in use, is changed by the thread alone, after a commit; the loop only reads it.
+3.  `_known`, the facts of the streams in use, is changed after a commit. A transaction changes copies; the loop makes
+    none while the thread has work.
 4.  A reader's transaction is one SELECT, so that it doesn't hold the WAL back.
 5.  Upkeep deletes the rows of deleted streams (`garbage`) in steps, before it deletes more: `max_bytes` counts the
     pages in use.
 6.  Another program's file is never written to. A new file is made under another name, so a file by the log's name
     always has the application id in its header.
-7.  Before each transaction the thread checks that the file and its WAL are those it opened: SQLite would go on with a
+7.  Before each transaction the file and its WAL are checked to be those that were opened: SQLite would go on with a
     deleted file. After a failure the log is `unavailable` until something was written; upkeep tries that.
-    written.
+8.  A small commit on the loop takes some 50 µs, by the thread and back 150. The thread does what the loop must not wait
+    for: anything with `full_sync`; more than `_LOOP_BYTES`; upkeep; checkpoints, and the transaction after one, which
+    syncs the WAL's new header; all while `unavailable`; and what failed on the loop, which doesn't wait for another
+    program's lock. After a commit that took the loop longer than `_SLOW_S` (a disk that hangs), the thread commits for
+    `_SLOW_PAUSE` times as long.
 """
 
 import logging
@@ -112,6 +117,10 @@ _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
 #: A row to test for free space.
 _PROBE_STREAM: Final = 0
 _PROBE_BYTES: Final = 64 * 1024
+#: Rule 8.
+_LOOP_BYTES: Final = 64 * 1024
+_SLOW_S: Final = 0.005
+_SLOW_PAUSE: Final = 100
 #: For another program's lock (a backup, `sqlite3`).
 _BUSY_S: Final = 5.0
 _LOCK_POLL_S: Final = 0.05
@@ -198,10 +207,13 @@ class SqliteStore(LocalStore):
         self.writer: sqlite3.Connection | None = None
         self._running = False
         self._stuck = False  # since `give_up`, until earlier orders are done
+        self._busy_s = _BUSY_S  # the writer's
+        self._wal_pages = 0  # written since the last checkpoint, roughly
+        self._syncs_header = True  # the next transaction may
+        self._slow_until = 0.0
         self._files: _Files = (None, None)
         #: Bytes of the pages in use when counted, and written since.
         self.used, self.written = 0, -1
-        self._unchecked = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -242,11 +254,11 @@ class SqliteStore(LocalStore):
         size = sum([batch.size + _BATCH_BYTES for batch in batches])
         self._put(_Order(lambda turn: turn.commit(batches), committed, size))
 
-    async def apply(self, work: Callable[[Ledger], T]) -> T:
+    async def apply(self, work: Callable[[Ledger], T], *, size: int = _BATCH_BYTES) -> T:
         if not self._running or self._stuck:
             raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
         signal = anyio.Event()
-        order = _Order(work, lambda _: signal.set(), _BATCH_BYTES, awaited=True)
+        order = _Order(work, lambda _: signal.set(), size, awaited=True)
         self._put(order)
         await signal.wait()
         if order.error:
@@ -265,7 +277,7 @@ class SqliteStore(LocalStore):
         if self.unavailable:
             with suppress(SSEAppError):
                 await self.apply(_Transaction.probe)  # type: ignore[arg-type]
-        return await super().upkeep()
+        return await self.apply(lambda ledger: ledger.upkeep(), size=_LOOP_BYTES + 1)
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         return await self._query(lambda db: _read(db, stream, after, max_bytes))
@@ -289,14 +301,39 @@ class SqliteStore(LocalStore):
     # The writer
 
     def _put(self, order: _Order[Any]) -> None:
+        on_loop = not self._in_flight and self._may_run_on_loop(order)
         self._in_flight[order] = None
-        self._orders.put(order)
+        if not (on_loop and self._run_on_loop(order)):
+            self._orders.put(order)
+
+    def _may_run_on_loop(self, order: _Order[Any]) -> bool:
+        """Rule 8."""
+        return (
+            order.size <= _LOOP_BYTES
+            and not (self._full_sync or self.unavailable or self._syncs_header or self.writer is None)
+            and self._wal_pages < _CHECKPOINT_PAGES
+            and time.monotonic() >= self._slow_until
+        )
+
+    def _run_on_loop(self, order: _Order[Any]) -> bool:
+        began = time.monotonic()
+        try:
+            outcome = self._transact([order], 0.0)
+        except Exception:
+            order.error = None  # the thread tries again, and logs the error
+            return False
+        ended = time.monotonic()
+        if ended - began > _SLOW_S:
+            self._slow_until = ended + _SLOW_PAUSE * (ended - began)
+        self._done([order], outcome)
+        return True
 
     def _work(self) -> None:
         while orders := self._take():
             outcome: _Transaction | BaseException
             try:
-                outcome = self._transact(orders)
+                outcome = self._transact(orders, _BUSY_S)
+                self._checkpoint()
             except BaseException as error:  # nothing may wait forever
                 outcome = error
             with suppress(RuntimeError):  # the loop has ended
@@ -337,17 +374,21 @@ class SqliteStore(LocalStore):
         if not self._in_flight:
             self._stuck = False
 
-    def _transact(self, orders: list[_Order[Any]]) -> "_Transaction":
-        """In the thread."""
+    def _transact(self, orders: list[_Order[Any]], busy_s: float) -> "_Transaction":
+        """`busy_s`: how long to wait for another program's lock."""
         try:
             file, wal = self._present()
             if file != self._files[0] or (self.writer and wal != self._files[1]):
                 raise _Replaced
             if self.writer is None:
                 self.writer = self._connect()
+                self._busy_s = _BUSY_S
                 self.writer.execute("BEGIN IMMEDIATE")
                 self._files = self._present()
                 self.writer.execute("ROLLBACK")
+            if busy_s != self._busy_s:
+                self.writer.execute(f"PRAGMA busy_timeout = {round(busy_s * 1000)}")
+                self._busy_s = busy_s
             changes = self.writer.total_changes
             transaction = _Transaction(self, self.writer, self._known, self._clock())
             for order in orders:
@@ -356,7 +397,8 @@ class SqliteStore(LocalStore):
                 except SSEAppError as refusal:
                     order.error = refusal
             transaction.finish()
-            transaction.wrote = self.writer.total_changes > changes
+            changes = self.writer.total_changes - changes
+            transaction.wrote = changes > 0
         except BaseException:
             self.written = -1
             self._roll_back()
@@ -369,12 +411,9 @@ class SqliteStore(LocalStore):
         while len(known) > _MAX_KNOWN:
             del known[next(iter(known))]
         size = sum([order.size for order in orders])
-        self._unchecked += size
+        self._wal_pages += changes + 1 + size // 4096  # a page of the index for each row, and those of the bodies
         if self.written >= 0:
             self.written += size
-        if self._unchecked > _MAX_WAL_BYTES // 64:
-            self._unchecked = 0
-            self._bound_wal()
         return transaction
 
     def _present(self) -> "_Files":
@@ -389,12 +428,16 @@ class SqliteStore(LocalStore):
                 self.writer = None  # the next transaction opens another
                 db.close()
 
-    def _bound_wal(self) -> None:
-        try:
-            if self.writer and os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES:
-                self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        except (OSError, sqlite3.Error) as error:
-            logger.warning("can't checkpoint the WAL of %s: %s", self.path, error)
+    def _checkpoint(self) -> None:
+        """In the thread, if the WAL is long enough."""
+        self._syncs_header = self._wal_pages >= _CHECKPOINT_PAGES
+        if self._syncs_header and self.writer:
+            self._wal_pages = 0
+            try:
+                held_up = os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES
+                self.writer.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if held_up else 'PASSIVE'})").fetchall()
+            except (OSError, sqlite3.Error) as error:
+                logger.warning("can't checkpoint the WAL of %s: %s", self.path, error)
 
     # The readers
 
@@ -432,7 +475,7 @@ class SqliteStore(LocalStore):
         try:
             db.execute(f"PRAGMA synchronous = {'FULL' if self._full_sync else 'NORMAL'}")
             db.execute(f"PRAGMA journal_size_limit = {_MAX_WAL_BYTES // 2}")
-            db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+            db.execute("PRAGMA wal_autocheckpoint = 0")  # see `_checkpoint`
             db.execute(f"PRAGMA query_only = {query_only}")
         except BaseException:
             db.close()
