@@ -240,7 +240,7 @@ class House:
         """Nothing is held for readers that are gone."""
         assert self.topics.subscribers(TOPIC) == 0
         assert self.tails.get(STREAM) is None
-        assert self.log.store._watchers._streams == {}  # type: ignore[attr-defined]
+        assert self.log._watchers._streams == {}  # type: ignore[attr-defined]
         assert self.app._streams == set()
 
 
@@ -1032,7 +1032,7 @@ async def test_a_tail_that_has_ended_is_replaced_and_its_last_readers_do_not_tak
         await log.append("topic", [encode(Event("one"))], epoch=epoch)
         assert b"data: one\n" in (second.ready() or b"")
         second.close()
-        assert tails.get("topic") is None and log.store._watchers._streams == {}  # type: ignore[attr-defined]
+        assert tails.get("topic") is None and log._watchers._streams == {}
 
 
 @in_virtual_time

@@ -20,6 +20,7 @@ A stream is a named, append-only sequence of events, numbered from 1 without hol
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, Protocol
@@ -44,7 +45,7 @@ from ssecore.log.facts import (
     new_epoch,
     parse_cursor,
 )
-from ssecore.log.writer import Batch, Commits, Posted, Writer
+from ssecore.log.writer import GAP_S, Batch, Commits, Posted, Writer
 
 __all__ = [
     "Cursor",
@@ -55,7 +56,6 @@ __all__ = [
     "Retention",
     "Row",
     "Stat",
-    "Store",
     "Writer",
     "framed",
     "locate",
@@ -67,6 +67,8 @@ logger = logging.getLogger("sseapp")
 
 
 class Peers(Protocol):
+    """Between processes that share a log."""
+
     #: Called in the loop for each command to this process.
     on_command: Callable[[str, str], None] | None
 
@@ -83,86 +85,46 @@ class Peers(Protocol):
         """See `Log.delete`. Raises `NotFound`."""
 
 
-class Store(Protocol):
-    """See `Log`."""
-
-    #: Its last call failed.
-    unavailable: bool
-    #: Upkeep is needed now (rule 7).
-    over_bound: bool
-    #: Calls don't wait any more.
-    closing: bool
-    gap_s: float | None
-    peers: Peers | None
-
-    def running(self) -> AbstractAsyncContextManager[None]: ...
-
-    async def create(self, stat: Stat) -> tuple[Stat, bool]: ...
-
-    async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat: ...
-
-    def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
-        """Store the batches, each of another stream: set `last` or `error`, notify watchers, call `done` in the
-        loop."""
-
-    async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]: ...
-
-    async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
-        """Takes one argument."""
-
-    async def runs(self, owner: str | None, limit: int) -> list[Stat]: ...
-
-    async def unfinished(self) -> list[Stat]: ...
-
-    async def delete(self, stream: str, unless_answered: bool) -> bool: ...
-
-    def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]: ...
-
-    async def upkeep(self) -> bool:
-        """One step. False if there was nothing to do."""
-
-    def give_up(self) -> None: ...
-
-
-class Log:
+class Log(ABC):
     """The event log. Its calls may raise `LogUnavailable`; then nothing has changed.
 
     Frames are those of `wire.encode`, without `id:`. `clock` returns Unix time; `upkeep_s` is the interval of upkeep.
     """
 
-    def __init__(self, store: Store, *, clock: Callable[[], float], upkeep_s: float) -> None:
-        self.store = store
+    #: If several processes share it.
+    peers: Peers | None = None
+    #: Its last call failed.
+    unavailable = False
+    #: See `Commits`.
+    gap_s: float | None = GAP_S
+    #: Upkeep is needed now (rule 7).
+    _over_bound = False
+    #: Calls don't wait any more.
+    _closing = False
+
+    def __init__(self, clock: Callable[[], float], upkeep_s: float) -> None:
         self._clock = clock
         self._upkeep_s = upkeep_s
-        self._commits = Commits(store.commit, store.gap_s)
+        self._commits = Commits(self._commit, self.gap_s)
         self._commits.on_commit = self._committed
-        self._look = anyio.Event()
+        self._upkeep_wanted = anyio.Event()
         #: Called with each commit's batches and seconds.
         self.on_commit: Callable[[list[Batch], float], None] | None = None
 
-    @property
-    def peers(self) -> Peers | None:
-        return self.store.peers
-
-    @property
-    def unavailable(self) -> bool:
-        return self.store.unavailable
-
     def give_up(self) -> None:
         """Fail the waiting calls: the process ends."""
-        self.store.give_up()
         self._commits.give_up()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Open the store, and close it after earlier calls.
+        """Open the log, and close it after earlier calls.
 
         Raises `LogError` if the log can't be used.
         """
         failure = None
-        async with self.store.running():
-            self.store.closing = False
-            self._look = anyio.Event()
+        async with self._opened():
+            self._closing = False
+            self._upkeep_wanted = anyio.Event()
             self._commits.open()
             async with anyio.create_task_group() as group:
                 group.start_soon(self._keep_up)
@@ -171,7 +133,7 @@ class Log:
                 except Exception as error:  # raised below: the task group would wrap it
                     failure = error
                 finally:
-                    self.store.closing = True
+                    self._closing = True
                     with CancelScope(shield=True):
                         await self._commits.close()
                     group.cancel_scope.cancel()
@@ -196,17 +158,17 @@ class Log:
         now, facts, keep = self._clock(), json_copy(meta) or {}, retention or Retention()
         stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
         try:
-            return await self.store.create(stat)
+            return await self._create(stat)
         finally:
-            if self.store.over_bound:
-                self._look.set()
+            if self._over_bound:
+                self._upkeep_wanted.set()
 
+    @abstractmethod
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
         """Open a further epoch (rule 3). A new `retention` replaces the old one.
 
         Raises `NotFound`, `WriterFenced`, `Conflict` if the epoch exists.
         """
-        return await self.store.open(stream, epoch, retention)
 
     async def append(
         self,
@@ -243,7 +205,7 @@ class Log:
         meta: dict[str, Any] | None = None,
         retention: Retention | None = None,
     ) -> Cursor:
-        if self.store.gap_s is None:
+        if self.gap_s is None:
             await checkpoint()
         size = sum(map(len, frames))
         batch = self._commits.add(stream, epoch, frames, size, close=close, meta=json_copy(meta), retention=retention)
@@ -258,59 +220,80 @@ class Log:
         """For a run's only writer."""
         return Writer(self._commits, stream, epoch, on_stored)
 
+    @abstractmethod
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         """The rows after `after`, in order and without holes, until they pass `max_bytes`.
 
         The first row may begin earlier: use `framed(row, after)`. If it begins later than `after + 1`, announce a gap.
         """
-        return await self.store.read(stream, after, max_bytes)
 
     async def stat(self, stream: str) -> Stat | None:
-        return await self.store.find(name=stream)
+        return await self._find(name=stream)
 
     async def find(self, *, epoch: str | None = None, key: str | None = None) -> Stat | None:
         """By its epoch, or the key it was created with."""
-        return await self.store.find(epoch=epoch, key=key)
+        return await self._find(epoch=epoch, key=key)
 
+    @abstractmethod
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
         """The owner's runs, newest first."""
-        return await self.store.runs(owner, limit)
 
+    @abstractmethod
     async def unfinished(self) -> list[Stat]:
         """Open runs whose process has died, oldest first. If the log isn't shared, call it at the start."""
-        return await self.store.unfinished()
 
+    @abstractmethod
     async def delete(self, stream: str, *, unless_answered: bool = False) -> bool:
         """Delete the stream, if it exists. `unless_answered`: keep a run that `Peers.mark_answered` was called for, and
         return False.
         """
-        return await self.store.delete(stream, unless_answered)
 
+    @abstractmethod
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         """Call `watcher` with each new row, in order, and the end (rule 8), until the returned function is called.
 
         The stream need not exist yet. An earlier end isn't reported.
         """
-        return self.store.watch(stream, watcher)
 
     async def upkeep(self) -> None:
         """Apply retention now."""
-        while await self.store.upkeep():
+        while await self._upkeep():
             pass
 
     async def _keep_up(self) -> None:
         while True:
             with anyio.move_on_after(self._upkeep_s):
-                await self._look.wait()
-            self._look = anyio.Event()
+                await self._upkeep_wanted.wait()
+            self._upkeep_wanted = anyio.Event()
             with suppress(SSEAppError):
                 await self.upkeep()
 
     def _committed(self, batches: list[Batch], seconds: float) -> None:
-        if self.store.over_bound:
-            self._look.set()
+        if self._over_bound:
+            self._upkeep_wanted.set()
         if self.on_commit is not None:
             try:
                 self.on_commit(batches, seconds)
             except Exception:  # must not keep the callers waiting
                 logger.exception("what measures the event log failed")
+
+    # Of each engine
+
+    @abstractmethod
+    def _opened(self) -> AbstractAsyncContextManager[None]: ...
+
+    @abstractmethod
+    async def _create(self, stat: Stat) -> tuple[Stat, bool]: ...
+
+    @abstractmethod
+    def _commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
+        """Store the batches, each of another stream: set `last` or `error`, notify watchers, call `done` in the
+        loop."""
+
+    @abstractmethod
+    async def _find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
+        """Takes one argument."""
+
+    @abstractmethod
+    async def _upkeep(self) -> bool:
+        """One step. False if there was nothing to do."""

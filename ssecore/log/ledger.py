@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, TypeVar
 from msgspec.structs import replace
 
 from ssecore.errors import Conflict, NotFound, SSEAppError
-from ssecore.log import Peers, facts
+from ssecore.log import Log, facts
 from ssecore.log.facts import (
     OWNERS,
     Ended,
@@ -35,7 +35,7 @@ from ssecore.log.facts import (
 from ssecore.log.watchers import Watchers
 from ssecore.log.writer import Batch
 
-__all__ = ["Entry", "Ledger", "LocalStore"]
+__all__ = ["Entry", "Ledger", "LocalLog"]
 
 logger: Final = logging.getLogger("sseapp")
 T = TypeVar("T")
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A stream's facts. `id`, `epoch` and `rows` are the store's."""
+    """A stream's facts. `id`, `epoch` and `rows` are the engine's."""
 
     stat: Stat
     due: float | None
@@ -237,7 +237,7 @@ class Ledger(ABC):
         if self.has_epoch(epoch):
             raise Conflict("this epoch has been opened before")
 
-    # What a store implements
+    # What an engine implements
 
     @abstractmethod
     def look_up(self, stream: str) -> Entry | None:
@@ -317,37 +317,32 @@ class Ledger(ABC):
         return False
 
 
-class LocalStore(ABC):
-    """A `Store` of one process, on its ledger."""
+class LocalLog(Log):
+    """A log of one process, on its ledger."""
 
-    unavailable = False
-    over_bound = False
-    closing = False
-    gap_s: float | None = None
-    peers: Peers | None = None
-
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float], upkeep_s: float) -> None:
+        super().__init__(clock, upkeep_s)
         self._watchers = Watchers()
         #: The first half of this process's epochs on topics.
         self._process = secrets.token_urlsafe(8)
 
     @abstractmethod
-    async def apply(self, work: Callable[[Ledger], T]) -> T:
+    async def _apply(self, work: Callable[[Ledger], T]) -> T:
         """Run `work` on the ledger, in a commit."""
 
-    async def create(self, stat: Stat) -> tuple[Stat, bool]:
-        return await self.apply(lambda ledger: ledger.create(stat))
+    async def _create(self, stat: Stat) -> tuple[Stat, bool]:
+        return await self._apply(lambda ledger: ledger.create(stat))
 
-    async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
-        return await self.apply(lambda ledger: ledger.open(stream, epoch, retention))
+    async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
+        return await self._apply(lambda ledger: ledger.open(stream, epoch, retention))
 
-    async def delete(self, stream: str, unless_answered: bool) -> bool:
+    async def delete(self, stream: str, *, unless_answered: bool = False) -> bool:
         """`unless_answered` has no effect: no other process answers requests."""
-        await self.apply(lambda ledger: ledger.delete(stream))
+        await self._apply(lambda ledger: ledger.delete(stream))
         return True
 
-    async def upkeep(self) -> bool:
-        return await self.apply(lambda ledger: ledger.upkeep())
+    async def _upkeep(self) -> bool:
+        return await self._apply(lambda ledger: ledger.upkeep())
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         return self._watchers.add(stream, watcher)

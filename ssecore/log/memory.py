@@ -17,9 +17,8 @@ from typing import TypeVar
 from anyio.lowlevel import checkpoint
 
 from ssecore.errors import LogUnavailable
-from ssecore.log import Log
 from ssecore.log.facts import Row, Stat, cost
-from ssecore.log.ledger import Entry, Ledger, LocalStore, logger
+from ssecore.log.ledger import Entry, Ledger, LocalLog, logger
 from ssecore.log.writer import Batch
 from ssecore.workers import SEVERAL, only_worker
 
@@ -28,23 +27,19 @@ __all__ = ["MemoryLog"]
 T = TypeVar("T")
 
 
-class MemoryLog(Log):
+class MemoryLog(LocalLog):
     """`Log` in memory. Arguments as for `Log`; `max_bytes` is the bound of rule 7 of `ssecore.log`."""
+
+    gap_s = None
 
     def __init__(
         self, *, clock: Callable[[], float] = time.time, upkeep_s: float = 5.0, max_bytes: int | None = None
     ) -> None:
-        super().__init__(_Store(clock, max_bytes), clock=clock, upkeep_s=upkeep_s)
-
-
-class _Store(LocalStore):
-    def __init__(self, clock: Callable[[], float], max_bytes: int | None) -> None:
-        super().__init__()
-        self._clock = clock
+        super().__init__(clock, upkeep_s)
         self._ledger = _Streams(self._process, sys.maxsize if max_bytes is None else max_bytes)
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def _opened(self) -> AsyncIterator[None]:
         with only_worker() as alone:
             if not alone:
                 logger.warning(
@@ -54,10 +49,7 @@ class _Store(LocalStore):
                 )
             yield
 
-    def give_up(self) -> None:
-        """Nothing waits here."""
-
-    async def apply(self, work: Callable[[Ledger], T]) -> T:
+    async def _apply(self, work: Callable[[Ledger], T]) -> T:
         await checkpoint()
         self._ledger.now = self._clock()
         try:
@@ -65,7 +57,7 @@ class _Store(LocalStore):
         finally:
             self._notify()
 
-    def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
+    def _commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
         self._ledger.now = self._clock()
         try:
             self._ledger.commit(batches)
@@ -78,7 +70,7 @@ class _Store(LocalStore):
 
     def _notify(self) -> None:
         ledger = self._ledger
-        self.over_bound, ledger.over_bound = ledger.over_bound, False
+        self._over_bound, ledger.over_bound = ledger.over_bound, False
         notices, ledger.notices = ledger.notices, []
         for notice in notices:
             self._watchers.notify(*notice)
@@ -98,7 +90,7 @@ class _Store(LocalStore):
                     break
         return found
 
-    async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
+    async def _find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
         await checkpoint()
         if epoch is not None:
             name = self._ledger.epochs.get(epoch)

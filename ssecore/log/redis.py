@@ -43,7 +43,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, Unavailable, WriterFenced
-from ssecore.log import Log, Peers, facts
+from ssecore.log import Log, facts
 from ssecore.log.facts import (
     EVENT_BYTES,
     FOREVER_S,
@@ -66,7 +66,7 @@ from ssecore.log.facts import (
 )
 from ssecore.log.scripts import COMMON, SCRIPTS
 from ssecore.log.watchers import Watchers
-from ssecore.log.writer import GAP_S, Batch
+from ssecore.log.writer import Batch
 from ssecore.wire import encode_json
 
 __all__ = ["RedisLog"]
@@ -115,7 +115,7 @@ class _Call(NamedTuple):
 
 
 class _Line:
-    def __init__(self, log: "RedisStore") -> None:
+    def __init__(self, log: "RedisLog") -> None:
         self._log = log
         self._calls: deque[_Call] = deque()
         self._in_flight: list[_Call] = []  # in flight
@@ -127,7 +127,7 @@ class _Line:
         self._failure: Exception | None = None  # the last attempt's
 
     async def ask(self, *command: Any, wait_s: float | None = None) -> Any:
-        """`wait_s`: instead of the store's; 0 makes one attempt."""
+        """`wait_s`: instead of the log's; 0 makes one attempt."""
         if self._closed or self._stuck:
             await checkpoint()
             raise LogUnavailable("the event log is closed") if self._closed else _stopping()
@@ -248,8 +248,6 @@ class RedisLog(Log):
     without contact a process's runs are closed. `poll_s`: the poll interval of rule 5. `prefix` starts every key.
     """
 
-    store: "RedisStore"
-
     def __init__(
         self,
         url: str,
@@ -262,34 +260,14 @@ class RedisLog(Log):
         poll_s: float = 2.0,
         max_bytes: int | None = None,
     ) -> None:
-        store = RedisStore(url, wait_s, lease_s, prefix, clock, poll_s, max_bytes)
-        super().__init__(store, clock=clock, upkeep_s=upkeep_s)
-
-
-class RedisStore:
-    over_bound = False
-    gap_s: float | None = GAP_S
-
-    def __init__(
-        self,
-        url: str,
-        wait_s: float,
-        lease_s: float,
-        prefix: str,
-        clock: Callable[[], float],
-        poll_s: float,
-        max_bytes: int | None,
-    ) -> None:
-        self.peers: Peers | None = self
+        super().__init__(clock, upkeep_s)
+        self.peers = self
         self.on_command: Callable[[str, str], None] | None = None
-        self.closing = False
-        self.unavailable = False
         self.wait_s = min(wait_s, lease_s / 2)  # the lease must outlast its holder's own waits
         self.instance = ""
         self._url = url
         self._lease_s = lease_s
         self._prefix = f"{{{prefix}}}:"  # one hash tag
-        self._clock = clock
         self._poll_s = poll_s
         self._max_bytes = max_bytes
         self._process = new_epoch()
@@ -299,7 +277,7 @@ class RedisStore:
         self._notified: dict[str, Cursor | None] = {}
         self._subscribed: dict[str, anyio.Event] = {}
         self._dirty: dict[str, None] = {}
-        self._commits: deque[tuple[list[Batch], Callable[[], None]]] = deque()  # one at most
+        self._to_commit: deque[tuple[list[Batch], Callable[[], None]]] = deque()  # one at most
         self._number = 0
         #: The last sequence of runs running here (rules 4 and 6).
         self._tops: dict[str, int] = {}
@@ -309,15 +287,10 @@ class RedisStore:
         self._logged: dict[str, tuple[float, int]] = {}
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def _opened(self) -> AsyncIterator[None]:
         failure: Exception | None = None
         self._make = self._connection_factory()
-        self._wake, self._dirtied, self._channels, self._command_signal = (
-            anyio.Event(),
-            anyio.Event(),
-            anyio.Event(),
-            anyio.Event(),
-        )
+        self._wake, self._dirtied, self._channels, self._command_signal = (anyio.Event() for _ in range(4))
         self._writing = CancelScope(shield=True)
         self._reads, self._writes = lines = _Line(self), _Line(self)
         async with anyio.create_task_group() as group:
@@ -416,6 +389,7 @@ class RedisStore:
             subscribed.set()
         for line in (self._reads, self._writes):
             line.give_up()
+        super().give_up()
 
     def note_reachable(self, error: Exception | None) -> None:
         if error is not None and not self.unavailable:
@@ -447,7 +421,7 @@ class RedisStore:
 
     # What callers ask for
 
-    async def create(self, stat: Stat) -> tuple[Stat, bool]:
+    async def _create(self, stat: Stat) -> tuple[Stat, bool]:
         stream, epoch = stat.stream, stat.epochs[0][0]
         at_work = stream in self._tops
         created = False
@@ -465,7 +439,7 @@ class RedisStore:
             if not created and not at_work:
                 self._tops.pop(stream, None)
 
-    async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
+    async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
         limits = [] if retention is None else _limits(retention)
         return await self._open(stream, epoch, new_epoch(), *limits)
 
@@ -477,7 +451,7 @@ class RedisStore:
         await self._await_subscription(stream)
         return _rows(await self._reads.ask("read", stream, after, max_bytes, wait_s=math.inf))
 
-    async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
+    async def _find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
         if name is not None:
             await self._await_subscription(name)
             stat = _stat(await self._reads.ask("stat", name))
@@ -556,7 +530,7 @@ class RedisStore:
         if not await self._writes.ask("mark_answered", stream):
             raise NotFound("no such stream")
 
-    async def delete(self, stream: str, unless_answered: bool) -> bool:
+    async def delete(self, stream: str, *, unless_answered: bool = False) -> bool:
         if not await self._writes.ask("delete", stream, int(unless_answered)):
             return False
         self._tops.pop(stream, None)
@@ -578,14 +552,14 @@ class RedisStore:
 
         return done
 
-    async def upkeep(self) -> bool:
+    async def _upkeep(self) -> bool:
         looked_at: int = await self._writes.ask("upkeep", repr(self._clock()), _STEP_STREAMS)
         return looked_at >= _STEP_STREAMS
 
     # The writer
 
-    def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
-        self._commits.append((batches, done))
+    def _commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
+        self._to_commit.append((batches, done))
         self._wake.set()
 
     async def _write(self) -> None:
@@ -593,7 +567,7 @@ class RedisStore:
             while True:
                 await self._wake.wait()
                 self._wake = anyio.Event()
-                batches, done = self._commits.popleft()
+                batches, done = self._to_commit.popleft()
                 await self._send(batches)
                 done()
 
@@ -617,7 +591,7 @@ class RedisStore:
         if batch.last < 0 and batch.retention is not None:
             now = self._clock()
             epochs = ((new_epoch(), 1),)
-            await self.create(Stat(batch.stream, "topic", epochs, now, now, retention=batch.retention))
+            await self._create(Stat(batch.stream, "topic", epochs, now, now, retention=batch.retention))
         else:
             await self._open(batch.stream, new_epoch(), "")
 
@@ -630,7 +604,7 @@ class RedisStore:
             meta = b"" if batch.meta is None else encode_json(batch.meta)
             least = self._tops.get(batch.stream, 0)
             values += (batch.stream, batch.epoch, int(batch.close), meta, len(ends), packed(ends), body, least)
-        wait_s = 0.0 if self.closing else self.wait_s
+        wait_s = 0.0 if self._closing else self.wait_s
         if self.unavailable:  # batches behind a failed call have waited as long
             wait_s += min(batch.since for batch in batches) - time.monotonic()
             if wait_s <= 0:

@@ -48,10 +48,9 @@ from anyio.to_thread import run_sync
 
 from ssecore.errors import LogError, LogUnavailable, SSEAppError
 from ssecore.filelock import try_lock
-from ssecore.log import Log
 from ssecore.log.facts import OWNERS, Retention, Row, Stat, cost, packed, readable, unpacked
-from ssecore.log.ledger import Entry, Ledger, LocalStore
-from ssecore.log.writer import GAP_S, Batch
+from ssecore.log.ledger import Entry, Ledger, LocalLog
+from ssecore.log.writer import Batch
 from ssecore.wire import encode_json
 from ssecore.workers import SEVERAL
 
@@ -166,13 +165,11 @@ class _Order(Generic[T]):
     error: SSEAppError | None = None
 
 
-class SqliteLog(Log):
+class SqliteLog(LocalLog):
     """`Log` in the file `path`, whose folder is created if needed.
 
     `lock_wait_s`: for another process to release it. `clock`, `upkeep_s` as for `Log`; `max_bytes`: its rule 7.
     """
-
-    store: "SqliteStore"
 
     def __init__(
         self,
@@ -184,27 +181,16 @@ class SqliteLog(Log):
         upkeep_s: float = 5.0,
         max_bytes: int | None = None,
     ) -> None:
-        store = SqliteStore(Path(path), full_sync, lock_wait_s, clock, sys.maxsize if max_bytes is None else max_bytes)
-        super().__init__(store, clock=clock, upkeep_s=upkeep_s)
-
-
-class SqliteStore(LocalStore):
-    gap_s: float | None = GAP_S
-
-    def __init__(
-        self, path: Path, full_sync: bool, lock_wait_s: float, clock: Callable[[], float], max_bytes: int
-    ) -> None:
-        super().__init__()
-        self.path = path
+        super().__init__(clock, upkeep_s)
+        self.path = Path(path)
         self._full_sync = full_sync
         self._lock_wait_s = lock_wait_s
-        self._clock = clock
-        self.max_bytes = max_bytes
+        self.max_bytes = sys.maxsize if max_bytes is None else max_bytes
         self._orders: SimpleQueue[_Order[Any] | None] = SimpleQueue()
         self._in_flight: dict[_Order[Any], None] = {}
         self._known: dict[str, Entry] = {}  # rule 3; least recently used first
         self._idle: list[sqlite3.Connection] = []  # readers
-        self.writer: sqlite3.Connection | None = None
+        self.connection: sqlite3.Connection | None = None
         self._running = False
         self._stuck = False  # since `give_up`, until earlier orders are done
         self._busy_s = _BUSY_S  # the writer's
@@ -216,7 +202,7 @@ class SqliteStore(LocalStore):
         self.used, self.written = 0, -1
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def _opened(self) -> AsyncIterator[None]:
         lock = await self._lock()
         self._reading = CapacityLimiter(_READERS)
         self._orders = SimpleQueue()
@@ -224,7 +210,7 @@ class SqliteStore(LocalStore):
         self._call_soon = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
         thread = threading.Thread(target=self._work, name="sseapp event log", daemon=True)
         try:
-            self.writer = await run_sync(self._open_file)
+            self.connection = await run_sync(self._open_file)
             self._files, self.unavailable, self.written = self._present(), False, -1
             thread.start()
             self._running = True
@@ -244,7 +230,7 @@ class SqliteStore(LocalStore):
 
     # What callers ask for
 
-    def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
+    def _commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
         def committed(order: _Order[None]) -> None:
             if order.error is not None:
                 for batch in batches:
@@ -254,7 +240,7 @@ class SqliteStore(LocalStore):
         size = sum([batch.size + _BATCH_BYTES for batch in batches])
         self._put(_Order(lambda turn: turn.commit(batches), committed, size))
 
-    async def apply(self, work: Callable[[Ledger], T], *, size: int = _BATCH_BYTES) -> T:
+    async def _apply(self, work: Callable[[Ledger], T], *, size: int = _BATCH_BYTES) -> T:
         if not self._running or self._stuck:
             raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
         signal = anyio.Event()
@@ -272,17 +258,18 @@ class SqliteStore(LocalStore):
                 order.awaited, order.error = False, LogUnavailable("the service is about to stop")
                 order.done(order)
         self._stuck = bool(self._in_flight)
+        super().give_up()
 
-    async def upkeep(self) -> bool:
+    async def _upkeep(self) -> bool:
         if self.unavailable:
             with suppress(SSEAppError):
-                await self.apply(_Transaction.probe)  # type: ignore[arg-type]
-        return await self.apply(lambda ledger: ledger.upkeep(), size=_LOOP_BYTES + 1)
+                await self._apply(_Transaction.probe)  # type: ignore[arg-type]
+        return await self._apply(lambda ledger: ledger.upkeep(), size=_LOOP_BYTES + 1)
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         return await self._query(lambda db: _read(db, stream, after, max_bytes))
 
-    async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
+    async def _find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
         # A run's first epoch is its name.
         if (known := self._known.get(name or epoch or "")) and (name or known.stat.epochs[0][0] == epoch):
             return known.stat
@@ -310,7 +297,7 @@ class SqliteStore(LocalStore):
         """Rule 8."""
         return (
             order.size <= _LOOP_BYTES
-            and not (self._full_sync or self.unavailable or self._syncs_header or self.writer is None)
+            and not (self._full_sync or self.unavailable or self._syncs_header or self.connection is None)
             and self._wal_pages < _CHECKPOINT_PAGES
             and time.monotonic() >= self._slow_until
         )
@@ -365,7 +352,7 @@ class SqliteStore(LocalStore):
             if self.unavailable and outcome.wrote:
                 logger.warning("the event log %s is written again", self.path)
                 self.unavailable = False
-            self.over_bound = outcome.over_bound
+            self._over_bound = outcome.over_bound
             for notice in outcome.notices:
                 self._watchers.notify(*notice)
         for order in orders:
@@ -378,26 +365,26 @@ class SqliteStore(LocalStore):
         """`busy_s`: how long to wait for another program's lock."""
         try:
             file, wal = self._present()
-            if file != self._files[0] or (self.writer and wal != self._files[1]):
+            if file != self._files[0] or (self.connection and wal != self._files[1]):
                 raise _Replaced
-            if self.writer is None:
-                self.writer = self._connect()
+            if self.connection is None:
+                self.connection = self._connect()
                 self._busy_s = _BUSY_S
-                self.writer.execute("BEGIN IMMEDIATE")
+                self.connection.execute("BEGIN IMMEDIATE")
                 self._files = self._present()
-                self.writer.execute("ROLLBACK")
+                self.connection.execute("ROLLBACK")
             if busy_s != self._busy_s:
-                self.writer.execute(f"PRAGMA busy_timeout = {round(busy_s * 1000)}")
+                self.connection.execute(f"PRAGMA busy_timeout = {round(busy_s * 1000)}")
                 self._busy_s = busy_s
-            changes = self.writer.total_changes
-            transaction = _Transaction(self, self.writer, self._known, self._clock())
+            changes = self.connection.total_changes
+            transaction = _Transaction(self, self.connection, self._known, self._clock())
             for order in orders:
                 try:
                     order.result = order.work(transaction)
                 except SSEAppError as refusal:
                     order.error = refusal
             transaction.finish()
-            changes = self.writer.total_changes - changes
+            changes = self.connection.total_changes - changes
             transaction.wrote = changes > 0
         except BaseException:
             self.written = -1
@@ -420,22 +407,22 @@ class SqliteStore(LocalStore):
         return _inode(self.path), _inode(f"{self.path}-wal")
 
     def _roll_back(self) -> None:
-        db = self.writer
+        db = self.connection
         if db and db.in_transaction:
             try:
                 db.execute("ROLLBACK")
             except sqlite3.Error:
-                self.writer = None  # the next transaction opens another
+                self.connection = None  # the next transaction opens another
                 db.close()
 
     def _checkpoint(self) -> None:
         """In the thread, if the WAL is long enough."""
         self._syncs_header = self._wal_pages >= _CHECKPOINT_PAGES
-        if self._syncs_header and self.writer:
+        if self._syncs_header and self.connection:
             self._wal_pages = 0
             try:
                 held_up = os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES
-                self.writer.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if held_up else 'PASSIVE'})").fetchall()
+                self.connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if held_up else 'PASSIVE'})").fetchall()
             except (OSError, sqlite3.Error) as error:
                 logger.warning("can't checkpoint the WAL of %s: %s", self.path, error)
 
@@ -577,8 +564,8 @@ class SqliteStore(LocalStore):
         return lock, ""
 
     def _close(self) -> None:
-        connections = [*self._idle, *filter(None, [self.writer])]  # the last close checkpoints
-        self._idle, self.writer = [], None
+        connections = [*self._idle, *filter(None, [self.connection])]  # the last close checkpoints
+        self._idle, self.connection = [], None
         self._known.clear()
         for db in connections:
             try:
@@ -590,15 +577,15 @@ class SqliteStore(LocalStore):
 class _Transaction(Ledger):
     """One transaction, in the thread."""
 
-    def __init__(self, store: SqliteStore, db: sqlite3.Connection, known: dict[str, Entry], now: float) -> None:
-        super().__init__(store._process)
-        self._store = store
+    def __init__(self, log: SqliteLog, db: sqlite3.Connection, known: dict[str, Entry], now: float) -> None:
+        super().__init__(log._process)
+        self._log = log
         self._db = db
         self._begun = False
         self._rows: list[tuple[object, ...]] = []  # to be inserted
         self._known = known
         self.now = now
-        self.max_bytes = store.max_bytes
+        self.max_bytes = log.max_bytes
         self.wrote = False
         #: Bytes to add to the owners' accounts.
         self._charges: Counter[str] = Counter()
@@ -706,14 +693,14 @@ class _Transaction(Ledger):
 
     def used(self) -> int:
         """Counted when it may exceed the bound."""
-        store = self._store
+        log = self._log
         if self.max_bytes == sys.maxsize:
             return 0
-        if store.written < 0 or store.used + 2 * store.written > self.max_bytes:
+        if log.written < 0 or log.used + 2 * log.written > self.max_bytes:
             names = ("page_count", "freelist_count", "page_size")
             pages, free, size = (self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
-            store.used, store.written = int((pages - free) * size), 0
-        return store.used
+            log.used, log.written = int((pages - free) * size), 0
+        return log.used
 
     def account(self, owner: str) -> int:
         found = self.db.execute("SELECT bytes FROM accounts WHERE owner = ?", (owner,)).fetchone()
@@ -736,7 +723,7 @@ class _Transaction(Ledger):
         return [name for (name,) in self.db.execute(select, values)]
 
     def upkeep(self) -> bool:
-        self._store.written = -1
+        self._log.written = -1
         return super().upkeep()
 
     def sweep(self) -> bool:

@@ -27,7 +27,7 @@ logger: Final = logging.getLogger("sseapp")
 
 #: Between commits that nothing awaits. uvloop's timers are whole milliseconds.
 GAP_S: Final = 0.002
-#: In one commit: some milliseconds of a store's work.
+#: In one commit: some milliseconds of an engine's work.
 _MAX_COMMIT_BYTES: Final = 4 * 1024 * 1024
 _MAX_COMMIT_STREAMS: Final = 100
 #: Waiting bytes. Above, appends are refused, but not posts: their writers are bounded.
@@ -44,7 +44,7 @@ Posted = Callable[[int, SSEAppError | None], None]
 class Batch:
     """A row. Only its last append may close the stream or set `meta`.
 
-    With `retention` it is a topic's: the store creates it and chooses the epoch. The store sets `epoch` and `last`, or
+    With `retention` it is a topic's: the engine creates it and chooses the epoch. It sets `epoch` and `last`, or
     `error`.
     """
 
