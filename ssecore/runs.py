@@ -1,8 +1,7 @@
 """Runs: generators that run detached from any connection, into the log; and the routes under /runs.
 
 The first request to a resumable route starts a run: a stream in the log, whose name and first epoch are the run's id,
-and a `Worker` that pumps the generator into it. All clients read the log. `Last-Event-ID` resumes; a known
-`Idempotency-Key` reads the run that was started with it.
+and a `Worker` that pumps the generator into it. All clients read the log.
 
 1.  A run's last event and its close are one append. The last event is the handler's own, or `error`, or `cancelled`.
 2.  If a run fails in its first second before any event, it is deleted: every waiting request gets the HTTP error, and
@@ -13,7 +12,7 @@ and a `Worker` that pumps the generator into it. All clients read the log. `Last
 5.  A run that a crash left open is closed at the next start, or by another process: as `interrupted`, or as completed
     if its last event is a terminal one.
 6.  Another caller's run is answered as one that doesn't exist.
-7.  Processes that share the log all answer for every run. They forward a `cancel`, and mark the runs that they read.
+7.  Each process that shares the log answers for every run. It forwards a `cancel`, and marks the runs that it reads.
 """
 
 import asyncio
@@ -763,7 +762,7 @@ class Runs:
         translate: Translate | None = None,
         after: int | None = None,
     ) -> Response | Attached:
-        """Read an existing run, for handlers with a path of their own.
+        """Read an existing run.
 
         `only`: the route whose runs are shown, such as "POST /jobs". `translate`: see `log.tail.Translate`. `after`:
         skip this many events, unless the request has a cursor.

@@ -1,7 +1,7 @@
 """Topics: streams in the log with any number of writers and readers.
 
-The log creates topics and opens their epochs. A process keeps nothing about a topic without readers here.
-The log deletes a topic without events `EMPTY_TOPIC_S` after its last use; `keep` uses those that have readers here.
+A process keeps nothing about a topic without readers here. The log deletes a topic without events `EMPTY_TOPIC_S` after
+its last use; `keep` uses those that have readers here.
 
 A subscription begins with `init`, whose id is the newest event's, or is resumed, with a `gap` if events are missing.
 Unlike a run, an `expired` topic goes on with what it has.
@@ -105,7 +105,7 @@ class Topics:
         await self._log.publish(stream, [], retention=self._retention, meta={})
 
     async def keep(self) -> None:
-        """Use the topics that have readers here, so that the log keeps them."""
+        """See above."""
         while True:
             await anyio.sleep(facts.EMPTY_TOPIC_S / KEEPS)
             streams = [stream for stream in self._tails.streams() if stream.startswith(_stream(""))]

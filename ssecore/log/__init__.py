@@ -1,20 +1,20 @@
 """The event log: streams of events that outlive the connections that read them.
 
 A stream is a named, append-only sequence of events, numbered from 1 without holes. A *run* ends and is kept whole; a
-*topic* goes on and is trimmed. tests/test_log.py checks these rules on all stores.
+*topic* goes on and is trimmed. tests/test_log.py checks these rules on all engines.
 
 1.  A reader sees only what is in the log: append first, then deliver.
 2.  An append is atomic: events of one epoch, maybe the close and new `meta`, even if its caller is cancelled.
 3.  Each writer (a run's worker, a process on a topic) opens an epoch before it appends. That fences earlier ones, which
     may still be alive.
-4.  A cursor `<epoch>.<seq>` means: the reader has this writer's events up to seq. It is valid if seq is below the next
+4.  A cursor `<epoch>.<seq>`: the reader has this writer's events up to seq. It is valid if seq is below the next
     epoch's first sequence; else the log lost its tail (a crash, a restored backup), and the sequence would skip events.
 5.  Stored bodies have no `id:` line, since a topic's id is known only after the append: `framed` inserts it.
 6.  Retention trims open topics: exactly by count, by whole rows for bytes (never the newest) and age. A run's limits
     its worker. `age_s` after its close a stream is deleted; an open topic without events `EMPTY_TOPIC_S` after its last
     use.
-7.  Above `max_bytes` in all, upkeep deletes early what expires next (but not within `EMPTY_TOPIC_S`): closed streams,
-    topics' oldest rows; above a tenth of it, an owner's oldest closed runs. Open runs stay. A tenth above either bound,
+7.  Above `max_bytes`, upkeep deletes early what expires next (but not within `EMPTY_TOPIC_S`): closed streams, topics'
+    oldest rows; above a tenth of it, an owner's oldest closed runs. Open runs stay. A tenth above either bound,
     `create` and `append` raise `LogUnavailable` (`create` for an owner `TooManyRequests`), unless the append closes.
 8.  Call `watch` before `stat` or `read`. A row appended in between arrives twice: drop one by its sequence.
 """
@@ -231,7 +231,7 @@ class Log(ABC):
         return await self._find(name=stream)
 
     async def find(self, *, epoch: str | None = None, key: str | None = None) -> Stat | None:
-        """By its epoch, or the key it was created with."""
+        """By its epoch or key."""
         return await self._find(epoch=epoch, key=key)
 
     @abstractmethod
@@ -244,9 +244,8 @@ class Log(ABC):
 
     @abstractmethod
     async def delete(self, stream: str, *, unless_answered: bool = False) -> bool:
-        """Delete the stream, if it exists. `unless_answered`: keep a run that `Peers.mark_answered` was called for, and
-        return False.
-        """
+        """Delete the stream, if it exists. `unless_answered`: if `Peers.mark_answered` was called, return False
+        instead."""
 
     @abstractmethod
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
@@ -287,8 +286,7 @@ class Log(ABC):
 
     @abstractmethod
     def _commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
-        """Store the batches, each of another stream: set `last` or `error`, notify watchers, call `done` in the
-        loop."""
+        """Store batches of different streams: set `last` or `error`, notify watchers, call `done` in the loop."""
 
     @abstractmethod
     async def _find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:

@@ -296,10 +296,7 @@ def _first(stat: Stat, last: int) -> int:
 
 
 def has_expired(stat: Stat, last: int, at: float, now: float) -> bool:
-    """Whether the oldest row, which ends at `last` and was appended `at`, has expired (rule 6).
-
-    Repeat with the new `first` and `size`.
-    """
+    """Whether the oldest row, up to `last` and appended `at`, has expired (rule 6)."""
     if stat.kind != "topic" or stat.closed:
         return False
     max_bytes, age_s = stat.retention.bytes, stat.retention.age_s

@@ -1,4 +1,4 @@
-"""The rules of `ssecore.log` for stores of one process. A `Ledger` decides; its subclass stores.
+"""The rules of `ssecore.log` for engines of one process. A `Ledger` decides; its subclass stores.
 
 A refused operation has changed nothing, so it fails no other of its commit.
 """
@@ -323,7 +323,6 @@ class LocalLog(Log):
     def __init__(self, clock: Callable[[], float], upkeep_s: float) -> None:
         super().__init__(clock, upkeep_s)
         self._watchers = Watchers()
-        #: The first half of this process's epochs on topics.
         self._process = secrets.token_urlsafe(8)
 
     @abstractmethod

@@ -9,7 +9,7 @@ __all__ = ["measured"]
 
 
 def measured(log: Log, metrics: Metrics) -> Log:
-    """Count the log's commits in the metrics from now on, and return the log."""
+    """Count commits in the metrics. Returns the log."""
 
     def committed(batches: list[Batch], seconds: float) -> None:
         events = 0

@@ -73,11 +73,11 @@ __all__ = ["RedisLog"]
 
 logger = logging.getLogger("sseapp")
 
-#: Attempts of an append. Two have failed in a row: Redis restarted twice.
+#: Of an append: Redis may restart twice.
 _TRIES: Final = 5
 #: Calls in one pipeline.
 _MAX_PIPELINE: Final = 64
-#: How long calls wait once the service is stopping.
+#: For calls once the service is stopping.
 _LAST_S: Final = 0.4
 _REMEMBER_S: Final = 3600
 #: Temporary errors (RuntimeError: uvloop's, of a closed transport).
@@ -88,7 +88,7 @@ _SILENCE_S: Final = 5.0
 #: Shortest and longest pause before reconnecting.
 _PAUSES_S: Final = (0.02, 1.0)
 _STEP_STREAMS: Final = 64
-#: Streams that one call polls, and that one call reads (some MiB).
+#: In one call.
 _POLL_STREAMS: Final = 1000
 _MORE_STREAMS: Final = 64
 _LOG_S: Final = 10.0
@@ -103,8 +103,6 @@ class _Session(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """`command` starts with a script's name or a command."""
-
     command: tuple[Any, ...]
     until: float
     answer: "asyncio.Future[Any]"
@@ -307,7 +305,7 @@ class RedisLog(Log):
                 group.start_soon(self._write)
                 try:
                     yield
-                except Exception as error:  # raised below: a task group would wrap it
+                except Exception as error:  # raised below, unwrapped
                     failure = error
                 with anyio.move_on_after(1, shield=True), suppress(LogUnavailable):
                     names = self._name(f"lease:{self._process}"), self._name(f"calls:{self._process}")

@@ -1,27 +1,26 @@
 """The event log in one SQLite file, for one process. What a finished call stored survives a SIGKILL.
 
 In WAL mode with `synchronous=NORMAL`: a power failure may lose the last moments; readers then get a `gap` (`diverged`).
-`full_sync=True` syncs each commit, and survives that too. Small commits run on the event loop, others in a thread,
-whose next transaction is all that is queued. Reads run in other threads.
+`full_sync=True` syncs each commit, and survives that too. Small commits run on the event loop, others in a thread, in
+one transaction for all that is queued; reads in other threads.
 
 1.  An append to an open run writes no facts that its rows contain (`last`, `size`, `updated`): queries derive them
     until a close, `meta` or an epoch writes them. So it is one statement, without BEGIN and COMMIT.
 2.  A refusal changes nothing and fails no other operation. An error of SQLite fails its whole transaction with
     `LogUnavailable`.
-3.  `_known`, the facts of the streams in use, is changed after a commit. A transaction changes copies; the loop makes
-    none while the thread has work.
+3.  `_known`, the facts of the streams in use, is changed after a commit. A transaction changes copies, and there is one
+    at a time.
 4.  A reader's transaction is one SELECT, so that it doesn't hold the WAL back.
 5.  Upkeep deletes the rows of deleted streams (`garbage`) in steps, before it deletes more: `max_bytes` counts the
     pages in use.
-6.  Another program's file is never written to. A new file is made under another name, so a file by the log's name
-    always has the application id in its header.
-7.  Before each transaction the file and its WAL are checked to be those that were opened: SQLite would go on with a
-    deleted file. After a failure the log is `unavailable` until something was written; upkeep tries that.
-8.  A small commit on the loop takes some 50 µs, by the thread and back 150. The thread does what the loop must not wait
-    for: anything with `full_sync`; more than `_LOOP_BYTES`; upkeep; checkpoints, and the transaction after one, which
-    syncs the WAL's new header; all while `unavailable`; and what failed on the loop, which doesn't wait for another
-    program's lock. After a commit that took the loop longer than `_SLOW_S` (a disk that hangs), the thread commits for
-    `_SLOW_PAUSE` times as long.
+6.  Another program's file is never written to. A new file is made under another name: by the log's name, each has the
+    application id.
+7.  Before each transaction the file and its WAL must be those that were opened: SQLite would go on with a deleted file.
+    After a failure the log is `unavailable` until something was written; upkeep tries that.
+8.  A small commit takes some 50 µs on the loop, and 150 by the thread. The thread does what the loop must not wait for:
+    all with `full_sync`, or while `unavailable`; more than `_LOOP_BYTES`; upkeep; checkpoints, and the transaction
+    after one, which syncs the WAL's header; and what failed on the loop, which doesn't wait for locks. After a commit
+    of more than `_SLOW_S` (a disk that hangs), it commits for `_SLOW_PAUSE` times as long.
 """
 
 import logging
@@ -58,7 +57,7 @@ __all__ = ["SqliteLog"]
 
 logger = logging.getLogger("sseapp")
 T = TypeVar("T")
-#: Device and inode of each, if it exists.
+#: Device and inode.
 _Files = tuple[tuple[int, int] | None, tuple[int, int] | None]
 
 _APPLICATION_ID: Final = int.from_bytes(b"SSEL")
@@ -94,13 +93,12 @@ _MIGRATIONS: Final = (
     "",
 )
 
-#: Operations in a transaction.
 _MAX_ORDERS: Final = 100
 #: Rows in one INSERT.
 _ROWS_AT_ONCE: Final = 32
 #: Of a batch in the file besides its body, roughly.
 _BATCH_BYTES: Final = 1024
-#: A run grows by that before its owner is charged.
+#: A run grows so much before its owner is charged.
 _UNCHARGED_BYTES: Final = 64 * 1024
 #: Few: most of the work holds the interpreter's lock.
 _READERS: Final = 4
@@ -307,7 +305,7 @@ class SqliteLog(LocalLog):
         try:
             outcome = self._transact([order], 0.0)
         except Exception:
-            order.error = None  # the thread tries again, and logs the error
+            order.error = None  # the thread tries again
             return False
         ended = time.monotonic()
         if ended - began > _SLOW_S:
@@ -398,7 +396,7 @@ class SqliteLog(LocalLog):
         while len(known) > _MAX_KNOWN:
             del known[next(iter(known))]
         size = sum([order.size for order in orders])
-        self._wal_pages += changes + 1 + size // 4096  # a page of the index for each row, and those of the bodies
+        self._wal_pages += changes + 1 + size // 4096  # an index page for each row, and the bodies'
         if self.written >= 0:
             self.written += size
         return transaction
@@ -558,7 +556,7 @@ class SqliteLog(LocalLog):
             pid = os.read(lock, 20).strip().decode("ascii", "replace")
             os.close(lock)
             return None, f"process {pid}" if pid else "another process"
-        with suppress(OSError):  # full disk: the pid is only informative
+        with suppress(OSError):  # full disk
             os.ftruncate(lock, 0)
             os.write(lock, b"%d\n" % os.getpid())
         return lock, ""
@@ -575,7 +573,7 @@ class SqliteLog(LocalLog):
 
 
 class _Transaction(Ledger):
-    """One transaction, in the thread."""
+    """One transaction."""
 
     def __init__(self, log: SqliteLog, db: sqlite3.Connection, known: dict[str, Entry], now: float) -> None:
         super().__init__(log._process)

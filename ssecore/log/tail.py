@@ -444,7 +444,7 @@ class Tails:
         return tail
 
     def release(self, tail: Tail) -> None:
-        """The last reference drops the tail: after the last reader, another may be about to be made."""
+        """The last reference drops the tail: a reader may be about to be made."""
         tail.references -= 1
         if not tail.references:
             tail.close()

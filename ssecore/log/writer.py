@@ -30,7 +30,7 @@ GAP_S: Final = 0.002
 #: In one commit: some milliseconds of an engine's work.
 _MAX_COMMIT_BYTES: Final = 4 * 1024 * 1024
 _MAX_COMMIT_STREAMS: Final = 100
-#: Waiting bytes. Above, appends are refused, but not posts: their writers are bounded.
+#: Above, appends are refused, but not posts: their writers are bounded.
 _MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
 
 _CLOSED: Final = "the event log is closed"
