@@ -50,7 +50,7 @@ FAULTS: Final = (
 )
 #: What replicas may complain about here.
 EXPECTED: Final = (
-    "the event log's Redis is away",
+    "can't reach the event log's Redis",
     "its events can't be stored",
     "the event log can't be used at the moment",
     "the event log's Redis can't be used",

@@ -240,7 +240,7 @@ class House:
         """Nothing is held for readers that are gone."""
         assert self.topics.subscribers(TOPIC) == 0
         assert self.tails.get(STREAM) is None
-        assert self.log.store._watchers._streams == {}  # type: ignore[attr-defined]
+        assert self.log._watchers._streams == {}  # type: ignore[attr-defined]
         assert self.app._streams == set()
 
 
@@ -492,11 +492,11 @@ async def test_an_end_that_comes_while_slices_are_on_their_way_reaches_everybody
         assert stat is not None
         epoch = stat.epochs[-1][0]
         row = Row(epoch, 1, encode(Event("one")), (len(encode(Event("one"))),))
-        tail._changed(row, None)
+        tail._on_append(row, None)
         for _ in range(4):  # a slice each
             await checkpoint()
         assert 0 < sum(bool(client.seqs) for client in clients) < 10
-        tail._changed(None, "deleted")
+        tail._on_append(None, "deleted")
         for client in clients:
             await client.ended()
             assert client.seqs == [1]
@@ -960,11 +960,11 @@ async def test_a_reader_of_a_tail_that_has_ended_gets_what_is_there_and_the_end(
         tails, epoch = Tails(log), new_epoch()
         await log.create("run", epoch=epoch)
         await log.append("run", [encode(Event("one"))], epoch=epoch)
-        tail = tails.enter("run")
+        tail = tails.acquire("run")
         await log.append("run", [encode(Event("two"))], epoch=epoch, close=True)
         assert tail.ended == "closed" and tail.top == 2
         reader = Reader(tail, 0, dialect=NAMED)
-        tails.leave(tail)
+        tails.release(tail)
         batches = [await batch_of(reader)]
         while not reader.finished:
             batches.append(await batch_of(reader))
@@ -978,12 +978,12 @@ async def test_a_stream_that_was_closed_before_anybody_watched_ends_its_reader(w
         tails, epoch = Tails(log), new_epoch()
         await log.create("run", epoch=epoch)
         await log.append("run", [encode(Event("one"))], epoch=epoch, close=True)
-        tail = tails.enter("run")
+        tail = tails.acquire("run")
         stat = await log.stat("run")
         assert stat is not None
-        tail.settle(stat)
+        tail.apply(stat)
         reader = Reader(tail, 0, dialect=NAMED)
-        tails.leave(tail)
+        tails.release(tail)
         assert b"data: one\n" in await batch_of(reader)
         assert reader.ready() == b"" and reader.finished
 
@@ -994,13 +994,13 @@ async def test_the_end_comes_after_what_was_committed_and_not_yet_announced(way:
     async with log.running():
         tails, epoch = Tails(log), new_epoch()
         await log.create("run", epoch=epoch)
-        tail = tails.enter("run")
+        tail = tails.acquire("run")
         await log.append("run", [encode(Event("one"))], epoch=epoch)
         tail.close()  # the announcements are late
         await log.append("run", [encode(Event("two")), encode(Event("three"))], epoch=epoch, close=True)
         stat = await log.stat("run")
         assert stat is not None
-        tail.settle(stat)
+        tail.apply(stat)
         reader = Reader(tail, 0, dialect=NAMED)
         batches = [await batch_of(reader)]
         while not reader.finished:
@@ -1014,17 +1014,17 @@ async def test_a_tail_that_has_ended_is_replaced_and_its_last_readers_do_not_tak
     async with log.running():
         tails = Tails(log)
         await log.create("topic", epoch=new_epoch(), kind="topic")
-        old = tails.enter("topic")
+        old = tails.acquire("topic")
         reader = Reader(old, 0, dialect=NAMED)
-        reader.on_close = lambda: tails.leave(old)
-        tails.leave(old)
+        reader.on_close = lambda: tails.release(old)
+        tails.release(old)
         await log.delete("topic")
         await log.create("topic", epoch=(epoch := new_epoch()), kind="topic")
-        new = tails.enter("topic")
+        new = tails.acquire("topic")
         assert new is not old
         second = Reader(new, 0, dialect=NAMED)
-        second.on_close = lambda: tails.leave(new)
-        tails.leave(new)
+        second.on_close = lambda: tails.release(new)
+        tails.release(new)
         assert tails.subscribers("topic") == 1
         reader.close()
         reader.close()  # does nothing
@@ -1032,7 +1032,7 @@ async def test_a_tail_that_has_ended_is_replaced_and_its_last_readers_do_not_tak
         await log.append("topic", [encode(Event("one"))], epoch=epoch)
         assert b"data: one\n" in (second.ready() or b"")
         second.close()
-        assert tails.get("topic") is None and log.store._watchers._streams == {}  # type: ignore[attr-defined]
+        assert tails.get("topic") is None and log._watchers._streams == {}
 
 
 @in_virtual_time

@@ -412,14 +412,14 @@ async def test_who_finds_a_run_elsewhere_just_before_it_is_deleted_is_not_told_o
         two.fail.set()
         peers = two.app._services.runs.log.peers  # type: ignore[union-attr]
         assert peers is not None
-        tell = peers.tell
+        tell = peers.mark_answered
 
         async def too_late(stream: str) -> None:
             one.fail.set()
             await failed.wait()
             await tell(stream)
 
-        monkeypatch.setattr(peers, "tell", too_late)
+        monkeypatch.setattr(peers, "mark_answered", too_late)
         if place == "view":
             assert (await ask(two.app, f"/runs/{run}/events")).problem == (404, "not_found")
         else:

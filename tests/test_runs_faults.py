@@ -367,8 +367,8 @@ async def test_when_the_log_becomes_read_only_a_run_fails_and_the_service_goes_o
     monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
 
     def switch(to: str) -> None:
-        assert log.store.writer
-        log.store.writer.execute(f"PRAGMA query_only = {to}")
+        assert log.connection
+        log.connection.execute(f"PRAGMA query_only = {to}")
 
     async with opened(tmp_path, work, data_only=data_only) as app:
         before = await finished(app, work)

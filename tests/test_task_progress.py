@@ -373,7 +373,7 @@ def test_a_translation_that_says_the_same_changes_no_byte(events: list[Event]) -
 
 
 def translated(frames: bytes, translate: Translate) -> bytes:
-    return b"".join(ssecore.log.tail._translated(frames, translate))
+    return b"".join(ssecore.log.tail._translate_all(frames, translate, False))
 
 
 # Against a real server
