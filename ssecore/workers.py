@@ -1,7 +1,7 @@
-"""Whether this process is one of several workers of a server (uvicorn, gunicorn, hypercorn, granian).
+"""Detect whether this process is one of several workers of a server (uvicorn, gunicorn, hypercorn, granian).
 
-A worker can't ask its server how many there are. So each leaves its number in a file that it locks, in the folder for
-temporary files, named after the process that has started it: who finds the file locked is not the only one.
+A worker can't find out how many there are. So each worker locks a temporary file named after its parent process and
+writes its process id there: if the file is locked already, there are several workers.
 """
 
 import multiprocessing
@@ -24,9 +24,9 @@ SEVERAL: Final = (
 
 @contextmanager
 def only_worker() -> Iterator[bool]:
-    """Within the block this process counts as a worker. False: another one of the same server does already.
+    """False within the block if another worker of this server is inside such a block too.
 
-    True as well where no server has started it as a worker, and where no file can be written.
+    True if no server started this process as a worker, or if the file can't be written.
     """
     parent = _server()
     file: int | None = None
@@ -38,7 +38,7 @@ def only_worker() -> Iterator[bool]:
             if try_lock(file):
                 os.truncate(path, 0)
                 os.write(file, b"%d" % os.getpid())
-            else:  # by another app of this process, maybe
+            else:  # another app of this process may have locked it
                 only = os.read(file, 20) == b"%d" % os.getpid()
                 os.close(file)
                 file = None
@@ -52,7 +52,7 @@ def only_worker() -> Iterator[bool]:
 
 
 def _server() -> int | None:
-    """The process that has started this one as a worker. gunicorn forks, the others use `multiprocessing`."""
+    """The parent process if it is a server. gunicorn forks, the others use `multiprocessing`."""
     if (parent := multiprocessing.parent_process()) is not None:
         return parent.pid
     return os.getppid() if "gunicorn" in sys.modules else None
