@@ -232,7 +232,7 @@ class Guard:
         return tokens.find(values.pop(), "session"), True
 
     async def _log_in(self, request: Request) -> Response:
-        """Set the cookie for a token that `enter` has accepted."""
+        """Get a cookie for a token"""
         credential, headers = request.credential, request.headers
         authorization = headers.get("authorization")
         if authorization is None or credential is None:

@@ -1,19 +1,18 @@
-"""API tokens: a file that holds their hashes, and is read again when it has changed.
+"""API tokens: their hashes in a file, which is read again when it changes.
 
-A token is `<id>.<secret>`. The id finds the entry, the secret (256 random bits) is compared by its SHA-256, in constant
-time. What a browser keeps in its cookie is another secret, made of the token's: it opens the same doors and dies with
-its token, but the token can't be had from it. The file holds hashes only, so whoever reads it gets neither.
+A token is `<id>.<secret>`. The id finds the entry; the SHA-256 of the secret (256 random bits) is compared in constant
+time. A browser's cookie has another secret, derived from the token's: it has the same rights and is revoked with it,
+but the token can't be derived from it. The file contains neither.
 
-The file has one JSON object a line, mode 0600, and is replaced as a whole. A token that is no longer in it is revoked.
+The file has one JSON object a line and mode 0600. It is replaced as a whole. A token that is not in it is revoked.
 
-An editor, a copy or a volume's update may truncate the file, or move it out of the way, before it writes the new one.
-So a file that `sseapp token` writes ends with an empty line, which says that it is complete: what it lacks is revoked
-at once. What any other file lacks (one that is missing, empty, cut or edited by hand) is revoked after `GRACE_S`. A
-file with a line that is not a token changes nothing, until it is mended.
+An editor, a copy or a volume's update may truncate or move the file before it writes a new one. So a file of
+`sseapp token` is marked as complete by an empty line at the end: tokens missing from it are revoked at once, those
+missing from any other file after `GRACE_S`. A file with an invalid line is ignored until it is corrected.
 
-A token has rights: `publish` and `subscribe` for every topic, `publish:PATTERN` and `subscribe:PATTERN` for the topics
-whose names match (`*` stands for any characters), `metrics`. They add up. Every token, also one without rights, starts
-work and reads what is its caller's own. What a route needs is declared in the table (`Route.may`).
+Rights: `publish` and `subscribe` for every topic, `publish:PATTERN` and `subscribe:PATTERN` for matching names (`*`:
+any characters), `metrics`. Without rights a token starts work and reads what its caller owns. Routes declare the right
+they need (`Route.may`).
 """
 
 import hashlib
@@ -52,18 +51,18 @@ __all__ = [
 
 logger = logging.getLogger("sseapp")
 
-#: A name goes into paths (`/users/<name>/stream`), into the log and into lists.
+#: A name is used in paths (`/users/<name>/stream`), the log and lists.
 MAX_NAME: Final = 200
 REFRESH_S: Final = 1.0
-#: How long a token stays valid that is missing from a file which may not be complete. An editor writes within
-#: milliseconds; a slow copy over a network takes seconds.
+#: How long a token that is missing from an incomplete file stays valid. An editor writes within milliseconds, a slow
+#: copy over a network within seconds.
 GRACE_S: Final = 5.0
-#: Rights of one token: each request of it is compared with all of them.
+#: Of one token: each request compares all of them.
 MAX_RIGHTS: Final = 50
-#: The longest name of a topic (200) with `publish:topics/` before it, and room for stars.
+#: `publish:topics/`, the longest name of a topic (200), and room for stars.
 MAX_RIGHT_CHARS: Final = 250
-#: Compared with where there is no such id, so that this takes as long.
-_NOBODY: Final = "0" * 64
+#: Compared if there is no such id, so that this takes as long.
+_UNKNOWN: Final = "0" * 64
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _RIGHT: Final = re.compile("metrics|(publish|subscribe)(:.+)?")
 
@@ -71,10 +70,7 @@ _Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One line of the file. Several may have one name: they are the same caller's.
-
-    Raises `ValueError`, which is a `ValidationError` where the line is decoded.
-    """
+    """One line of the file. Tokens with one name are the same caller's. Raises `ValueError`."""
 
     id: str
     name: str
@@ -82,25 +78,24 @@ class Entry(msgspec.Struct, frozen=True):
     session: _Sha256
     created: datetime
     expires: datetime | None = None
-    #: `None`: made before tokens had rights.
+    #: `None`: created before tokens had rights; may publish and subscribe.
     may: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name)
         _check_rights(self.may or ())
-        if self.expires is not None and self.expires.tzinfo is None:  # written by hand
+        if self.expires is not None and self.expires.tzinfo is None:  # edited by hand
             msgspec.structs.force_setattr(self, "expires", self.expires.replace(tzinfo=UTC))
 
     @property
     def rights(self) -> tuple[str, ...]:
-        """What it may besides starting work. Before tokens had rights, every token could publish and subscribe."""
         if self.may is not None:
             return self.may
         return ("publish", "subscribe", "metrics") if self.name == "metrics" else ("publish", "subscribe")
 
 
 class Credential:
-    """A token that was shown, as long as it holds. Streams keep it, and ask it now and then."""
+    """A token that a request has sent. Its stream checks `refusal` from time to time."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -111,14 +106,14 @@ class Credential:
         return self.entry.name
 
     def may(self, right: str) -> bool:
-        """Whether it has this right: `metrics`, or `publish:` and `subscribe:` with the name of a topic."""
+        """`right`: `metrics`, or `publish:` or `subscribe:` with a topic's path."""
         action = right.partition(":")[0]
-        # Of the shell's patterns only the star: the others are characters of a name.
+        # Of fnmatch's patterns only the star.
         patterns = (re.sub(r"([?[])", r"[\1]", given) for given in self.entry.rights)
         return any(pattern == action or fnmatchcase(right, pattern) for pattern in patterns)
 
     def refusal(self) -> Unauthorized | None:
-        """Why it holds no longer."""
+        """The error if the token is revoked or has expired."""
         if self.revoked:
             return _unauthorized("this token was revoked or changed", "token_revoked")
         if self.entry.expires is not None and datetime.now(UTC) >= self.entry.expires:
@@ -127,51 +122,51 @@ class Credential:
 
 
 class Tokens:
-    """The file's tokens. Raises `SettingsError` where it can't be read; one that isn't there yet holds none."""
+    """Raises `SettingsError` if the file can't be read; a missing one has no tokens."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, Credential] = {}
         self._seen: object = ...
-        self._grace_until: float | None = None  # tokens are known that the file lacks; by `time.monotonic`
+        self._grace_until: float | None = None  # `time.monotonic` until which missing tokens stay valid
         self._read(_signature(path))
         if not self._known:
-            logger.warning("%s holds no token: everybody is refused; `sseapp token add NAME` makes one", path)
+            logger.warning("%s has no tokens, so every request is refused: `sseapp token add NAME` creates one", path)
         old = sum(credential.entry.may is None for credential in self._known.values())
         if old:
             logger.warning(
-                "%s: tokens made before tokens had rights (%d) may publish and subscribe to every topic; "
-                "`sseapp token list` shows them, `sseapp token set NAME --may RIGHT` says what one may from now on",
+                "%s: tokens created before tokens had rights (%d) may publish and subscribe to every topic; "
+                "`sseapp token list` shows them, `sseapp token set NAME --may RIGHT` restricts one",
                 path,
                 old,
             )
 
     def find(self, token: str, kind: Literal["hash", "session"] = "hash") -> Credential:
-        """Who shows this token, or this cookie's value. Raises `Unauthorized`."""
+        """The credential of a token or a cookie's value. Raises `Unauthorized`."""
         self.refresh()
         id, _, secret = token.partition(".")
         credential = self._known.get(id)
-        expected = _NOBODY if credential is None else getattr(credential.entry, kind)
+        expected = _UNKNOWN if credential is None else getattr(credential.entry, kind)
         right = hmac.compare_digest(_sha256(secret), expected)
         if credential is None or not right:
-            raise _unauthorized("this token is not one of this service's", "unauthorized")
+            raise _unauthorized("unknown token", "unauthorized")
         if refusal := credential.refusal():
             raise refusal
         return credential
 
     def refresh(self) -> None:
-        """Read the file again if it has changed. Costs one `stat`: a token is known, or revoked, at once."""
+        """Read the file if it has changed; costs one `stat` a request."""
         signature = _signature(self._path)
         grace_over = self._grace_until is not None and time.monotonic() >= self._grace_until
         if signature != self._seen or grace_over:
             try:
                 self._read(signature)
-            except SettingsError as error:  # half an edit must not shut everybody out, nor let anybody in
+            except SettingsError as error:  # half an edit must neither revoke tokens nor admit anyone
                 self._grace_until = None
                 logger.error("%s; the tokens stay as they were", error)
 
     async def watch(self) -> None:
-        """Notice what has been revoked while no request comes: streams are ended by it."""
+        """Detect revoked tokens without requests: their streams must end."""
         while True:
             await anyio.sleep(REFRESH_S)
             self.refresh()
@@ -187,7 +182,7 @@ class Tokens:
         until = self._grace_until
         if missing and until is None:
             until = time.monotonic() + GRACE_S
-            text = "%s may not be complete: tokens that it lacks now (%d) are revoked in %g s"
+            text = "%s may be incomplete: tokens missing from it (%d) are revoked in %g s"
             logger.warning(text, self._path, len(missing), GRACE_S)
         if missing and until is not None and time.monotonic() < until:
             known |= missing
@@ -216,18 +211,18 @@ def _sha256(text: str) -> str:
 
 
 def session_of(token: str) -> str:
-    """What the browser's cookie holds in the token's place."""
+    """The cookie's value for a token."""
     id, _, secret = token.partition(".")
     return f"{id}.{hmac.digest(secret.encode(), b'sseapp session', 'sha256').hex()}"
 
 
 def read_tokens(path: Path) -> list[Entry]:
-    """All entries. Raises `SettingsError`; a file that isn't there has none."""
+    """Raises `SettingsError`; a missing file has no entries."""
     return _read_file(path)[0]
 
 
 def _read_file(path: Path) -> tuple[list[Entry], bool]:
-    """All entries, and whether the file is complete for sure."""
+    """The entries, and whether the file is marked as complete."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -241,7 +236,6 @@ def _read_file(path: Path) -> tuple[list[Entry], bool]:
                 entries.append(msgspec.json.decode(line, type=Entry))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise SettingsError(f"{path}, line {number} is not a token: {error}", field="tokens_file") from None
-    # After the last line end stands nothing; before it, in a complete file, an empty line.
     return entries, lines[-1] == b"" and lines[-2:-1] == [b""]
 
 
@@ -252,7 +246,7 @@ def _check_name(name: str) -> None:
 
 def _check_rights(rights: Sequence[str]) -> None:
     if len(rights) > MAX_RIGHTS:
-        raise SettingsError(f"a token has {MAX_RIGHTS} rights at most; use patterns with *", field="may")
+        raise SettingsError(f"a token can't have more than {MAX_RIGHTS} rights; use patterns with *", field="may")
     for right in rights:
         if len(right) > MAX_RIGHT_CHARS or not right.isprintable() or not _RIGHT.fullmatch(right):
             raise SettingsError(
@@ -264,7 +258,7 @@ def _check_rights(rights: Sequence[str]) -> None:
 
 
 def add_token(path: Path, name: str, expires: datetime | None = None, may: Sequence[str] = ()) -> str:
-    """Make a token with these rights, keep its hash, and give it: this once. Raises `SettingsError`."""
+    """Add a token; returns it, once. Raises `SettingsError`."""
     id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     token = f"{id}.{secret}"
     session = session_of(token).partition(".")[2]
@@ -276,7 +270,7 @@ def add_token(path: Path, name: str, expires: datetime | None = None, may: Seque
 
 
 def revoke_tokens(path: Path, which: str) -> list[Entry]:
-    """Take out all tokens of this name, or the one with this id; gives what was taken out."""
+    """Delete the token with this id, or all with this name; returns them."""
     with _locked(path):
         entries = read_tokens(path)
         revoked = [entry for entry in entries if which in (entry.name, entry.id)]
@@ -286,9 +280,9 @@ def revoke_tokens(path: Path, which: str) -> list[Entry]:
 
 
 def set_rights(path: Path, which: str, may: Sequence[str]) -> list[Entry]:
-    """Give all tokens of this name, or the one with this id, these rights in place of theirs; gives the changed ones.
+    """Replace the rights of the token with this id, or of all with this name; returns these.
 
-    Their open streams end, as they were allowed by the rights of before. Raises `SettingsError`.
+    Their open streams end. Raises `SettingsError`.
     """
     with _locked(path):
         entries = read_tokens(path)
@@ -303,7 +297,7 @@ def set_rights(path: Path, which: str, may: Sequence[str]) -> list[Entry]:
 
 
 def parse_expiry(text: str) -> datetime:
-    """`90d`, `12h`, `30m` from now on, or an ISO 8601 date (midnight, UTC). Raises `SettingsError`."""
+    """`90d`, `12h`, `30m` from now, or an ISO 8601 date (midnight, UTC). Raises `SettingsError`."""
     now = datetime.now(UTC).replace(microsecond=0)
     try:
         if match := re.fullmatch(r"([0-9]{1,9})([smhd])", text):
@@ -316,13 +310,13 @@ def parse_expiry(text: str) -> datetime:
             f"{text!r:.40}: expected a time such as 90d, 12h, 30m, or a date such as 2030-12-31", field="expires"
         ) from None
     if expires <= now:
-        raise SettingsError(f"{text}: the token would never be valid, this time is in the past", field="expires")
+        raise SettingsError(f"{text}: this time is in the past, so the token would never be valid", field="expires")
     return expires
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One writer at a time. The folder is locked, since the file itself gets replaced; on Windows a file beside it."""
+    """Locks the folder, because the file is replaced; on Windows a file in it."""
     place, flags = os.path.realpath(path.parent), os.O_RDONLY
     if not FOLDERS:
         place, flags = os.path.join(place, f".{path.name}.lock"), os.O_RDWR | os.O_CREAT
@@ -338,13 +332,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, entries: list[Entry]) -> None:
-    """All or nothing, whoever reads meanwhile."""
+    """Readers see the old file or the new one."""
     target = os.path.realpath(path)
     new = None
     try:
         file, new = mkstemp(dir=os.path.dirname(target), prefix=".tokens-")  # mode 0600
         with open(file, "wb") as output:
-            with suppress(OSError, AttributeError):  # the service may run as another user than who adds tokens
+            with suppress(OSError, AttributeError):  # another user than the service's may run `sseapp token`
                 owner = os.stat(target)
                 os.fchown(output.fileno(), owner.st_uid, owner.st_gid)
             output.write(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries) + b"\n")
