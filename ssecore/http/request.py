@@ -1,10 +1,8 @@
-"""The request: a read-only view of the scope, and the only one who calls `receive`.
+"""The request: a read-only view of the scope. Only it calls `receive`: first for the whole body, then to wait for the
+disconnect.
 
-Order matters with `receive`: the body is read first, to its end; then the watcher waits for the disconnect. A watcher
-that starts earlier takes the body's parts away from whoever wants them.
-
-Boundary of trust: all that a request holds comes from outside. The query and the body are bounded and decoded into the
-types that the route declares before a handler sees them; `BadRequest` names the field that is to blame.
+Boundary of trust: everything in a request comes from outside. Query and body are bounded, and decoded to the route's
+types before a handler gets them; `BadRequest` names the wrong field.
 """
 
 import codecs
@@ -62,31 +60,31 @@ T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", "cancelled", "unauthorized"]
 
-#: How long a client may pause within its body, if it was fast enough before. nginx's client_body_timeout is 60.
+#: The longest pause within a body that was fast enough before. nginx's client_body_timeout is 60.
 BODY_TIMEOUT_S: Final = 30.0
-#: What a body must bring on average: one as slow as this has no second to spare. Apache's MinRate is 500, too.
+#: A body's minimum on average, as Apache's MinRate.
 MIN_BODY_BYTES_PER_S: Final = 500
-#: A timer that fires so late means that the process stood still; what has come meanwhile is not read yet.
+#: If a timer fires this late, the process stood still, and data that came meanwhile is not read yet.
 LATE_S: Final = 1.0
-#: What may come of a body that no handler reads. A client that sends more is disconnected.
+#: Of a body that no handler reads. A client that sends more is disconnected.
 MAX_UNREAD_BYTES: Final = 1024 * 1024
-#: Where a cursor may stand in the query. event-source-polyfill adds `lastEventId` at each reconnect, so it wins over
-#: `last_event_id`, which may be the page's own, from before.
+#: The cursor in the query. event-source-polyfill adds `lastEventId` at each reconnect, so it takes precedence over the
+#: page's older `last_event_id`.
 CURSOR_PARAMETERS: Final = ("lastEventId", "last_event_id")
-#: More names than any form of ours has; each one costs memory before it is looked at.
+#: Each costs memory before it is checked.
 MAX_QUERY_FIELDS: Final = 100
-#: Of what is told about a value that can't be used, and quotes it.
+#: Of an error's text, which may quote a value.
 MAX_ERROR_CHARS: Final = 200
-#: An upload smaller than this never touches the disk.
+#: Smaller uploads stay in memory.
 SPOOL_BYTES: Final = 1024 * 1024
 
 _MISSING_FIELD: Final = re.compile(r"Object (?:missing required|contains unknown) field `(.+)`", re.DOTALL)
-#: The escape of half of a character; in JSON that is right the other half stands beside it.
+#: The escape of half a surrogate pair.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 class Room:
-    """How much of something (`what`, in the plural) requests may hold at once: in all, and those of one caller."""
+    """A limit of what requests use at once, in total and by caller. `what` is a plural noun for errors."""
 
     def __init__(self, what: str, limit: int, limit_per_caller: int) -> None:
         self._what = what
@@ -96,13 +94,13 @@ class Room:
         self._taken_by: Counter[str] = Counter()
 
     def take(self, caller: str | None, amount: int) -> None:
-        """Raises `TooManyRequests` if the caller would have more than its share, `Unavailable` if there is no more."""
+        """Raises `TooManyRequests` over the caller's limit, `Unavailable` over the total."""
         wait_s = random.randint(1, 5)
         if self._taken + amount > self._limit:
             raise Unavailable(f"too many {self._what} at once; try again", retry_after_s=wait_s)
         if caller is not None:
             if self._taken_by[caller] + amount > self._limit_per_caller:
-                raise TooManyRequests(f"too many {self._what} of yours at once; try again", retry_after_s=wait_s)
+                raise TooManyRequests(f"you have too many {self._what} at once; try again", retry_after_s=wait_s)
             self._taken_by[caller] += amount
         self._taken += amount
 
@@ -115,15 +113,13 @@ class Room:
 
 
 class Services(NamedTuple):
-    """What of the engine a handler finds in its request. (`runs` and `topics` import this module, not the reverse.)"""
-
     runs: "Runs"
     topics: "Topics"
     metrics: "Metrics"
 
 
 class Headers(dict[str, str]):
-    """Headers by their names in lower case, found by a name in any case."""
+    """The keys are in lower case; lookups in any case."""
 
     def __missing__(self, name: str) -> str:
         if name == (lower := name.lower()):
@@ -144,7 +140,7 @@ class Headers(dict[str, str]):
 
 
 class RequestFacts:
-    """What of a request is still needed when only its stream is left."""
+    """What the stream still needs when the request itself is gone."""
 
     __slots__ = ("caller", "credential", "ended_for", "has_place", "method", "route")
 
@@ -158,11 +154,10 @@ class RequestFacts:
 
     @property
     def dialect(self) -> Dialect:
-        """The route's."""
         return self.route.dialect if self.route is not None else NAMED
 
     def end_for(self, reason: EndReason) -> None:
-        """Note why the stream ends. The first reason is the one that counts."""
+        """Store why the stream ends, unless there is an earlier reason."""
         if self.ended_for is None:
             self.ended_for = reason
 
@@ -170,28 +165,28 @@ class RequestFacts:
     def end_reason(self) -> EndReason:
         """Why the stream ended, for the `finally` of its generator.
 
-        `client` it left, `timeout` its longest life is over, `slow` it stopped reading, `drain` the service stops,
-        `cancelled` somebody cancelled it, `unauthorized` the caller's token has ended. Where it was none of these the
-        generator ends by itself: `failed` while an exception goes through it, else `finished`.
+        `client`: it disconnected. `timeout`: `max_stream_s`. `slow`: it read too slowly. `drain`: shutdown.
+        `cancelled`: by a request. `unauthorized`: the token expired or was revoked. Otherwise the generator ends by
+        itself: `failed` during an exception, else `finished`.
         """
         if self.ended_for is not None:
             return self.ended_for
         return "finished" if sys.exc_info()[0] in (None, GeneratorExit) else "failed"
 
     def close(self) -> None:
-        """Give back what the request holds."""
+        """Release what the request uses."""
 
 
 class Request(RequestFacts):
-    """What a handler gets as its first argument.
+    """A handler's first argument.
 
-    `state` is what the app's lifespan made (database, model, …); `query` and `body` are decoded as the route declares.
+    `state` comes from the app's lifespan (database, model, …); `query` and `body` have the route's types.
     """
 
-    # In the class: most requests leave them as they are.
-    answer_headers: Sequence[tuple[bytes, bytes]] = ()  #: what every answer to it carries besides its own headers
-    _room: Room | None = None  # where its body is counted, until `close`
-    _held = 0  # how much of it
+    # Class attributes, because few requests set them.
+    answer_headers: Sequence[tuple[bytes, bytes]] = ()  #: additional headers of every response to it
+    _room: Room | None = None  # counts the body, until `close`
+    _held = 0  # how much of the room it takes
 
     def __init__(
         self,
@@ -205,38 +200,35 @@ class Request(RequestFacts):
         super().__init__(scope["method"])
         self.scope = scope
         self.state = state
-        self.draining = draining  #: the service is about to stop
+        self.draining = draining
         self.root_path: str = scope.get("root_path", "")
         self.path_params: Mapping[str, Any] = {}
         self.query: Any = None
         self.body: Any = None
-        self.raw_body = b""  #: a JSON body as it came, without a byte order mark
+        self.raw_body = b""  #: a JSON body without a byte order mark
         self._receive = receive
-        self.body_digest = ""  #: SHA-256 of the body as it came, where the route declares one
-        self.run_id: str | None = None  #: the run's, in the handler of one
-        #: Set by the handler of a run that tells of its failure in words of its own: the run's state is `failed` then.
+        self.body_digest = ""  #: SHA-256 of the body, if the route declares one
+        self.run_id: str | None = None  #: set in the handler of a run
+        #: Set by a run's handler that yields its own error event: then the run's state is `failed`.
         self.failed = False
         self._services = services
         self._upload: SpooledTemporaryFile[bytes] | None = None
 
     @property
     def running(self) -> bool:
-        """Whether the app ran when the request came."""
+        """Whether the app was running."""
         return self._services is not None
 
     @property
     def runs(self) -> "Runs":
-        """The app's `Runs`."""
         return self._running().runs
 
     @property
     def topics(self) -> "Topics":
-        """The app's `Topics`."""
         return self._running().topics
 
     @property
     def metrics(self) -> "Metrics":
-        """The app's `Metrics`."""
         return self._running().metrics
 
     def _running(self) -> "Services":
@@ -246,7 +238,7 @@ class Request(RequestFacts):
 
     @cached_property
     def path(self) -> str:
-        """The path below the mount point. Servers and hosts put `root_path` into `path` too; older ones don't."""
+        """The path below the mount point. Older servers and hosts leave `root_path` out of `path`."""
         path: str = self.scope["path"]
         root = self.root_path
         if root.endswith("/") and not path.startswith(f"{root}/"):  # uvicorn joins `--root-path /api/` and the path
@@ -255,21 +247,18 @@ class Request(RequestFacts):
             path = path[len(root) :]
         raw: bytes = self.scope.get("raw_path") or b""
         if path.endswith("/") and raw and not raw.lower().endswith((b"/", b"%2f")):
-            path = path.removesuffix("/")  # a mount of Litestar's adds it
+            path = path.removesuffix("/")  # Litestar's mounts add it
         return path or "/"
 
     def reference(self, target: str) -> str:
-        """A relative reference (RFC 3986, 4.2) from the request's own URL to `target`, a path of this app.
-
-        It leads there behind a proxy that strips a prefix too, which the app can't know.
-        """
+        """A relative URL (RFC 3986, 4.2) to a path of this app, also behind a proxy that strips a prefix."""
         raw: bytes = self.scope.get("raw_path") or b""
-        depth = self.path.count("/") - 1 - raw.lower().count(b"%2f")  # an encoded slash is no level of the URL
+        depth = self.path.count("/") - 1 - raw.lower().count(b"%2f")  # an encoded slash is not a level
         return "../" * depth + target.removeprefix("/")
 
     @cached_property
     def headers(self) -> Headers:
-        """By names in any case; several headers of one name are joined by a comma (RFC 9110, 5.2)."""
+        """Names in any case; repeated headers are joined by commas (RFC 9110, 5.2)."""
         values: dict[str, list[str]] = {}
         for name, value in self.scope["headers"]:
             values.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
@@ -277,9 +266,9 @@ class Request(RequestFacts):
 
     @property
     def cookies(self) -> dict[str, str]:
-        """By name, without the quotes that may stand around a value. Of two of one name the first, the closest one.
+        """Without quotes around values. Of two with one name the first, for the closer path:
 
-        RFC 6265, 5.4: "Cookies with longer paths are listed before cookies with shorter paths."
+        "Cookies with longer paths are listed before cookies with shorter paths" (RFC 6265, 5.4).
         """
         lines = [value.decode("latin-1") for name, value in self.scope["headers"] if name.lower() == b"cookie"]
         found: dict[str, str] = {}
@@ -293,9 +282,9 @@ class Request(RequestFacts):
 
     @cached_property
     def query_params(self) -> Mapping[str, str]:
-        """The query as it came, of a list its first value.
+        """The first value of each name.
 
-        Raises `BadRequest` for what is not UTF-8, and for a name given twice where the route has no list of this name.
+        Raises `BadRequest` if it is not UTF-8, or if a name occurs twice that is not one of the route's lists.
         """
         params: dict[str, str] = {}
         for name, value in self.query_pairs():
@@ -306,7 +295,7 @@ class Request(RequestFacts):
         return params
 
     def query_pairs(self) -> list[tuple[str, str]]:
-        """All names and values of the query, in their order. Raises `BadRequest` for what is not UTF-8."""
+        """All names and values in order. Raises `BadRequest` if it is not UTF-8."""
         try:
             text = self.scope.get("query_string", b"").decode("ascii")
             return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY_FIELDS)
@@ -314,7 +303,7 @@ class Request(RequestFacts):
             raise BadRequest(f"the query can't be read: {error}") from None
 
     def _query_values(self, route: Route) -> dict[str, Any]:
-        """The query without what is the engine's own, lists as lists."""
+        """For the route's type: without the engine's parameters."""
         own = (*CURSOR_PARAMETERS, "key") if route.run is not None else CURSOR_PARAMETERS
         values: dict[str, Any] = {name: value for name, value in self.query_params.items() if name not in own}
         for name in route.lists:
@@ -324,7 +313,7 @@ class Request(RequestFacts):
 
     @cached_property
     def last_event_id(self) -> str:
-        """The client's cursor, without white space around it; "" if there is none. The header wins."""
+        """The client's cursor, or "". The header takes precedence over the query."""
         cursor = self.headers.get("last-event-id", "")
         with suppress(UnicodeDecodeError):  # browsers send UTF-8, some clients latin-1
             cursor = cursor.encode("latin-1").decode()
@@ -339,10 +328,7 @@ class Request(RequestFacts):
 
     @property
     def like_event_source(self) -> bool:
-        """Whether the client sends what a browser's `EventSource` sends, which gives up for good at a 503.
-
-        So do many libraries, some of which don't reconnect: it is no proof of a browser.
-        """
+        """Whether it looks like an `EventSource`, which never reconnects after a 503. Many libraries look the same."""
         headers = self.headers
         return (
             self.method == "GET"
@@ -352,24 +338,21 @@ class Request(RequestFacts):
 
     @property
     def from_browser(self) -> bool:
-        """Whether a browser's `EventSource` sent it, as far as headers tell.
-
-        Libraries outside of a browser have other names. A page's `fetch` with `cache: "no-store"` looks the same.
-        """
+        """Whether it looks like a browser's `EventSource`. So does a page's `fetch` with `cache: "no-store"`."""
         return self.like_event_source and self.headers.get("user-agent", "").startswith("Mozilla/")
 
     @property
     def preamble(self) -> bytes:
-        """What an event stream begins with for a client that keeps half an event over a reset: see `wire.cut`.
+        """The event stream's first bytes for clients that keep half an event over a reset: see `wire.cut`.
 
-        WebKit does, and npm's `eventsource` 2, which is recognized by sending no `User-Agent`. b"" for other clients:
-        some (httpx-sse, sseclient) hand over an event that has a name and no data.
+        WebKit, and npm's `eventsource` 2, which sends no `User-Agent`. Otherwise b"": httpx-sse and sseclient dispatch
+        an event with a name and no data.
         """
         if not self.like_event_source or not self.headers.get("user-agent", "Mozilla/").startswith("Mozilla/"):
             return b""
         try:
             return cut(self.last_event_id)
-        except BadRequest:  # the query can't be read, and the request is being refused for another reason
+        except BadRequest:  # an invalid query, which is refused elsewhere
             return cut("")
 
     async def decode(
@@ -381,9 +364,9 @@ class Request(RequestFacts):
         body_bytes: Room,
         uploads: Room,
     ) -> None:
-        """Take the route's path parameters, and read query and body as it declares. Raises the 4xx that fits.
+        """Set `path_params`, decode query and body. Raises a 4xx.
 
-        The body is counted in its `Room` before it is read: an upload as one, of another the bytes as they come.
+        The body takes its `Room` first: an upload counts as one, others by their bytes as they arrive.
         """
         self.route, self.path_params = route, params
         if route.query is not None:
@@ -392,13 +375,13 @@ class Request(RequestFacts):
             self._check_media_type([route.body.media_type])
             self._room = uploads
             self._hold(1)
-            # Without a name: gone with the last who holds it, after a crash too.
+            # Without a name: the system deletes it when it is closed, even after a crash.
             self.body = self._upload = SpooledTemporaryFile(SPOOL_BYTES)
             try:
                 await self._read(route.body.max_bytes or max_upload_bytes, self._upload)
             except OSError as error:
                 raise Unavailable(
-                    f"the upload can't be stored ({error.strerror}) and was not used: free space in the server's "
+                    f"the upload can't be stored ({error.strerror}) and was dropped: free space in the server's "
                     "folder for temporary files (TMPDIR), then send it again"
                 ) from error
         elif route.body is not None:
@@ -406,13 +389,13 @@ class Request(RequestFacts):
             self._room = body_bytes
             body = BytesIO()
             await self._read(max_body_bytes, body)
-            self.raw_body = body.getvalue().removeprefix(codecs.BOM_UTF8)  # RFC 8259, 8.1: it may be ignored
+            self.raw_body = body.getvalue().removeprefix(codecs.BOM_UTF8)  # RFC 8259, 8.1 allows ignoring it
             self.body = _decode_json(self.raw_body, route.body)
 
     def _check_media_type(self, expected: Sequence[str]) -> None:
         given = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if given not in expected:
-            raise UnsupportedMediaType(f"the body must be {expected[0]}, not {given or 'without a content-type'}")
+            raise UnsupportedMediaType(f"Content-Type must be {expected[0]}; {given or 'none'} was sent")
         encoding = self.headers.get("content-encoding", "").strip().lower()
         if encoding not in ("", "identity"):
             raise UnsupportedMediaType(
@@ -426,7 +409,7 @@ class Request(RequestFacts):
             self._held += amount
 
     async def _part(self, wait_s: float) -> tuple[bytes, bool, float]:
-        """The body's next part, whether more follows, and how long that may take: only waiting for it counts."""
+        """The body's next part, whether more follow, and the wait allowed for the next. Only waiting counts."""
         message = None
         while message is None:
             began = anyio.current_time()
@@ -435,38 +418,38 @@ class Request(RequestFacts):
             waited_s = anyio.current_time() - began
             if message is None:
                 if waited_s < wait_s + LATE_S:
-                    raise RequestTimeout("the body stopped coming, or came too slowly")
+                    raise RequestTimeout("the body arrived too slowly or not at all")
                 wait_s = LATE_S
         if message["type"] == "http.disconnect":
-            raise ClientGone("the client left before its request was complete")
+            raise ClientGone("the client disconnected before its request was complete")
         body: bytes = message.get("body", b"")
         wait_s = min(max(wait_s - waited_s, 0) + len(body) / MIN_BODY_BYTES_PER_S, BODY_TIMEOUT_S)
         return body, message.get("more_body", False), wait_s
 
     async def _read(self, limit: int, file: IO[bytes]) -> None:
-        """Write the body into `file`, at most `limit` bytes of it; off the loop where that may mean the disk."""
+        """Write the body to `file`; in a thread if that may write to disk."""
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and len(declared) < 20 and int(declared) > limit:
-            raise TooLarge(f"the body may have {limit} bytes at most")
+            raise TooLarge(f"the body is larger than {limit} bytes")
         size, more, wait_s, digest = 0, True, BODY_TIMEOUT_S, hashlib.sha256()
         while more:
             part, more, wait_s = await self._part(wait_s)
             size += len(part)
             digest.update(part)
             if size > limit:
-                raise TooLarge(f"the body may have {limit} bytes at most")
+                raise TooLarge(f"the body is larger than {limit} bytes")
             if self._upload is None:
                 self._hold(len(part))
             if self._upload is None or size <= SPOOL_BYTES:
                 file.write(part)
             else:
                 await anyio.to_thread.run_sync(file.write, part)
-            del part  # not for as long as the next one takes
+            del part  # frees memory while waiting for the next
         file.seek(0)
         self.body_digest = digest.hexdigest()
 
     def for_run(self, id: str) -> "Request":
-        """A copy for the handler of a run, without the connection: what ends a reader says nothing about the run."""
+        """A copy without the connection, for the handler of a run: what ends a reader doesn't end the run."""
         request = copy.copy(self)
         request.forget()
         request.run_id = id
@@ -474,14 +457,14 @@ class Request(RequestFacts):
         return request
 
     def hand_over(self) -> None:
-        """A run has taken what the request holds: its own copy of it will give it back."""
+        """Leave the upload to the run's copy, which will release it."""
         self._upload = self._room = None
 
     def outlive(self, *, whole: bool) -> RequestFacts:
-        """What is left when the server's call has returned, in which nothing is received any more."""
+        """What to keep after the server's call has returned."""
         if whole:
             self.forget()
-            self.scope = {**self.scope, "extensions": {}}  # which keep the connection
+            self.scope = {**self.scope, "extensions": {}}  # which refer to the connection
             self._receive = no_connection
             return self
         self.close()
@@ -491,36 +474,32 @@ class Request(RequestFacts):
         return facts
 
     def forget(self) -> None:
-        """What was decoded of the head is decoded again if somebody asks: 0.5 KiB for each connection that stays."""
+        """Drop decoded headers, to be decoded again: saves 0.5 KiB for each open connection."""
         for name in ("headers", "query_params", "last_event_id"):
             self.__dict__.pop(name, None)
 
     def close(self) -> None:
-        """Give back what the request holds: the spooled body, and its body's room."""
         if self._upload is not None:
-            with suppress(OSError):  # of a full disk: it writes what is still buffered
+            with suppress(OSError):  # the disk is full; closing writes buffered data
                 self._upload.close()
         if self._room is not None:
             self._room.give_back(self.caller, self._held)
             self._room = None
 
     async def disconnect(self) -> None:
-        """Wait until the client has left, or has sent more than `MAX_UNREAD_BYTES`, which are thrown away.
-
-        Only after the body's end.
-        """
+        """Wait until the client disconnects, or has sent `MAX_UNREAD_BYTES` more. Call it after the body's end."""
         unread = 0
         while unread <= MAX_UNREAD_BYTES and (message := await self._receive())["type"] != "http.disconnect":
             unread += len(message.get("body", b""))
 
 
 async def no_connection() -> Any:
-    """What a request without a connection receives."""
+    """The `receive` of a request without a connection."""
     raise RuntimeError("this request has no connection any more: its body was read before")
 
 
 class _Unfit(ValueError):
-    """What a model of pydantic's says of its first mistake, and where it is, below the model."""
+    """The first error of a pydantic model, and its place within the model."""
 
     def __init__(self, error: Any) -> None:
         first = error.errors(include_url=False)[0]
@@ -529,7 +508,7 @@ class _Unfit(ValueError):
 
 
 def _model(kind: Any, value: Any, *, json: bool) -> Any:
-    """A model of pydantic's out of what JSON gave, or out of a query's strings."""
+    """Validate a pydantic model, from JSON or from a query's strings."""
     try:
         return kind.model_validate_json(msgspec.json.encode(value)) if json else kind.model_validate(value)
     except ValueError as error:
@@ -558,8 +537,8 @@ def _decode_json(body: bytes, kind: Any) -> Any:
 
 
 def _has_half(body: bytes) -> bool:
-    """Whether half of a surrogate pair is all that is wrong: JavaScript's `slice` cuts an emoji so, and msgspec calls
-    the input "truncated" then."""
+    """Whether the only error is half a surrogate pair. JavaScript's `slice` may cut an emoji in two; msgspec then
+    reports "truncated" input."""
     if not _SURROGATE.search(body):
         return False
     with suppress(ValueError, RecursionError):
@@ -569,11 +548,11 @@ def _has_half(body: bytes) -> bool:
 
 
 def _bad(error: msgspec.ValidationError, kind: Any) -> BadRequest:
-    """What msgspec says, with the field to blame.
+    """msgspec's message, with the field.
 
-    It says "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", or of a key
-    "Expected `int`, got `str` - at `key` in `$.by_number`". Of a word out of a list it quotes the value as it came,
-    however long, whatever stands in it: "Invalid enum value 'x' - at `$.status`". It doesn't say what the list is.
+    Its forms: "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", for a key
+    "Expected `int`, got `str` - at `key` in `$.by_number`", for a literal "Invalid enum value 'x' - at `$.status`",
+    with the value in full, but without the valid ones.
     """
     whole = str(error)
     text, _, place = whole.rpartition(" - at ") if " - at " in whole else (whole, "", "")
@@ -591,7 +570,7 @@ def _bad(error: msgspec.ValidationError, kind: Any) -> BadRequest:
 
 
 def _choices(info: Any, path: str) -> list[str]:
-    """The words that may stand at a place of msgspec's within a type: `.status`, `[...].kind`."""
+    """The valid words at a path of msgspec's, such as `.status` or `[...].kind`."""
     if isinstance(info, types.UnionType):
         return [choice for part in info.types for choice in _choices(part, path)]
     if not path:
