@@ -1,7 +1,7 @@
-"""Dialects: the form of the engine's own events in a stream (error, cancelled, gap, the last event).
+"""Dialects: the form of the engine's own events (error, cancelled, gap, the last event).
 
-The handler yields its own events; the engine asks the route's `Dialect` for those after a failure, a cancellation or a
-crash. A program's own dialect is a subclass, used as `GET(…, dialect=MyDialect())`: see docs/handlers.md.
+Handlers yield their events; a route's `Dialect` makes those after a failure, a cancellation or a crash. A program's own
+is a subclass, as in `GET(…, dialect=MyDialect())`: see docs/handlers.md.
 """
 
 import logging
@@ -39,10 +39,10 @@ __all__ = [
 
 logger = logging.getLogger("sseapp")
 
-#: Replaces the blank line of a last event. A request with this id is answered 204.
+#: Replaces a last event's blank line. A request with this id is answered 204.
 END_ID: Final = b"id: end\n\n"
-#: Firefox and WebKit take an id only from an event with data, so they get the cursor in an event without listeners.
-#: Other clients get the bare id, because some libraries dispatch an event without data.
+#: For Firefox and WebKit, which take an id only from an event with data; it has no listeners. Other clients get the
+#: bare id: some libraries dispatch an event without data.
 CURSOR_EVENT: Final = b"event: cursor\ndata:\n"
 
 
@@ -50,39 +50,39 @@ CURSOR_EVENT: Final = b"event: cursor\ndata:\n"
 class SoFar:
     """The state of a stream."""
 
-    run: str = ""  #: the run's id
+    run: str = ""
     note: Mapping[str, Any] = field(default_factory=dict)  #: see `routes.About`
-    events: int = 0  #: the number of events; 0 without a run
-    last: Event | None = None  #: the newest event, decoded
+    events: int = 0  #: so far; 0 without a run
+    last: Event | None = None
 
 
 NOTHING: Final = SoFar()
 
 
 class Dialect:
-    """`NAMED`: the engine's events have a name and JSON data."""
+    """The engine's events have a name and JSON data."""
 
-    #: Stored with each run, which may end after a restart.
+    #: Stored with each run.
     name: str = "named"
-    #: Send `id:` before `data:` in runs. Only for clients that require it: see `log.framed`.
+    #: `id:` before `data:` in runs, only for clients that need it: see `log.framed`.
     id_first: bool = False
-    #: The clients parse every event's data as JSON, so the engine sends none without data.
+    #: Clients parse all data as JSON, so the engine never sends empty data.
     only_json: bool = False
 
     def headers(self, run: str) -> Mapping[str, str]:
-        """Additional headers of a response with the run's stream."""
+        """Additional headers of a response."""
         return {}
 
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
-        """The last events after a failure. `text` is for people, `code` for programs."""
+        """The last events after a failure; `code` is for programs."""
         return [Event({"error": text, "code": code}, "error")]
 
     def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
-        """The last events after a cancellation. `reason`: `asked` (by a client) or `linger` (no reader)."""
+        """The last events; `reason`: `asked` (by a client) or `linger` (no reader)."""
         return [Event({"reason": reason}, "cancelled")]
 
     def gap(self, gap: Mapping[str, Any]) -> Event:
-        """Announces missing events: `{"reason", "from", "to"}`, the first and last missing sequence number."""
+        """Announces a loss: `{"reason", "from", "to"}`, two sequence numbers."""
         return Event(gap, "gap")
 
     def gone(self, gap: Mapping[str, Any]) -> list[Event]:
@@ -94,9 +94,9 @@ class Dialect:
         return {}
 
     def is_last(self, event: Event) -> bool:
-        """Whether the stream is complete after this event; if not, a crash adds an error.
+        """Whether it completes the stream, so that a crash adds no error.
 
-        `result` doesn't count, because handlers may yield more after it, and an incomplete run must not look complete.
+        Not `result`, after which handlers may yield more.
         """
         return event.event in ("complete", "done", "error", "cancelled")
 
@@ -105,7 +105,7 @@ _DONE: Final = Event("[DONE]")
 
 
 class DataOnly(Dialect):
-    """Events without names. The engine's are objects with a `type`; the last event is `[DONE]`."""
+    """Events without names; the last is `[DONE]`."""
 
     name = "data_only"
 
@@ -129,9 +129,9 @@ _GONE: Final = "this answer is no longer kept by the server"
 
 
 class AISDK(DataOnly):
-    """The UI message stream, version 1, of Vercel's AI SDK (npm `ai`).
+    """Vercel's AI SDK (npm `ai`): its UI message stream, version 1.
 
-    Each stream ends with `finish`: without it `WorkflowChatTransport` reconnects forever.
+    Without `finish` at the end `WorkflowChatTransport` reconnects forever.
     """
 
     name = "ai_sdk"
@@ -155,7 +155,6 @@ class AISDK(DataOnly):
         return [self.gap(gap), *self.error(_GONE, "gone", NOTHING)]
 
 
-#: What closes an AG-UI run's newest event.
 _CLOSE: Final[Mapping[str, Iterable[str]]] = {
     "TEXT_MESSAGE_START": ["TEXT_MESSAGE_END"],
     "TEXT_MESSAGE_CONTENT": ["TEXT_MESSAGE_END"],
@@ -169,9 +168,9 @@ _CLOSE: Final[Mapping[str, Iterable[str]]] = {
 
 
 class AGUI(Dialect):
-    """AG-UI (CopilotKit's `HttpAgent`, TanStack AI). The note must contain `threadId` and `runId`.
+    """AG-UI (CopilotKit's `HttpAgent`, TanStack AI). The note needs `threadId` and `runId`.
 
-    The handler must not interleave messages, tool calls and reasoning: `cancelled` closes only the newest one.
+    Messages, tool calls and reasoning must not interleave: `cancelled` closes only the newest.
     """
 
     name = "ag_ui"
@@ -203,7 +202,7 @@ def _openai_refusal(text: str, code: str, field: str | None) -> Mapping[str, Any
 
 
 class OpenAI(DataOnly):
-    """OpenAI's chat completions. OpenAI's SDKs raise an `error` as an `APIError`."""
+    """OpenAI's chat completions."""
 
     name = "openai"
     only_json = True
@@ -222,7 +221,7 @@ class OpenAI(DataOnly):
 
 
 class OpenAIResponses(Dialect):
-    """OpenAI's Responses. The note must contain the constant fields of the `response` object."""
+    """OpenAI's Responses. The note needs the constant fields of `response`."""
 
     name = "openai_responses"
     only_json = True
@@ -253,7 +252,7 @@ def _response(kind: str, so_far: SoFar, **facts: Any) -> Event:
 
 
 def _object(event: Event | None) -> Mapping[str, Any]:
-    """An event's data, or {} if it isn't a JSON object."""
+    """A JSON object, or {}."""
     try:
         return msgspec.json.decode(event.data, type=dict[str, Any]) if event is not None else {}
     except (msgspec.DecodeError, UnicodeError, RecursionError):
@@ -266,25 +265,25 @@ AI_SDK: Final = AISDK()
 AG_UI: Final = AGUI()
 OPENAI: Final = OpenAI()
 OPENAI_RESPONSES: Final = OpenAIResponses()
-#: The library's dialects by name.
 DIALECTS: Final = {dialect.name: dialect for dialect in (NAMED, DATA_ONLY, AI_SDK, AG_UI, OPENAI, OPENAI_RESPONSES)}
 
 
 def error_frames(error: Exception, dialect: Dialect, so_far: SoFar = NOTHING) -> list[bytes]:
-    """The last events after a failure."""
+    """The last events after a failure, encoded."""
     code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
     try:
         return [encode(event) for event in dialect.error(public_text(error), code, so_far)]
-    except EncodeError as unfit:  # for example a text with a lone surrogate
+    except EncodeError as unfit:  # for example a lone surrogate
         return error_frames(unfit, dialect, so_far)
 
 
 def cancelled_frames(reason: str, dialect: Dialect, so_far: SoFar) -> list[bytes]:
+    """The last events after a cancellation, encoded."""
     return [encode(event) for event in dialect.cancelled(reason, so_far)]
 
 
 def public_text(error: Exception) -> str:
-    """The text for clients: an `SSEAppError`'s own, otherwise a reference to the log."""
+    """An `SSEAppError`'s own text, otherwise a reference to the log."""
     if isinstance(error, SSEAppError):
         if isinstance(error, EncodeError) and error.__cause__ is not None:
             logger.error("a handler's event: %s: %r", error.detail, error.__cause__)
@@ -293,10 +292,10 @@ def public_text(error: Exception) -> str:
 
 
 def failure_of(error: BaseException, what: str = "a handler") -> Exception:
-    """An `Exception` for whatever user code raised.
+    """What user code raised, as an `Exception`.
 
-    `SystemExit`, `GeneratorExit`, a Rust panic or a group of them would end the event loop or the app's task group, so
-    it becomes the cause of a `RuntimeError`. The caller must handle its own cancellation before.
+    `SystemExit`, a Rust panic or a group of them would end the event loop or the app's task group. Not for the caller's
+    own cancellation.
     """
     if isinstance(error, Exception):
         return error
@@ -306,12 +305,12 @@ def failure_of(error: BaseException, what: str = "a handler") -> Exception:
 
 
 def log_failure(error: Exception) -> str:
-    """Log the error; returns the reference in the log."""
+    """Returns the reference in the log."""
     reference = secrets.token_hex(6)
     logger.error("reference %s: a handler failed", reference, exc_info=error)
     return reference
 
 
 def spread(retry_ms: int) -> int:
-    """A random reconnection time, on average twice the normal one."""
+    """A random time, twice the normal one on average."""
     return random.randint(retry_ms, 3 * retry_ms)

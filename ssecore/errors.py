@@ -1,8 +1,7 @@
 """All exceptions, each with its HTTP status.
 
-Before the first byte of a response an exception becomes a problem document (RFC 9457), afterwards an `error` event with
-the data `{"error": <text>, "code": <word>}`. Clients see the text of an `SSEAppError`: say what to do, and put nothing
-secret into it. Of any other exception they see `internal error` and a reference to the log.
+Before the first byte of a response an exception becomes a problem document (RFC 9457), afterwards an `error` event.
+Clients see the text of an `SSEAppError`: say what to do, and put no secret into it.
 """
 
 import random
@@ -48,10 +47,10 @@ _NOT_RUNNING: Final = (
 
 
 class SSEAppError(Exception):
-    """The root, and a 500 with a text of the handler's own.
+    """The root, and a 500 with a text.
 
-    `detail` is the text. `field` names the wrong parameter or body member. `headers` are sent with a problem document.
-    `code` is for programs; its default is the class's.
+    `detail` is the text, `field` the wrong parameter or member, `code` for programs. `headers` are those of the problem
+    document.
     """
 
     status: int = 500
@@ -77,7 +76,7 @@ class SSEAppError(Exception):
 
 
 class NotRunning(SSEAppError):
-    """The app has not started. Raised by `Request.runs` and `Request.topics`."""
+    """The app has not started."""
 
     code = "not_running"
 
@@ -86,55 +85,55 @@ class NotRunning(SSEAppError):
 
 
 class BadRequest(SSEAppError):
-    """A parameter or the body is invalid."""
+    """An invalid parameter or body."""
 
     status, code = 400, "bad_request"
 
 
 class Unauthorized(SSEAppError):
-    """Credentials are missing or unknown."""
+    """Missing or unknown credentials."""
 
     status, code = 401, "unauthorized"
 
 
 class Forbidden(SSEAppError):
-    """The caller is known but not allowed."""
+    """The caller is not allowed."""
 
     status, code = 403, "forbidden"
 
 
 class NotFound(SSEAppError):
-    """Nothing is there, or only for another caller."""
+    """Nothing is there for this caller."""
 
     status, code = 404, "not_found"
 
 
 class MethodNotAllowed(SSEAppError):
-    """The path exists without this method; sets `Allow`."""
+    """Sets `Allow`."""
 
     status, code = 405, "method_not_allowed"
 
 
 class RequestTimeout(SSEAppError):
-    """The body paused for `BODY_TIMEOUT_S`, or was slower than `MIN_BODY_BYTES_PER_S`."""
+    """The body was too slow."""
 
     status, code = 408, "request_timeout"
 
 
 class Conflict(SSEAppError):
-    """The request contradicts the current state."""
+    """It contradicts the current state."""
 
     status, code = 409, "conflict"
 
 
 class Gone(SSEAppError):
-    """It existed and was deleted."""
+    """It was deleted."""
 
     status, code = 410, "gone"
 
 
 class TooLarge(SSEAppError):
-    """A body or an event is over its limit; raised as soon as the limit is passed."""
+    """A body or an event is over its limit."""
 
     status, code = 413, "too_large"
 
@@ -152,19 +151,19 @@ class UnsupportedMediaType(SSEAppError):
 
 
 class UnprocessableContent(SSEAppError):
-    """The request contradicts an earlier one: the same `Idempotency-Key` with another body."""
+    """An `Idempotency-Key` was reused with another body."""
 
     status, code = 422, "unprocessable_content"
 
 
 class HeadersTooLarge(SSEAppError):
-    """The headers are over `max_header_bytes` or `MAX_HEADER_LINES`."""
+    """Headers over `max_header_bytes` or `MAX_HEADER_LINES`."""
 
     status, code = 431, "headers_too_large"
 
 
 class _Passing(SSEAppError):
-    """The client may retry: sets `Retry-After`, unless `headers` has it."""
+    """Sets `Retry-After`, unless `headers` has it."""
 
     def __init__(self, detail: str = "", *, retry_after_s: int = 5, **options: Any) -> None:
         super().__init__(detail, **options)
@@ -179,13 +178,13 @@ class TooManyRequests(_Passing):
 
 
 class UpstreamError(SSEAppError):
-    """A server that the handler called failed; `code` says how."""
+    """A server that the handler called failed."""
 
     status, code = 502, "upstream_error"
 
 
 class Unavailable(_Passing):
-    """The service is over a limit, or a part of it is down; a retry may succeed."""
+    """A limit is reached, or a part of the service down; a retry may succeed."""
 
     status, code = 503, "unavailable"
 
@@ -194,53 +193,53 @@ class Draining(Unavailable):
     """The service is shutting down; a retry reaches its successor."""
 
     def __init__(self, detail: str = "the service is about to stop; try again", **options: Any) -> None:
-        # Random, so that clients don't all retry in the same second.
+        # Random, to spread the retries.
         super().__init__(detail, **{"retry_after_s": random.randint(1, 5), **options})
 
 
 class Interrupted(SSEAppError):
-    """The process that ran the run ended before the run."""
+    """The process ended before its run."""
 
     status, code = 503, "interrupted"
 
 
 class LogUnavailable(Unavailable):
-    """The event log can't be read or written at the moment: disk full, read-only, Redis unreachable."""
+    """The log can't be used at the moment: disk full, read-only, Redis unreachable."""
 
     code = "log_unavailable"
 
 
 class LogError(SSEAppError):
-    """The event log can't be used: corrupt, foreign, of a newer version, or in use."""
+    """The log can't be used: corrupt, foreign, of a newer version, or in use."""
 
     code = "log_error"
 
 
 class StreamTimeout(SSEAppError):
-    """A stream reached `max_stream_s`; sent in the stream."""
+    """A stream reached `max_stream_s`."""
 
     status, code = 504, "timeout"
 
 
 class WriterFenced(SSEAppError):
-    """The stream is closed, or a newer writer has opened an epoch: this writer may not append."""
+    """The stream is closed, or a newer writer has opened an epoch."""
 
     code = "fenced"
 
 
 class EncodeError(SSEAppError, ValueError):
-    """The event can't be encoded; `field` names the reason. Raised by `wire.encode`."""
+    """An invalid event; raised before any of its bytes is made."""
 
     code = "encode_error"
 
 
 class SettingsError(SSEAppError, ValueError):
-    """A setting has an invalid value. Raised at start-up."""
+    """An invalid setting."""
 
     code = "settings_error"
 
 
 class ClientGone(SSEAppError):
-    """The client disconnected before its request was complete. Never sent."""
+    """The client disconnected during its request. Never sent."""
 
     code = "client_gone"

@@ -1,7 +1,6 @@
 """A lock on an open file, released by the system when the process ends.
 
-POSIX: `flock`. Windows: `msvcrt.locking`. Elsewhere nothing is locked. (The library `filelock` locks a separate path,
-not the file that is written.)
+On POSIX and Windows. (The library `filelock` locks a separate path instead.)
 """
 
 import errno
@@ -11,9 +10,9 @@ from typing import Any, Final
 
 __all__ = ["FOLDERS", "lock", "try_lock"]
 
-#: Windows locks this byte, behind the file's end, because a locked byte can't be read. `msvcrt.locking` takes 31 bits.
+#: Windows: behind the file's end, because a locked byte can't be read. `msvcrt.locking` takes 31 bits.
 _FAR: Final = 2**31 - 2
-#: Windows has no wait without a timeout, so `lock` polls.
+#: Windows has no wait without a timeout.
 _POLL_S: Final = 0.05
 
 fcntl: Any
@@ -32,7 +31,7 @@ FOLDERS: Final = fcntl is not None
 
 
 def try_lock(file: int) -> bool:
-    """Lock an open file for this process until the descriptor is closed. False: another process has locked it."""
+    """Lock it until the descriptor is closed. False: another process has."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,13 +4,12 @@
     async def answers(question: Question, user: User = Depends(user_of)) -> EventStream:
         return EventStream(streams, answer(question, user), run=Run(), caller=user.name)
 
-The framework handles dependencies, parameters, OpenAPI and errors before the stream; the `SSEApp` the log, resuming,
-idempotency keys, limits and drain. Differences to a route of an `SSEApp`:
+The framework does everything before the stream; the rest is as on a route of an `SSEApp`, except:
 
-1.  The guard isn't asked: authentication and CORS are the framework's.
-2.  A run is resumed by the same request with a `Last-Event-ID`, POST included. There is no `Content-Location`, because
-    the path of a run is unknown, and `Prefer: respond-async` is ignored.
-3.  The framework has read the body, so requests with one `Idempotency-Key` are compared by their query alone.
+1.  Authentication and CORS are the framework's, not the guard's.
+2.  A run is resumed by the same request with a `Last-Event-ID`, POST included. Without a path to a run there is no
+    `Content-Location`, and `Prefer: respond-async` is ignored.
+3.  Requests with one `Idempotency-Key` are compared by their query alone: the framework has read the body.
 4.  The framework answers an `HTTPException` that the generator raises before its first event.
 """
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from sseapp import SSEApp
 else:
-    try:  # FastAPI and Starlette accept instances of this class
+    try:  # FastAPI and Starlette check the class
         from starlette.responses import Response as _Response
     except ModuleNotFoundError:
         _Response = object
@@ -37,20 +36,20 @@ else:
 
 __all__ = ["HOSTED", "EventStream"]
 
-#: The key in the scope of the `EventStream` to send.
+#: The scope's key for the `EventStream`.
 HOSTED: Final = "sseapp.hosted"
 
 
 class EventStream(_Response):
-    """Returned by a route of FastAPI, Starlette or Litestar; for other frameworks an ASGI application.
+    """A response for FastAPI, Starlette and Litestar; for other frameworks an ASGI application.
 
-    `streams` is the program's `SSEApp`, mounted or not. Runs and topics need its `running()`.
+    `streams` is the program's `SSEApp`, mounted or not; for runs and topics it must be `running()`.
 
-    `events` is an async generator (called: `answer(user)`), a topic's `Subscription`, or a run's id to read. With
-    `run=` the generator runs detached from the connection; if the request resumes a run, it is never started.
+    `events` is an async generator, a topic's `Subscription`, or a run's id. With `run=` the generator runs detached; if
+    the request resumes a run, it isn't started.
 
-    `caller` owns the run and counts against its limits: no other caller can read it. `None`: anyone who knows its id
-    or its key can. `status_code` is for FastAPI's OpenAPI, which reads the default in this signature.
+    `caller` owns the run, which counts for its limits. `None`: anyone with its id or key can read it. `status_code` is
+    for FastAPI's OpenAPI, which reads this signature.
     """
 
     media_type = CONTENT_TYPE
@@ -78,14 +77,14 @@ class EventStream(_Response):
         self.run = run
         self.caller = caller
         self.dialect = dialect
-        # Starlette's interface: `headers` and `set_cookie` write to these, FastAPI adds background tasks.
+        # Starlette's `headers` and `set_cookie` write to these, FastAPI adds background tasks.
         self.status_code = status_code
         self.body = b""
         self.raw_headers: list[tuple[bytes, bytes]] = []
         self.background = None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        # Without our runner's extension, which sends on after this call: the framework's call ends when this returns.
+        # Without our runner's extension, which sends on after this call.
         try:
             await self._streams({**scope, "extensions": {}, HOSTED: self}, receive, send)
         finally:
@@ -95,7 +94,6 @@ class EventStream(_Response):
             await self.background()
 
     def route(self, scope: Mapping[str, Any]) -> Route:
-        """A route under the framework's path."""
         path = getattr(scope.get("route"), "path", None) or scope.get("path_template")  # FastAPI's; Litestar's
         path = path or getattr(scope.get("endpoint"), "__name__", None) or "EventStream"  # Starlette's; any other's
         return Route(scope["method"], path, self._begin, dialect=self.dialect, run=self.run, hosted=True)

@@ -25,13 +25,13 @@ import ssecore
 __all__ = ["MEDIA_TYPE", "AnswerTimes", "Facts", "Measurable", "Metrics"]
 
 MEDIA_TYPE: Final = CONTENT_TYPE_LATEST
-#: From a commit of a laptop's SQLite to the time after which people reload the page.
+#: From a commit of SQLite to when people reload the page.
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-#: The buckets that OpenTelemetry's conventions for generative AI advise for these two metrics:
+#: The buckets of OpenTelemetry's conventions for generative AI:
 #: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/
 _FIRST_TOKEN_S: Final = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _OUTPUT_TOKEN_S: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-#: A stream's attribute, its metric's name and help.
+#: Attribute, metric, help.
 _SENT: Final = (
     ("events_sent", "sseapp_events_sent", "Events sent to clients (chunks, if the stream is bytes), by route"),
     ("sent_bytes", "sseapp_sent_bytes", "Bytes of bodies written for streams, by route"),
@@ -40,6 +40,8 @@ _SENT: Final = (
 
 
 class Measurable(Protocol):
+    """An open stream."""
+
     sent_bytes: int
     stalled_s: float
 
@@ -60,7 +62,7 @@ class Facts(NamedTuple):
 
 
 class AnswerTimes:
-    """The times of one answer of a model, from this object's creation."""
+    """One answer of a model, from this object's creation."""
 
     __slots__ = ("_began", "_first", "_first_at", "_last_at", "_per_token", "_tokens")
 
@@ -70,7 +72,6 @@ class AnswerTimes:
         self._tokens = 0
 
     def token(self) -> None:
-        """Call it for each piece of the answer."""
         self._last_at = monotonic()
         self._tokens += 1
         if self._tokens == 1:
@@ -78,12 +79,14 @@ class AnswerTimes:
             self._first.observe(self._first_at - self._began)
 
     def end(self) -> None:
-        """Call it when the answer is complete: others don't count for the time per token."""
+        """Only complete answers count for the time per token."""
         if self._tokens > 1:
             self._per_token.observe((self._last_at - self._first_at) / (self._tokens - 1))
 
 
 class Metrics:
+    """One app's; `facts` is called at each scrape."""
+
     def __init__(self, facts: Callable[[], Facts]) -> None:
         self._facts = facts
         self._past = {attribute: Sums[str]() for attribute, _, _ in _SENT}  # sums of ended streams
@@ -133,17 +136,15 @@ class Metrics:
         registry.register(self)
 
     def answer(self, route: str) -> AnswerTimes:
-        """Call it when a model is asked."""
         return AnswerTimes(self._first_token.labels(route), self._output_token.labels(route))
 
     def ended(self, stream: Measurable, reason: str) -> None:
-        """Keep the sums of an ended stream."""
         self._ended.labels(stream.route, reason).inc()
         for attribute, sums in self._past.items():
             sums[stream.route] += getattr(stream, attribute)
 
     def collect(self) -> Iterable[Metric]:
-        """For `prometheus_client`, at each scrape."""
+        """For `prometheus_client`."""
         streams, runs, gaps, dropped_lines = self._facts()
         open_streams = GaugeMetricFamily("sseapp_streams_open", "Open streams, by route", labels=["route"])
         for route, count in Sums(stream.route for stream in streams).items():

@@ -62,7 +62,7 @@ from ssecore.http.routes import DELETE, GET, About, Route, Run
 from ssecore.log import Cursor, Gap, Log, Retention, Stat, facts, framed, locate, new_epoch, parse_cursor
 from ssecore.log.tail import READ_BYTES, Attached, Place, Tails, Translate, gap_frames
 from ssecore.settings import Settings
-from ssecore.streaming.pump import FIRST_ITEM_S, Pump
+from ssecore.streaming.pump import FIRST_ITEM_S, Pump, asyncio_loop
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
 __all__ = ["ROUTES", "Runs", "State", "Worker"]
@@ -159,7 +159,7 @@ class Worker:
             self._request,
             buffer_bytes=BUFFERS // 2 * runs.settings.buffer_bytes,
         )
-        self._pump.told = self._take
+        self._pump.on_ready = self._take
         self._writer = runs.log.writer(id, id, self._confirm)
         self._unstored = 0  # bytes that the log has, and has not said to be stored
         self._most_unstored = BUFFERS // 2 * runs.settings.buffer_bytes
@@ -675,14 +675,12 @@ class Runs:
 
     def _set_to_work(self, worker: Worker) -> None:
         """Not in the app's task group where there is another way: it would wait for a handler that never ends."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # trio
-            self._tasks.start_soon(worker.run)
-        else:
+        if (loop := asyncio_loop()) is not None:
             task = loop.create_task(worker.run())
             self._running.add(task)
             task.add_done_callback(self._running.discard)
+        else:
+            self._tasks.start_soon(worker.run)
 
     def _same(self, stat: Stat, printed: _Print) -> Stat:
         if _meta(stat).request != printed.whole:

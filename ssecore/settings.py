@@ -1,7 +1,6 @@
 """All settings of the service: one frozen dataclass, read from the environment.
 
-The field `heartbeat_s` is the variable `SSEAPP_HEARTBEAT_S`. If a field may be `None`, the value `none` turns its limit
-off.
+The field `heartbeat_s` is the variable `SSEAPP_HEARTBEAT_S`. `none` turns an optional limit off.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ __all__ = ["Settings", "describe"]
 logger = logging.getLogger("sseapp")
 
 _PREFIX = "SSEAPP_"
-#: Kubernetes sets these for each Service of the namespace; for one named sseapp or sseapp-<anything> with our prefix.
+#: Kubernetes sets these for a Service named sseapp or sseapp-<anything>.
 _OF_A_SERVICE = re.compile(
     rf"{_PREFIX}(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
@@ -42,7 +41,7 @@ def _setting(default: Any, help: str, *, variable: str | None = None, secret: bo
 
 @dataclass(frozen=True)
 class Settings:
-    """`describe()` and `sseapp serve --help` show what each one means."""
+    """See `describe()`, or `sseapp serve --help`."""
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: Annotated[int, Meta(ge=0, le=65535)] = _setting(8000, "port to listen on; 0 picks a free one")
@@ -101,7 +100,7 @@ class Settings:
     openai_api_key: str | None = _setting(None, "its key", variable="OPENAI_API_KEY", secret=True)
     openai_model: str = _setting("gpt-4o-mini", "its model", variable="OPENAI_MODEL")
 
-    #: True: made by `from_env`, so texts name variables. False: texts name what to write in code.
+    #: Made by `from_env`: texts name variables, otherwise code.
     of_environment: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -154,7 +153,7 @@ class Settings:
 
 
 def describe() -> str:
-    """All variables with their meanings and defaults, for `--help`."""
+    """All variables, for `--help`."""
     lines = []
     for field in dataclasses.fields(Settings):
         default = "none" if field.default is None else field.default
@@ -163,10 +162,7 @@ def describe() -> str:
 
 
 def _check_url(name: str, url: str) -> None:
-    """Refuse a URL with an unescaped password: its rest would be parsed as a port or a path, and logged.
-
-    The error contains no part of the URL.
-    """
+    """Refuse an unescaped password: its rest would be parsed as a port or a path, and logged."""
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises `ValueError` if it is not a number
@@ -197,7 +193,7 @@ def _parse(name: str, text: str, hint: Any, field: "dataclasses.Field[Any]") -> 
 
 
 def _checked(name: str, value: Any, hint: Any, field: "dataclasses.Field[Any]", text: str | None = None) -> Any:
-    """The value, converted to the field's type. `text` is what it was parsed from, `None` in code."""
+    """Converted to the field's type. `text` is what it was parsed from."""
     kinds = (hint, *get_args(hint))
     optional = type(None) in kinds
     expected = ""

@@ -1,7 +1,6 @@
 """Detect whether this process is one of several workers of a server (uvicorn, gunicorn, hypercorn, granian).
 
-A worker can't find out how many there are. So each worker locks a temporary file named after its parent process and
-writes its process id there: if the file is locked already, there are several workers.
+Each worker locks a temporary file named after its parent process: if it is locked already, there are several.
 """
 
 import multiprocessing
@@ -24,9 +23,9 @@ SEVERAL: Final = (
 
 @contextmanager
 def only_worker() -> Iterator[bool]:
-    """False within the block if another worker of this server is inside such a block too.
+    """False within the block if another worker is in it too.
 
-    True if no server started this process as a worker, or if the file can't be written.
+    True without such a server, or if the file can't be written.
     """
     parent = _server()
     file: int | None = None
@@ -38,7 +37,7 @@ def only_worker() -> Iterator[bool]:
             if try_lock(file):
                 os.truncate(path, 0)
                 os.write(file, b"%d" % os.getpid())
-            else:  # another app of this process may have locked it
+            else:  # perhaps by another app of this process
                 only = os.read(file, 20) == b"%d" % os.getpid()
                 os.close(file)
                 file = None
@@ -52,7 +51,7 @@ def only_worker() -> Iterator[bool]:
 
 
 def _server() -> int | None:
-    """The parent process if it is a server. gunicorn forks, the others use `multiprocessing`."""
+    """The parent, if it is a server: gunicorn forks, others use `multiprocessing`."""
     if (parent := multiprocessing.parent_process()) is not None:
         return parent.pid
     return os.getppid() if "gunicorn" in sys.modules else None

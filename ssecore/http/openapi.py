@@ -72,6 +72,8 @@ class _Query(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class OpenAPI:
+    """The document's route."""
+
     def __init__(self, routes: Iterable[Route], guard: Guard) -> None:
         self.route = GET("/openapi.json", self._answer, query=_Query)
         self._routes = [*routes, self.route]

@@ -1,8 +1,7 @@
-"""The request: a read-only view of the scope. Only it calls `receive`: first for the whole body, then to wait for the
-disconnect.
+"""The request: a read-only view of the scope. It alone calls `receive`: for the whole body, then for the disconnect.
 
-Boundary of trust: everything in a request comes from outside. Query and body are bounded, and decoded to the route's
-types before a handler gets them; `BadRequest` names the wrong field.
+Boundary of trust: everything comes from outside. Query and body are bounded, and decoded to the route's types before a
+handler gets them.
 """
 
 import codecs
@@ -60,20 +59,19 @@ T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", "cancelled", "unauthorized"]
 
-#: The longest pause within a body that was fast enough before. nginx's client_body_timeout is 60.
+#: The longest pause within a body; nginx's client_body_timeout is 60.
 BODY_TIMEOUT_S: Final = 30.0
-#: A body's minimum on average, as Apache's MinRate.
+#: On average; Apache's MinRate.
 MIN_BODY_BYTES_PER_S: Final = 500
-#: If a timer fires this late, the process stood still, and data that came meanwhile is not read yet.
+#: A timer this late means that the process stood still, with unread data.
 LATE_S: Final = 1.0
-#: Of a body that no handler reads. A client that sends more is disconnected.
+#: Of a body that no handler reads; then the client is disconnected.
 MAX_UNREAD_BYTES: Final = 1024 * 1024
-#: The cursor in the query. event-source-polyfill adds `lastEventId` at each reconnect, so it takes precedence over the
-#: page's older `last_event_id`.
+#: event-source-polyfill adds `lastEventId` at each reconnect, so it precedes the page's older `last_event_id`.
 CURSOR_PARAMETERS: Final = ("lastEventId", "last_event_id")
-#: Each costs memory before it is checked.
+#: Each costs memory.
 MAX_QUERY_FIELDS: Final = 100
-#: Of an error's text, which may quote a value.
+#: A text may quote a value.
 MAX_ERROR_CHARS: Final = 200
 #: Smaller uploads stay in memory.
 SPOOL_BYTES: Final = 1024 * 1024
@@ -84,7 +82,7 @@ _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 class Room:
-    """A limit of what requests use at once, in total and by caller. `what` is a plural noun for errors."""
+    """A limit of `what` (plural), in total and by caller."""
 
     def __init__(self, what: str, limit: int, limit_per_caller: int) -> None:
         self._what = what
@@ -113,13 +111,15 @@ class Room:
 
 
 class Services(NamedTuple):
+    """For handlers."""
+
     runs: "Runs"
     topics: "Topics"
     metrics: "Metrics"
 
 
 class Headers(dict[str, str]):
-    """The keys are in lower case; lookups in any case."""
+    """Keys in lower case, lookups in any case."""
 
     def __missing__(self, name: str) -> str:
         if name == (lower := name.lower()):
@@ -140,53 +140,49 @@ class Headers(dict[str, str]):
 
 
 class RequestFacts:
-    """What the stream still needs when the request itself is gone."""
+    """What a stream needs without its request."""
 
     __slots__ = ("caller", "credential", "ended_for", "has_place", "method", "route")
 
     def __init__(self, method: str) -> None:
         self.method = method
         self.route: Route | None = None
-        self.caller: str | None = None  #: the name of whoever asks; `None` where nobody has one
-        self.credential: Credential | None = None  #: what it showed, where that may end before the request does
+        self.caller: str | None = None
+        self.credential: Credential | None = None  #: if it can expire
         self.has_place = False  #: counted as a stream
-        self.ended_for: EndReason | None = None  #: why the stream ends; see `end_for`
+        self.ended_for: EndReason | None = None
 
     @property
     def dialect(self) -> Dialect:
         return self.route.dialect if self.route is not None else NAMED
 
     def end_for(self, reason: EndReason) -> None:
-        """Store why the stream ends, unless there is an earlier reason."""
+        """The first reason counts."""
         if self.ended_for is None:
             self.ended_for = reason
 
     @property
     def end_reason(self) -> EndReason:
-        """Why the stream ended, for the `finally` of its generator.
+        """For the `finally` of a stream's generator.
 
-        `client`: it disconnected. `timeout`: `max_stream_s`. `slow`: it read too slowly. `drain`: shutdown.
-        `cancelled`: by a request. `unauthorized`: the token expired or was revoked. Otherwise the generator ends by
-        itself: `failed` during an exception, else `finished`.
+        `client`: disconnected. `timeout`: `max_stream_s`. `slow`: read too slowly. `drain`: shutdown. `cancelled`: by a
+        request. `unauthorized`: token revoked or expired. Otherwise `failed` during an exception, else `finished`.
         """
         if self.ended_for is not None:
             return self.ended_for
         return "finished" if sys.exc_info()[0] in (None, GeneratorExit) else "failed"
 
     def close(self) -> None:
-        """Release what the request uses."""
+        """Release what it uses."""
 
 
 class Request(RequestFacts):
-    """A handler's first argument.
+    """A handler's first argument. `state` comes from the app's lifespan; `query` and `body` have the route's types."""
 
-    `state` comes from the app's lifespan (database, model, …); `query` and `body` have the route's types.
-    """
-
-    # Class attributes, because few requests set them.
-    answer_headers: Sequence[tuple[bytes, bytes]] = ()  #: additional headers of every response to it
-    _room: Room | None = None  # counts the body, until `close`
-    _held = 0  # how much of the room it takes
+    # On the class, because few requests set them.
+    answer_headers: Sequence[tuple[bytes, bytes]] = ()  #: for every response
+    _room: Room | None = None  # of the body, until `close`
+    _held = 0  # in the room
 
     def __init__(
         self,
@@ -205,18 +201,17 @@ class Request(RequestFacts):
         self.path_params: Mapping[str, Any] = {}
         self.query: Any = None
         self.body: Any = None
-        self.raw_body = b""  #: a JSON body without a byte order mark
+        self.raw_body = b""  #: JSON without a byte order mark
         self._receive = receive
-        self.body_digest = ""  #: SHA-256 of the body, if the route declares one
-        self.run_id: str | None = None  #: set in the handler of a run
-        #: Set by a run's handler that yields its own error event: then the run's state is `failed`.
+        self.body_digest = ""  #: SHA-256
+        self.run_id: str | None = None  #: for the handler of a run
+        #: Set by a run's handler that yields its own error event: the run has failed.
         self.failed = False
         self._services = services
         self._upload: SpooledTemporaryFile[bytes] | None = None
 
     @property
     def running(self) -> bool:
-        """Whether the app was running."""
         return self._services is not None
 
     @property
@@ -238,10 +233,10 @@ class Request(RequestFacts):
 
     @cached_property
     def path(self) -> str:
-        """The path below the mount point. Older servers and hosts leave `root_path` out of `path`."""
+        """Below the mount point. Older servers leave `root_path` out of `path`."""
         path: str = self.scope["path"]
         root = self.root_path
-        if root.endswith("/") and not path.startswith(f"{root}/"):  # uvicorn joins `--root-path /api/` and the path
+        if root.endswith("/") and not path.startswith(f"{root}/"):  # uvicorn joins `--root-path /api/` and path
             root = root.rstrip("/")
         if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
             path = path[len(root) :]
@@ -251,14 +246,14 @@ class Request(RequestFacts):
         return path or "/"
 
     def reference(self, target: str) -> str:
-        """A relative URL (RFC 3986, 4.2) to a path of this app, also behind a proxy that strips a prefix."""
+        """A relative URL (RFC 3986, 4.2) to a path of this app; a proxy may strip a prefix."""
         raw: bytes = self.scope.get("raw_path") or b""
         depth = self.path.count("/") - 1 - raw.lower().count(b"%2f")  # an encoded slash is not a level
         return "../" * depth + target.removeprefix("/")
 
     @cached_property
     def headers(self) -> Headers:
-        """Names in any case; repeated headers are joined by commas (RFC 9110, 5.2)."""
+        """Repeated ones are joined by commas (RFC 9110, 5.2)."""
         values: dict[str, list[str]] = {}
         for name, value in self.scope["headers"]:
             values.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
@@ -266,7 +261,7 @@ class Request(RequestFacts):
 
     @property
     def cookies(self) -> dict[str, str]:
-        """Without quotes around values. Of two with one name the first, for the closer path:
+        """Without quotes. Of two with one name the first:
 
         "Cookies with longer paths are listed before cookies with shorter paths" (RFC 6265, 5.4).
         """
@@ -282,10 +277,7 @@ class Request(RequestFacts):
 
     @cached_property
     def query_params(self) -> Mapping[str, str]:
-        """The first value of each name.
-
-        Raises `BadRequest` if it is not UTF-8, or if a name occurs twice that is not one of the route's lists.
-        """
+        """The first value of each name. Raises `BadRequest` for repeated names, except the route's lists."""
         params: dict[str, str] = {}
         for name, value in self.query_pairs():
             if name not in params:
@@ -295,7 +287,7 @@ class Request(RequestFacts):
         return params
 
     def query_pairs(self) -> list[tuple[str, str]]:
-        """All names and values in order. Raises `BadRequest` if it is not UTF-8."""
+        """In order. Raises `BadRequest` if it is not UTF-8."""
         try:
             text = self.scope.get("query_string", b"").decode("ascii")
             return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY_FIELDS)
@@ -303,7 +295,7 @@ class Request(RequestFacts):
             raise BadRequest(f"the query can't be read: {error}") from None
 
     def _query_values(self, route: Route) -> dict[str, Any]:
-        """For the route's type: without the engine's parameters."""
+        """Without the engine's parameters."""
         own = (*CURSOR_PARAMETERS, "key") if route.run is not None else CURSOR_PARAMETERS
         values: dict[str, Any] = {name: value for name, value in self.query_params.items() if name not in own}
         for name in route.lists:
@@ -313,7 +305,7 @@ class Request(RequestFacts):
 
     @cached_property
     def last_event_id(self) -> str:
-        """The client's cursor, or "". The header takes precedence over the query."""
+        """The client's cursor, or ""; the header precedes the query."""
         cursor = self.headers.get("last-event-id", "")
         with suppress(UnicodeDecodeError):  # browsers send UTF-8, some clients latin-1
             cursor = cursor.encode("latin-1").decode()
@@ -328,7 +320,7 @@ class Request(RequestFacts):
 
     @property
     def like_event_source(self) -> bool:
-        """Whether it looks like an `EventSource`, which never reconnects after a 503. Many libraries look the same."""
+        """Like an `EventSource`, which never reconnects after a 503, or a library."""
         headers = self.headers
         return (
             self.method == "GET"
@@ -338,21 +330,20 @@ class Request(RequestFacts):
 
     @property
     def from_browser(self) -> bool:
-        """Whether it looks like a browser's `EventSource`. So does a page's `fetch` with `cache: "no-store"`."""
+        """Like a browser's `EventSource`, or a page's `fetch` with `cache: "no-store"`."""
         return self.like_event_source and self.headers.get("user-agent", "").startswith("Mozilla/")
 
     @property
     def preamble(self) -> bytes:
-        """The event stream's first bytes for clients that keep half an event over a reset: see `wire.cut`.
+        """First bytes for WebKit and npm's `eventsource` 2, which sends no `User-Agent`: see `wire.cut`.
 
-        WebKit, and npm's `eventsource` 2, which sends no `User-Agent`. Otherwise b"": httpx-sse and sseclient dispatch
-        an event with a name and no data.
+        Not for others: httpx-sse and sseclient dispatch an event with a name and no data.
         """
         if not self.like_event_source or not self.headers.get("user-agent", "Mozilla/").startswith("Mozilla/"):
             return b""
         try:
             return cut(self.last_event_id)
-        except BadRequest:  # an invalid query, which is refused elsewhere
+        except BadRequest:  # invalid, and refused elsewhere
             return cut("")
 
     async def decode(
@@ -364,10 +355,7 @@ class Request(RequestFacts):
         body_bytes: Room,
         uploads: Room,
     ) -> None:
-        """Set `path_params`, decode query and body. Raises a 4xx.
-
-        The body takes its `Room` first: an upload counts as one, others by their bytes as they arrive.
-        """
+        """Decode query and body. Raises a 4xx. An upload counts as one in its `Room`, others by their bytes."""
         self.route, self.path_params = route, params
         if route.query is not None:
             self.query = _convert(self._query_values(route), route.query)
@@ -375,7 +363,7 @@ class Request(RequestFacts):
             self._check_media_type([route.body.media_type])
             self._room = uploads
             self._hold(1)
-            # Without a name: the system deletes it when it is closed, even after a crash.
+            # Without a name: deleted when closed, even by a crash.
             self.body = self._upload = SpooledTemporaryFile(SPOOL_BYTES)
             try:
                 await self._read(route.body.max_bytes or max_upload_bytes, self._upload)
@@ -389,7 +377,7 @@ class Request(RequestFacts):
             self._room = body_bytes
             body = BytesIO()
             await self._read(max_body_bytes, body)
-            self.raw_body = body.getvalue().removeprefix(codecs.BOM_UTF8)  # RFC 8259, 8.1 allows ignoring it
+            self.raw_body = body.getvalue().removeprefix(codecs.BOM_UTF8)  # RFC 8259, 8.1
             self.body = _decode_json(self.raw_body, route.body)
 
     def _check_media_type(self, expected: Sequence[str]) -> None:
@@ -409,7 +397,7 @@ class Request(RequestFacts):
             self._held += amount
 
     async def _part(self, wait_s: float) -> tuple[bytes, bool, float]:
-        """The body's next part, whether more follow, and the wait allowed for the next. Only waiting counts."""
+        """The next part, whether more follow, and the wait allowed for it: only waiting counts."""
         message = None
         while message is None:
             began = anyio.current_time()
@@ -427,7 +415,7 @@ class Request(RequestFacts):
         return body, message.get("more_body", False), wait_s
 
     async def _read(self, limit: int, file: IO[bytes]) -> None:
-        """Write the body to `file`; in a thread if that may write to disk."""
+        """Write the body; in a thread if that may write to disk."""
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and len(declared) < 20 and int(declared) > limit:
             raise TooLarge(f"the body is larger than {limit} bytes")
@@ -444,12 +432,12 @@ class Request(RequestFacts):
                 file.write(part)
             else:
                 await anyio.to_thread.run_sync(file.write, part)
-            del part  # frees memory while waiting for the next
+            del part  # before waiting for the next
         file.seek(0)
         self.body_digest = digest.hexdigest()
 
     def for_run(self, id: str) -> "Request":
-        """A copy without the connection, for the handler of a run: what ends a reader doesn't end the run."""
+        """A copy without the connection, whose end doesn't end the run."""
         request = copy.copy(self)
         request.forget()
         request.run_id = id
@@ -457,14 +445,14 @@ class Request(RequestFacts):
         return request
 
     def hand_over(self) -> None:
-        """Leave the upload to the run's copy, which will release it."""
+        """The run's copy will release what this one uses."""
         self._upload = self._room = None
 
     def outlive(self, *, whole: bool) -> RequestFacts:
-        """What to keep after the server's call has returned."""
+        """For after the server's call."""
         if whole:
             self.forget()
-            self.scope = {**self.scope, "extensions": {}}  # which refer to the connection
+            self.scope = {**self.scope, "extensions": {}}  # they refer to the connection
             self._receive = no_connection
             return self
         self.close()
@@ -474,32 +462,32 @@ class Request(RequestFacts):
         return facts
 
     def forget(self) -> None:
-        """Drop decoded headers, to be decoded again: saves 0.5 KiB for each open connection."""
+        """Drop decoded headers: saves 0.5 KiB for each open connection."""
         for name in ("headers", "query_params", "last_event_id"):
             self.__dict__.pop(name, None)
 
     def close(self) -> None:
         if self._upload is not None:
-            with suppress(OSError):  # the disk is full; closing writes buffered data
+            with suppress(OSError):  # a full disk: closing flushes
                 self._upload.close()
         if self._room is not None:
             self._room.give_back(self.caller, self._held)
             self._room = None
 
     async def disconnect(self) -> None:
-        """Wait until the client disconnects, or has sent `MAX_UNREAD_BYTES` more. Call it after the body's end."""
+        """Wait, after the body's end, until the client disconnects or has sent `MAX_UNREAD_BYTES` more."""
         unread = 0
         while unread <= MAX_UNREAD_BYTES and (message := await self._receive())["type"] != "http.disconnect":
             unread += len(message.get("body", b""))
 
 
 async def no_connection() -> Any:
-    """The `receive` of a request without a connection."""
+    """`receive` without a connection."""
     raise RuntimeError("this request has no connection any more: its body was read before")
 
 
 class _Unfit(ValueError):
-    """The first error of a pydantic model, and its place within the model."""
+    """A pydantic model's first error, and its place."""
 
     def __init__(self, error: Any) -> None:
         first = error.errors(include_url=False)[0]
@@ -508,7 +496,7 @@ class _Unfit(ValueError):
 
 
 def _model(kind: Any, value: Any, *, json: bool) -> Any:
-    """Validate a pydantic model, from JSON or from a query's strings."""
+    """Validate JSON or a query's strings by a pydantic model."""
     try:
         return kind.model_validate_json(msgspec.json.encode(value)) if json else kind.model_validate(value)
     except ValueError as error:
@@ -537,8 +525,7 @@ def _decode_json(body: bytes, kind: Any) -> Any:
 
 
 def _has_half(body: bytes) -> bool:
-    """Whether the only error is half a surrogate pair. JavaScript's `slice` may cut an emoji in two; msgspec then
-    reports "truncated" input."""
+    """JavaScript's `slice` can cut an emoji in two; msgspec then reports "truncated" input."""
     if not _SURROGATE.search(body):
         return False
     with suppress(ValueError, RecursionError):
@@ -548,11 +535,10 @@ def _has_half(body: bytes) -> bool:
 
 
 def _bad(error: msgspec.ValidationError, kind: Any) -> BadRequest:
-    """msgspec's message, with the field.
+    """msgspec's message and field, from one of these:
 
-    Its forms: "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", for a key
-    "Expected `int`, got `str` - at `key` in `$.by_number`", for a literal "Invalid enum value 'x' - at `$.status`",
-    with the value in full, but without the valid ones.
+    "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", "Expected `int`, got
+    `str` - at `key` in `$.by_number`", "Invalid enum value 'x' - at `$.status`" (whole value, no choices)
     """
     whole = str(error)
     text, _, place = whole.rpartition(" - at ") if " - at " in whole else (whole, "", "")
@@ -570,7 +556,7 @@ def _bad(error: msgspec.ValidationError, kind: Any) -> BadRequest:
 
 
 def _choices(info: Any, path: str) -> list[str]:
-    """The valid words at a path of msgspec's, such as `.status` or `[...].kind`."""
+    """The valid words at a path such as `.status` or `[...].kind`."""
     if isinstance(info, types.UnionType):
         return [choice for part in info.types for choice in _choices(part, path)]
     if not path:

@@ -1,7 +1,4 @@
-"""What a unary handler returns, and errors as problem documents (RFC 9457).
-
-A `Response` is sent whole; a `ByteStream` in chunks, by the sender of event streams.
-"""
+"""What unary handlers return, and problem documents (RFC 9457)."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -29,7 +26,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A whole response. `headers` are sent besides `content-type` and `content-length`."""
+    """A whole response; `content-type` and `content-length` are added."""
 
     body: bytes = b""
     status: int = 200
@@ -38,17 +35,16 @@ class Response:
 
 
 def JSON(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON response; see `wire.encode_json`."""
+    """See `wire.encode_json`."""
     return Response(encode_json(data), status, "application/json", headers or {})
 
 
 @dataclass(frozen=True, slots=True)
 class ByteStream:
-    """A body in chunks: memory holds at most `buffer_bytes` and one chunk.
+    """A body in chunks, of which memory holds `buffer_bytes` and one.
 
-    `chunks` is closed when the response ends, in any way, also before the first chunk and for HEAD. If it fails
-    midway, the connection is cut, so that the client detects it. `headers` may include a `content-length` that the
-    chunks match exactly; the server cuts what differs.
+    `chunks` is closed when the response ends, also unread and for HEAD. If it fails, the connection is cut, so that the
+    client detects it. A `content-length` in `headers` must be exact; the server cuts the rest.
     """
 
     chunks: AsyncIterator[bytes]
@@ -58,7 +54,7 @@ class ByteStream:
 
 
 def problem(error: SSEAppError, reference: str | None = None, dialect: Dialect = NAMED) -> Response:
-    """The response for a failure before the first byte. `reference` is that of the log."""
+    """For a failure before the first byte. `reference` is the log's."""
     data = {"type": "about:blank", "title": HTTPStatus(error.status).phrase, "status": error.status}
     data |= {"detail": error.detail, "code": error.code}
     if error.field is not None:
@@ -70,7 +66,7 @@ def problem(error: SSEAppError, reference: str | None = None, dialect: Dialect =
 
 
 def raw_headers(media_type: str | None, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """ASGI's form. Raises `ValueError` for CR, LF or NUL, which could forge another header."""
+    """Raises `ValueError` for CR, LF or NUL, which could forge another header."""
     items = [*headers.items(), *([("content-type", media_type)] if media_type else [])]
     for name, value in items:
         if any(char in name + value for char in "\r\n\0"):
@@ -79,7 +75,7 @@ def raw_headers(media_type: str | None, headers: Mapping[str, str]) -> list[tupl
 
 
 def response_start(response: Response) -> MutableMapping[str, Any]:
-    """A whole response's first message. Raises `ValueError` for invalid headers."""
+    """The first message. Raises `ValueError` for invalid headers."""
     headers = raw_headers(response.media_type, response.headers)
     if response.status not in (204, 304):
         headers.append((b"content-length", b"%d" % len(response.body)))
@@ -87,16 +83,13 @@ def response_start(response: Response) -> MutableMapping[str, Any]:
 
 
 async def send_response(response: Response, start: MutableMapping[str, Any], send: Send, *, head: bool = False) -> None:
-    """For HEAD: only headers, with GET's `content-length`."""
+    """For HEAD without the body."""
     await send(start)
     await send({"type": "http.response.body", "body": b"" if head else response.body, "more_body": False})
 
 
 def http_error(error: Exception) -> SSEAppError | None:
-    """The `HTTPException` of a framework (FastAPI, Starlette, Litestar) as an `SSEAppError`, otherwise `None`.
-
-    It is recognized by `status_code`, 400 to 599, and `detail`.
-    """
+    """The `HTTPException` of FastAPI, Starlette or Litestar, known by `status_code` (400 to 599) and `detail`."""
     status, detail = getattr(error, "status_code", None), getattr(error, "detail", None)
     if isinstance(error, SSEAppError) or not isinstance(status, int) or detail is None or status not in _ERRORS:
         return None

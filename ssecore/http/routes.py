@@ -5,13 +5,12 @@
         POST("/chat/stream", chat, body=list[ChatMessage]),
     ]
 
-A path parameter is `{name}` (one segment), `{name:int}` or `{name:path}` (the rest with slashes); the handler gets it
-as a keyword argument. `query` and `body` are types for msgspec or pydantic models, decoded to `request.query` and
-`request.body` before the handler runs. A name may occur several times in the query if its field is a list, set or
-tuple.
+A path parameter is `{name}` (one segment), `{name:int}` or `{name:path}` (the rest with slashes), a keyword argument of
+the handler. `query` and `body` are types for msgspec or pydantic models. A query's name may be repeated if its field is
+a list, set or tuple.
 
-A match takes one step: a dictionary for paths without parameters, one regular expression for the others. Each of its
-alternatives ends in an empty group, so `match.lastindex` selects the route: `/users/{id}/x` and `/topics/{name}` become
+A match takes one step: a dictionary for paths without parameters, one regular expression for the others. An empty group
+behind each alternative selects the route by `match.lastindex`: `/users/{id}/x` and `/topics/{name}` become
 `/users/([^/]+)/x()|/topics/([^/]+)()`.
 """
 
@@ -46,53 +45,52 @@ __all__ = [
     "is_model",
 ]
 
-#: An async generator of events, or a coroutine function.
+#: An async generator function of events, or a coroutine function.
 Handler = Callable[..., AsyncIterator[Event] | Awaitable[Any]]
 
-# 18 digits fit into SQLite's integers, and parsing them is fast.
+# 18 digits fit into SQLite's integers.
 _CONVERTERS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "": (r"([^/]+)", str),
     "int": (r"(-?[0-9]{1,18})", int),
     "path": (r"(.+)", str),
 }
-#: A path parameter's name and type.
+#: Name and type.
 PARAMETER: Final = re.compile(r"{([^{}:]*)(?::([^{}]*))?}")
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A body that is spooled to disk: `request.body` is a binary file at its start."""
+    """A body spooled to disk: `request.body` is a binary file."""
 
     media_type: str
-    max_bytes: int | None = None  #: default: the setting `max_import_bytes`
+    max_bytes: int | None = None  #: default: `max_import_bytes`
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """A run's properties, from the request that starts it."""
+    """Of a run, from its request."""
 
-    #: For example a chat. `GET /runs?thread=` lists a thread's runs.
+    #: Such as a chat, for `GET /runs?thread=`.
     thread: str | None = None
-    #: An idempotency key from the body; replaces the header `Idempotency-Key`.
+    #: Replaces the header `Idempotency-Key`.
     key: str | None = None
-    #: A description, cut to `runs.MAX_ABOUT_CHARS`. Only the caller sees it, in `GET /runs` and `GET /runs/<id>`.
+    #: A description for the caller, cut to `runs.MAX_ABOUT_CHARS`.
     text: str = ""
-    #: A small JSON object, stored for the dialect, which may need it after a restart.
+    #: A small JSON object, stored for the dialect.
     note: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Makes a route resumable: its generator runs detached from the connection and appends to the log (see `runs`)."""
+    """Makes a route resumable: its generator runs detached, and appends to the log (see `runs`)."""
 
-    #: Cancel the run after so many seconds without a reader; `None`: never; "setting": the setting `linger_s`.
+    #: Cancel it after these seconds without a reader; `None`: never; "setting": the setting's.
     linger_s: float | Literal["setting"] | None = None
-    #: Makes the route *detached*: a function of the request and the run's id. Its result, for example a `Response`, is
-    #: the response, as the 202 is with `Prefer: respond-async`. If it returns `None`, the run is streamed. If it is
-    #: async it may await the run's end (`request.runs.whole`), and isn't called for `Prefer: respond-async`.
+    #: Makes the route *detached*: a function of the request and the run's id, whose result is the response; `None`
+    #: streams the run. An async one may await the run's end (`request.runs.whole`), and isn't called for
+    #: `Prefer: respond-async`.
     accepted: Callable[[Any, str], Any] | None = None
-    #: A function of the request that returns the run's description, such as the prompt, or an `About`. An exception
-    #: refuses the request.
+    #: A function of the request: returns the description, such as the prompt, or an `About`. Exceptions refuse it.
     about: "Callable[[Any], str | About] | None" = None
 
     def __post_init__(self) -> None:
@@ -109,30 +107,31 @@ class Run:
 
 @dataclass(frozen=True)
 class Route:
+    """One line of the table."""
+
     method: str
     path: str
     handler: Callable[..., Any]
     query: Any = None
     body: Any = None
-    #: The media types of a JSON body.
     media_types: Sequence[str] = ("application/json",)
-    #: The form of the engine's events in the stream.
+    #: The form of the engine's events.
     dialect: Dialect = NAMED
     run: Run | None = None
     #: No authentication.
     open: bool = False
-    #: Limited by the caller's rate of publications.
+    #: Limited by the rate of publications.
     publishes: bool = False
-    #: For `/openapi.json`, without checks: the data's type by the event's name, `"message"` if it has none. `str`:
-    #: text; `None`: no data; others: JSON. `{}`: any events.
+    #: For `/openapi.json`: the data's types by event names ("message" without one). `str`: text; `None`: no data;
+    #: others: JSON. `{}`: any.
     events: Mapping[str, Any] | None = None
-    #: The right that a token needs, with path parameters: `publish:topics/{name}`. Empty: none.
+    #: The right that a token needs: `publish:topics/{name}`.
     may: str = ""
-    #: Made for one request of an embedding program; `handler` returns an existing iterator.
+    #: For one request of an embedding program; `handler` returns an existing iterator.
     hosted: bool = False
-    #: Whether the handler is an async generator.
+    #: The handler is an async generator.
     streams: bool = field(init=False)
-    #: The query parameters that may be repeated.
+    #: Query parameters that may be repeated.
     lists: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -175,12 +174,12 @@ class Route:
 
     @property
     def name(self) -> str:
-        """For example "GET /chat"; for a run that a program starts, the program's name for it."""
+        """Such as "GET /chat"; otherwise a program's name for its run."""
         return f"{self.method} {self.path}".strip()
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of `Route`."""
+    """See `Route`."""
 
     query: Any
     body: Any
@@ -194,35 +193,39 @@ class Options(TypedDict, total=False):
 
 
 def GET(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
-    """A route for GET and HEAD. HEAD gets the headers, and starts nothing."""
+    """A route for GET and HEAD, which starts nothing."""
     return Route("GET", path, handler, **options)
 
 
 def POST(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
+    """A route for POST."""
     return Route("POST", path, handler, **options)
 
 
 def PUT(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
+    """A route for PUT."""
     return Route("PUT", path, handler, **options)
 
 
 def PATCH(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
+    """A route for PATCH."""
     return Route("PATCH", path, handler, **options)
 
 
 def DELETE(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
+    """A route for DELETE."""
     return Route("DELETE", path, handler, **options)
 
 
 def is_model(kind: Any) -> bool:
-    """Whether it is a pydantic model; pydantic may not be installed."""
+    """A pydantic model; pydantic may not be installed."""
     return isinstance(kind, type) and all(
         hasattr(kind, name) for name in ("model_fields", "model_validate", "model_validate_json")
     )
 
 
 def _check(kind: Any) -> Any:
-    """msgspec's description of a body's type. Raises `TypeError` if it can't be decoded."""
+    """msgspec's description. Raises `TypeError` if it can't be decoded."""
     if kind is None:
         return None
     if kind is Run or isinstance(kind, Upload | Run | Route):
@@ -230,7 +233,7 @@ def _check(kind: Any) -> Any:
     try:
         info = types.type_info(kind)
         msgspec.json.Decoder(kind, dec_hook=lambda kind, value: value)
-    except Exception as error:  # for example NameError, of an annotation
+    except Exception as error:  # NameError, of an annotation
         raise TypeError(f"{kind!r} can't be decoded into: {error}") from error
     for found in _inside(info, set()):
         if isinstance(found, types.CustomType) and not is_model(found.cls):
@@ -239,7 +242,7 @@ def _check(kind: Any) -> Any:
 
 
 def _inside(info: Any, seen: set[int]) -> Iterator[types.Type]:
-    """A type and its parts."""
+    """With its parts."""
     if isinstance(info, types.Type):
         if id(info) in seen:
             return
@@ -257,7 +260,7 @@ _LISTS: Final = (types.ListType, types.SetType, types.FrozenSetType, types.VarTu
 
 
 def _lists(query: Any) -> Iterator[str]:
-    """The names of the list fields. Raises `TypeError` if it isn't a type for a query."""
+    """Names of list fields. Raises `TypeError`."""
     info = _check(query)
     if info is None or isinstance(info, types.DictType):
         return
@@ -277,10 +280,10 @@ def _lists(query: Any) -> Iterator[str]:
 
 
 class Table:
-    """Matches routes. Of several paths with parameters that match, the first wins."""
+    """Matches routes; the first wins."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
-        #: For the runs of earlier processes.
+        #: For earlier processes' runs.
         self.dialects = list({id(route.dialect): route.dialect for route in routes}.values())
         for dialect in self.dialects:
             others = [other for other in [*DIALECTS.values(), *self.dialects] if other is not dialect]
@@ -309,15 +312,12 @@ class Table:
             self._dynamic[groups] = (methods, first, parameters)
         # DOTALL: a path may contain line ends.
         self._pattern = re.compile("|".join(alternatives) or "(?!)", re.DOTALL)
-        # With any text for a whole number, for a better error.
+        # With any text for a whole number.
         pattern = "|".join(alternatives).replace(_CONVERTERS["int"][0], _CONVERTERS[""][0])
         self._nearly = re.compile(pattern or "(?!)", re.DOTALL)
 
     def match(self, method: str, path: str) -> tuple[Route, dict[str, Any]]:
-        """The route and its path parameters.
-
-        Raises `NotFound`, `MethodNotAllowed` with `Allow`, or `BadRequest` if only a whole number is wrong.
-        """
+        """The route and its path parameters. Raises `NotFound`, `MethodNotAllowed`, `BadRequest` for a whole number."""
         methods = self._static.get(path)
         parameters: dict[str, Any] = {}
         if methods is None:

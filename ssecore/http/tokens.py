@@ -1,18 +1,14 @@
-"""API tokens: their hashes in a file, which is read again when it changes.
+"""API tokens: their hashes in a file.
 
-A token is `<id>.<secret>`. The id finds the entry; the SHA-256 of the secret (256 random bits) is compared in constant
-time. A browser's cookie has another secret, derived from the token's: it has the same rights and is revoked with it,
-but the token can't be derived from it. The file contains neither.
+A token is `<id>.<secret>`. The SHA-256 of the secret (256 random bits) is compared in constant time. A browser's cookie
+has a secret derived from the token's, from which the token can't be derived. The file contains neither.
 
-The file has one JSON object a line and mode 0600. It is replaced as a whole. A token that is not in it is revoked.
+The file has one JSON object a line and mode 0600, and is replaced as a whole. A token that is not in it is revoked. An
+editor or a copy may truncate it first, so `sseapp token` marks a complete file by an empty last line: tokens missing
+from it are revoked at once, from others after `GRACE_S`. Files with an invalid line are ignored.
 
-An editor, a copy or a volume's update may truncate or move the file before it writes a new one. So a file of
-`sseapp token` is marked as complete by an empty line at the end: tokens missing from it are revoked at once, those
-missing from any other file after `GRACE_S`. A file with an invalid line is ignored until it is corrected.
-
-Rights: `publish` and `subscribe` for every topic, `publish:PATTERN` and `subscribe:PATTERN` for matching names (`*`:
-any characters), `metrics`. Without rights a token starts work and reads what its caller owns. Routes declare the right
-they need (`Route.may`).
+Rights: `publish` and `subscribe` for every topic, `publish:PATTERN` and `subscribe:PATTERN` (`*`: any characters),
+`metrics`. A token without rights starts work and reads what its caller owns. See `Route.may`.
 """
 
 import hashlib
@@ -51,17 +47,16 @@ __all__ = [
 
 logger = logging.getLogger("sseapp")
 
-#: A name is used in paths (`/users/<name>/stream`), the log and lists.
+#: It appears in paths (`/users/<name>/stream`).
 MAX_NAME: Final = 200
 REFRESH_S: Final = 1.0
-#: How long a token that is missing from an incomplete file stays valid. An editor writes within milliseconds, a slow
-#: copy over a network within seconds.
+#: An editor writes within milliseconds, a slow copy over a network within seconds.
 GRACE_S: Final = 5.0
-#: Of one token: each request compares all of them.
+#: Each request compares all of a token's.
 MAX_RIGHTS: Final = 50
-#: `publish:topics/`, the longest name of a topic (200), and room for stars.
+#: `publish:topics/`, the longest name of a topic (200), and stars.
 MAX_RIGHT_CHARS: Final = 250
-#: Compared if there is no such id, so that this takes as long.
+#: Compared for an unknown id, to take as long.
 _UNKNOWN: Final = "0" * 64
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _RIGHT: Final = re.compile("metrics|(publish|subscribe)(:.+)?")
@@ -70,7 +65,7 @@ _Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One line of the file. Tokens with one name are the same caller's. Raises `ValueError`."""
+    """One line of the file; a caller may have several. Raises `ValueError`."""
 
     id: str
     name: str
@@ -78,13 +73,13 @@ class Entry(msgspec.Struct, frozen=True):
     session: _Sha256
     created: datetime
     expires: datetime | None = None
-    #: `None`: created before tokens had rights; may publish and subscribe.
+    #: `None`: older than rights; may publish and subscribe.
     may: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name)
         _check_rights(self.may or ())
-        if self.expires is not None and self.expires.tzinfo is None:  # edited by hand
+        if self.expires is not None and self.expires.tzinfo is None:  # edited
             msgspec.structs.force_setattr(self, "expires", self.expires.replace(tzinfo=UTC))
 
     @property
@@ -95,7 +90,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Credential:
-    """A token that a request has sent. Its stream checks `refusal` from time to time."""
+    """A token that was sent. Its stream checks `refusal`."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -106,14 +101,14 @@ class Credential:
         return self.entry.name
 
     def may(self, right: str) -> bool:
-        """`right`: `metrics`, or `publish:` or `subscribe:` with a topic's path."""
+        """`metrics`, or `publish:` or `subscribe:` with a topic's path."""
         action = right.partition(":")[0]
-        # Of fnmatch's patterns only the star.
+        # Only the star.
         patterns = (re.sub(r"([?[])", r"[\1]", given) for given in self.entry.rights)
         return any(pattern == action or fnmatchcase(right, pattern) for pattern in patterns)
 
     def refusal(self) -> Unauthorized | None:
-        """The error if the token is revoked or has expired."""
+        """The error if it is revoked or expired."""
         if self.revoked:
             return _unauthorized("this token was revoked or changed", "token_revoked")
         if self.entry.expires is not None and datetime.now(UTC) >= self.entry.expires:
@@ -122,13 +117,13 @@ class Credential:
 
 
 class Tokens:
-    """Raises `SettingsError` if the file can't be read; a missing one has no tokens."""
+    """Raises `SettingsError`; a missing file has none."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, Credential] = {}
         self._seen: object = ...
-        self._grace_until: float | None = None  # `time.monotonic` until which missing tokens stay valid
+        self._grace_until: float | None = None  # by `time.monotonic`
         self._read(_signature(path))
         if not self._known:
             logger.warning("%s has no tokens, so every request is refused: `sseapp token add NAME` creates one", path)
@@ -142,7 +137,7 @@ class Tokens:
             )
 
     def find(self, token: str, kind: Literal["hash", "session"] = "hash") -> Credential:
-        """The credential of a token or a cookie's value. Raises `Unauthorized`."""
+        """By a token or a cookie's value. Raises `Unauthorized`."""
         self.refresh()
         id, _, secret = token.partition(".")
         credential = self._known.get(id)
@@ -155,18 +150,18 @@ class Tokens:
         return credential
 
     def refresh(self) -> None:
-        """Read the file if it has changed; costs one `stat` a request."""
+        """Read the file if it has changed; costs one `stat`."""
         signature = _signature(self._path)
         grace_over = self._grace_until is not None and time.monotonic() >= self._grace_until
         if signature != self._seen or grace_over:
             try:
                 self._read(signature)
-            except SettingsError as error:  # half an edit must neither revoke tokens nor admit anyone
+            except SettingsError as error:  # half an edit must not revoke tokens
                 self._grace_until = None
                 logger.error("%s; the tokens stay as they were", error)
 
     async def watch(self) -> None:
-        """Detect revoked tokens without requests: their streams must end."""
+        """Detect revocations without requests, to end streams."""
         while True:
             await anyio.sleep(REFRESH_S)
             self.refresh()
@@ -211,18 +206,18 @@ def _sha256(text: str) -> str:
 
 
 def session_of(token: str) -> str:
-    """The cookie's value for a token."""
+    """The cookie's value."""
     id, _, secret = token.partition(".")
     return f"{id}.{hmac.digest(secret.encode(), b'sseapp session', 'sha256').hex()}"
 
 
 def read_tokens(path: Path) -> list[Entry]:
-    """Raises `SettingsError`; a missing file has no entries."""
+    """Raises `SettingsError`; a missing file has none."""
     return _read_file(path)[0]
 
 
 def _read_file(path: Path) -> tuple[list[Entry], bool]:
-    """The entries, and whether the file is marked as complete."""
+    """The entries, and whether it is complete."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -258,7 +253,7 @@ def _check_rights(rights: Sequence[str]) -> None:
 
 
 def add_token(path: Path, name: str, expires: datetime | None = None, may: Sequence[str] = ()) -> str:
-    """Add a token; returns it, once. Raises `SettingsError`."""
+    """Returns the token. Raises `SettingsError`."""
     id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     token = f"{id}.{secret}"
     session = session_of(token).partition(".")[2]
@@ -270,7 +265,7 @@ def add_token(path: Path, name: str, expires: datetime | None = None, may: Seque
 
 
 def revoke_tokens(path: Path, which: str) -> list[Entry]:
-    """Delete the token with this id, or all with this name; returns them."""
+    """By id or name; returns them."""
     with _locked(path):
         entries = read_tokens(path)
         revoked = [entry for entry in entries if which in (entry.name, entry.id)]
@@ -280,10 +275,7 @@ def revoke_tokens(path: Path, which: str) -> list[Entry]:
 
 
 def set_rights(path: Path, which: str, may: Sequence[str]) -> list[Entry]:
-    """Replace the rights of the token with this id, or of all with this name; returns these.
-
-    Their open streams end. Raises `SettingsError`.
-    """
+    """By id or name; returns them. Their open streams end. Raises `SettingsError`."""
     with _locked(path):
         entries = read_tokens(path)
         changed = {
@@ -297,7 +289,7 @@ def set_rights(path: Path, which: str, may: Sequence[str]) -> list[Entry]:
 
 
 def parse_expiry(text: str) -> datetime:
-    """`90d`, `12h`, `30m` from now, or an ISO 8601 date (midnight, UTC). Raises `SettingsError`."""
+    """`90d`, `12h`, `30m`, or an ISO 8601 date (midnight, UTC). Raises `SettingsError`."""
     now = datetime.now(UTC).replace(microsecond=0)
     try:
         if match := re.fullmatch(r"([0-9]{1,9})([smhd])", text):
@@ -316,7 +308,7 @@ def parse_expiry(text: str) -> datetime:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Locks the folder, because the file is replaced; on Windows a file in it."""
+    """Locks the folder, because the file is replaced; on Windows another file."""
     place, flags = os.path.realpath(path.parent), os.O_RDONLY
     if not FOLDERS:
         place, flags = os.path.join(place, f".{path.name}.lock"), os.O_RDWR | os.O_CREAT
@@ -332,13 +324,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, entries: list[Entry]) -> None:
-    """Readers see the old file or the new one."""
     target = os.path.realpath(path)
     new = None
     try:
         file, new = mkstemp(dir=os.path.dirname(target), prefix=".tokens-")  # mode 0600
         with open(file, "wb") as output:
-            with suppress(OSError, AttributeError):  # another user than the service's may run `sseapp token`
+            with suppress(OSError, AttributeError):  # the service may run as another user
                 owner = os.stat(target)
                 os.fchown(output.fileno(), owner.st_uid, owner.st_gid)
             output.write(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries) + b"\n")
