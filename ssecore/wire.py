@@ -3,7 +3,7 @@
 Source: HTML Standard, 9.2.5 "Parsing an event stream" and 9.2.6 "Interpreting an event stream",
 https://html.spec.whatwg.org/multipage/server-sent-events.html
 
-Boundary of trust: an `Event` may come from outside, but can't forge a field or a second event.
+Boundary of trust: an `Event` from outside can't forge a field or a second event.
 """
 
 import os
@@ -20,47 +20,47 @@ __all__ = ["CONTENT_TYPE", "DEFAULT_MAX_EVENT_BYTES", "HEARTBEAT", "Decoder", "E
 
 CONTENT_TYPE: Final = "text/event-stream"
 
-#: An empty comment. No blank line: after an `id:` it makes httpx-sse and openai-python dispatch an event.
+#: Without a blank line, which makes httpx-sse and openai-python dispatch an event after an `id:`.
 HEARTBEAT: Final = b":\n"
 
-#: The standard has no limit: an endless line would fill the memory.
+#: The standard has no limit.
 DEFAULT_MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 
-#: JavaScript's largest exact integer.
+#: JavaScript's largest integer.
 MAX_RETRY_MS: Final = 2**53 - 1
 
-#: About 64 KiB: names may come from outside.
+#: 64 KiB: names may come from outside.
 CACHED_NAMES, CACHED_NAME_LENGTH = 1024, 64
 
 _TEXT: Final = (str, bytes, bytearray, memoryview)
-#: Results of `_prefix`, a pure function: safe to share among apps and threads.
+#: A pure function's results, so apps may share them.
 _PREFIXES: Final[dict[str | None, bytes]] = {None: b"data: "}
 
 _LINE_BREAK: Final = re.compile(rb"\r\n|\r|\n")
-#: A block as most servers write it. The last alternative stops at the first other block: searching on would take
-#: quadratic time on `data: data: data: …`.
+#: Most servers' blocks. The last alternative stops at another one: to search on takes quadratic time for
+#: `data: data: …`.
 _BLOCK: Final = re.compile(r"(?:id: (.*+)\n)?(?:event: (.*+)\n)?data: (.*+)\n(?:id: (.*+)\n)?\n|(?s:.+)")
 _JSON_OPTIONS: Final = orjson.OPT_UTC_Z
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
-    """A msgspec struct: a dataclass takes three times as long. `gc=False`: events are in no reference cycle."""
+    """A msgspec struct: a dataclass takes three times as long. `gc=False`: without reference cycles."""
 
-    #: `str` is sent as it is, `bytes` are UTF-8, anything else becomes JSON.
+    #: `str`, `bytes` (UTF-8), or anything else as JSON.
     data: Any
-    #: The type; a browser's default is `message`.
+    #: Default: `message`.
     event: str | None = None
-    #: Sent back as `Last-Event-ID`. Refused on a run or topic, where the engine sets ids.
+    #: For `Last-Event-ID`. Runs and topics refuse it: the engine sets ids.
     id: str | None = None
-    #: The reconnection time in milliseconds.
+    #: In milliseconds.
     retry: int | None = None
 
 
 def encode_json(data: Any) -> bytes:
-    """JSON in UTF-8 on one line: dataclasses, datetimes (RFC 3339, `Z` for UTC), UUIDs, msgspec structs, sets.
+    """One line of JSON: dataclasses, datetimes (RFC 3339, `Z` for UTC), UUIDs, msgspec structs, sets.
 
-    Also, more slowly: pydantic models, numpy scalars and arrays, paths, other collections, integers of any size, and
-    keys that are not strings. Raises `EncodeError`.
+    More slowly: pydantic models, numpy, paths, other collections, long integers, keys that are not strings. Raises
+    `EncodeError`.
     """
     try:
         return orjson.dumps(data, msgspec.to_builtins, _JSON_OPTIONS)
@@ -71,18 +71,18 @@ def encode_json(data: Any) -> bytes:
 def _slow_json(data: Any) -> bytes:
     try:
         return msgspec.json.encode(data, enc_hook=_to_builtins)
-    except Exception as error:  # a model's method may raise anything
+    except Exception as error:  # a model's
         raise EncodeError("data can't be encoded as JSON", field="data") from error
 
 
 def _to_builtins(value: Any) -> Any:
-    """For what msgspec doesn't support. Looks for methods, because pydantic and numpy may not be installed."""
+    """By methods, because pydantic and numpy may not be installed."""
     if value is None or isinstance(value, bool):  # only as a key
         return {None: "null", True: "true", False: "false"}[value]
     for kind in (str, int, float):
         if isinstance(value, kind):
             return kind(value)
-    if callable(dump := getattr(value, "model_dump", None)):  # pydantic; with aliases, as FastAPI does
+    if callable(dump := getattr(value, "model_dump", None)):  # pydantic, as in FastAPI
         return dump(mode="json", by_alias=True)
     if callable(as_list := getattr(value, "tolist", None)):  # numpy
         return as_list()
@@ -96,10 +96,7 @@ def _to_builtins(value: Any) -> Any:
 
 
 def encode(event: Event) -> bytes:
-    """The event's bytes, with the blank line.
-
-    Hot path: one dictionary lookup and one join besides `orjson.dumps`, 0.15 µs. Raises `EncodeError`.
-    """
+    """Hot path: one lookup and one join besides `orjson.dumps`, 0.15 µs. Raises `EncodeError`."""
     data = event.data
     if type(data) is dict or not isinstance(data, _TEXT):
         try:
@@ -109,7 +106,7 @@ def encode(event: Event) -> bytes:
     else:
         body = _utf8(data, "data") if isinstance(data, str) else _checked_utf8(bytes(data))
         if b"\n" in body or b"\r" in body:
-            # Only the standard's line ends: U+2028 and others stay.
+            # Not U+2028 and others.
             body = _LINE_BREAK.sub(b"\ndata: ", body)
     try:
         frame = b"".join((_PREFIXES[event.event], body, b"\n\n"))
@@ -123,14 +120,14 @@ def encode(event: Event) -> bytes:
 
 
 def cut(cursor: str) -> bytes:
-    """The first bytes of a response to a browser's `EventSource`, which sent `cursor` ("" for none).
+    """The first bytes for a browser's `EventSource` that sent `cursor` ("" for none).
 
-    If a connection is reset within an event, WebKit joins the half event to the next connection (seen:
-    `{"contretry: 600`); npm's `eventsource` 2 keeps its complete lines. Colon and line end complete a half line, or are
-    a comment; a line end alone might dispatch. The blank line dispatches the rest as `cut`, without listeners. The id
-    replaces a half id. By the standard nothing is dispatched, because the block has no data.
+    After a reset within an event WebKit joins the half event to the next connection (seen: `{"contretry: 600`); npm's
+    `eventsource` 2 keeps its whole lines. Colon and line end complete a half line, or are a comment; a line end alone
+    might dispatch. The blank line dispatches the rest as `cut`, without listeners. The id replaces a half id. By the
+    standard a block without data dispatches nothing.
 
-    Boundary of trust: a cursor that is invalid becomes an empty id.
+    Boundary of trust: an invalid cursor becomes an empty id.
     """
     try:
         id = _field(cursor, "id")
@@ -173,7 +170,7 @@ def _checked_utf8(data: bytes) -> bytes:
 
 
 def _checked_retry(retry: int) -> int:
-    # `isinstance(True, int)` is true, and `retry: 1` makes clients reconnect at once.
+    # `True` would be `retry: 1`: clients reconnect at once.
     if type(retry) is not int or not 0 <= retry <= MAX_RETRY_MS:
         raise EncodeError(f"retry must be a whole number of milliseconds from 0 to {MAX_RETRY_MS}", field="retry")
     return retry
@@ -182,11 +179,10 @@ def _checked_retry(retry: int) -> int:
 class Decoder:
     """Decodes a stream, in chunks of any size.
 
-    As in `MessageEvent.lastEventId`, an event without an `id:` has the id of an earlier one, or `None`. Its `retry` is
-    that of its own block.
+    As in `MessageEvent.lastEventId`, an event without an `id:` has an earlier one's, or `None`.
 
-    Boundary of trust: any bytes are accepted. An event over `max_event_bytes` (`None`: no limit) raises `TooLarge`,
-    after the events before it were returned; then `reset` is needed.
+    Boundary of trust: takes any bytes. An event over `max_event_bytes` raises `TooLarge`, after the events before it
+    were returned; then `reset` is needed.
     """
 
     __slots__ = (
@@ -208,25 +204,23 @@ class Decoder:
 
     def __init__(self, *, max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES) -> None:
         self.max_event_bytes = max_event_bytes
-        #: To send as `Last-Event-ID`: that of the last complete block, or "".
+        #: Of the last complete block, or "".
         self.last_event_id = ""
-        #: The last `retry:` of the stream.
         self.retry_ms: int | None = None
         self._id = ""
         self.reset()
 
     def reset(self) -> None:
-        """Drop what is incomplete, for a new connection.
+        """For a new connection. The id stays, unlike in the standard, where an event without one clears it.
 
-        The id stays, unlike in the standard, where the first event without an id would clear the cursor; browsers keep
-        it too.
+        Browsers do the same.
         """
         self._id = self.last_event_id
         self._started = False
         self._skip_lf = False
         self._too_large = False
-        self._bare_retry = False  # since the last event there was a block with `retry:` but no data
-        self._tail: list[bytes] = []  # pieces of the incomplete line
+        self._bare_retry = False  # `retry:` without data since the last event
+        self._tail: list[bytes] = []
         self._tail_bytes = 0
         self._clear()
 
@@ -238,12 +232,12 @@ class Decoder:
 
     @property
     def unfinished(self) -> bool:
-        """Whether a line, or an event with data, is incomplete."""
+        """An incomplete line or event."""
         return bool(self._tail or self._data)
 
     @property
     def farewell(self) -> bool:
-        """Whether a `retry:` came after the last event, which asks the client to reconnect."""
+        """`retry:` after the last event asks the client to reconnect."""
         return (self._bare_retry or self._retry is not None) and not self.unfinished
 
     def feed(self, chunk: bytes) -> list[Event]:
@@ -263,7 +257,7 @@ class Decoder:
             chunk = chunk.removeprefix(b"\n")
             self._skip_lf = False
         if b"\r" in chunk:
-            # A CR ends its line at once; the LF of a CRLF may be in the next chunk.
+            # The LF of a CRLF may be in the next chunk.
             self._skip_lf = chunk.endswith(b"\r")
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         if b"\n" not in chunk:
@@ -277,7 +271,7 @@ class Decoder:
             self._tail = []
         events: list[Event] = []
         first, end = chunk.find(b"\n\n") + 2, chunk.rfind(b"\n\n") + 2
-        if 1 < first < end:  # the first block may have begun in an earlier chunk
+        if 1 < first < end:  # the first may have begun earlier
             events = self._interpret(chunk[: first - 1].split(b"\n"))
             plain = [] if self._too_large else self._decode_blocks(chunk[first:end])
             events += plain
@@ -295,10 +289,10 @@ class Decoder:
         return events
 
     def _decode_blocks(self, blocks: bytes) -> list[Event]:
-        """Hot path: whole blocks in a fifth of `_interpret`'s time. Empty if a block doesn't match `_BLOCK`."""
+        """Hot path: a fifth of `_interpret`'s time. Empty unless all match `_BLOCK`."""
         if self._exceeds_limit(len(blocks)) or b"\0" in blocks:
             return []
-        # Between two matches: id, event, data, id, and "".
+        # Each match: id, event, data, id, "".
         parts: list[Any] = _BLOCK.split(blocks.decode("utf-8", "replace"))
         ids, names, data, last_ids = parts[1::5], parts[2::5], parts[3::5], parts[4::5]
         if None in data or "" in ids or "" in names or "" in last_ids:
@@ -351,6 +345,6 @@ class Decoder:
                 if b"\0" not in value:
                     self._id = value.decode("utf-8", "replace")
             elif name_bytes == b"retry" and value.isdigit():
-                # "If the field value consists of only ASCII digits". Seventeen digits exceed the limit.
+                # "If the field value consists of only ASCII digits"; seventeen exceed the limit.
                 self.retry_ms = self._retry = min(int(value.lstrip(b"0")[:17] or b"0"), MAX_RETRY_MS)
         return events

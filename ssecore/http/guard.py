@@ -1,32 +1,25 @@
-"""Authentication, and the requests of other origins' pages: decided before the body is read.
+"""Authentication, and pages of other origins: decided before the body is read.
 
-The settings select the mode:
+The mode is `tokens` (sent as a header, or as the cookie of `POST /session`, because an `EventSource` can't send
+headers), `caller` (a function of the embedding program), `off`, or `private`: see docs/operating.md.
 
-- `tokens`: API tokens from a file, sent as `Authorization: Bearer …`, or as the cookie from `POST /session`, because an
-  `EventSource` can't send headers;
-- `caller`: a function of the embedding program;
-- `off`: `SSEAPP_AUTH=off`, no checks;
-- `private`: none of these. Only programs and pages of this machine.
-
-1.  *Private*: the peer, the `Host` and the `Origin` are loopback (DNS rebinding to 127.0.0.1 changes no `Host`), no
-    header of a proxy, not HTTP/1.0 (nginx's default), no request of another origin's page, GET included. A proxy that
-    adds nothing (TCP, nginx with only `proxy_http_version 1.1`) can't be detected: it needs credentials.
-2.  Only browsers send the origin of a page, and pages can't forge it: `Sec-Fetch-Site`, otherwise `Origin`, compared
-    with `Host`. Same order as Go's `CrossOriginProtection`: a proxy may change `Host`.
-3.  A page of another origin may not use unsafe methods, and with a cookie none at all. The origins in
-    `SSEAPP_CORS_ORIGINS` are not other ones; `*` allows only requests with a token. In mode `caller` without such
-    origins the embedding program must check this: it knows its credentials, and its CORS middleware answers preflights.
+1.  *Private*: peer, `Host` and `Origin` are loopback (DNS rebinding doesn't change `Host`), no header of a proxy, not
+    HTTP/1.0 (nginx's default), no page of another origin. Proxies that add nothing (TCP) can't be detected.
+2.  Only browsers send a page's origin, and pages can't forge it: `Sec-Fetch-Site`, otherwise `Origin`, compared with
+    `Host`, which a proxy may change. Go's `CrossOriginProtection` has the same order.
+3.  A page of another origin may not use unsafe methods, nor a cookie. `SSEAPP_CORS_ORIGINS` are not other origins; `*`
+    allows requests with a token. In mode `caller` without such origins the embedding program checks: it knows its
+    credentials, and its CORS middleware answers preflights.
 4.  A request with neither header is a program's, or a browser's GET from any origin (image, frame, link, `fetch` with
-    `no-cors`). Browsers omit `Sec-Fetch-Site` if the address is not "potentially trustworthy" (Secure Contexts, 3.1):
-    plain HTTP, unless the host is `localhost`, a name below it, in 127.0.0.0/8, or `[::1]`. Chromium omits it for
-    `[::ffff:127.0.0.1]`, `0.0.0.0` and `[::]`, which reach loopback, so these don't count as loopback here. Safari
-    before 16.4 and Firefox before 90 never send it. So in mode `private` and with a cookie such a request is refused
-    if its `User-Agent` begins with `Mozilla/`, as every browser's does. A page can't change that: `fetch` sets it only
-    after a preflight, with `Origin`. A program with another one gains nothing: it runs here or has the cookie.
-5.  The cookie requires HTTPS or loopback: cookies are the same for all ports, and without HTTPS another port is the
-    same site. On loopback `Sec-Fetch-Site` detects that.
-6.  A token in a URL is refused even if it is valid: it is in logs and histories.
-7.  A token is limited to its rights (`Route.may`); callers of `caller=` are not.
+    `no-cors`): over plain HTTP browsers send `Sec-Fetch-Site` only to "potentially trustworthy" addresses (Secure
+    Contexts, 3.1), `localhost`, names below it, 127.0.0.0/8 and `[::1]`, and old ones never (docs/clients.md). Chromium
+    omits it for `[::ffff:127.0.0.1]`, `0.0.0.0` and `[::]`, so these are not loopback here. In mode `private` and with
+    a cookie such a request is refused if its `User-Agent` begins with `Mozilla/`, as every browser's does. Pages can't
+    change that: `fetch` sets it only after a preflight, with `Origin`. A program gains nothing by another one.
+5.  The cookie requires HTTPS or loopback: it is sent to all ports, and without HTTPS other ports are the same site. On
+    loopback `Sec-Fetch-Site` detects that.
+6.  A token in a URL is refused: it is in logs and histories.
+7.  A token is limited to its rights (`Route.may`).
 """
 
 import ipaddress
@@ -53,37 +46,37 @@ from ssecore.settings import Settings
 
 __all__ = ["Caller", "Guard"]
 
-#: Returns the caller's name, or `None` to refuse; or raises.
+#: Returns the caller's name, or `None` to refuse.
 Caller = Callable[[Request], str | Awaitable[str | None] | None]
 
 COOKIE: Final = "sseapp_session"
-#: Headers that pages of other origins may read.
+#: For pages of other origins.
 EXPOSED: Final = (
     "accept-ranges, content-disposition, content-location, content-range, etag, location, preference-applied, "
     "retry-after, run-id, x-vercel-ai-ui-message-stream, x-workflow-run-id, x-workflow-stream-tail-index"
 )
-#: The seconds that a browser may cache a preflight: Chromium's maximum.
+#: Chromium's maximum.
 PREFLIGHT_S: Final = 7200
-#: Apache's and Tomcat's limit. Browsers send about twenty.
+#: Apache's and Tomcat's limit; browsers send about twenty.
 MAX_HEADER_LINES: Final = 100
 
-#: The peer and the host of Starlette's TestClient. From a server the peer is an address.
+#: Starlette's TestClient. From a server the peer is an address.
 TEST_CLIENT: Final = "testclient"
 TEST_SERVER: Final = "testserver"
 
-#: Headers that only proxies and CDNs add.
+#: Only proxies and CDNs add these.
 _FORWARDED: Final = re.compile(
     "via|cdn-loop|front-end-https|surrogate-capability|x-(url-)?scheme"
     "|(x-)?(forwarded|original|proxy|proxied|real|remote|rewrite|envoy|azure|arr|amzn?|appengine|vercel|nf|varnish)"
     "(-.+)?|(cf|cloudfront|fly|fastly|akamai|tailscale)-.+|(.+-)?(client|connecting)-ip"
 )
-# The dot comes first: a search from each digit would look sixteen digits ahead (21 ms for 60 KiB).
+# The dot first: a search from each digit would take 21 ms for 60 KiB.
 _TOKEN_IN_URL: Final = re.compile(rb"(?:^|&)(?:access_token|api_key|token)=|\.(?<=[0-9a-f]{16}\.)[A-Za-z0-9_-]{43}")
 _OUR_COOKIE: Final = re.compile(rf"(?:^|[;,] *){COOKIE}=([^;,]*)")
 
 
 class Guard:
-    """Raises `SettingsError` if settings exclude each other, or the tokens can't be read."""
+    """Raises `SettingsError`."""
 
     def __init__(self, settings: Settings, caller: Caller | None = None) -> None:
         given = [caller is not None, settings.tokens_file is not None, settings.auth == "off"]
@@ -99,7 +92,7 @@ class Guard:
         origins = frozenset(settings.cors_origins or ())
         self._any_origin, self._origins = "*" in origins, origins - {"*"}
         self._names_origins = bool(origins)
-        # Also without an Origin: a cache may store either response.
+        # Also without an Origin, for caches.
         self._vary = [(b"vary", b"Origin")] if self._origins else []
 
     @property
@@ -114,14 +107,14 @@ class Guard:
 
     @property
     def routes(self) -> list[Route]:
-        """`/session`, if there are tokens."""
+        """`/session`, with tokens."""
         if self.tokens is None:
             return []
-        # Open, for logging out with an expired token. A page of another origin would need a preflight.
+        # Open, for expired tokens. Another origin's page would need a preflight.
         return [POST("/session", self._log_in), DELETE("/session", self._log_out, open=True)]
 
     def admit(self, request: Request) -> None:
-        """Check what applies to every path."""
+        """Check every request."""
         scope, settings = request.scope, self._settings
         target_bytes = len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b""))
         if settings.max_target_bytes is not None and target_bytes > settings.max_target_bytes:
@@ -158,7 +151,7 @@ class Guard:
             raise Forbidden(f"this page is not from this machine: add its origin to {origins}")
 
     async def enter(self, request: Request) -> None:
-        """Authenticate the caller and check the page's origin. For routes that are not `open`."""
+        """Authenticate, and check the origin, if the route isn't `open`."""
         if self.mode == "off":
             return
         foreign = self._is_foreign(request) and not (self.mode == "caller" and not self._names_origins)
@@ -186,17 +179,17 @@ class Guard:
             request.caller, request.credential = credential.name, credential
 
     def permit(self, request: Request, right: str) -> None:
-        """Rule 7. Raises `Forbidden`."""
+        """Rule 7."""
         credential = request.credential
         if credential is None or credential.may(right):
             return
         action = right.partition(":")[0]
-        granting = right if len(right) <= MAX_RIGHT_CHARS else action  # the route refuses a longer name
+        granting = right if len(right) <= MAX_RIGHT_CHARS else action
         command = f"sseapp token add {shlex.quote(credential.name)} --may {shlex.quote(granting)}"
         raise Forbidden(
             f"this token lacks the right {granting!r}; `{command}` creates one that has it",
             code="insufficient_scope",
-            # RFC 6750, 3.1. Not the topic's name: this field allows fewer characters.
+            # RFC 6750, 3.1. A topic's name may have characters that are invalid here.
             headers={"www-authenticate": f'Bearer error="insufficient_scope", scope="{action}"'},
         )
 
@@ -207,7 +200,7 @@ class Guard:
         if origin in self._origins:
             return False
         if site is not None:
-            return site not in ("same-origin", "none")  # none: the user entered the address
+            return site not in ("same-origin", "none")  # none: an address that the user entered
         return origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()
 
     def _refuse_foreign(self) -> Forbidden:
@@ -225,7 +218,7 @@ class Guard:
                 raise _unauthorized("the only scheme of this service is Bearer")
             return tokens.find(token.strip()), False
         values = _cookies(request.headers.get("cookie", ""))
-        if len(values) > 1:  # another host of the domain may have set one
+        if len(values) > 1:  # perhaps from another host of the domain
             raise _unauthorized(f"there are several cookies {COOKIE}: delete them")
         if not values:
             raise _unauthorized("no credentials were sent")
@@ -238,7 +231,7 @@ class Guard:
         if authorization is None or credential is None:
             raise BadRequest("send the token as `Authorization: Bearer …`", field="authorization")
         value = session_of(authorization.partition(" ")[2].strip())
-        # Behind a proxy that terminates TLS, only headers tell. A client that forges them gets a cookie it can't use.
+        # If a proxy terminates TLS, only headers tell. A forged one gives a useless cookie.
         schemes = (request.scope.get("scheme"), headers.get("x-forwarded-proto"))
         secure = "https" in schemes or headers.get("origin", "").startswith("https:")
         if not secure and not _is_loopback(headers.get("host", "")):
@@ -257,7 +250,6 @@ class Guard:
     # CORS, see the Fetch standard
 
     def cors_headers(self, request: Request) -> list[tuple[bytes, bytes]]:
-        """For every response."""
         origin = request.headers.get("origin")
         if origin is not None and origin in self._origins:
             allowed = [
@@ -271,14 +263,14 @@ class Guard:
         return [*self._vary, *allowed, (b"access-control-expose-headers", EXPOSED.encode())]
 
     def preflight(self, request: Request) -> Response | None:
-        """The response to a preflight, or `None` for another request."""
+        """The response, if it is one."""
         headers = request.headers
         method = headers.get("access-control-request-method")
         if request.method != "OPTIONS" or method is None or "origin" not in headers:
             return None
         if not (self._any_origin or headers["origin"] in self._origins):
             raise Forbidden(f"this origin is not in {self._settings.written('cors_origins')}")
-        # Everything is allowed here, because the request itself is checked like any other.
+        # Allows everything: the request itself is checked too.
         allowed = {
             "access-control-allow-methods": method,
             "access-control-allow-headers": headers.get("access-control-request-headers", ""),
@@ -288,7 +280,7 @@ class Guard:
 
 
 def _check_browser(request: Request) -> None:
-    """Rule 4. Raises `Forbidden`."""
+    """Rule 4."""
     headers = request.headers
     if "sec-fetch-site" in headers or "origin" in headers:
         return
@@ -305,19 +297,19 @@ def _unauthorized(detail: str) -> Unauthorized:
 
 
 def _cookies(header: str) -> set[str]:
-    """All values of our cookie. HTTP/2 may split the header; the parts are joined by commas."""
+    """HTTP/2 may split the header; the parts are joined by commas."""
     return set(_OUR_COOKIE.findall(header))
 
 
 def _cookie(request: Request, value: str, more: str) -> dict[str, str]:
-    # Strict: pages of other sites can't use it. No Max-Age: the browser deletes it when it closes.
+    # Strict: not for other sites' pages. No Max-Age: it ends with the browser.
     cookie = f"{COOKIE}={value}; Path={request.root_path or '/'}; HttpOnly; SameSite=Strict{more}"
     return {"set-cookie": cookie, "cache-control": "no-store"}
 
 
 @lru_cache(64)
 def _is_loopback(authority: str) -> bool:
-    """`localhost`, a name below it, or an address, with or without a port."""
+    """With or without a port."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+))(?::[0-9]{1,5})?", authority)
     if match is None:
         return False
@@ -326,7 +318,7 @@ def _is_loopback(authority: str) -> bool:
 
 
 def _is_loopback_address(text: str) -> bool:
-    """False for IPv4 in IPv6 (`::ffff:127.0.0.1`): rule 4."""
+    """Rule 4: not IPv4 in IPv6."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:

@@ -1,27 +1,11 @@
-"""Work in a thread or a task whose reports are a handler's source, and its progress.
-
-    def work(report: Report[Event], folder: Path) -> None:                # in a worker thread
-        progress = ProgressLogger.reporting(report, total_steps=2)
-        progress.next_step("Reading")
-        ...
-        progress.complete()
-        report(Event({"success": True, "data": figures}, "result"))
-
-    async def handler(request: Request) -> AsyncIterator[Event]:
-        async with from_thread(work, folder) as events:
-            async for event in events:
-                yield event
-
-    async def status(report: TaskReport[Event], question: str) -> None:   # for `from_task(status, question)`
-        answer = await agent.run(question, on_status=lambda text: report(Event(text, "status")))
-        await report(Event(answer, "result"))
+"""Work in a thread (`from_thread`) or a task (`from_task`), with its progress; see docs/handlers.md.
 
 Rules, cited by number at the code:
 
 1.  A thread can't be stopped from outside: its next report raises `WorkCancelled`.
-2.  Leaving the block waits for the thread, however long it takes: only the thread can release its resources, and the
-    interpreter would wait for it anyway.
-3.  The loop takes only locks that threads hold for a few instructions, never while they wait.
+2.  Leaving the block waits for the thread, however long: only it can release its resources, and the interpreter would
+    wait too.
+3.  The loop takes only locks that threads hold for a few instructions.
 4.  Work in a task is cancelled once, and may await in its `finally`: see `pump`.
 """
 
@@ -60,11 +44,10 @@ __all__ = [
 
 logger = logging.getLogger("sseapp")
 
-#: Threads of `from_thread` in one loop; further ones wait. As many as anyio's and trio's default, but separate: the log
-#: and the database must not wait for readers.
+#: Of `from_thread` in one loop. anyio's and trio's number, but apart: the log and the database must not wait for
+#: readers.
 MAX_THREADS: Final = 40
 
-#: One for each event loop.
 _limiter: Final[RunVar[CapacityLimiter]] = RunVar("sseapp.progress")
 
 T = TypeVar("T")
@@ -72,14 +55,14 @@ Ts = TypeVarTuple("Ts")
 
 
 class WorkCancelled(BaseException):
-    """The reader has left (rule 1). Raised in the thread by each further `report` and `report.check`.
+    """The reader has left (rule 1). Raised by each further report.
 
-    Not an `Exception`, so that `except Exception` in the work doesn't catch it.
+    Not an `Exception`, so that `except Exception` doesn't catch it.
     """
 
 
 class _Items(Generic[T]):
-    """Items from any thread to a reader in the loop that creates this."""
+    """Items from any thread to a reader in this loop."""
 
     def __init__(self, buffer: int) -> None:
         if buffer < 1:
@@ -88,9 +71,9 @@ class _Items(Generic[T]):
         self._portal = BlockingPortal()
         self._loop_thread = threading.get_ident()
         self._items: deque[T] = deque()
-        self._changed = threading.Condition()  # there is room, or it has ended (rule 3)
-        self._ended = False  # the reader has left, or the work has ended
-        self._wanted: anyio.Event | None = None  # set while the reader waits
+        self._changed = threading.Condition()  # rule 3
+        self._ended = False
+        self._wanted: anyio.Event | None = None  # the reader waits
 
     def _wake_reader(self) -> None:
         if self._wanted is None:
@@ -98,11 +81,11 @@ class _Items(Generic[T]):
         if threading.get_ident() == self._loop_thread:
             self._wake()
         else:
-            with suppress(RuntimeError):  # the work has just ended, which wakes the reader too
+            with suppress(RuntimeError):  # the work has ended, which wakes the reader too
                 self._portal.start_task_soon(self._wake)
 
     def _item_taken(self) -> None:
-        """Called with the lock held."""
+        """With the lock."""
 
     def _wake(self) -> None:
         if self._wanted is not None:
@@ -116,7 +99,7 @@ class _Items(Generic[T]):
         self._wake()
 
     async def _next(self) -> T:
-        """Raises `EndOfStream` after the last item."""
+        """Raises `EndOfStream`."""
         await checkpoint()
         while True:
             with self._changed:
@@ -131,13 +114,10 @@ class _Items(Generic[T]):
 
 
 class Report(_Items[T]):
-    """Sends items from threads, but not from the loop's, because it blocks.
-
-    An item costs one lock, and one call into the loop if the reader waits.
-    """
+    """Sends items from threads, not from the loop's. An item costs one lock, and a call into the loop if it waits."""
 
     def __call__(self, item: T) -> None:
-        """Blocks while `buffer` items wait. Raises `WorkCancelled` after the reader has left."""
+        """Blocks while `buffer` items wait. Raises `WorkCancelled`."""
         if threading.get_ident() == self._loop_thread:
             raise RuntimeError("call report in a worker thread: here it would block the loop")
         with self._changed:
@@ -148,7 +128,7 @@ class Report(_Items[T]):
         self._wake_reader()
 
     def check(self) -> None:
-        """Raise `WorkCancelled` after the reader has left. Cheap: call it often."""
+        """Raise `WorkCancelled` after the reader has left. Cheap."""
         if self._ended:
             raise WorkCancelled
 
@@ -163,16 +143,12 @@ class from_thread(Generic[T]):
             async for item in items:
                 yield Event(item)
 
-    `work` calls `report(item)`, from any of its threads; at most `buffer` items wait, then `report` blocks. What `work`
-    raises is raised here after the items; what it returns is dropped.
+    `work` calls `report(item)`, from any thread, which blocks while `buffer` items wait. What it raises is raised here,
+    after the items.
 
-    Leaving the block raises `WorkCancelled` at the thread's next `report` or `report.check()`, also in a blocked one,
-    and waits for the thread (rule 2); after `CLOSE_S` it logs a warning. A failure after the reader has left is logged.
-
-    `limiter` limits the threads; its default has `MAX_THREADS`. Work that still waits for a thread when the block is
-    left never runs.
-
-    A handler may yield inside this block: the work's failure doesn't cancel its task group.
+    Leaving the block raises `WorkCancelled` at the thread's next `report` or `report.check()`, and waits for the thread
+    (rule 2), with a warning after `CLOSE_S`. A failure after that is logged. Work that still waits for `limiter` never
+    runs. A handler may yield inside.
     """
 
     def __init__(
@@ -188,7 +164,7 @@ class from_thread(Generic[T]):
         self._failure: Exception | None = None
         self._report = Report[T](buffer)
         self._tasks: TaskGroup | None = None
-        self._scope = CancelScope(shield=True)  # only leaving the block cancels it
+        self._scope = CancelScope(shield=True)  # only leaving cancels it
         self._ended = anyio.Event()
 
     async def __aenter__(self) -> Self:
@@ -202,14 +178,14 @@ class from_thread(Generic[T]):
     ) -> None:
         assert self._tasks is not None
         self._report._end()
-        self._scope.cancel()  # if it waits for a thread; a running one isn't cancelled
+        self._scope.cancel()  # while it waits for a thread
         with CancelScope(shield=True):  # rule 2
             with anyio.move_on_after(CLOSE_S):
                 await self._ended.wait()
             if not self._ended.is_set():
                 logger.warning("%s still runs in its thread %s s after it was cancelled", self._name, CLOSE_S)
                 await self._ended.wait()
-        # Without the caller's exception, which the group would wrap.
+        # Without the caller's exception, which it would wrap.
         await self._tasks.__aexit__(None, None, None)
         if self._failure is not None:
             logger.warning("%s failed after its reader had left", self._name, exc_info=self._failure)
@@ -228,7 +204,7 @@ class from_thread(Generic[T]):
         try:
             self._work(self._report)
         except BaseException as error:
-            # SystemExit would end the server, StopAsyncIteration the reader's loop.
+            # SystemExit would end the server, StopAsyncIteration the loop.
             if isinstance(error, Exception) and not isinstance(error, StopAsyncIteration):
                 raise
             if not (isinstance(error, WorkCancelled) and self._report._ended):
@@ -247,18 +223,16 @@ class from_thread(Generic[T]):
 
 
 class TaskReport(_Items[T]):
-    """Sends items from a task, in either of two ways:
+    """Sends items from a task, or drops them after the reader has left:
 
-        report(item)            # never waits, from any thread: for synchronous callbacks
-        await report(item)      # waits while `buffer` items wait
-
-    Without room an item that isn't awaited is dropped. After the reader has left every item is.
+    report(item)            # from any thread: dropped if `buffer` items wait
+    await report(item)      # waits for room
     """
 
     def __init__(self, buffer: int) -> None:
         super().__init__(buffer)
-        self.dropped = 0  #: items without room
-        self._waiting: deque[_Reported[T]] = deque()  # only while there is no room
+        self.dropped = 0
+        self._waiting: deque[_Reported[T]] = deque()  # for room
 
     def __call__(self, item: T) -> Awaitable[None]:
         reported = _Reported(self, item)
@@ -290,7 +264,7 @@ class TaskReport(_Items[T]):
             raise RuntimeError("await report(…) only in the task of the work; in other threads call it without await")
         with self._changed:
             self.dropped -= 1
-            if len(self._items) < self._buffer:  # there is room by now
+            if len(self._items) < self._buffer:  # by now
                 self._items.append(reported.item)
                 reported.done = True
             else:
@@ -307,18 +281,16 @@ class TaskReport(_Items[T]):
 
 
 class _Reported(Generic[T]):
-    """A reported item, which may be awaited."""
-
     __slots__ = ("_report", "done", "item", "settled")
 
     def __init__(self, report: TaskReport[T], item: T) -> None:
         self._report = report
         self.item = item
-        self.done = False  #: sent, or there is no reader
-        self.settled: anyio.Event  #: exists once it is awaited
+        self.done = False  #: sent or dropped
+        self.settled: anyio.Event  #: if it is awaited
 
     def __await__(self) -> Generator[Any, Any, None]:
-        if self._report._ended:  # a cancellation must reach work that reports in a loop
+        if self._report._ended:  # so that a cancellation reaches work that reports in a loop
             yield from checkpoint().__await__()
         elif not self.done:
             yield from self._report._wait_for_room(self).__await__()
@@ -331,11 +303,9 @@ class from_task(Generic[T]):
             async for item in items:
                 yield Event(item)
 
-    `work` calls or awaits `report(item)` (see `TaskReport`), which may also be a library's callback, in any thread. At
-    most `buffer` items wait. What `work` raises is raised here after the items; what it returns is dropped.
-
-    Leaving the block cancels the work and waits for its end (rule 4). A failure after the reader has left is logged. A
-    handler may yield inside this block.
+    `work` calls or awaits `report(item)`, also as a library's callback: see `TaskReport`. What it raises is raised
+    here, after the items. Leaving the block cancels it and waits (rule 4); a failure after that is logged. A handler
+    may yield inside.
     """
 
     def __init__(
@@ -348,7 +318,6 @@ class from_task(Generic[T]):
 
     @property
     def dropped(self) -> int:
-        """How many items were dropped."""
         return self._report.dropped
 
     async def __aenter__(self) -> Self:
@@ -374,7 +343,7 @@ class from_task(Generic[T]):
             await self._work.closed()
         finally:
             self._ended.set()
-            # Without the caller's exception, which the group would wrap.
+            # Without the caller's exception, which it would wrap.
             await self._tasks.__aexit__(None, None, None)
         if self._work.failure is not None:
             logger.warning("work in a task failed after its reader had left", exc_info=self._work.failure)
@@ -423,7 +392,7 @@ def _loop_limiter() -> CapacityLimiter:
 
 
 class LogLevel(StrEnum):
-    """The levels of a `log` event."""
+    """Of a `log` event."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -434,12 +403,12 @@ class LogLevel(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """The data of a `log` event."""
+    """A `log` event's data."""
 
     timestamp: str  #: RFC 3339, UTC
     level: LogLevel
     message: str
-    details: Any  #: a copy; anything with a JSON form
+    details: Any  #: a copy
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -447,24 +416,24 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True)
 class ProgressState:
-    """The data of a `progress` event."""
+    """A `progress` event's data."""
 
     current_step: int  #: from 1; 0 before the first
     total_steps: int
     step_name: str
-    percent: int  #: of completed steps, so 100 only at the end
+    percent: int  #: of completed steps
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class ProgressLogger:
-    """Reports steps and log lines to `on_progress` and `on_log`.
+    """Reports steps and log lines.
 
-    Thread-safe: the callbacks are called one at a time, in the thread of the call, where their exceptions are raised
-    (`WorkCancelled`). Other threads wait, so a callback must not wait for a thread that uses the same logger.
+    Thread-safe: the callbacks are called one at a time, in the calling thread, which gets their exceptions
+    (`WorkCancelled`). They must not wait for threads that use the same logger.
 
-    `set_step` may go back. After `complete` a step raises `RuntimeError`; `log` still works, for cleanup.
+    Steps may go back, but not after `complete`; `log` still works then.
     """
 
     def __init__(
@@ -475,7 +444,7 @@ class ProgressLogger:
     ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, not {total_steps}")
-        #: Replaced at each change, so that the loop can read it (rule 3).
+        #: Replaced at each change (rule 3).
         self.state = ProgressState(0, total_steps, "", 0)
         self._on_log = on_log
         self._on_progress = on_progress
@@ -492,7 +461,7 @@ class ProgressLogger:
         )
 
     def set_step(self, n: int, name: str) -> None:
-        """Begin step `n`, from 1. Raises `ValueError` if there is none, `RuntimeError` after `complete`."""
+        """Begin step `n`, from 1. Raises `ValueError`, or `RuntimeError` after `complete`."""
         with self._lock:
             total = self.state.total_steps
             if self._completed:
@@ -502,12 +471,11 @@ class ProgressLogger:
             self._change(ProgressState(n, total, name, 100 * (n - 1) // total))
 
     def next_step(self, name: str) -> None:
-        """Begin the next step; raises as `set_step`."""
+        """As `set_step`."""
         with self._lock:
             self.set_step(self.state.current_step + 1, name)
 
     def complete(self) -> None:
-        """All steps are done."""
         with self._lock:
             if not self._completed:
                 self._completed = True

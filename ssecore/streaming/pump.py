@@ -2,16 +2,14 @@
 
 Rules, cited by number at the code:
 
-1.  One task makes every `anext` of a generator and its `aclose`. Otherwise anyio's scopes may be left in another order
-    than they were entered.
-2.  A generator is cancelled once. Its `finally` may await for `CLOSE_S`; then it is cancelled repeatedly. (anyio
-    cancels at each await: connection pools leak, because they can't release connections.) On asyncio only this module
-    cancels the task, so it needs no cancel scope, which would cost each connection 0.9 KiB. On trio the cancellation
-    comes at each await: a `finally` that awaits must shield itself.
-3.  `on_ready` is called each time that the generator waits, and at its end, before the loop runs other tasks: none
-    stands between an event and its client.
-4.  A generator that never waits gives other tasks a turn when its buffer is full, and each `TURN_S`. Reading the clock
-    is expensive, so it is read at a write's first events, then after twice as many bytes each time up to `LOOK_BYTES`.
+1.  One task makes every `anext` of a generator and its `aclose`, so that anyio's scopes are left in order.
+2.  A generator is cancelled once, and may await in its `finally` for `CLOSE_S`; then it is cancelled repeatedly. (anyio
+    cancels at each await, so that connection pools leak connections.) On asyncio only this module cancels the task,
+    without a cancel scope, which would cost 0.9 KiB. On trio a `finally` that awaits must shield itself.
+3.  `on_ready` is called before the generator waits and at its end, before other tasks run: none stands between an event
+    and its client.
+4.  A generator that never waits pauses for other tasks when its buffer is full, and each `TURN_S`. The clock is read
+    rarely: at a write's first events, then after twice as many bytes each time, up to `LOOK_BYTES`.
 """
 
 import asyncio
@@ -36,15 +34,15 @@ __all__ = ["CLOSE_S", "FIRST_ITEM_S", "EventPump", "GeneratorTask", "Pump", "asy
 
 logger = logging.getLogger("sseapp")
 
-#: How long a response waits for its first event: a failure before gets its HTTP status.
+#: The wait for the first event: a failure before gets its HTTP status.
 FIRST_ITEM_S: Final = 1.0
-#: Rule 2. The time for a generator to close.
+#: Rule 2.
 CLOSE_S: Final = 5.0
-#: Rule 2. The interval of cancellations after that.
+#: Rule 2.
 CANCEL_EACH_S: Final = 0.1
-#: Rule 4. How long a generator may run before other tasks.
+#: Rule 4.
 TURN_S: Final = 0.01
-#: Rule 4. About ten events: reading the clock takes a twentieth of an event's time.
+#: Rule 4. About ten events: reading the clock takes a twentieth of an event.
 LOOK_BYTES: Final = 1024
 
 T = TypeVar("T")
@@ -59,12 +57,12 @@ def asyncio_loop() -> asyncio.AbstractEventLoop | None:
 
 
 class GeneratorTask(Generic[T]):
-    """Iterates an async generator and closes it, in one task (rules 1 and 2)."""
+    """Iterates an async generator and closes it (rules 1 and 2)."""
 
     what = "a handler"  #: for messages
 
     def __init__(self, generator: AsyncIterator[T]) -> None:
-        self.ended = False  #: closed
+        self.ended = False
         self.failure: Exception | None = None
         self._generator = generator
         self._stopped = False
@@ -75,17 +73,17 @@ class GeneratorTask(Generic[T]):
         self._done: anyio.Event | None = None  # on trio
 
     async def iterate(self) -> None:
-        """Subclasses iterate the generator here."""
+        """For subclasses."""
         raise NotImplementedError
 
     def on_wait(self) -> None:
-        """Called each time before the generator waits."""
+        """Before the generator waits."""
 
     def on_end(self) -> None:
-        """Called when the generator is closed."""
+        """The generator is closed."""
 
     def start(self, tasks: TaskGroup | None) -> None:
-        """`tasks` is used on trio only: on asyncio it isn't part of a group."""
+        """`tasks` is for trio."""
         if (loop := asyncio_loop()) is not None:
             self._task = loop.create_task(self._work())
         else:
@@ -103,19 +101,19 @@ class GeneratorTask(Generic[T]):
             self._task.cancel()
 
     async def closed(self) -> None:
-        """Wait until the generator is closed, even if the caller is cancelled."""
+        """Wait for its end, even if the caller is cancelled."""
         again: asyncio.CancelledError | None = None
         if self._done is not None:
             with CancelScope(shield=True):
                 await self._done.wait()
         elif self._task is not None and not self._task.done():
-            with CancelScope(shield=True):  # which doesn't stop a server's `Task.cancel`
+            with CancelScope(shield=True):  # doesn't stop a server's `Task.cancel`
                 while not self._task.done():
                     try:
                         await asyncio.wait([self._task])
                     except asyncio.CancelledError as error:
                         again = error
-        self._task = None  # it refers to its exception, whose traceback refers to frames
+        self._task = None  # its exception's traceback refers to frames
         if again is not None:
             try:
                 raise again
@@ -143,8 +141,8 @@ class GeneratorTask(Generic[T]):
             self.on_end()
 
     async def _work_on_trio(self) -> None:
-        # The outer scope is shielded, so that only `stop` cancels it. The inner one is entered before the first
-        # `anext`: entered for the `aclose`, it would be left in another order than the generator's own scopes.
+        # Only `stop` cancels the outer scope. The inner one is entered before the first `anext`: for the `aclose` alone
+        # it would be left in another order than the generator's scopes.
         assert self._done is not None
         closing = CancelScope()
         try:
@@ -168,10 +166,10 @@ class GeneratorTask(Generic[T]):
             self._done.set()
 
     def _store_failure(self, error: BaseException) -> bool:
-        """False for a cancellation by `stop`, which is not a failure."""
+        """False for a cancellation by `stop`."""
         if not isinstance(error, get_cancelled_exc_class()):
             self.failure = failure_of(error, self.what)
-        elif not self._stopped:  # by code of the generator's
+        elif not self._stopped:
             self.failure = RuntimeError(f"{self.what.replace('a ', 'the ', 1)} was cancelled from within")
         else:
             return False
@@ -199,7 +197,7 @@ def _log_unclosed(what: str) -> None:
 
 
 class Pump(GeneratorTask[T]):
-    """The source of a response of bytes: frames items, at most `buffer_bytes` and one item ahead of the sender."""
+    """The source of a response of bytes, at most `buffer_bytes` and one item ahead of the sender."""
 
     events = False
     opening = b""
@@ -211,16 +209,16 @@ class Pump(GeneratorTask[T]):
     ) -> None:
         super().__init__(generator)
         self.events_sent = 0
-        self.exhausted = False  #: the generator ended by itself
+        self.exhausted = False  #: ended by itself
         self._frame = frame
         self._request = request
         self._limit = buffer_bytes
         self._frames: list[bytes] = []
-        self._room: anyio.Event | None = None  # set while the buffer is full
-        #: Called before the generator waits if there is something to take, and at its end (rule 3).
+        self._room: anyio.Event | None = None  # the buffer is full
+        #: Rule 3.
         self.on_ready: Callable[[], None] | None = None
 
-    # For the sender; see `sender.Source`
+    # See `sender.Source`
 
     def begin(self, sender: Any, tasks: TaskGroup | None) -> None:
         self.on_ready = sender.poke
@@ -235,7 +233,6 @@ class Pump(GeneratorTask[T]):
         return self.ended and not self._frames
 
     def take(self) -> list[bytes]:
-        """All frames."""
         taken = self._frames.copy()
         self.events_sent += len(taken)
         self._frames.clear()
@@ -248,7 +245,6 @@ class Pump(GeneratorTask[T]):
         return b"".join(self.take())
 
     async def from_log(self) -> bytes:
-        """Never called: `ready` has everything."""
         return self.ready()
 
     def farewell(self, reason: EndReason | None) -> bytes:
@@ -257,10 +253,10 @@ class Pump(GeneratorTask[T]):
     def close(self) -> None:
         self.on_ready = None
 
-    # For the generator's task
+    # In the generator's task
 
     def on_wait(self) -> None:
-        # Not while it waits for room: `on_ready` was called before, and trio can't wake a task at this point.
+        # Not while it waits for room: `on_ready` was called before, and here trio can't wake a task.
         if self._frames and self._room is None and self.on_ready is not None:
             self.on_ready()
 
@@ -273,20 +269,20 @@ class Pump(GeneratorTask[T]):
     async def iterate(self) -> None:
         """Hot path: an event costs one `anext`, one `frame`, one append."""
         frame, frames, limit, size = self._frame, self._frames, self._limit, 0
-        look = step = 0  # rule 4, in bytes
+        look = step = 0  # rule 4
         turn_ends = 0.0
         async for item in self._generator:
             try:
                 framed = frame(item)
             except BaseException as error:
-                self._request.end_for("failed")  # for `end_reason` in the generator, which is closed next
+                self._request.end_for("failed")  # before the generator is closed
                 if isinstance(error, AttributeError) and not isinstance(item, Event):
                     raise TypeError(f"a handler yields Event objects, not {type(item).__name__}") from None
                 raise
             if not frames or size >= look:
-                if self._stopped:  # the generator ignored its cancellation
+                if self._stopped:  # it ignored its cancellation
                     return
-                # Before the append: if the generator ends now, its last item is still here.
+                # Before the append, so that the last item is here if the generator ends.
                 if frames and size >= limit:
                     if self.on_ready is not None:
                         self.on_ready()
@@ -299,7 +295,7 @@ class Pump(GeneratorTask[T]):
                 elif frames and monotonic() >= turn_ends:
                     await checkpoint()
                     step, turn_ends = 0, monotonic() + TURN_S
-                if not frames:  # taken, so other tasks had their turn
+                if not frames:  # after other tasks had their turn
                     size, step, turn_ends = 0, 0, monotonic() + TURN_S
                 step = min(2 * step + 16, LOOK_BYTES)
                 look = min(size + step, limit)
@@ -309,10 +305,8 @@ class Pump(GeneratorTask[T]):
 
 
 class EventPump(Pump[Event]):
-    """The source of a fleeting event stream. With `ends_for_good` the end has the `id: end`, which is answered 204.
-
-    The last event gets it if it isn't sent yet, otherwise a block of its own.
-    """
+    """The source of a fleeting event stream. With `ends_for_good` its end has `id: end`, which is answered 204: in the
+    last event, or if that is sent, in a block of its own."""
 
     events = True
 
@@ -344,10 +338,7 @@ class EventPump(Pump[Event]):
 
 @types.coroutine
 def _watched(work: Coroutine[Any, Any, None], on_wait: Callable[[], None]) -> Generator[Any, Any, None]:
-    """Await `work`, and call `on_wait` each time before it suspends (rule 3).
-
-    Budget: one Python frame for each suspension, none for an item that is ready.
-    """
+    """Await `work`; calls `on_wait` before each suspension (rule 3), which costs one Python frame."""
     step: Callable[[Any], Any] = work.send
     value: Any = None
     try:
@@ -364,4 +355,4 @@ def _watched(work: Coroutine[Any, Any, None], on_wait: Callable[[], None]) -> Ge
     except StopIteration:
         return
     finally:
-        value = None  # breaks a reference cycle of this frame and an exception
+        value = None  # breaks a reference cycle with an exception

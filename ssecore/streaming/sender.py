@@ -1,21 +1,20 @@
 """The sender: one streaming response.
 
-    catch up   send what the source has, until it has nothing more without waiting
-    park       until the source, the sweep, a drain or the client's disconnect wakes it
+    catch up   send what the source has without waiting
+    park       until the source, the sweep, a drain or a disconnect wakes it
 
-So a connection is *sending*, or *parked*: then no send is in flight. If the client reads, its next bytes may be written
-directly (`deliver`, `poke`); otherwise it is woken to catch up.
+A connection is *sending*, or *parked*: no send is in flight. To a parked one whose client reads `deliver` and `poke`
+write directly; others are woken.
 
 Rules, cited by number at the code:
 
-1.  At most one `send` of a connection is in flight. `progress` is odd meanwhile.
-2.  Under our own runner a parked sender has no task: its request's call has returned, and the connection is a `Line`,
-    which refers only to this sender. A task to catch up ends when it parks again.
-3.  Elsewhere it waits in the request's own task, and another task waits in `receive` for the disconnect.
-4.  Nothing is held back for larger writes. What is ready is sent together.
+1.  At most one `send` of a connection is in flight; meanwhile `progress` is odd.
+2.  Under our own runner a parked sender has no task: its request's call has returned, and its connection is a `Line`,
+    which refers only to the sender. A task to catch up ends when it parks.
+3.  Elsewhere it waits in the request's task, and another one in `receive` for the disconnect.
+4.  Nothing is held back for larger writes.
 5.  An event or a write reads no clock and sets no timer: the sweep (`Timekeeper`) reads `progress`.
-6.  A direct write may come from a callback of the loop, without a current task: anyio's time and scopes don't work
-    there.
+6.  A direct write may come from a callback of the loop, without a task: anyio's time and scopes don't work there.
 """
 
 import logging
@@ -41,30 +40,30 @@ __all__ = ["EXTENSION", "Line", "Sender", "SenderOptions", "Server", "Source", "
 
 logger = logging.getLogger("sseapp")
 
-#: The key of our runner's `Server` in the ASGI scope's extensions.
+#: Our runner's `Server` in the ASGI scope's extensions.
 EXTENSION: Final = "sseapp"
 
 
 class Source(Protocol):
-    """Where a sender gets its bytes from: a generator's pump, or a reader of the log."""
+    """A generator's pump, or a reader of the log."""
 
-    #: True: events, with `retry:`, heartbeats and a farewell. False: bytes; a failure cuts the connection.
+    #: Events, with `retry:`, heartbeats and a farewell; or bytes, where a failure cuts the connection.
     events: bool
-    #: An event stream's first bytes if nothing came in `first_s`: a bare id, or b"".
+    #: An event stream's first bytes if nothing came in `first_s`.
     opening: bytes
-    #: How long the response waits for the first bytes, in seconds.
+    #: The wait for the first bytes, in seconds.
     first_s: float
-    #: Other readers have the same next bytes after `after`: see `deliver`.
+    #: Others have the same bytes after `after`: see `deliver`.
     is_shared: bool
     failure: Exception | None
 
     @property
     def ended(self) -> bool:
-        """Nothing new will come, and `stop` has no effect."""
+        """`stop` has no effect."""
 
     @property
     def finished(self) -> bool:
-        """Ended, and everything was taken."""
+        """Ended, and all taken."""
 
     @property
     def has_something(self) -> bool:
@@ -72,34 +71,34 @@ class Source(Protocol):
 
     @property
     def events_sent(self) -> int:
-        """The events (or chunks) taken so far."""
+        """Events (or chunks) taken."""
 
     def begin(self, sender: "Sender", tasks: TaskGroup | None) -> None:
-        """Poke `sender` from now on when there is something, and at the end. `tasks` is for trio."""
+        """Poke `sender` when there is something, and at the end. `tasks` is for trio."""
 
     def ready(self) -> bytes | None:
-        """Everything without waiting; `None`: await `from_log` instead."""
+        """Everything without waiting; `None`: await `from_log`."""
 
     async def from_log(self) -> bytes:
-        """For when `ready` returns `None`."""
+        """See `ready`."""
 
     def stop(self) -> None:
-        """End it. What it has can still be taken."""
+        """End it; what it has can be taken."""
 
     async def closed(self) -> None:
-        """Wait until it is closed."""
+        """Wait for its end."""
 
     def farewell(self, reason: EndReason | None) -> bytes:
-        """An event stream's last bytes; `reason` is `None` if it ended by itself."""
+        """Last bytes; no `reason` if it ended by itself."""
 
     def close(self) -> None:
-        """The connection has ended: release its resources."""
+        """Release its resources."""
 
 
 class Line(Protocol):
-    """A connection without a task and without its request."""
+    """A connection without its request."""
 
-    transport: Any  #: its `write` takes a `chunk`
+    transport: Any  #: for chunks
     paused: bool  #: the client doesn't read
 
     def write(self, data: bytes) -> None: ...
@@ -107,31 +106,30 @@ class Line(Protocol):
         """Wait until the client reads or disconnects."""
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run it in a task of the server's."""
+        """In a task of the server's."""
 
     def end(self, body: bytes) -> None:
-        """Send the response's last bytes."""
+        """Send the last bytes."""
 
     def close(self) -> None:
-        """The stream has ended. An incomplete response is cut."""
+        """Cuts an incomplete response."""
 
 
 class Server(Protocol):
     """Our runner, in `scope["extensions"]`."""
 
     def answers(self, send: Send) -> bool:
-        """Whether this `send` is the connection's own, without a middleware, and the request complete."""
+        """`send` is the connection's own, without a middleware, and the request complete."""
 
     def watch(self, left: Callable[[], None] | None) -> None:
-        """Call `left` when the client disconnects, until `park` or `watch(None)`."""
+        """Call `left` at a disconnect, until `park` or `watch(None)`."""
 
     def park(self, send: Send, left: Callable[[], None]) -> Line | None:
-        """Release the request; returns its connection, or `None` if that isn't possible now. `left` is called when the
-        client disconnects."""
+        """Release the request; returns its connection, if possible. Calls `left` at a disconnect."""
 
 
 def chunk(body: bytes) -> bytes:
-    """One chunk of HTTP/1.1. `body` must not be empty, because that would be the last chunk."""
+    """An HTTP/1.1 chunk; an empty `body` would be the last."""
     return b"%x\r\n%b\r\n" % (len(body), body)
 
 
@@ -143,9 +141,9 @@ class SenderOptions:
     send_timeout_s: float | None
     max_stream_s: float | None
     retry_ms: int
-    #: Called once for each stream, with its route and the seconds to its first event.
+    #: With the route and the seconds to the first event, once for each stream.
     first_event: Callable[[str, float], None]
-    #: Called once for each stream, at its end.
+    #: At each stream's end.
     ended: Callable[["Sender"], None]
 
 
@@ -193,35 +191,35 @@ class Sender:
         self.source: Any = source
         self.parked = False
         self.line: Line | None = None  #: rule 2
-        self.direct = False  #: `deliver` may write without asking the source
+        self.direct = False  #: for `deliver`: no need to ask the source
         self.progress = 0  #: rule 1
-        self.sent_bytes = 0  #: of the body
-        self.stalled_s = 0.0  #: how long sends waited for the client, measured by the sweep
+        self.sent_bytes = 0
+        self.stalled_s = 0.0  #: sends waited for the client; by the sweep
         self.began = monotonic()
-        self._before_first = 1  # writes up to the first event's; 2 if the opening has none
-        self._full_request: Request | None = request  # until it is parked on a line
+        self._before_first = 1  # writes to the first event's; 2 if the opening has none
+        self._full_request: Request | None = request  # until it parks on a line
         self._send_message: Send | None = send
         self._server: Server | None = None
         self._headers = headers
         self._status = status
         self._options = options
         self._ended = False
-        self._pushed = b""  # sent before the source's bytes
+        self._pushed = b""  # precedes the source's bytes
         self._scope: CancelScope | None = None  # only while sending: 0.9 KiB
         self._waiter: anyio.Event | None = None  # rule 3
         self._seen_progress = -1
         self._unchanged_since = 0.0
-        # Up to a tenth less, so that streams that began together, after a restart, don't end together.
+        # Up to a tenth less, so that streams of a restart don't end together.
         life_s = options.max_stream_s and options.max_stream_s * random.uniform(0.9, 1.0)
         self._deadline = current_time() + life_s if life_s else None
         self._pulse: tuple[Callable[[], Event], float] | None = None
         self._pulse_at = 0.0
 
     async def run(self, has_sweep: bool) -> None:
-        """Returns when the stream has ended, or is parked on a line.
+        """Returns when it has ended, or is parked on a line.
 
-        Without `has_sweep`, in an app that isn't running, the stream has its own. Before anything was sent the source's
-        failure is raised, and `Draining` if a drain ends it.
+        Without `has_sweep` (the app isn't running) it has its own sweep. Before anything was sent, raises the source's
+        failure, or `Draining`.
         """
         assert self._full_request is not None and self._send_message is not None
         server: Server | None = self._full_request.scope.get("extensions", {}).get(EXTENSION)
@@ -245,7 +243,7 @@ class Sender:
         try:
             source.begin(self, tasks)
             if not source.has_something:
-                await checkpoint()  # most generators have their first event by then, which saves a scope
+                await checkpoint()  # usually enough for the first event, without a scope
             if not source.has_something:
                 with anyio.move_on_after(source.first_s):
                     while not self._ended and not source.has_something:
@@ -257,7 +255,6 @@ class Sender:
         await self._work()
 
     async def _work(self) -> None:
-        """Catch up until it is parked on a line, or has ended."""
         try:
             while not self._ended:
                 with CancelScope() as self._scope:
@@ -268,7 +265,7 @@ class Sender:
                 if self._park():
                     return
                 await self._wait()
-        except OSError:  # ASGI 2.4: raised by `send` after a disconnect; most servers ignore it instead
+        except OSError:  # ASGI 2.4: `send` after a disconnect; most servers ignore it
             self.abort("client")
         except Exception:  # the server's
             logger.exception("a stream broke off")
@@ -290,7 +287,7 @@ class Sender:
             batch, self._pushed = self._pushed + batch, b""
             if not self.progress:
                 if source.finished and not batch and self._failed_by_itself():
-                    self._ended = True  # `run` raises the failure, for an HTTP error
+                    self._ended = True  # an HTTP error, raised by `run`
                     return
                 batch = await self._start(batch)
             if source.finished:
@@ -303,7 +300,7 @@ class Sender:
                 return
 
     def _park(self) -> bool:
-        """Park on a line, if possible (rule 2)."""
+        """Rule 2."""
         if self._server is not None:
             assert self._send_message is not None and self._full_request is not None
             self.line = self._server.park(self._send_message, self._client_left)
@@ -319,7 +316,7 @@ class Sender:
         return True
 
     async def _wait(self) -> None:
-        """Park in the request's own task (rule 3)."""
+        """Rule 3."""
         self._waiter = anyio.Event()
         self.parked = True
         try:
@@ -344,7 +341,7 @@ class Sender:
             self._options.ended(self)
 
     def wake(self) -> None:
-        """Make a parked one catch up. One that sends takes everything anyway."""
+        """Make a parked one catch up."""
         if self._waiter is not None:
             self._waiter.set()
         elif self.parked and self.line is not None:
@@ -352,7 +349,7 @@ class Sender:
             self.line.start(self._work())
 
     def poke(self) -> None:
-        """The source has something: write it directly, or wake the sender."""
+        """The source has something: write directly, or wake."""
         line = self.line
         if line is None or not self.parked or line.paused:
             return self.wake()
@@ -368,7 +365,7 @@ class Sender:
             self.direct = self.source.is_shared and not self._before_first
 
     def push(self, frame: bytes) -> None:
-        """Send a frame that isn't the source's, as soon as possible."""
+        """Send a frame besides the source's."""
         self._pushed += frame
         self.poke()
 
@@ -382,14 +379,14 @@ class Sender:
         self.abort("client")
 
     def stop(self, reason: EndReason) -> None:
-        """End the source, send what it has and the farewell."""
+        """End the source, send the rest and the farewell."""
         if not self.source.ended:
             self.request.end_for(reason)
             self.source.stop()
             self.wake()
 
     def abort(self, reason: EndReason) -> None:
-        """End at once without a farewell."""
+        """End at once, without a farewell."""
         self.request.end_for(reason)
         self._ended = True
         self.source.stop()
@@ -398,19 +395,18 @@ class Sender:
         self.wake()
 
     def _raise_if_unstarted(self) -> None:
-        """Before anything was sent a failure is an HTTP error, and so is a drain."""
         if self.progress:
             return
         if self.source.failure is not None and self._failed_by_itself():
             raise self.source.failure
-        if self.request.ended_for == "drain":  # else the server would respond 500, which ends an `EventSource`
+        if self.request.ended_for == "drain":  # a server's 500 would end an `EventSource`
             raise Draining
 
     def _failed_by_itself(self) -> bool:
         return self.source.failure is not None and self.request.ended_for in (None, "failed")
 
     def _log_unsent_failure(self) -> None:
-        """The client doesn't see a failure of a generator that was being closed."""
+        """Of a generator that was being closed."""
         failure, reason = self.source.failure, self.request.ended_for
         if failure is not None and reason not in (None, "failed"):
             logger.warning("a handler failed while it was closed (%s)", reason, exc_info=failure)
@@ -418,14 +414,13 @@ class Sender:
     # The sweep
 
     def pulse(self, event: Callable[[], Event], every_s: float) -> None:
-        """Send an event each `every_s` seconds, to the accuracy of the sweep."""
+        """Send an event each `every_s` seconds, as exactly as the sweep."""
         self._pulse, self._pulse_at = (event, every_s), current_time() + every_s
 
     def tick(self, now: float, round_s: float, late_s: float) -> None:
-        """Called by the sweep (rule 5), `round_s` after the last call plus a delay of `late_s`.
+        """Called by the sweep, `round_s` after the last time plus a delay of `late_s` (rule 5).
 
-        The loop or the process stood still for `late_s`, which counts neither for the send timeout, because the client
-        may have read meanwhile, nor for the stream's duration.
+        In this delay the process stood still: it counts neither for the send timeout nor for the longest duration.
         """
         if self._deadline is not None:
             self._deadline += late_s
@@ -451,7 +446,7 @@ class Sender:
             self.stop("timeout")
 
     def _refusal(self) -> SSEAppError | None:
-        """The error if the caller's token is no longer valid."""
+        """The caller's token is no longer valid."""
         credential = self.request.credential
         return credential.refusal() if credential is not None else None
 
@@ -469,7 +464,7 @@ class Sender:
     # Bytes
 
     async def _start(self, batch: bytes) -> bytes:
-        """Send the headers; returns the first batch with the stream's opening."""
+        """Send the headers; returns the opening with the first batch."""
         assert self._full_request is not None and self._send_message is not None
         headers = [*self._headers, *self._full_request.answer_headers]
         self.progress += 1
@@ -506,7 +501,6 @@ class Sender:
                 self._options.first_event(self.route, monotonic() - self.began)
 
     async def _finish(self, batch: bytes) -> None:
-        """Send the last batch with the farewell."""
         source, reason, counted = self.source, self.request.ended_for, len(batch)
         if batch:
             self._count(batch)
@@ -518,19 +512,19 @@ class Sender:
         elif source.events:
             batch += source.farewell(reason)
             if reason == "drain" or isinstance(source.failure, Unavailable):
-                # Random, so that clients don't all reconnect in the same second.
+                # Random, to spread the reconnects.
                 batch += b"retry: %d\n" % spread(self._options.retry_ms)
         elif source.failure is not None or reason is not None:
             if source.failure is not None:
                 log_failure(source.failure)
-            return  # without the last chunk, so the server cuts the connection and the client detects it
+            return  # the server cuts the connection, which the client detects
         self.sent_bytes += len(batch) - counted
         await self._send(batch, last=True)
 
 
 def deliver(senders: Iterable[Sender], body: bytes, framed: bytes, after: int, last: int) -> None:
-    """Hot path. Write `framed`, the chunk of `body`, to the senders that have sent up to `after`; now they have sent up
-    to `last`. Other senders are poked. A failure of one doesn't affect the others."""
+    """Hot path. Write `framed`, the chunk of `body`, to senders that have sent up to `after`, now up to `last`; poke
+    others. One's failure doesn't affect others."""
     size = len(body)
     for sender in senders:
         if not sender.parked:
@@ -551,7 +545,7 @@ def deliver(senders: Iterable[Sender], body: bytes, framed: bytes, after: int, l
 
 
 class Timekeeper:
-    """The sweep of all streams of an app: heartbeats, slow clients, longest durations."""
+    """The sweep: heartbeats, slow clients, longest durations."""
 
     def __init__(self, options: SenderOptions, senders: Collection[Sender]) -> None:
         self._senders = senders
@@ -567,6 +561,6 @@ class Timekeeper:
             for sender in list(self._senders):
                 try:
                     sender.tick(now, now - last - late_s, late_s)
-                except BaseException:  # of its pulse; must not affect other streams
+                except BaseException:  # of its pulse
                     logger.exception("a stream's time could not be kept")
                     sender.abort("failed")
