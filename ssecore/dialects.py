@@ -1,7 +1,6 @@
-"""Dialects: the form of the engine's own events (error, cancelled, gap, the last event).
+"""Dialects: the form of the engine's own events, after a failure, a cancellation or a crash.
 
-Handlers yield their events; a route's `Dialect` makes those after a failure, a cancellation or a crash. A program's own
-is a subclass, as in `GET(…, dialect=MyDialect())`: see docs/handlers.md.
+A program's own is a subclass: see docs/handlers.md.
 """
 
 import logging
@@ -52,7 +51,7 @@ class SoFar:
 
     run: str = ""
     note: Mapping[str, Any] = field(default_factory=dict)  #: see `routes.About`
-    events: int = 0  #: so far; 0 without a run
+    events: int = 0
     last: Event | None = None
 
 
@@ -252,7 +251,6 @@ def _response(kind: str, so_far: SoFar, **facts: Any) -> Event:
 
 
 def _object(event: Event | None) -> Mapping[str, Any]:
-    """A JSON object, or {}."""
     try:
         return msgspec.json.decode(event.data, type=dict[str, Any]) if event is not None else {}
     except (msgspec.DecodeError, UnicodeError, RecursionError):
@@ -273,7 +271,7 @@ def error_frames(error: Exception, dialect: Dialect, so_far: SoFar = NOTHING) ->
     code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
     try:
         return [encode(event) for event in dialect.error(public_text(error), code, so_far)]
-    except EncodeError as unfit:  # for example a lone surrogate
+    except EncodeError as unfit:
         return error_frames(unfit, dialect, so_far)
 
 
@@ -294,8 +292,7 @@ def public_text(error: Exception) -> str:
 def failure_of(error: BaseException, what: str = "a handler") -> Exception:
     """What user code raised, as an `Exception`.
 
-    `SystemExit`, a Rust panic or a group of them would end the event loop or the app's task group. Not for the caller's
-    own cancellation.
+    `SystemExit`, a Rust panic or a group of them would end the event loop or the app's task group.
     """
     if isinstance(error, Exception):
         return error

@@ -1,7 +1,7 @@
 """All exceptions, each with its HTTP status.
 
-Before the first byte of a response an exception becomes a problem document (RFC 9457), afterwards an `error` event.
-Clients see the text of an `SSEAppError`: say what to do, and put no secret into it.
+A problem document (RFC 9457) before a response's first byte, then an `error` event. Clients see an `SSEAppError`'s
+text: say what to do, and no secret.
 """
 
 import random

@@ -1,6 +1,6 @@
 """A lock on an open file, released by the system when the process ends.
 
-On POSIX and Windows. (The library `filelock` locks a separate path instead.)
+On POSIX and Windows. (The library `filelock` locks a separate path.)
 """
 
 import errno

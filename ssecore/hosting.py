@@ -1,16 +1,12 @@
-"""A stream as the response of another framework's route.
+"""A stream as the response of another framework's route: see docs/frameworks.md.
 
-    @app.post("/answers")
-    async def answers(question: Question, user: User = Depends(user_of)) -> EventStream:
-        return EventStream(streams, answer(question, user), run=Run(), caller=user.name)
+It differs from a route of an `SSEApp`:
 
-The framework does everything before the stream; the rest is as on a route of an `SSEApp`, except:
-
-1.  Authentication and CORS are the framework's, not the guard's.
-2.  A run is resumed by the same request with a `Last-Event-ID`, POST included. Without a path to a run there is no
+1.  Authentication and CORS are the framework's.
+2.  A run is resumed by the same request with a `Last-Event-ID`, POST included. There is no path to a run, so no
     `Content-Location`, and `Prefer: respond-async` is ignored.
 3.  Requests with one `Idempotency-Key` are compared by their query alone: the framework has read the body.
-4.  The framework answers an `HTTPException` that the generator raises before its first event.
+4.  The framework answers an `HTTPException` raised before the first event.
 """
 
 from collections.abc import AsyncIterable, Mapping, MutableMapping
@@ -43,13 +39,11 @@ HOSTED: Final = "sseapp.hosted"
 class EventStream(_Response):
     """A response for FastAPI, Starlette and Litestar; for other frameworks an ASGI application.
 
-    `streams` is the program's `SSEApp`, mounted or not; for runs and topics it must be `running()`.
-
     `events` is an async generator, a topic's `Subscription`, or a run's id. With `run=` the generator runs detached; if
     the request resumes a run, it isn't started.
 
-    `caller` owns the run, which counts for its limits. `None`: anyone with its id or key can read it. `status_code` is
-    for FastAPI's OpenAPI, which reads this signature.
+    `caller` owns the run. `None`: anyone with its id or key can read it. FastAPI's OpenAPI reads `status_code` in this
+    signature.
     """
 
     media_type = CONTENT_TYPE

@@ -1,6 +1,6 @@
-"""Counters and gauges in Prometheus' format, one registry an app.
+"""Prometheus' counters and gauges, one registry an app.
 
-An event costs nothing: streams count per write and are read at each scrape. A model's token costs 0.1 µs.
+Streams count per write and are read at each scrape. A model's token costs 0.1 µs.
 """
 
 from collections import Counter as Sums

@@ -118,10 +118,9 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: str | None) -> "Settings":
-        """Read the environment. `overrides`, from the command line, take precedence.
+        """Read the environment; `overrides` precede it. Raises `SettingsError`.
 
-        Logs a warning for unknown `SSEAPP_` variables, except those of Kubernetes. Raises `SettingsError` with the
-        name, the value and what was expected.
+        Logs a warning for unknown variables, except those of Kubernetes.
         """
         environ = os.environ if environ is None else environ
         hints = get_type_hints(cls, include_extras=True)

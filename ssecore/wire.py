@@ -1,7 +1,6 @@
 """The text/event-stream format in both directions, without I/O.
 
-Source: HTML Standard, 9.2.5 "Parsing an event stream" and 9.2.6 "Interpreting an event stream",
-https://html.spec.whatwg.org/multipage/server-sent-events.html
+Source: HTML Standard, 9.2.5 and 9.2.6, https://html.spec.whatwg.org/multipage/server-sent-events.html
 
 Boundary of trust: an `Event` from outside can't forge a field or a second event.
 """
@@ -26,7 +25,6 @@ HEARTBEAT: Final = b":\n"
 #: The standard has no limit.
 DEFAULT_MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 
-#: JavaScript's largest integer.
 MAX_RETRY_MS: Final = 2**53 - 1
 
 #: 64 KiB: names may come from outside.
@@ -59,8 +57,7 @@ class Event(msgspec.Struct, frozen=True, gc=False):
 def encode_json(data: Any) -> bytes:
     """One line of JSON: dataclasses, datetimes (RFC 3339, `Z` for UTC), UUIDs, msgspec structs, sets.
 
-    More slowly: pydantic models, numpy, paths, other collections, long integers, keys that are not strings. Raises
-    `EncodeError`.
+    More slowly: pydantic models, numpy, paths, other collections, long integers. Raises `EncodeError`.
     """
     try:
         return orjson.dumps(data, msgspec.to_builtins, _JSON_OPTIONS)
@@ -71,7 +68,7 @@ def encode_json(data: Any) -> bytes:
 def _slow_json(data: Any) -> bytes:
     try:
         return msgspec.json.encode(data, enc_hook=_to_builtins)
-    except Exception as error:  # a model's
+    except Exception as error:
         raise EncodeError("data can't be encoded as JSON", field="data") from error
 
 
@@ -100,7 +97,7 @@ def encode(event: Event) -> bytes:
     data = event.data
     if type(data) is dict or not isinstance(data, _TEXT):
         try:
-            body = orjson.dumps(data, msgspec.to_builtins, _JSON_OPTIONS)  # never contains a line break
+            body = orjson.dumps(data, msgspec.to_builtins, _JSON_OPTIONS)
         except TypeError:
             body = _slow_json(data)
     else:
@@ -120,12 +117,12 @@ def encode(event: Event) -> bytes:
 
 
 def cut(cursor: str) -> bytes:
-    """The first bytes for a browser's `EventSource` that sent `cursor` ("" for none).
+    """The first bytes for a browser's `EventSource` that sent `cursor`.
 
     After a reset within an event WebKit joins the half event to the next connection (seen: `{"contretry: 600`); npm's
     `eventsource` 2 keeps its whole lines. Colon and line end complete a half line, or are a comment; a line end alone
-    might dispatch. The blank line dispatches the rest as `cut`, without listeners. The id replaces a half id. By the
-    standard a block without data dispatches nothing.
+    might dispatch. The blank line dispatches the rest as `cut`, without listeners. The id replaces a half id. Without
+    data the standard dispatches nothing.
 
     Boundary of trust: an invalid cursor becomes an empty id.
     """
@@ -179,7 +176,7 @@ def _checked_retry(retry: int) -> int:
 class Decoder:
     """Decodes a stream, in chunks of any size.
 
-    As in `MessageEvent.lastEventId`, an event without an `id:` has an earlier one's, or `None`.
+    As in `MessageEvent.lastEventId`, an event without an `id:` has an earlier one's.
 
     Boundary of trust: takes any bytes. An event over `max_event_bytes` raises `TooLarge`, after the events before it
     were returned; then `reset` is needed.
@@ -219,7 +216,7 @@ class Decoder:
         self._started = False
         self._skip_lf = False
         self._too_large = False
-        self._bare_retry = False  # `retry:` without data since the last event
+        self._bare_retry = False
         self._tail: list[bytes] = []
         self._tail_bytes = 0
         self._clear()

@@ -1,6 +1,6 @@
-"""Detect whether this process is one of several workers of a server (uvicorn, gunicorn, hypercorn, granian).
+"""Detect whether this process is one of several workers of a server.
 
-Each worker locks a temporary file named after its parent process: if it is locked already, there are several.
+Each worker locks a temporary file named after its parent process.
 """
 
 import multiprocessing

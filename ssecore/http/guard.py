@@ -1,21 +1,18 @@
-"""Authentication, and pages of other origins: decided before the body is read.
+"""Authentication, and pages of other origins: decided before the body is read. For the modes see docs/operating.md.
 
-The mode is `tokens` (sent as a header, or as the cookie of `POST /session`, because an `EventSource` can't send
-headers), `caller` (a function of the embedding program), `off`, or `private`: see docs/operating.md.
-
-1.  *Private*: peer, `Host` and `Origin` are loopback (DNS rebinding doesn't change `Host`), no header of a proxy, not
-    HTTP/1.0 (nginx's default), no page of another origin. Proxies that add nothing (TCP) can't be detected.
-2.  Only browsers send a page's origin, and pages can't forge it: `Sec-Fetch-Site`, otherwise `Origin`, compared with
-    `Host`, which a proxy may change. Go's `CrossOriginProtection` has the same order.
-3.  A page of another origin may not use unsafe methods, nor a cookie. `SSEAPP_CORS_ORIGINS` are not other origins; `*`
-    allows requests with a token. In mode `caller` without such origins the embedding program checks: it knows its
-    credentials, and its CORS middleware answers preflights.
+1.  *Private*: peer, `Host` and `Origin` are loopback (DNS rebinding doesn't change `Host`), no proxy's header, not
+    HTTP/1.0 (nginx's default), no page of another origin. A proxy that adds nothing can't be detected.
+2.  Only browsers send a page's origin, which pages can't forge: `Sec-Fetch-Site`, otherwise `Origin`, compared with
+    `Host`, which a proxy may change. Go's `CrossOriginProtection` has this order, too.
+3.  Pages of other origins may not use unsafe methods, nor a cookie. Those in `SSEAPP_CORS_ORIGINS` may; `*` allows
+    requests with a token. In mode `caller` without such origins the embedding program checks: it knows its credentials,
+    and its CORS middleware answers preflights.
 4.  A request with neither header is a program's, or a browser's GET from any origin (image, frame, link, `fetch` with
     `no-cors`): over plain HTTP browsers send `Sec-Fetch-Site` only to "potentially trustworthy" addresses (Secure
-    Contexts, 3.1), `localhost`, names below it, 127.0.0.0/8 and `[::1]`, and old ones never (docs/clients.md). Chromium
-    omits it for `[::ffff:127.0.0.1]`, `0.0.0.0` and `[::]`, so these are not loopback here. In mode `private` and with
-    a cookie such a request is refused if its `User-Agent` begins with `Mozilla/`, as every browser's does. Pages can't
-    change that: `fetch` sets it only after a preflight, with `Origin`. A program gains nothing by another one.
+    Contexts, 3.1), and old ones never (docs/clients.md). Chromium omits it for `[::ffff:127.0.0.1]`, `0.0.0.0` and
+    `[::]`, so these are not loopback here. In mode `private` and with a cookie such a request is refused if its
+    `User-Agent` begins with `Mozilla/`, as every browser's does. Pages can't change that: `fetch` sets it only after a
+    preflight, with `Origin`. Programs gain nothing by another one.
 5.  The cookie requires HTTPS or loopback: it is sent to all ports, and without HTTPS other ports are the same site. On
     loopback `Sec-Fetch-Site` detects that.
 6.  A token in a URL is refused: it is in logs and histories.
@@ -107,14 +104,12 @@ class Guard:
 
     @property
     def routes(self) -> list[Route]:
-        """`/session`, with tokens."""
         if self.tokens is None:
             return []
         # Open, for expired tokens. Another origin's page would need a preflight.
         return [POST("/session", self._log_in), DELETE("/session", self._log_out, open=True)]
 
     def admit(self, request: Request) -> None:
-        """Check every request."""
         scope, settings = request.scope, self._settings
         target_bytes = len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b""))
         if settings.max_target_bytes is not None and target_bytes > settings.max_target_bytes:
@@ -208,7 +203,6 @@ class Guard:
         return Forbidden(f"this page is of another origin: add its origin to {origins} if it may use the service")
 
     def _credential_of(self, request: Request, tokens: Tokens) -> tuple[Credential, bool]:
-        """The credential, and whether it is a cookie."""
         if _TOKEN_IN_URL.search(request.scope.get("query_string", b"")):
             raise _unauthorized("a token in a URL gets into logs and histories, so it is refused: revoke it")
         authorization = request.headers.get("authorization")
@@ -309,7 +303,6 @@ def _cookie(request: Request, value: str, more: str) -> dict[str, str]:
 
 @lru_cache(64)
 def _is_loopback(authority: str) -> bool:
-    """With or without a port."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+))(?::[0-9]{1,5})?", authority)
     if match is None:
         return False

@@ -1,9 +1,6 @@
-"""`GET /openapi.json`: an app's routes as an OpenAPI document.
+"""`GET /openapi.json`: an app's routes as an OpenAPI document, with their authentication.
 
-OpenAPI 3.2 has `itemSchema`, the schema of one event. 3.1, which most tools read, doesn't: there it stands beside the
-schema of the whole body, as in FastAPI's documents, and tools ignore it.
-
-The document has the same authentication as the routes.
+3.2 has `itemSchema`, the schema of one event. 3.1, which most tools read, ignores it beside the body's schema.
 """
 
 import inspect

@@ -1,7 +1,6 @@
-"""The request: a read-only view of the scope. It alone calls `receive`: for the whole body, then for the disconnect.
+"""The request. It alone calls `receive`: for the whole body, then for the disconnect.
 
-Boundary of trust: everything comes from outside. Query and body are bounded, and decoded to the route's types before a
-handler gets them.
+Boundary of trust: query and body are bounded, and decoded to the route's types before a handler gets them.
 """
 
 import codecs
@@ -71,13 +70,10 @@ MAX_UNREAD_BYTES: Final = 1024 * 1024
 CURSOR_PARAMETERS: Final = ("lastEventId", "last_event_id")
 #: Each costs memory.
 MAX_QUERY_FIELDS: Final = 100
-#: A text may quote a value.
 MAX_ERROR_CHARS: Final = 200
-#: Smaller uploads stay in memory.
 SPOOL_BYTES: Final = 1024 * 1024
 
 _MISSING_FIELD: Final = re.compile(r"Object (?:missing required|contains unknown) field `(.+)`", re.DOTALL)
-#: The escape of half a surrogate pair.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
@@ -149,7 +145,7 @@ class RequestFacts:
         self.route: Route | None = None
         self.caller: str | None = None
         self.credential: Credential | None = None  #: if it can expire
-        self.has_place = False  #: counted as a stream
+        self.has_place = False
         self.ended_for: EndReason | None = None
 
     @property
@@ -180,9 +176,9 @@ class Request(RequestFacts):
     """A handler's first argument. `state` comes from the app's lifespan; `query` and `body` have the route's types."""
 
     # On the class, because few requests set them.
-    answer_headers: Sequence[tuple[bytes, bytes]] = ()  #: for every response
-    _room: Room | None = None  # of the body, until `close`
-    _held = 0  # in the room
+    answer_headers: Sequence[tuple[bytes, bytes]] = ()
+    _room: Room | None = None
+    _held = 0
 
     def __init__(
         self,
@@ -201,9 +197,9 @@ class Request(RequestFacts):
         self.path_params: Mapping[str, Any] = {}
         self.query: Any = None
         self.body: Any = None
-        self.raw_body = b""  #: JSON without a byte order mark
+        self.raw_body = b""
         self._receive = receive
-        self.body_digest = ""  #: SHA-256
+        self.body_digest = ""
         self.run_id: str | None = None  #: for the handler of a run
         #: Set by a run's handler that yields its own error event: the run has failed.
         self.failed = False
@@ -287,7 +283,6 @@ class Request(RequestFacts):
         return params
 
     def query_pairs(self) -> list[tuple[str, str]]:
-        """In order. Raises `BadRequest` if it is not UTF-8."""
         try:
             text = self.scope.get("query_string", b"").decode("ascii")
             return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY_FIELDS)
@@ -295,7 +290,6 @@ class Request(RequestFacts):
             raise BadRequest(f"the query can't be read: {error}") from None
 
     def _query_values(self, route: Route) -> dict[str, Any]:
-        """Without the engine's parameters."""
         own = (*CURSOR_PARAMETERS, "key") if route.run is not None else CURSOR_PARAMETERS
         values: dict[str, Any] = {name: value for name, value in self.query_params.items() if name not in own}
         for name in route.lists:
@@ -307,7 +301,7 @@ class Request(RequestFacts):
     def last_event_id(self) -> str:
         """The client's cursor, or ""; the header precedes the query."""
         cursor = self.headers.get("last-event-id", "")
-        with suppress(UnicodeDecodeError):  # browsers send UTF-8, some clients latin-1
+        with suppress(UnicodeDecodeError):
             cursor = cursor.encode("latin-1").decode()
         if cursor := cursor.strip(" \t"):
             return cursor
@@ -415,7 +409,6 @@ class Request(RequestFacts):
         return body, message.get("more_body", False), wait_s
 
     async def _read(self, limit: int, file: IO[bytes]) -> None:
-        """Write the body; in a thread if that may write to disk."""
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and len(declared) < 20 and int(declared) > limit:
             raise TooLarge(f"the body is larger than {limit} bytes")
@@ -449,10 +442,9 @@ class Request(RequestFacts):
         self._upload = self._room = None
 
     def outlive(self, *, whole: bool) -> RequestFacts:
-        """For after the server's call."""
         if whole:
             self.forget()
-            self.scope = {**self.scope, "extensions": {}}  # they refer to the connection
+            self.scope = {**self.scope, "extensions": {}}
             self._receive = no_connection
             return self
         self.close()
@@ -487,8 +479,6 @@ async def no_connection() -> Any:
 
 
 class _Unfit(ValueError):
-    """A pydantic model's first error, and its place."""
-
     def __init__(self, error: Any) -> None:
         first = error.errors(include_url=False)[0]
         super().__init__(first["msg"])
@@ -496,7 +486,6 @@ class _Unfit(ValueError):
 
 
 def _model(kind: Any, value: Any, *, json: bool) -> Any:
-    """Validate JSON or a query's strings by a pydantic model."""
     try:
         return kind.model_validate_json(msgspec.json.encode(value)) if json else kind.model_validate(value)
     except ValueError as error:
@@ -535,7 +524,7 @@ def _has_half(body: bytes) -> bool:
 
 
 def _bad(error: msgspec.ValidationError, kind: Any) -> BadRequest:
-    """msgspec's message and field, from one of these:
+    """msgspec's forms:
 
     "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", "Expected `int`, got
     `str` - at `key` in `$.by_number`", "Invalid enum value 'x' - at `$.status`" (whole value, no choices)

@@ -1,17 +1,10 @@
-"""The table of routes: path, parameters, query, body and handler.
-
-    ROUTES = [
-        GET("/countdown/{seconds:int}", countdown),
-        POST("/chat/stream", chat, body=list[ChatMessage]),
-    ]
+"""The table of routes.
 
 A path parameter is `{name}` (one segment), `{name:int}` or `{name:path}` (the rest with slashes), a keyword argument of
-the handler. `query` and `body` are types for msgspec or pydantic models. A query's name may be repeated if its field is
-a list, set or tuple.
+the handler. Names may be repeated in the query if their fields are lists, sets or tuples.
 
 A match takes one step: a dictionary for paths without parameters, one regular expression for the others. An empty group
-behind each alternative selects the route by `match.lastindex`: `/users/{id}/x` and `/topics/{name}` become
-`/users/([^/]+)/x()|/topics/([^/]+)()`.
+behind each alternative selects the route by `match.lastindex`: `/users/([^/]+)/x()|/topics/([^/]+)()`.
 """
 
 import inspect
@@ -54,7 +47,6 @@ _CONVERTERS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "int": (r"(-?[0-9]{1,18})", int),
     "path": (r"(.+)", str),
 }
-#: Name and type.
 PARAMETER: Final = re.compile(r"{([^{}:]*)(?::([^{}]*))?}")
 
 
@@ -115,7 +107,6 @@ class Route:
     query: Any = None
     body: Any = None
     media_types: Sequence[str] = ("application/json",)
-    #: The form of the engine's events.
     dialect: Dialect = NAMED
     run: Run | None = None
     #: No authentication.
@@ -129,7 +120,6 @@ class Route:
     may: str = ""
     #: For one request of an embedding program; `handler` returns an existing iterator.
     hosted: bool = False
-    #: The handler is an async generator.
     streams: bool = field(init=False)
     #: Query parameters that may be repeated.
     lists: frozenset[str] = field(init=False)
@@ -233,7 +223,7 @@ def _check(kind: Any) -> Any:
     try:
         info = types.type_info(kind)
         msgspec.json.Decoder(kind, dec_hook=lambda kind, value: value)
-    except Exception as error:  # NameError, of an annotation
+    except Exception as error:
         raise TypeError(f"{kind!r} can't be decoded into: {error}") from error
     for found in _inside(info, set()):
         if isinstance(found, types.CustomType) and not is_model(found.cls):
@@ -242,7 +232,6 @@ def _check(kind: Any) -> Any:
 
 
 def _inside(info: Any, seen: set[int]) -> Iterator[types.Type]:
-    """With its parts."""
     if isinstance(info, types.Type):
         if id(info) in seen:
             return
@@ -283,7 +272,6 @@ class Table:
     """Matches routes; the first wins."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
-        #: For earlier processes' runs.
         self.dialects = list({id(route.dialect): route.dialect for route in routes}.values())
         for dialect in self.dialects:
             others = [other for other in [*DIALECTS.values(), *self.dialects] if other is not dialect]
@@ -312,7 +300,6 @@ class Table:
             self._dynamic[groups] = (methods, first, parameters)
         # DOTALL: a path may contain line ends.
         self._pattern = re.compile("|".join(alternatives) or "(?!)", re.DOTALL)
-        # With any text for a whole number.
         pattern = "|".join(alternatives).replace(_CONVERTERS["int"][0], _CONVERTERS[""][0])
         self._nearly = re.compile(pattern or "(?!)", re.DOTALL)
 

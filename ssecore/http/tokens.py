@@ -1,14 +1,13 @@
 """API tokens: their hashes in a file.
 
 A token is `<id>.<secret>`. The SHA-256 of the secret (256 random bits) is compared in constant time. A browser's cookie
-has a secret derived from the token's, from which the token can't be derived. The file contains neither.
+has a secret derived from it. The file contains neither.
 
-The file has one JSON object a line and mode 0600, and is replaced as a whole. A token that is not in it is revoked. An
-editor or a copy may truncate it first, so `sseapp token` marks a complete file by an empty last line: tokens missing
-from it are revoked at once, from others after `GRACE_S`. Files with an invalid line are ignored.
+The file has one JSON object a line, mode 0600, and is replaced as a whole. An editor or a copy may truncate it first,
+so `sseapp token` marks a complete file by an empty last line: tokens missing from it are revoked at once, from others
+after `GRACE_S`. Files with an invalid line are ignored.
 
-Rights: `publish` and `subscribe` for every topic, `publish:PATTERN` and `subscribe:PATTERN` (`*`: any characters),
-`metrics`. A token without rights starts work and reads what its caller owns. See `Route.may`.
+The rights are in docs/operating.md.
 """
 
 import hashlib
@@ -52,7 +51,6 @@ MAX_NAME: Final = 200
 REFRESH_S: Final = 1.0
 #: An editor writes within milliseconds, a slow copy over a network within seconds.
 GRACE_S: Final = 5.0
-#: Each request compares all of a token's.
 MAX_RIGHTS: Final = 50
 #: `publish:topics/`, the longest name of a topic (200), and stars.
 MAX_RIGHT_CHARS: Final = 250
@@ -79,7 +77,7 @@ class Entry(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         _check_name(self.name)
         _check_rights(self.may or ())
-        if self.expires is not None and self.expires.tzinfo is None:  # edited
+        if self.expires is not None and self.expires.tzinfo is None:
             msgspec.structs.force_setattr(self, "expires", self.expires.replace(tzinfo=UTC))
 
     @property
@@ -101,9 +99,7 @@ class Credential:
         return self.entry.name
 
     def may(self, right: str) -> bool:
-        """`metrics`, or `publish:` or `subscribe:` with a topic's path."""
         action = right.partition(":")[0]
-        # Only the star.
         patterns = (re.sub(r"([?[])", r"[\1]", given) for given in self.entry.rights)
         return any(pattern == action or fnmatchcase(right, pattern) for pattern in patterns)
 
@@ -123,7 +119,7 @@ class Tokens:
         self._path = path
         self._known: dict[str, Credential] = {}
         self._seen: object = ...
-        self._grace_until: float | None = None  # by `time.monotonic`
+        self._grace_until: float | None = None
         self._read(_signature(path))
         if not self._known:
             logger.warning("%s has no tokens, so every request is refused: `sseapp token add NAME` creates one", path)

@@ -21,15 +21,14 @@ T = TypeVar("T")
 
 
 class merge(Generic[T]):
-    """Merges async iterators. Items keep the order in which they arrive.
+    """Merges async iterators, in the order of arrival.
 
         async with merge(prices(), news()) as items:
             async for item in items:
                 yield Event(item)
 
     Sources wait while `buffer` items wait. A source's exception is raised here and ends the others; with
-    `failures=True` it becomes an item instead. Leaving the block closes every source in its own task, and waits for
-    that. A handler may yield inside this block.
+    `failures=True` it becomes an item. Leaving the block closes every source in its own task, and waits.
     """
 
     @overload

@@ -3,8 +3,7 @@
 Rules, cited by number at the code:
 
 1.  A thread can't be stopped from outside: its next report raises `WorkCancelled`.
-2.  Leaving the block waits for the thread, however long: only it can release its resources, and the interpreter would
-    wait too.
+2.  Leaving the block waits for the thread: only it can release its resources, and the interpreter would wait too.
 3.  The loop takes only locks that threads hold for a few instructions.
 4.  Work in a task is cancelled once, and may await in its `finally`: see `pump`.
 """
@@ -73,7 +72,7 @@ class _Items(Generic[T]):
         self._items: deque[T] = deque()
         self._changed = threading.Condition()  # rule 3
         self._ended = False
-        self._wanted: anyio.Event | None = None  # the reader waits
+        self._wanted: anyio.Event | None = None
 
     def _wake_reader(self) -> None:
         if self._wanted is None:
@@ -81,7 +80,7 @@ class _Items(Generic[T]):
         if threading.get_ident() == self._loop_thread:
             self._wake()
         else:
-            with suppress(RuntimeError):  # the work has ended, which wakes the reader too
+            with suppress(RuntimeError):
                 self._portal.start_task_soon(self._wake)
 
     def _item_taken(self) -> None:
@@ -99,7 +98,6 @@ class _Items(Generic[T]):
         self._wake()
 
     async def _next(self) -> T:
-        """Raises `EndOfStream`."""
         await checkpoint()
         while True:
             with self._changed:
@@ -139,16 +137,13 @@ class Report(_Items[T]):
 class from_thread(Generic[T]):
     """Runs a blocking function in a worker thread; iterates over its reports.
 
-        async with from_thread(work, folder) as items:      # runs work(report, folder)
+        async with from_thread(work, folder) as items:      # work(report, folder)
             async for item in items:
                 yield Event(item)
 
-    `work` calls `report(item)`, from any thread, which blocks while `buffer` items wait. What it raises is raised here,
-    after the items.
-
-    Leaving the block raises `WorkCancelled` at the thread's next `report` or `report.check()`, and waits for the thread
-    (rule 2), with a warning after `CLOSE_S`. A failure after that is logged. Work that still waits for `limiter` never
-    runs. A handler may yield inside.
+    `report(item)`, from any thread, blocks while `buffer` items wait. What `work` raises is raised here, after the
+    items. Leaving the block raises `WorkCancelled` at the next `report` or `report.check()`, and waits for the thread
+    (rule 2), with a warning after `CLOSE_S`. Work that still waits for `limiter` never runs.
     """
 
     def __init__(
@@ -164,7 +159,7 @@ class from_thread(Generic[T]):
         self._failure: Exception | None = None
         self._report = Report[T](buffer)
         self._tasks: TaskGroup | None = None
-        self._scope = CancelScope(shield=True)  # only leaving cancels it
+        self._scope = CancelScope(shield=True)
         self._ended = anyio.Event()
 
     async def __aenter__(self) -> Self:
@@ -178,7 +173,7 @@ class from_thread(Generic[T]):
     ) -> None:
         assert self._tasks is not None
         self._report._end()
-        self._scope.cancel()  # while it waits for a thread
+        self._scope.cancel()
         with CancelScope(shield=True):  # rule 2
             with anyio.move_on_after(CLOSE_S):
                 await self._ended.wait()
@@ -232,7 +227,7 @@ class TaskReport(_Items[T]):
     def __init__(self, buffer: int) -> None:
         super().__init__(buffer)
         self.dropped = 0
-        self._waiting: deque[_Reported[T]] = deque()  # for room
+        self._waiting: deque[_Reported[T]] = deque()
 
     def __call__(self, item: T) -> Awaitable[None]:
         reported = _Reported(self, item)
@@ -264,7 +259,7 @@ class TaskReport(_Items[T]):
             raise RuntimeError("await report(…) only in the task of the work; in other threads call it without await")
         with self._changed:
             self.dropped -= 1
-            if len(self._items) < self._buffer:  # by now
+            if len(self._items) < self._buffer:
                 self._items.append(reported.item)
                 reported.done = True
             else:
@@ -286,8 +281,8 @@ class _Reported(Generic[T]):
     def __init__(self, report: TaskReport[T], item: T) -> None:
         self._report = report
         self.item = item
-        self.done = False  #: sent or dropped
-        self.settled: anyio.Event  #: if it is awaited
+        self.done = False
+        self.settled: anyio.Event
 
     def __await__(self) -> Generator[Any, Any, None]:
         if self._report._ended:  # so that a cancellation reaches work that reports in a loop
@@ -299,13 +294,11 @@ class _Reported(Generic[T]):
 class from_task(Generic[T]):
     """Runs a coroutine function in a task; iterates over its reports.
 
-        async with from_task(work, question) as items:      # runs work(report, question)
+        async with from_task(work, question) as items:      # work(report, question)
             async for item in items:
                 yield Event(item)
 
-    `work` calls or awaits `report(item)`, also as a library's callback: see `TaskReport`. What it raises is raised
-    here, after the items. Leaving the block cancels it and waits (rule 4); a failure after that is logged. A handler
-    may yield inside.
+    What `work` raises is raised here, after the items. Leaving the block cancels it and waits (rule 4).
     """
 
     def __init__(
@@ -376,7 +369,7 @@ class _Work(GeneratorTask[Any]):
     async def iterate(self) -> None:
         try:
             await self._begin()
-        except StopAsyncIteration as error:  # it would end the reader's loop
+        except StopAsyncIteration as error:
             raise RuntimeError(f"work in a task was ended by {error!r}") from error
 
     def on_end(self) -> None:
@@ -408,7 +401,7 @@ class LogEntry:
     timestamp: str  #: RFC 3339, UTC
     level: LogLevel
     message: str
-    details: Any  #: a copy
+    details: Any
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -430,10 +423,8 @@ class ProgressState:
 class ProgressLogger:
     """Reports steps and log lines.
 
-    Thread-safe: the callbacks are called one at a time, in the calling thread, which gets their exceptions
-    (`WorkCancelled`). They must not wait for threads that use the same logger.
-
-    Steps may go back, but not after `complete`; `log` still works then.
+    Thread-safe: callbacks are called one at a time, in the calling thread, which gets their exceptions. They must not
+    wait for threads that use the same logger. Steps may go back, but not after `complete`; `log` still works then.
     """
 
     def __init__(
@@ -444,7 +435,6 @@ class ProgressLogger:
     ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, not {total_steps}")
-        #: Replaced at each change (rule 3).
         self.state = ProgressState(0, total_steps, "", 0)
         self._on_log = on_log
         self._on_progress = on_progress
@@ -453,7 +443,6 @@ class ProgressLogger:
 
     @classmethod
     def reporting(cls, report: Callable[[Event], object], total_steps: int) -> Self:
-        """Reports the events `progress` and `log`."""
         return cls(
             total_steps,
             on_log=lambda entry: report(Event(entry.to_dict(), "log")),
@@ -471,7 +460,6 @@ class ProgressLogger:
             self._change(ProgressState(n, total, name, 100 * (n - 1) // total))
 
     def next_step(self, name: str) -> None:
-        """As `set_step`."""
         with self._lock:
             self.set_step(self.state.current_step + 1, name)
 
@@ -483,7 +471,6 @@ class ProgressLogger:
                 self._change(ProgressState(total, total, self.state.step_name, 100))
 
     def log(self, message: str, level: LogLevel = LogLevel.INFO, details: Any = None) -> None:
-        """`details` is copied."""
         level, details = LogLevel(level), copy.deepcopy(details)
         with self._lock:
             if self._on_log is not None:

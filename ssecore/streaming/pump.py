@@ -3,13 +3,12 @@
 Rules, cited by number at the code:
 
 1.  One task makes every `anext` of a generator and its `aclose`, so that anyio's scopes are left in order.
-2.  A generator is cancelled once, and may await in its `finally` for `CLOSE_S`; then it is cancelled repeatedly. (anyio
-    cancels at each await, so that connection pools leak connections.) On asyncio only this module cancels the task,
-    without a cancel scope, which would cost 0.9 KiB. On trio a `finally` that awaits must shield itself.
-3.  `on_ready` is called before the generator waits and at its end, before other tasks run: none stands between an event
-    and its client.
-4.  A generator that never waits pauses for other tasks when its buffer is full, and each `TURN_S`. The clock is read
-    rarely: at a write's first events, then after twice as many bytes each time, up to `LOOK_BYTES`.
+2.  A generator is cancelled once, and may await in its `finally` for `CLOSE_S`; then repeatedly. (anyio cancels at each
+    await: connection pools leak connections.) On asyncio only this module cancels the task, without a cancel scope,
+    which would cost 0.9 KiB. On trio a `finally` that awaits must shield itself.
+3.  `on_ready` is called before the generator waits and at its end, before other tasks run.
+4.  A generator that never waits pauses when its buffer is full, and each `TURN_S`. The clock is read at a write's first
+    events, then after twice as many bytes each time, up to `LOOK_BYTES`.
 """
 
 import asyncio
@@ -59,7 +58,7 @@ def asyncio_loop() -> asyncio.AbstractEventLoop | None:
 class GeneratorTask(Generic[T]):
     """Iterates an async generator and closes it (rules 1 and 2)."""
 
-    what = "a handler"  #: for messages
+    what = "a handler"
 
     def __init__(self, generator: AsyncIterator[T]) -> None:
         self.ended = False
@@ -70,7 +69,7 @@ class GeneratorTask(Generic[T]):
         self._started = False
         self._close_timer: asyncio.TimerHandle | None = None
         self._scope: CancelScope | None = None  # on trio
-        self._done: anyio.Event | None = None  # on trio
+        self._done: anyio.Event | None = None
 
     async def iterate(self) -> None:
         """For subclasses."""
@@ -209,12 +208,12 @@ class Pump(GeneratorTask[T]):
     ) -> None:
         super().__init__(generator)
         self.events_sent = 0
-        self.exhausted = False  #: ended by itself
+        self.exhausted = False
         self._frame = frame
         self._request = request
         self._limit = buffer_bytes
         self._frames: list[bytes] = []
-        self._room: anyio.Event | None = None  # the buffer is full
+        self._room: anyio.Event | None = None
         #: Rule 3.
         self.on_ready: Callable[[], None] | None = None
 
@@ -280,7 +279,7 @@ class Pump(GeneratorTask[T]):
                     raise TypeError(f"a handler yields Event objects, not {type(item).__name__}") from None
                 raise
             if not frames or size >= look:
-                if self._stopped:  # it ignored its cancellation
+                if self._stopped:
                     return
                 # Before the append, so that the last item is here if the generator ends.
                 if frames and size >= limit:
@@ -295,7 +294,7 @@ class Pump(GeneratorTask[T]):
                 elif frames and monotonic() >= turn_ends:
                     await checkpoint()
                     step, turn_ends = 0, monotonic() + TURN_S
-                if not frames:  # after other tasks had their turn
+                if not frames:
                     size, step, turn_ends = 0, 0, monotonic() + TURN_S
                 step = min(2 * step + 16, LOOK_BYTES)
                 look = min(size + step, limit)

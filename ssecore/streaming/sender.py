@@ -1,10 +1,4 @@
-"""The sender: one streaming response.
-
-    catch up   send what the source has without waiting
-    park       until the source, the sweep, a drain or a disconnect wakes it
-
-A connection is *sending*, or *parked*: no send is in flight. To a parked one whose client reads `deliver` and `poke`
-write directly; others are woken.
+"""The sender: one streaming response. ARCHITECTURE.md has its two states, *sending* and *parked*.
 
 Rules, cited by number at the code:
 
@@ -14,7 +8,7 @@ Rules, cited by number at the code:
 3.  Elsewhere it waits in the request's task, and another one in `receive` for the disconnect.
 4.  Nothing is held back for larger writes.
 5.  An event or a write reads no clock and sets no timer: the sweep (`Timekeeper`) reads `progress`.
-6.  A direct write may come from a callback of the loop, without a task: anyio's time and scopes don't work there.
+6.  A parked one may be written to by a callback of the loop: without a task anyio's time and scopes don't work.
 """
 
 import logging
@@ -98,8 +92,8 @@ class Source(Protocol):
 class Line(Protocol):
     """A connection without its request."""
 
-    transport: Any  #: for chunks
-    paused: bool  #: the client doesn't read
+    transport: Any
+    paused: bool
 
     def write(self, data: bytes) -> None: ...
     async def drained(self) -> None:
@@ -196,17 +190,17 @@ class Sender:
         self.sent_bytes = 0
         self.stalled_s = 0.0  #: sends waited for the client; by the sweep
         self.began = monotonic()
-        self._before_first = 1  # writes to the first event's; 2 if the opening has none
-        self._full_request: Request | None = request  # until it parks on a line
+        self._before_first = 1
+        self._full_request: Request | None = request
         self._send_message: Send | None = send
         self._server: Server | None = None
         self._headers = headers
         self._status = status
         self._options = options
         self._ended = False
-        self._pushed = b""  # precedes the source's bytes
+        self._pushed = b""
         self._scope: CancelScope | None = None  # only while sending: 0.9 KiB
-        self._waiter: anyio.Event | None = None  # rule 3
+        self._waiter: anyio.Event | None = None
         self._seen_progress = -1
         self._unchanged_since = 0.0
         # Up to a tenth less, so that streams of a restart don't end together.
@@ -218,8 +212,7 @@ class Sender:
     async def run(self, has_sweep: bool) -> None:
         """Returns when it has ended, or is parked on a line.
 
-        Without `has_sweep` (the app isn't running) it has its own sweep. Before anything was sent, raises the source's
-        failure, or `Draining`.
+        Without `has_sweep` it has its own. Before anything was sent, raises the source's failure, or `Draining`.
         """
         assert self._full_request is not None and self._send_message is not None
         server: Server | None = self._full_request.scope.get("extensions", {}).get(EXTENSION)
@@ -243,7 +236,7 @@ class Sender:
         try:
             source.begin(self, tasks)
             if not source.has_something:
-                await checkpoint()  # usually enough for the first event, without a scope
+                await checkpoint()
             if not source.has_something:
                 with anyio.move_on_after(source.first_s):
                     while not self._ended and not source.has_something:
@@ -267,7 +260,7 @@ class Sender:
                 await self._wait()
         except OSError:  # ASGI 2.4: `send` after a disconnect; most servers ignore it
             self.abort("client")
-        except Exception:  # the server's
+        except Exception:
             logger.exception("a stream broke off")
             self.abort("failed")
         except get_cancelled_exc_class():
@@ -287,7 +280,7 @@ class Sender:
             batch, self._pushed = self._pushed + batch, b""
             if not self.progress:
                 if source.finished and not batch and self._failed_by_itself():
-                    self._ended = True  # an HTTP error, raised by `run`
+                    self._ended = True
                     return
                 batch = await self._start(batch)
             if source.finished:
@@ -341,7 +334,6 @@ class Sender:
             self._options.ended(self)
 
     def wake(self) -> None:
-        """Make a parked one catch up."""
         if self._waiter is not None:
             self._waiter.set()
         elif self.parked and self.line is not None:
@@ -406,7 +398,6 @@ class Sender:
         return self.source.failure is not None and self.request.ended_for in (None, "failed")
 
     def _log_unsent_failure(self) -> None:
-        """Of a generator that was being closed."""
         failure, reason = self.source.failure, self.request.ended_for
         if failure is not None and reason not in (None, "failed"):
             logger.warning("a handler failed while it was closed (%s)", reason, exc_info=failure)
@@ -420,7 +411,7 @@ class Sender:
     def tick(self, now: float, round_s: float, late_s: float) -> None:
         """Called by the sweep, `round_s` after the last time plus a delay of `late_s` (rule 5).
 
-        In this delay the process stood still: it counts neither for the send timeout nor for the longest duration.
+        In this delay the process stood still: it doesn't count for timeouts.
         """
         if self._deadline is not None:
             self._deadline += late_s
@@ -439,14 +430,13 @@ class Sender:
             self.stop("unauthorized")
         if self._pulse is not None and now >= self._pulse_at:
             event, every_s = self._pulse
-            self._pulse_at += every_s * ((now - self._pulse_at) // every_s + 1)  # skips missed ones
+            self._pulse_at += every_s * ((now - self._pulse_at) // every_s + 1)
             self.push(encode(event()))
         if self._deadline is not None and now >= self._deadline:
             self._deadline = None
             self.stop("timeout")
 
     def _refusal(self) -> SSEAppError | None:
-        """The caller's token is no longer valid."""
         credential = self.request.credential
         return credential.refusal() if credential is not None else None
 
