@@ -40,8 +40,7 @@ logger = logging.getLogger("sseapp")
 
 #: Replaces a last event's blank line. A request with this id is answered 204.
 END_ID: Final = b"id: end\n\n"
-#: For Firefox and WebKit, which take an id only from an event with data; it has no listeners. Other clients get the
-#: bare id: some libraries dispatch an event without data.
+#: Firefox and WebKit take an id only from an event with data. Not for libraries that dispatch an event without data.
 CURSOR_EVENT: Final = b"event: cursor\ndata:\n"
 
 
@@ -65,15 +64,14 @@ class Dialect:
     name: str = "named"
     #: `id:` before `data:` in runs, only for clients that need it: see `log.framed`.
     id_first: bool = False
-    #: Clients parse all data as JSON, so the engine never sends empty data.
+    #: Clients parse all data as JSON, so it is never empty.
     only_json: bool = False
 
     def headers(self, run: str) -> Mapping[str, str]:
-        """Additional headers of a response."""
         return {}
 
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
-        """The last events after a failure; `code` is for programs."""
+        """The last events; `code` is for programs."""
         return [Event({"error": text, "code": code}, "error")]
 
     def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
@@ -89,14 +87,10 @@ class Dialect:
         return [self.gap(gap)]
 
     def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
-        """Additional members of the route's problem documents."""
         return {}
 
     def is_last(self, event: Event) -> bool:
-        """Whether it completes the stream, so that a crash adds no error.
-
-        Not `result`, after which handlers may yield more.
-        """
+        """After it a crash adds no error. Not `result`: handlers may yield more."""
         return event.event in ("complete", "done", "error", "cancelled")
 
 
@@ -128,10 +122,7 @@ _GONE: Final = "this answer is no longer kept by the server"
 
 
 class AISDK(DataOnly):
-    """Vercel's AI SDK (npm `ai`): its UI message stream, version 1.
-
-    Without `finish` at the end `WorkflowChatTransport` reconnects forever.
-    """
+    """Vercel's UI message stream, version 1. Without `finish` `WorkflowChatTransport` reconnects forever."""
 
     name = "ai_sdk"
     only_json = True
@@ -167,10 +158,7 @@ _CLOSE: Final[Mapping[str, Iterable[str]]] = {
 
 
 class AGUI(Dialect):
-    """AG-UI (CopilotKit's `HttpAgent`, TanStack AI). The note needs `threadId` and `runId`.
-
-    Messages, tool calls and reasoning must not interleave: `cancelled` closes only the newest.
-    """
+    """AG-UI. The note needs `threadId` and `runId`. Messages must not overlap: `cancelled` closes the newest."""
 
     name = "ag_ui"
     id_first = True  # @tanstack/ai-client 0.33 pairs a pending `id:` line with the next `data:` line
@@ -232,7 +220,7 @@ class OpenAIResponses(Dialect):
         return [_response("failed", so_far, error={"code": code, "message": text})]
 
     def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
-        # There is no event `response.cancelled` (openai 3.57), only the status.
+        # There is no `response.cancelled` (openai 3.57).
         return [_response("incomplete", so_far, status="cancelled")]
 
     def gap(self, gap: Mapping[str, Any]) -> Event:
@@ -267,7 +255,7 @@ DIALECTS: Final = {dialect.name: dialect for dialect in (NAMED, DATA_ONLY, AI_SD
 
 
 def error_frames(error: Exception, dialect: Dialect, so_far: SoFar = NOTHING) -> list[bytes]:
-    """The last events after a failure, encoded."""
+    """Encoded last events."""
     code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
     try:
         return [encode(event) for event in dialect.error(public_text(error), code, so_far)]
@@ -276,7 +264,7 @@ def error_frames(error: Exception, dialect: Dialect, so_far: SoFar = NOTHING) ->
 
 
 def cancelled_frames(reason: str, dialect: Dialect, so_far: SoFar) -> list[bytes]:
-    """The last events after a cancellation, encoded."""
+    """Encoded last events."""
     return [encode(event) for event in dialect.cancelled(reason, so_far)]
 
 
@@ -309,5 +297,5 @@ def log_failure(error: Exception) -> str:
 
 
 def spread(retry_ms: int) -> int:
-    """A random time, twice the normal one on average."""
+    """Random, twice the time on average."""
     return random.randint(retry_ms, 3 * retry_ms)

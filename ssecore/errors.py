@@ -49,8 +49,7 @@ _NOT_RUNNING: Final = (
 class SSEAppError(Exception):
     """The root, and a 500 with a text.
 
-    `detail` is the text, `field` the wrong parameter or member, `code` for programs. `headers` are those of the problem
-    document.
+    `field` is the wrong parameter or member, `code` for programs, `headers` for the problem document.
     """
 
     status: int = 500
@@ -184,7 +183,7 @@ class UpstreamError(SSEAppError):
 
 
 class Unavailable(_Passing):
-    """A limit is reached, or a part of the service down; a retry may succeed."""
+    """A limit is reached, or something is down; a retry may succeed."""
 
     status, code = 503, "unavailable"
 
@@ -193,7 +192,6 @@ class Draining(Unavailable):
     """The service is shutting down; a retry reaches its successor."""
 
     def __init__(self, detail: str = "the service is about to stop; try again", **options: Any) -> None:
-        # Random, to spread the retries.
         super().__init__(detail, **{"retry_after_s": random.randint(1, 5), **options})
 
 

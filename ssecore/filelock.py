@@ -10,7 +10,7 @@ from typing import Any, Final
 
 __all__ = ["FOLDERS", "lock", "try_lock"]
 
-#: Windows: behind the file's end, because a locked byte can't be read. `msvcrt.locking` takes 31 bits.
+#: Windows: a locked byte can't be read. `msvcrt.locking` takes 31 bits.
 _FAR: Final = 2**31 - 2
 #: Windows has no wait without a timeout.
 _POLL_S: Final = 0.05
@@ -31,7 +31,7 @@ FOLDERS: Final = fcntl is not None
 
 
 def try_lock(file: int) -> bool:
-    """Lock it until the descriptor is closed. False: another process has."""
+    """Lock it until it is closed. False: another process has."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

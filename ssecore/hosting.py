@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sseapp import SSEApp
 else:
-    try:  # FastAPI and Starlette check the class
+    try:
         from starlette.responses import Response as _Response
     except ModuleNotFoundError:
         _Response = object
@@ -37,13 +37,10 @@ HOSTED: Final = "sseapp.hosted"
 
 
 class EventStream(_Response):
-    """A response for FastAPI, Starlette and Litestar; for other frameworks an ASGI application.
+    """A response for FastAPI, Starlette and Litestar, and an ASGI application.
 
-    `events` is an async generator, a topic's `Subscription`, or a run's id. With `run=` the generator runs detached; if
-    the request resumes a run, it isn't started.
-
-    `caller` owns the run. `None`: anyone with its id or key can read it. FastAPI's OpenAPI reads `status_code` in this
-    signature.
+    `events` is an async generator, which isn't started if the request resumes a run, a `Subscription`, or a run's id.
+    Only `caller` can read the run; `None`: anyone with its id or key. `status_code` is for FastAPI's OpenAPI.
     """
 
     media_type = CONTENT_TYPE
@@ -88,8 +85,8 @@ class EventStream(_Response):
             await self.background()
 
     def route(self, scope: Mapping[str, Any]) -> Route:
-        path = getattr(scope.get("route"), "path", None) or scope.get("path_template")  # FastAPI's; Litestar's
-        path = path or getattr(scope.get("endpoint"), "__name__", None) or "EventStream"  # Starlette's; any other's
+        path = getattr(scope.get("route"), "path", None) or scope.get("path_template")
+        path = path or getattr(scope.get("endpoint"), "__name__", None) or "EventStream"
         return Route(scope["method"], path, self._begin, dialect=self.dialect, run=self.run, hosted=True)
 
     def _begin(self, request: Any) -> Any:

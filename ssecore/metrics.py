@@ -62,7 +62,7 @@ class Facts(NamedTuple):
 
 
 class AnswerTimes:
-    """One answer of a model, from this object's creation."""
+    """One answer of a model."""
 
     __slots__ = ("_began", "_first", "_first_at", "_last_at", "_per_token", "_tokens")
 

@@ -1,4 +1,4 @@
-"""All settings of the service: one frozen dataclass, read from the environment.
+"""All settings, from the environment.
 
 The field `heartbeat_s` is the variable `SSEAPP_HEARTBEAT_S`. `none` turns an optional limit off.
 """
@@ -161,7 +161,7 @@ def describe() -> str:
 
 
 def _check_url(name: str, url: str) -> None:
-    """Refuse an unescaped password: its rest would be parsed as a port or a path, and logged."""
+    """Refuse an unescaped password: its rest would be logged as a port or a path."""
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises `ValueError` if it is not a number

@@ -23,10 +23,7 @@ SEVERAL: Final = (
 
 @contextmanager
 def only_worker() -> Iterator[bool]:
-    """False within the block if another worker is in it too.
-
-    True without such a server, or if the file can't be written.
-    """
+    """False within the block if another worker is in it too. True without a server, or without the file."""
     parent = _server()
     file: int | None = None
     path = os.path.join(tempfile.gettempdir(), f"sseapp-worker-of-{parent}")

@@ -3,7 +3,7 @@
 1.  *Private*: peer, `Host` and `Origin` are loopback (DNS rebinding doesn't change `Host`), no proxy's header, not
     HTTP/1.0 (nginx's default), no page of another origin. A proxy that adds nothing can't be detected.
 2.  Only browsers send a page's origin, which pages can't forge: `Sec-Fetch-Site`, otherwise `Origin`, compared with
-    `Host`, which a proxy may change. Go's `CrossOriginProtection` has this order, too.
+    `Host`, which a proxy may change. So does Go's `CrossOriginProtection`.
 3.  Pages of other origins may not use unsafe methods, nor a cookie. Those in `SSEAPP_CORS_ORIGINS` may; `*` allows
     requests with a token. In mode `caller` without such origins the embedding program checks: it knows its credentials,
     and its CORS middleware answers preflights.
@@ -47,7 +47,6 @@ __all__ = ["Caller", "Guard"]
 Caller = Callable[[Request], str | Awaitable[str | None] | None]
 
 COOKIE: Final = "sseapp_session"
-#: For pages of other origins.
 EXPOSED: Final = (
     "accept-ranges, content-disposition, content-location, content-range, etag, location, preference-applied, "
     "retry-after, run-id, x-vercel-ai-ui-message-stream, x-workflow-run-id, x-workflow-stream-tail-index"
@@ -57,7 +56,7 @@ PREFLIGHT_S: Final = 7200
 #: Apache's and Tomcat's limit; browsers send about twenty.
 MAX_HEADER_LINES: Final = 100
 
-#: Starlette's TestClient. From a server the peer is an address.
+#: Starlette's TestClient; a server's peer is an address.
 TEST_CLIENT: Final = "testclient"
 TEST_SERVER: Final = "testserver"
 
@@ -106,7 +105,7 @@ class Guard:
     def routes(self) -> list[Route]:
         if self.tokens is None:
             return []
-        # Open, for expired tokens. Another origin's page would need a preflight.
+        # Open, for expired tokens; another origin would need a preflight.
         return [POST("/session", self._log_in), DELETE("/session", self._log_out, open=True)]
 
     def admit(self, request: Request) -> None:
@@ -184,7 +183,7 @@ class Guard:
         raise Forbidden(
             f"this token lacks the right {granting!r}; `{command}` creates one that has it",
             code="insufficient_scope",
-            # RFC 6750, 3.1. A topic's name may have characters that are invalid here.
+            # RFC 6750, 3.1, which doesn't allow all names of topics.
             headers={"www-authenticate": f'Bearer error="insufficient_scope", scope="{action}"'},
         )
 
@@ -212,7 +211,7 @@ class Guard:
                 raise _unauthorized("the only scheme of this service is Bearer")
             return tokens.find(token.strip()), False
         values = _cookies(request.headers.get("cookie", ""))
-        if len(values) > 1:  # perhaps from another host of the domain
+        if len(values) > 1:
             raise _unauthorized(f"there are several cookies {COOKIE}: delete them")
         if not values:
             raise _unauthorized("no credentials were sent")
@@ -225,7 +224,7 @@ class Guard:
         if authorization is None or credential is None:
             raise BadRequest("send the token as `Authorization: Bearer …`", field="authorization")
         value = session_of(authorization.partition(" ")[2].strip())
-        # If a proxy terminates TLS, only headers tell. A forged one gives a useless cookie.
+        # From a proxy that terminates TLS. A forged one gives a useless cookie.
         schemes = (request.scope.get("scheme"), headers.get("x-forwarded-proto"))
         secure = "https" in schemes or headers.get("origin", "").startswith("https:")
         if not secure and not _is_loopback(headers.get("host", "")):
@@ -240,8 +239,6 @@ class Guard:
 
     async def _log_out(self, request: Request) -> Response:
         return Response(status=204, headers=_cookie(request, "", "; Max-Age=0"))
-
-    # CORS, see the Fetch standard
 
     def cors_headers(self, request: Request) -> list[tuple[bytes, bytes]]:
         origin = request.headers.get("origin")
@@ -291,12 +288,12 @@ def _unauthorized(detail: str) -> Unauthorized:
 
 
 def _cookies(header: str) -> set[str]:
-    """HTTP/2 may split the header; the parts are joined by commas."""
+    """With commas, if HTTP/2 splits it."""
     return set(_OUR_COOKIE.findall(header))
 
 
 def _cookie(request: Request, value: str, more: str) -> dict[str, str]:
-    # Strict: not for other sites' pages. No Max-Age: it ends with the browser.
+    # No Max-Age: it ends with the browser.
     cookie = f"{COOKIE}={value}; Path={request.root_path or '/'}; HttpOnly; SameSite=Strict{more}"
     return {"set-cookie": cookie, "cache-control": "no-store"}
 

@@ -86,7 +86,7 @@ class OpenAPI:
 
 
 def document(routes: Iterable[Route], guard: Guard, version: Version) -> dict[str, Any]:
-    """Of paths that differ only in parameter names it has the first."""
+    """Paths that differ only in parameter names stand once."""
     routes = list(routes)
     schemas = _Schemas(routes)
     paths: dict[str, dict[str, Any]] = {}
@@ -125,7 +125,7 @@ class _Schemas:
         self._of = list(zip(kinds, found, strict=True))
 
     def _lift(self, schema: Any) -> None:
-        """Move a pydantic model's `$defs` to the components."""
+        """Move pydantic's `$defs` to the components."""
         if isinstance(schema, dict):
             brought = schema.pop("$defs", {})
             self.components |= brought

@@ -9,12 +9,12 @@ from ssecore.errors import TooManyRequests
 
 __all__ = ["PublishRate"]
 
-#: Callers in memory. Above this number, those with a full bucket are dropped.
+#: Beyond it, callers with a full bucket are dropped.
 MAX_CALLERS: Final = 10_000
 
 
 class PublishRate:
-    """Token buckets of one second's rate: for each caller the time at which its bucket is full again."""
+    """Token buckets: for each caller when it is full again."""
 
     def __init__(self, per_s: float | None) -> None:
         self._per_s = per_s

@@ -62,7 +62,7 @@ EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", 
 BODY_TIMEOUT_S: Final = 30.0
 #: On average; Apache's MinRate.
 MIN_BODY_BYTES_PER_S: Final = 500
-#: A timer this late means that the process stood still, with unread data.
+#: If a timer is this late, the process stood still, with unread data.
 LATE_S: Final = 1.0
 #: Of a body that no handler reads; then the client is disconnected.
 MAX_UNREAD_BYTES: Final = 1024 * 1024
@@ -173,7 +173,7 @@ class RequestFacts:
 
 
 class Request(RequestFacts):
-    """A handler's first argument. `state` comes from the app's lifespan; `query` and `body` have the route's types."""
+    """A handler's first argument. `state` is the lifespan's."""
 
     # On the class, because few requests set them.
     answer_headers: Sequence[tuple[bytes, bytes]] = ()
@@ -199,7 +199,7 @@ class Request(RequestFacts):
         self.body: Any = None
         self.raw_body = b""
         self._receive = receive
-        self.body_digest = ""
+        self.body_digest = ""  #: SHA-256
         self.run_id: str | None = None  #: for the handler of a run
         #: Set by a run's handler that yields its own error event: the run has failed.
         self.failed = False
@@ -242,7 +242,7 @@ class Request(RequestFacts):
         return path or "/"
 
     def reference(self, target: str) -> str:
-        """A relative URL (RFC 3986, 4.2) to a path of this app; a proxy may strip a prefix."""
+        """A relative URL (RFC 3986, 4.2): a proxy may strip a prefix."""
         raw: bytes = self.scope.get("raw_path") or b""
         depth = self.path.count("/") - 1 - raw.lower().count(b"%2f")  # an encoded slash is not a level
         return "../" * depth + target.removeprefix("/")
@@ -301,7 +301,7 @@ class Request(RequestFacts):
     def last_event_id(self) -> str:
         """The client's cursor, or ""; the header precedes the query."""
         cursor = self.headers.get("last-event-id", "")
-        with suppress(UnicodeDecodeError):
+        with suppress(UnicodeDecodeError):  # browsers send UTF-8, some clients latin-1
             cursor = cursor.encode("latin-1").decode()
         if cursor := cursor.strip(" \t"):
             return cursor
@@ -329,9 +329,9 @@ class Request(RequestFacts):
 
     @property
     def preamble(self) -> bytes:
-        """First bytes for WebKit and npm's `eventsource` 2, which sends no `User-Agent`: see `wire.cut`.
+        """`wire.cut` for WebKit and npm's `eventsource` 2, which sends no `User-Agent`.
 
-        Not for others: httpx-sse and sseclient dispatch an event with a name and no data.
+        httpx-sse and sseclient would dispatch an event without data.
         """
         if not self.like_event_source or not self.headers.get("user-agent", "Mozilla/").startswith("Mozilla/"):
             return b""
@@ -349,7 +349,7 @@ class Request(RequestFacts):
         body_bytes: Room,
         uploads: Room,
     ) -> None:
-        """Decode query and body. Raises a 4xx. An upload counts as one in its `Room`, others by their bytes."""
+        """Raises a 4xx. In its `Room` an upload counts as one, others by bytes."""
         self.route, self.path_params = route, params
         if route.query is not None:
             self.query = _convert(self._query_values(route), route.query)
@@ -391,7 +391,7 @@ class Request(RequestFacts):
             self._held += amount
 
     async def _part(self, wait_s: float) -> tuple[bytes, bool, float]:
-        """The next part, whether more follow, and the wait allowed for it: only waiting counts."""
+        """The next part, whether more follow, and the wait allowed for it."""
         message = None
         while message is None:
             began = anyio.current_time()
@@ -467,7 +467,7 @@ class Request(RequestFacts):
             self._room = None
 
     async def disconnect(self) -> None:
-        """Wait, after the body's end, until the client disconnects or has sent `MAX_UNREAD_BYTES` more."""
+        """Wait, after the body's end, for the disconnect or `MAX_UNREAD_BYTES` more."""
         unread = 0
         while unread <= MAX_UNREAD_BYTES and (message := await self._receive())["type"] != "http.disconnect":
             unread += len(message.get("body", b""))

@@ -66,7 +66,7 @@ def problem(error: SSEAppError, reference: str | None = None, dialect: Dialect =
 
 
 def raw_headers(media_type: str | None, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Raises `ValueError` for CR, LF or NUL, which could forge another header."""
+    """Raises `ValueError` for CR, LF or NUL: they could forge a header."""
     items = [*headers.items(), *([("content-type", media_type)] if media_type else [])]
     for name, value in items:
         if any(char in name + value for char in "\r\n\0"):

@@ -74,7 +74,7 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Makes a route resumable: its generator runs detached, and appends to the log (see `runs`)."""
+    """Makes a route resumable: its generator runs detached, into the log."""
 
     #: Cancel it after these seconds without a reader; `None`: never; "setting": the setting's.
     linger_s: float | Literal["setting"] | None = None
@@ -82,7 +82,7 @@ class Run:
     #: streams the run. An async one may await the run's end (`request.runs.whole`), and isn't called for
     #: `Prefer: respond-async`.
     accepted: Callable[[Any, str], Any] | None = None
-    #: A function of the request: returns the description, such as the prompt, or an `About`. Exceptions refuse it.
+    #: A function of the request: the description, such as the prompt, or an `About`. Exceptions refuse it.
     about: "Callable[[Any], str | About] | None" = None
 
     def __post_init__(self) -> None:
@@ -304,7 +304,7 @@ class Table:
         self._nearly = re.compile(pattern or "(?!)", re.DOTALL)
 
     def match(self, method: str, path: str) -> tuple[Route, dict[str, Any]]:
-        """The route and its path parameters. Raises `NotFound`, `MethodNotAllowed`, `BadRequest` for a whole number."""
+        """With path parameters. Raises `NotFound`, `MethodNotAllowed`, `BadRequest` for a whole number."""
         methods = self._static.get(path)
         parameters: dict[str, Any] = {}
         if methods is None:

@@ -43,8 +43,7 @@ __all__ = [
 
 logger = logging.getLogger("sseapp")
 
-#: Of `from_thread` in one loop. anyio's and trio's number, but apart: the log and the database must not wait for
-#: readers.
+#: anyio's and trio's number, but apart: the log and the database must not wait for readers.
 MAX_THREADS: Final = 40
 
 _limiter: Final[RunVar[CapacityLimiter]] = RunVar("sseapp.progress")
@@ -54,10 +53,7 @@ Ts = TypeVarTuple("Ts")
 
 
 class WorkCancelled(BaseException):
-    """The reader has left (rule 1). Raised by each further report.
-
-    Not an `Exception`, so that `except Exception` doesn't catch it.
-    """
+    """The reader has left (rule 1). Not an `Exception`, so that `except Exception` doesn't catch it."""
 
 
 class _Items(Generic[T]):
@@ -112,7 +108,7 @@ class _Items(Generic[T]):
 
 
 class Report(_Items[T]):
-    """Sends items from threads, not from the loop's. An item costs one lock, and a call into the loop if it waits."""
+    """Sends items from threads. One costs one lock, and a call into the loop if it waits."""
 
     def __call__(self, item: T) -> None:
         """Blocks while `buffer` items wait. Raises `WorkCancelled`."""
@@ -285,7 +281,7 @@ class _Reported(Generic[T]):
         self.settled: anyio.Event
 
     def __await__(self) -> Generator[Any, Any, None]:
-        if self._report._ended:  # so that a cancellation reaches work that reports in a loop
+        if self._report._ended:  # for cancellations of work that reports in a loop
             yield from checkpoint().__await__()
         elif not self.done:
             yield from self._report._wait_for_room(self).__await__()

@@ -33,15 +33,12 @@ __all__ = ["CLOSE_S", "FIRST_ITEM_S", "EventPump", "GeneratorTask", "Pump", "asy
 
 logger = logging.getLogger("sseapp")
 
-#: The wait for the first event: a failure before gets its HTTP status.
+#: A failure before the first event gets its HTTP status.
 FIRST_ITEM_S: Final = 1.0
-#: Rule 2.
 CLOSE_S: Final = 5.0
-#: Rule 2.
 CANCEL_EACH_S: Final = 0.1
-#: Rule 4.
 TURN_S: Final = 0.01
-#: Rule 4. About ten events: reading the clock takes a twentieth of an event.
+#: About ten events: reading the clock takes a twentieth of an event.
 LOOK_BYTES: Final = 1024
 
 T = TypeVar("T")
@@ -82,7 +79,6 @@ class GeneratorTask(Generic[T]):
         """The generator is closed."""
 
     def start(self, tasks: TaskGroup | None) -> None:
-        """`tasks` is for trio."""
         if (loop := asyncio_loop()) is not None:
             self._task = loop.create_task(self._work())
         else:
@@ -91,7 +87,6 @@ class GeneratorTask(Generic[T]):
             tasks.start_soon(self._work_on_trio)
 
     def stop(self) -> None:
-        """Cancel it, once."""
         self._stopped = True
         if self._scope is not None:
             self._scope.cancel()
@@ -196,7 +191,7 @@ def _log_unclosed(what: str) -> None:
 
 
 class Pump(GeneratorTask[T]):
-    """The source of a response of bytes, at most `buffer_bytes` and one item ahead of the sender."""
+    """A source of bytes, at most `buffer_bytes` and one item ahead of the sender."""
 
     events = False
     opening = b""
@@ -216,8 +211,6 @@ class Pump(GeneratorTask[T]):
         self._room: anyio.Event | None = None
         #: Rule 3.
         self.on_ready: Callable[[], None] | None = None
-
-    # See `sender.Source`
 
     def begin(self, sender: Any, tasks: TaskGroup | None) -> None:
         self.on_ready = sender.poke
@@ -252,10 +245,8 @@ class Pump(GeneratorTask[T]):
     def close(self) -> None:
         self.on_ready = None
 
-    # In the generator's task
-
     def on_wait(self) -> None:
-        # Not while it waits for room: `on_ready` was called before, and here trio can't wake a task.
+        # Not for room: it was called before, and here trio can't wake a task.
         if self._frames and self._room is None and self.on_ready is not None:
             self.on_ready()
 
@@ -266,7 +257,7 @@ class Pump(GeneratorTask[T]):
             self.on_ready()
 
     async def iterate(self) -> None:
-        """Hot path: an event costs one `anext`, one `frame`, one append."""
+        """Hot path: one `anext`, one `frame`, one append."""
         frame, frames, limit, size = self._frame, self._frames, self._limit, 0
         look = step = 0  # rule 4
         turn_ends = 0.0
@@ -274,7 +265,7 @@ class Pump(GeneratorTask[T]):
             try:
                 framed = frame(item)
             except BaseException as error:
-                self._request.end_for("failed")  # before the generator is closed
+                self._request.end_for("failed")
                 if isinstance(error, AttributeError) and not isinstance(item, Event):
                     raise TypeError(f"a handler yields Event objects, not {type(item).__name__}") from None
                 raise
@@ -304,8 +295,7 @@ class Pump(GeneratorTask[T]):
 
 
 class EventPump(Pump[Event]):
-    """The source of a fleeting event stream. With `ends_for_good` its end has `id: end`, which is answered 204: in the
-    last event, or if that is sent, in a block of its own."""
+    """A fleeting event stream. With `ends_for_good` its last event, or a block behind it, has `id: end`."""
 
     events = True
 

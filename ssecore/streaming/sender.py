@@ -45,7 +45,7 @@ class Source(Protocol):
     events: bool
     #: An event stream's first bytes if nothing came in `first_s`.
     opening: bytes
-    #: The wait for the first bytes, in seconds.
+    #: The wait for the first bytes.
     first_s: float
     #: Others have the same bytes after `after`: see `deliver`.
     is_shared: bool
@@ -64,29 +64,25 @@ class Source(Protocol):
         """Something to take, or the end."""
 
     @property
-    def events_sent(self) -> int:
-        """Events (or chunks) taken."""
+    def events_sent(self) -> int: ...
 
     def begin(self, sender: "Sender", tasks: TaskGroup | None) -> None:
-        """Poke `sender` when there is something, and at the end. `tasks` is for trio."""
+        """Poke `sender` from now on, also at the end. `tasks` is for trio."""
 
     def ready(self) -> bytes | None:
         """Everything without waiting; `None`: await `from_log`."""
 
-    async def from_log(self) -> bytes:
-        """See `ready`."""
+    async def from_log(self) -> bytes: ...
 
     def stop(self) -> None:
         """End it; what it has can be taken."""
 
-    async def closed(self) -> None:
-        """Wait for its end."""
+    async def closed(self) -> None: ...
 
     def farewell(self, reason: EndReason | None) -> bytes:
         """Last bytes; no `reason` if it ended by itself."""
 
-    def close(self) -> None:
-        """Release its resources."""
+    def close(self) -> None: ...
 
 
 class Line(Protocol):
@@ -96,15 +92,9 @@ class Line(Protocol):
     paused: bool
 
     def write(self, data: bytes) -> None: ...
-    async def drained(self) -> None:
-        """Wait until the client reads or disconnects."""
-
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """In a task of the server's."""
-
-    def end(self, body: bytes) -> None:
-        """Send the last bytes."""
-
+    async def drained(self) -> None: ...
+    def start(self, work: Coroutine[Any, Any, None]) -> None: ...
+    def end(self, body: bytes) -> None: ...
     def close(self) -> None:
         """Cuts an incomplete response."""
 
@@ -113,13 +103,13 @@ class Server(Protocol):
     """Our runner, in `scope["extensions"]`."""
 
     def answers(self, send: Send) -> bool:
-        """`send` is the connection's own, without a middleware, and the request complete."""
+        """`send` is the connection's own, and the request complete."""
 
     def watch(self, left: Callable[[], None] | None) -> None:
         """Call `left` at a disconnect, until `park` or `watch(None)`."""
 
     def park(self, send: Send, left: Callable[[], None]) -> Line | None:
-        """Release the request; returns its connection, if possible. Calls `left` at a disconnect."""
+        """Release the request; returns its connection, if possible."""
 
 
 def chunk(body: bytes) -> bytes:
@@ -135,9 +125,8 @@ class SenderOptions:
     send_timeout_s: float | None
     max_stream_s: float | None
     retry_ms: int
-    #: With the route and the seconds to the first event, once for each stream.
+    #: With the route and the seconds, once for each stream.
     first_event: Callable[[str, float], None]
-    #: At each stream's end.
     ended: Callable[["Sender"], None]
 
 
@@ -361,8 +350,6 @@ class Sender:
         self._pushed += frame
         self.poke()
 
-    # The end
-
     async def _watch(self, request: Request) -> None:
         await request.disconnect()
         self._client_left()
@@ -402,8 +389,6 @@ class Sender:
         if failure is not None and reason not in (None, "failed"):
             logger.warning("a handler failed while it was closed (%s)", reason, exc_info=failure)
 
-    # The sweep
-
     def pulse(self, event: Callable[[], Event], every_s: float) -> None:
         """Send an event each `every_s` seconds, as exactly as the sweep."""
         self._pulse, self._pulse_at = (event, every_s), current_time() + every_s
@@ -440,8 +425,6 @@ class Sender:
         credential = self.request.credential
         return credential.refusal() if credential is not None else None
 
-    # For metrics
-
     @property
     def route(self) -> str:
         return self.request.route.path if self.request.route is not None else "none"
@@ -450,8 +433,6 @@ class Sender:
     def events_sent(self) -> int:
         sent: int = self.source.events_sent
         return sent
-
-    # Bytes
 
     async def _start(self, batch: bytes) -> bytes:
         """Send the headers; returns the opening with the first batch."""
