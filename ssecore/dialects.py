@@ -40,7 +40,7 @@ logger = logging.getLogger("sseapp")
 
 #: Replaces a last event's blank line. A request with this id is answered 204.
 END_ID: Final = b"id: end\n\n"
-#: Firefox and WebKit take an id only from an event with data. Not for libraries that dispatch an event without data.
+#: For Firefox and WebKit, which take an id only from an event with data. Some libraries would dispatch it.
 CURSOR_EVENT: Final = b"event: cursor\ndata:\n"
 
 
@@ -90,7 +90,7 @@ class Dialect:
         return {}
 
     def is_last(self, event: Event) -> bool:
-        """After it a crash adds no error. Not `result`: handlers may yield more."""
+        """Whether it completes the stream. Not `result`: handlers may yield more."""
         return event.event in ("complete", "done", "error", "cancelled")
 
 
@@ -255,7 +255,7 @@ DIALECTS: Final = {dialect.name: dialect for dialect in (NAMED, DATA_ONLY, AI_SD
 
 
 def error_frames(error: Exception, dialect: Dialect, so_far: SoFar = NOTHING) -> list[bytes]:
-    """Encoded last events."""
+    """A failed stream's last events."""
     code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
     try:
         return [encode(event) for event in dialect.error(public_text(error), code, so_far)]
@@ -264,7 +264,7 @@ def error_frames(error: Exception, dialect: Dialect, so_far: SoFar = NOTHING) ->
 
 
 def cancelled_frames(reason: str, dialect: Dialect, so_far: SoFar) -> list[bytes]:
-    """Encoded last events."""
+    """A cancelled stream's last events."""
     return [encode(event) for event in dialect.cancelled(reason, so_far)]
 
 

@@ -1,7 +1,7 @@
 """All exceptions, each with its HTTP status.
 
-A problem document (RFC 9457) before a response's first byte, then an `error` event. Clients see an `SSEAppError`'s
-text: say what to do, and no secret.
+They become a problem document (RFC 9457), or after a response's first byte an `error` event. Clients see an
+`SSEAppError`'s text: say what to do, and no secret.
 """
 
 import random
@@ -226,7 +226,7 @@ class WriterFenced(SSEAppError):
 
 
 class EncodeError(SSEAppError, ValueError):
-    """An invalid event; raised before any of its bytes is made."""
+    """An invalid event."""
 
     code = "encode_error"
 

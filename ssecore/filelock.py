@@ -10,7 +10,7 @@ from typing import Any, Final
 
 __all__ = ["FOLDERS", "lock", "try_lock"]
 
-#: Windows: a locked byte can't be read. `msvcrt.locking` takes 31 bits.
+#: Windows: behind the file's end, because a locked byte can't be read. `msvcrt.locking` takes 31 bits.
 _FAR: Final = 2**31 - 2
 #: Windows has no wait without a timeout.
 _POLL_S: Final = 0.05

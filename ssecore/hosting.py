@@ -40,7 +40,7 @@ class EventStream(_Response):
     """A response for FastAPI, Starlette and Litestar, and an ASGI application.
 
     `events` is an async generator, which isn't started if the request resumes a run, a `Subscription`, or a run's id.
-    Only `caller` can read the run; `None`: anyone with its id or key. `status_code` is for FastAPI's OpenAPI.
+    `caller` owns the run; `None`: anyone with its id or key can read it. `status_code` is for FastAPI's OpenAPI.
     """
 
     media_type = CONTENT_TYPE

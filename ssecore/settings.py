@@ -118,7 +118,7 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: str | None) -> "Settings":
-        """Read the environment; `overrides` precede it. Raises `SettingsError`.
+        """Read the environment; `overrides` take precedence. Raises `SettingsError`.
 
         Logs a warning for unknown variables, except those of Kubernetes.
         """

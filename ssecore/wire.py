@@ -208,7 +208,7 @@ class Decoder:
         self.reset()
 
     def reset(self) -> None:
-        """For a new connection. The id stays: in the standard an event without one clears it, in browsers not."""
+        """For a new connection. The id stays, as in browsers; in the standard an event without one clears it."""
         self._id = self.last_event_id
         self._started = False
         self._skip_lf = False

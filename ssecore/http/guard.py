@@ -3,7 +3,7 @@
 1.  *Private*: peer, `Host` and `Origin` are loopback (DNS rebinding doesn't change `Host`), no proxy's header, not
     HTTP/1.0 (nginx's default), no page of another origin. A proxy that adds nothing can't be detected.
 2.  Only browsers send a page's origin, which pages can't forge: `Sec-Fetch-Site`, otherwise `Origin`, compared with
-    `Host`, which a proxy may change. So does Go's `CrossOriginProtection`.
+    `Host`, which a proxy may change. (Go's `CrossOriginProtection` has the same order.)
 3.  Pages of other origins may not use unsafe methods, nor a cookie. Those in `SSEAPP_CORS_ORIGINS` may; `*` allows
     requests with a token. In mode `caller` without such origins the embedding program checks: it knows its credentials,
     and its CORS middleware answers preflights.
@@ -72,7 +72,7 @@ _OUR_COOKIE: Final = re.compile(rf"(?:^|[;,] *){COOKIE}=([^;,]*)")
 
 
 class Guard:
-    """Raises `SettingsError`."""
+    """One app's. Raises `SettingsError`."""
 
     def __init__(self, settings: Settings, caller: Caller | None = None) -> None:
         given = [caller is not None, settings.tokens_file is not None, settings.auth == "off"]
@@ -88,7 +88,7 @@ class Guard:
         origins = frozenset(settings.cors_origins or ())
         self._any_origin, self._origins = "*" in origins, origins - {"*"}
         self._names_origins = bool(origins)
-        # Also without an Origin, for caches.
+        # Also without an Origin: caches store it.
         self._vary = [(b"vary", b"Origin")] if self._origins else []
 
     @property
@@ -254,7 +254,7 @@ class Guard:
         return [*self._vary, *allowed, (b"access-control-expose-headers", EXPOSED.encode())]
 
     def preflight(self, request: Request) -> Response | None:
-        """The response, if it is one."""
+        """The response to a preflight."""
         headers = request.headers
         method = headers.get("access-control-request-method")
         if request.method != "OPTIONS" or method is None or "origin" not in headers:
@@ -288,7 +288,7 @@ def _unauthorized(detail: str) -> Unauthorized:
 
 
 def _cookies(header: str) -> set[str]:
-    """With commas, if HTTP/2 splits it."""
+    """HTTP/2 may split the header; then commas join the parts."""
     return set(_OUR_COOKIE.findall(header))
 
 

@@ -173,7 +173,7 @@ class RequestFacts:
 
 
 class Request(RequestFacts):
-    """A handler's first argument. `state` is the lifespan's."""
+    """A handler's first argument. `state` is from the lifespan; `query` and `body` have the route's types."""
 
     # On the class, because few requests set them.
     answer_headers: Sequence[tuple[bytes, bytes]] = ()
@@ -314,7 +314,7 @@ class Request(RequestFacts):
 
     @property
     def like_event_source(self) -> bool:
-        """Like an `EventSource`, which never reconnects after a 503, or a library."""
+        """Whether it looks like an `EventSource`, which never reconnects after a 503."""
         headers = self.headers
         return (
             self.method == "GET"
@@ -324,7 +324,7 @@ class Request(RequestFacts):
 
     @property
     def from_browser(self) -> bool:
-        """Like a browser's `EventSource`, or a page's `fetch` with `cache: "no-store"`."""
+        """Whether it looks like a browser's. So does `fetch` with `cache: "no-store"`."""
         return self.like_event_source and self.headers.get("user-agent", "").startswith("Mozilla/")
 
     @property

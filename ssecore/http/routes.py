@@ -60,7 +60,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """Of a run, from its request."""
+    """A run's properties."""
 
     #: Such as a chat, for `GET /runs?thread=`.
     thread: str | None = None
@@ -183,27 +183,27 @@ class Options(TypedDict, total=False):
 
 
 def GET(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
-    """A route for GET and HEAD, which starts nothing."""
+    """A route for GET, and for HEAD, which starts nothing."""
     return Route("GET", path, handler, **options)
 
 
 def POST(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
-    """A route for POST."""
+    """See `GET`."""
     return Route("POST", path, handler, **options)
 
 
 def PUT(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
-    """A route for PUT."""
+    """See `GET`."""
     return Route("PUT", path, handler, **options)
 
 
 def PATCH(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
-    """A route for PATCH."""
+    """See `GET`."""
     return Route("PATCH", path, handler, **options)
 
 
 def DELETE(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
-    """A route for DELETE."""
+    """See `GET`."""
     return Route("DELETE", path, handler, **options)
 
 

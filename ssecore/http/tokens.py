@@ -202,7 +202,7 @@ def _sha256(text: str) -> str:
 
 
 def session_of(token: str) -> str:
-    """The cookie's value."""
+    """The cookie's value for a token."""
     id, _, secret = token.partition(".")
     return f"{id}.{hmac.digest(secret.encode(), b'sseapp session', 'sha256').hex()}"
 

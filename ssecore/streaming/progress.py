@@ -214,10 +214,12 @@ class from_thread(Generic[T]):
 
 
 class TaskReport(_Items[T]):
-    """Sends items from a task, or drops them after the reader has left:
+    """Sends items from a task:
 
-    report(item)            # from any thread: dropped if `buffer` items wait
-    await report(item)      # waits for room
+        report(item)            # from any thread; dropped if `buffer` items wait
+        await report(item)      # waits for room
+
+    After the reader has left all are dropped.
     """
 
     def __init__(self, buffer: int) -> None:
@@ -288,14 +290,7 @@ class _Reported(Generic[T]):
 
 
 class from_task(Generic[T]):
-    """Runs a coroutine function in a task; iterates over its reports.
-
-        async with from_task(work, question) as items:      # work(report, question)
-            async for item in items:
-                yield Event(item)
-
-    What `work` raises is raised here, after the items. Leaving the block cancels it and waits (rule 4).
-    """
+    """As `from_thread`, for a coroutine function in a task (rule 4)."""
 
     def __init__(
         self, work: Callable[[TaskReport[T], *Ts], Coroutine[Any, Any, object]], *args: *Ts, buffer: int = 100
@@ -332,7 +327,6 @@ class from_task(Generic[T]):
             await self._work.closed()
         finally:
             self._ended.set()
-            # Without the caller's exception, which it would wrap.
             await self._tasks.__aexit__(None, None, None)
         if self._work.failure is not None:
             logger.warning("work in a task failed after its reader had left", exc_info=self._work.failure)

@@ -73,10 +73,10 @@ class GeneratorTask(Generic[T]):
         raise NotImplementedError
 
     def on_wait(self) -> None:
-        """Before the generator waits."""
+        """Called before the generator waits."""
 
     def on_end(self) -> None:
-        """The generator is closed."""
+        """Called when it is closed."""
 
     def start(self, tasks: TaskGroup | None) -> None:
         if (loop := asyncio_loop()) is not None:
@@ -135,8 +135,7 @@ class GeneratorTask(Generic[T]):
             self.on_end()
 
     async def _work_on_trio(self) -> None:
-        # Only `stop` cancels the outer scope. The inner one is entered before the first `anext`: for the `aclose` alone
-        # it would be left in another order than the generator's scopes.
+        # Only `stop` cancels the outer scope. The inner one, entered later, would be left before the generator's.
         assert self._done is not None
         closing = CancelScope()
         try:
@@ -203,7 +202,7 @@ class Pump(GeneratorTask[T]):
     ) -> None:
         super().__init__(generator)
         self.events_sent = 0
-        self.exhausted = False
+        self.exhausted = False  #: ended by itself
         self._frame = frame
         self._request = request
         self._limit = buffer_bytes

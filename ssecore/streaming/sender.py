@@ -89,7 +89,7 @@ class Line(Protocol):
     """A connection without its request."""
 
     transport: Any
-    paused: bool
+    paused: bool  #: the client doesn't read
 
     def write(self, data: bytes) -> None: ...
     async def drained(self) -> None: ...
@@ -125,7 +125,7 @@ class SenderOptions:
     send_timeout_s: float | None
     max_stream_s: float | None
     retry_ms: int
-    #: With the route and the seconds, once for each stream.
+    #: Called with route and seconds, once for each stream.
     first_event: Callable[[str, float], None]
     ended: Callable[["Sender"], None]
 
@@ -179,7 +179,7 @@ class Sender:
         self.sent_bytes = 0
         self.stalled_s = 0.0  #: sends waited for the client; by the sweep
         self.began = monotonic()
-        self._before_first = 1
+        self._before_first = 1  # writes to the first event's; 2 if the opening has none
         self._full_request: Request | None = request
         self._send_message: Send | None = send
         self._server: Server | None = None
@@ -495,7 +495,7 @@ class Sender:
 
 def deliver(senders: Iterable[Sender], body: bytes, framed: bytes, after: int, last: int) -> None:
     """Hot path. Write `framed`, the chunk of `body`, to senders that have sent up to `after`, now up to `last`; poke
-    others. One's failure doesn't affect others."""
+    others."""
     size = len(body)
     for sender in senders:
         if not sender.parked:
