@@ -133,12 +133,7 @@ class Guard:
         in_process = address == TEST_CLIENT
         if "host" in headers and not (_is_loopback(headers["host"]) or (in_process and headers["host"] == TEST_SERVER)):
             raise Forbidden(f"Host {headers['host']!r:.80} is not this machine; {self._how_to_open}", code="private")
-        if (
-            peer is not None
-            and peer[0]
-            and not in_process
-            and not _is_loopback_address(peer[0].removeprefix("::ffff:"))
-        ):
+        if address and not in_process and not _is_loopback_address(address.removeprefix("::ffff:")):
             raise Forbidden(f"this request comes from another machine; {self._how_to_open}", code="private")
         if origin is not None and origin not in self._origins and not _is_loopback(origin.partition("://")[2]):
             origins = self._settings.written("cors_origins")

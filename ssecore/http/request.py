@@ -315,12 +315,7 @@ class Request(RequestFacts):
     @property
     def like_event_source(self) -> bool:
         """Whether it looks like an `EventSource`, which never reconnects after a 503."""
-        headers = self.headers
-        return (
-            self.method == "GET"
-            and "text/event-stream" in headers.get("accept", "")
-            and "no-cache" in headers.get("cache-control", "")
-        )
+        return self.method == "GET" and self.wants_event_stream and "no-cache" in self.headers.get("cache-control", "")
 
     @property
     def from_browser(self) -> bool:
