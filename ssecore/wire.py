@@ -306,7 +306,7 @@ class Decoder:
 
     def _fail(self) -> None:
         self._too_large = True
-        raise TooLarge(f"an event of more than {self.max_event_bytes} bytes")
+        raise TooLarge(f"an event is larger than {self.max_event_bytes} bytes")
 
     def _interpret(self, lines: list[bytes]) -> list[Event]:
         events: list[Event] = []

@@ -227,7 +227,7 @@ def _check(kind: Any) -> Any:
         raise TypeError(f"{kind!r} can't be decoded into: {error}") from error
     for found in _inside(info, set()):
         if isinstance(found, types.CustomType) and not is_model(found.cls):
-            raise TypeError(f"{found.cls!r} can't be decoded into: a Struct, a dataclass or a model of pydantic's can")
+            raise TypeError(f"{found.cls!r} can't be decoded into: use a Struct, a dataclass or a pydantic model")
     return info
 
 
@@ -261,7 +261,7 @@ def _lists(query: Any) -> Iterator[str]:
                 yield of_model.alias or name
         return
     if not isinstance(info, types.StructType | types.DataclassType | types.TypedDictType):
-        raise TypeError(f"query must be a Struct, a dataclass, a TypedDict or a model of pydantic's, not {query!r}")
+        raise TypeError(f"query must be a Struct, a dataclass, a TypedDict or a pydantic model, not {query!r}")
     for of_struct in info.fields:
         kind = of_struct.type
         if any(isinstance(one, _LISTS) for one in (kind.types if isinstance(kind, types.UnionType) else (kind,))):

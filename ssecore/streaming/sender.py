@@ -250,7 +250,7 @@ class Sender:
         except OSError:  # ASGI 2.4: `send` after a disconnect; most servers ignore it
             self.abort("client")
         except Exception:
-            logger.exception("a stream broke off")
+            logger.exception("sending a stream failed")
             self.abort("failed")
         except get_cancelled_exc_class():
             self.abort("cancelled")
@@ -511,7 +511,7 @@ def deliver(senders: Iterable[Sender], body: bytes, framed: bytes, after: int, l
                 sender.poke()
         except Exception:
             if line is None or not line.transport.is_closing():
-                logger.exception("a stream could not be written to")
+                logger.exception("writing to a stream failed")
             sender.abort("client")
 
 
@@ -533,5 +533,5 @@ class Timekeeper:
                 try:
                     sender.tick(now, now - last - late_s, late_s)
                 except BaseException:  # of its pulse
-                    logger.exception("a stream's time could not be kept")
+                    logger.exception("the sweep of a stream failed")
                     sender.abort("failed")
