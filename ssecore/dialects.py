@@ -259,8 +259,8 @@ def error_frames(error: Exception, dialect: Dialect, so_far: SoFar = NOTHING) ->
     code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
     try:
         return [encode(event) for event in dialect.error(public_text(error), code, so_far)]
-    except EncodeError as unfit:
-        return error_frames(unfit, dialect, so_far)
+    except EncodeError as invalid:
+        return error_frames(invalid, dialect, so_far)
 
 
 def cancelled_frames(reason: str, dialect: Dialect, so_far: SoFar) -> list[bytes]:

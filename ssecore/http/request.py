@@ -473,7 +473,7 @@ async def no_connection() -> Any:
     raise RuntimeError("this request has no connection any more: its body was read before")
 
 
-class _Unfit(ValueError):
+class _ModelError(ValueError):
     def __init__(self, error: Any) -> None:
         first = error.errors(include_url=False)[0]
         super().__init__(first["msg"])
@@ -486,29 +486,30 @@ def _model(kind: Any, value: Any, *, json: bool) -> Any:
     except ValueError as error:
         if not hasattr(error, "errors"):
             raise
-        raise _Unfit(error) from None
+        raise _ModelError(error) from None
 
 
 def _convert(values: Mapping[str, Any], kind: Any) -> Any:
     try:
         return msgspec.convert(values, kind, strict=False, dec_hook=partial(_model, json=False))
     except msgspec.ValidationError as error:
-        raise _bad(error, kind) from None
+        raise _bad_request(error, kind) from None
 
 
 def _decode_json(body: bytes, kind: Any) -> Any:
     try:
         return msgspec.json.decode(body, type=kind, dec_hook=partial(_model, json=True))
     except msgspec.ValidationError as error:
-        raise _bad(error, kind) from None
+        raise _bad_request(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        what = "it has half of a surrogate pair: a character was cut in two" if _has_half(body) else str(error)
+        half = "it has half of a surrogate pair: a character was cut in two"
+        what = half if _has_lone_surrogate(body) else str(error)
         raise BadRequest(f"the body is not JSON: {what}") from None
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None
 
 
-def _has_half(body: bytes) -> bool:
+def _has_lone_surrogate(body: bytes) -> bool:
     """JavaScript's `slice` can cut an emoji in two; msgspec then reports "truncated" input."""
     if not _SURROGATE.search(body):
         return False
@@ -518,7 +519,7 @@ def _has_half(body: bytes) -> bool:
     return False
 
 
-def _bad(error: msgspec.ValidationError, kind: Any) -> BadRequest:
+def _bad_request(error: msgspec.ValidationError, kind: Any) -> BadRequest:
     """msgspec's forms:
 
     "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", "Expected `int`, got
@@ -531,7 +532,7 @@ def _bad(error: msgspec.ValidationError, kind: Any) -> BadRequest:
         text = f"expected {' or '.join(choices)}"
     if missing := _MISSING_FIELD.fullmatch(text):
         path += f".{missing[1]}"
-    if isinstance(error.__cause__, _Unfit):
+    if isinstance(error.__cause__, _ModelError):
         path += error.__cause__.place
     field = path.removeprefix(".") or None
     if len(text) > MAX_ERROR_CHARS:

@@ -134,11 +134,11 @@ class Route:
         if self.run is not None and not isinstance(self.run, Run):
             raise TypeError(f"{self.method} {self.path}: run must be a Run, as in run=Run(), not {self.run!r}")
         try:
-            object.__setattr__(self, "lists", frozenset(_lists(self.query)))
+            object.__setattr__(self, "lists", frozenset(_list_fields(self.query)))
             if not isinstance(self.body, Upload):
-                _check(self.body)
+                _type_info(self.body)
             for kind in (self.events or {}).values():
-                _check(kind)
+                _type_info(kind)
         except TypeError as error:
             raise TypeError(f"{self.method} {self.path}: {error}") from None
         if not isinstance(self.dialect, Dialect):
@@ -214,7 +214,7 @@ def is_model(kind: Any) -> bool:
     )
 
 
-def _check(kind: Any) -> Any:
+def _type_info(kind: Any) -> Any:
     """msgspec's description. Raises `TypeError` if it can't be decoded."""
     if kind is None:
         return None
@@ -225,13 +225,13 @@ def _check(kind: Any) -> Any:
         msgspec.json.Decoder(kind, dec_hook=lambda kind, value: value)
     except Exception as error:
         raise TypeError(f"{kind!r} can't be decoded into: {error}") from error
-    for found in _inside(info, set()):
+    for found in _type_and_parts(info, set()):
         if isinstance(found, types.CustomType) and not is_model(found.cls):
             raise TypeError(f"{found.cls!r} can't be decoded into: use a Struct, a dataclass or a pydantic model")
     return info
 
 
-def _inside(info: Any, seen: set[int]) -> Iterator[types.Type]:
+def _type_and_parts(info: Any, seen: set[int]) -> Iterator[types.Type]:
     if isinstance(info, types.Type):
         if id(info) in seen:
             return
@@ -239,18 +239,18 @@ def _inside(info: Any, seen: set[int]) -> Iterator[types.Type]:
         yield info
     if isinstance(info, types.Type | types.Field):
         for name in info.__struct_fields__:
-            yield from _inside(getattr(info, name), seen)
+            yield from _type_and_parts(getattr(info, name), seen)
     elif isinstance(info, tuple):
         for part in info:
-            yield from _inside(part, seen)
+            yield from _type_and_parts(part, seen)
 
 
 _LISTS: Final = (types.ListType, types.SetType, types.FrozenSetType, types.VarTupleType, types.TupleType)
 
 
-def _lists(query: Any) -> Iterator[str]:
+def _list_fields(query: Any) -> Iterator[str]:
     """Names of list fields. Raises `TypeError`."""
-    info = _check(query)
+    info = _type_info(query)
     if info is None or isinstance(info, types.DictType):
         return
     if isinstance(info, types.CustomType):
@@ -301,7 +301,7 @@ class Table:
         # DOTALL: a path may contain line ends.
         self._pattern = re.compile("|".join(alternatives) or "(?!)", re.DOTALL)
         pattern = "|".join(alternatives).replace(_CONVERTERS["int"][0], _CONVERTERS[""][0])
-        self._nearly = re.compile(pattern or "(?!)", re.DOTALL)
+        self._lenient_pattern = re.compile(pattern or "(?!)", re.DOTALL)
 
     def match(self, method: str, path: str) -> tuple[Route, dict[str, Any]]:
         """With path parameters. Raises `NotFound`, `MethodNotAllowed`, `BadRequest` for a whole number."""
@@ -310,7 +310,7 @@ class Table:
         if methods is None:
             match = self._pattern.fullmatch(path)
             if match is None or match.lastindex is None:
-                raise self._unknown(path)
+                raise self._not_found(path)
             methods, first, converters = self._dynamic[match.lastindex]
             parameters = {name: convert(match[first + at]) for at, (name, convert) in enumerate(converters)}
         route = methods.get(method)
@@ -319,8 +319,8 @@ class Table:
             raise MethodNotAllowed(f"this path takes {allow}", headers={"allow": allow})
         return route, parameters
 
-    def _unknown(self, path: str) -> NotFound | BadRequest:
-        match = self._nearly.fullmatch(path)
+    def _not_found(self, path: str) -> NotFound | BadRequest:
+        match = self._lenient_pattern.fullmatch(path)
         if match is not None and match.lastindex is not None:
             _, first, converters = self._dynamic[match.lastindex]
             for at, (name, convert) in enumerate(converters):
