@@ -40,7 +40,7 @@ logger = logging.getLogger("sseapp")
 
 #: Replaces a last event's blank line. A request with this id is answered 204.
 END_ID: Final = b"id: end\n\n"
-#: For Firefox and WebKit, which take an id only from an event with data. Some libraries would dispatch it.
+#: For Firefox and WebKit, which take an id only from an event with data.
 CURSOR_EVENT: Final = b"event: cursor\ndata:\n"
 
 

@@ -206,7 +206,7 @@ class Guard:
                 raise _unauthorized("the only scheme of this service is Bearer")
             return tokens.find(token.strip()), False
         values = _cookies(request.headers.get("cookie", ""))
-        if len(values) > 1:
+        if len(values) > 1:  # perhaps from another host of the domain
             raise _unauthorized(f"there are several cookies {COOKIE}: delete them")
         if not values:
             raise _unauthorized("no credentials were sent")

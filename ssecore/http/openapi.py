@@ -29,7 +29,6 @@ _PATH_TYPES: Final[Mapping[str, dict[str, Any]]] = {
     "path": {"type": "string", "minLength": 1},
 }
 _TEXT: Final = {"type": "string"}
-#: Events of the engine.
 _FAILURE: Final = {
     "type": "object",
     "properties": {"error": _TEXT, "code": _TEXT},

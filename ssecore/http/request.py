@@ -68,7 +68,6 @@ LATE_S: Final = 1.0
 MAX_UNREAD_BYTES: Final = 1024 * 1024
 #: event-source-polyfill adds `lastEventId` at each reconnect, so it precedes the page's older `last_event_id`.
 CURSOR_PARAMETERS: Final = ("lastEventId", "last_event_id")
-#: Each costs memory.
 MAX_QUERY_FIELDS: Final = 100
 MAX_ERROR_CHARS: Final = 200
 SPOOL_BYTES: Final = 1024 * 1024

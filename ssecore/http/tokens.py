@@ -208,7 +208,7 @@ def session_of(token: str) -> str:
 
 
 def read_tokens(path: Path) -> list[Entry]:
-    """Raises `SettingsError`; a missing file has none."""
+    """See `Tokens`."""
     return _read_file(path)[0]
 
 

@@ -76,7 +76,7 @@ class _Items(Generic[T]):
         if threading.get_ident() == self._loop_thread:
             self._wake()
         else:
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # the work has ended, which wakes the reader too
                 self._portal.start_task_soon(self._wake)
 
     def _item_taken(self) -> None:
@@ -169,7 +169,7 @@ class from_thread(Generic[T]):
     ) -> None:
         assert self._tasks is not None
         self._report._end()
-        self._scope.cancel()
+        self._scope.cancel()  # while it waits for a thread
         with CancelScope(shield=True):  # rule 2
             with anyio.move_on_after(CLOSE_S):
                 await self._ended.wait()

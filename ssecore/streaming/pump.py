@@ -269,7 +269,7 @@ class Pump(GeneratorTask[T]):
                     raise TypeError(f"a handler yields Event objects, not {type(item).__name__}") from None
                 raise
             if not frames or size >= look:
-                if self._stopped:
+                if self._stopped:  # it ignored its cancellation
                     return
                 # Before the append, so that the last item is here if the generator ends.
                 if frames and size >= limit:

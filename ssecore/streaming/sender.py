@@ -218,14 +218,12 @@ class Sender:
                 tasks.cancel_scope.cancel()
         self._raise_if_unstarted()
 
-    # Sending and parked: see ARCHITECTURE.md
-
     async def _open(self, tasks: TaskGroup | None) -> None:
         source = self.source
         try:
             source.begin(self, tasks)
             if not source.has_something:
-                await checkpoint()
+                await checkpoint()  # often enough for the first event, and cheaper than a scope
             if not source.has_something:
                 with anyio.move_on_after(source.first_s):
                     while not self._ended and not source.has_something:
@@ -249,7 +247,7 @@ class Sender:
                 await self._wait()
         except OSError:  # ASGI 2.4: `send` after a disconnect; most servers ignore it
             self.abort("client")
-        except Exception:
+        except Exception:  # the server's
             logger.exception("sending a stream failed")
             self.abort("failed")
         except get_cancelled_exc_class():
@@ -269,7 +267,7 @@ class Sender:
             batch, self._pushed = self._pushed + batch, b""
             if not self.progress:
                 if source.finished and not batch and self._failed_by_itself():
-                    self._ended = True
+                    self._ended = True  # `run` raises the failure
                     return
                 batch = await self._start(batch)
             if source.finished:
