@@ -68,6 +68,7 @@ class Dialect:
     only_json: bool = False
 
     def headers(self, run: str) -> Mapping[str, str]:
+        """Additional headers of a response."""
         return {}
 
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
@@ -87,6 +88,7 @@ class Dialect:
         return [self.gap(gap)]
 
     def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
+        """Additional members of problem documents."""
         return {}
 
     def is_last(self, event: Event) -> bool:

@@ -89,7 +89,7 @@ class Metrics:
 
     def __init__(self, facts: Callable[[], Facts]) -> None:
         self._facts = facts
-        self._past = {attribute: Sums[str]() for attribute, _, _ in _SENT}  # sums of ended streams
+        self._past = {attribute: Sums[str]() for attribute, _, _ in _SENT}
         self._registry = registry = CollectorRegistry()
         self.first_event = Histogram(
             "sseapp_first_event_seconds",
@@ -144,7 +144,6 @@ class Metrics:
             sums[stream.route] += getattr(stream, attribute)
 
     def collect(self) -> Iterable[Metric]:
-        """For `prometheus_client`."""
         streams, runs, gaps, dropped_lines = self._facts()
         open_streams = GaugeMetricFamily("sseapp_streams_open", "Open streams, by route", labels=["route"])
         for route, count in Sums(stream.route for stream in streams).items():

@@ -164,7 +164,7 @@ def _check_url(name: str, url: str) -> None:
     """Refuse an unescaped password: its rest would be logged as a port or a path."""
     try:
         parts = urlsplit(url)
-        _ = parts.port  # may raise
+        _ = parts.port
         wrong = "#" in url or "@" in parts.path + parts.query
     except ValueError:
         wrong = True

@@ -124,7 +124,6 @@ class _Schemas:
         self._of = list(zip(kinds, found, strict=True))
 
     def _lift(self, schema: Any) -> None:
-        """Move pydantic's `$defs` to the components."""
         if isinstance(schema, dict):
             brought = schema.pop("$defs", {})
             self.components |= brought
