@@ -564,7 +564,7 @@ async def test_an_event_that_is_too_large_in_its_last_chunk_is_not_lost_silently
     foreign.plan(stream(b"data: 1\n\ndata: " + b"x" * 100 + b"\n\n"))
     async with connect(foreign.url, max_event_bytes=50) as source:
         assert (await anext(source)).data == "1"
-        with pytest.raises(SourceError, match="more than 50 bytes"):
+        with pytest.raises(SourceError, match="larger than 50 bytes"):
             await anext(source)
 
 
