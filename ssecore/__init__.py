@@ -1,4 +1,4 @@
-"""The engine of sseapp: the event-stream format, the life of a stream, routes and requests. No service of its own."""
+"""The engine: event-stream format, streams, routes, requests."""
 
 __all__ = ["__version__"]
 
