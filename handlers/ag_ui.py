@@ -5,7 +5,7 @@ cut TanStack sends the same POST with `Last-Event-ID`, which resumes the run. `G
 thread's messages and its running run. An answer is stored in the thread's session before the client gets its end.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Annotated, Any, Final, Literal
 
@@ -15,7 +15,7 @@ from msgspec import Meta
 from handlers.agent import End, Status
 from handlers.chat import LINGERING
 from handlers.database import Exchange
-from handlers.parts import Called, Closed, Delta, Opened, Returned, blamed, conversation, parts_of, text_of
+from handlers.parts import Called, Closed, Delta, Opened, Returned, blamed, conversation, parts_of, question_of, text_of
 from ssecore.dialects import AG_UI
 from ssecore.errors import BadRequest, NotFound
 from ssecore.http.request import Request
@@ -60,7 +60,7 @@ def _event(type: str, **fields: Any) -> Event:
 
 async def run(request: Request) -> AsyncIterator[Event]:
     body: _Input = request.body
-    question, history = conversation((m.role, text_of(m.content) or text_of(m.parts)) for m in body.messages)
+    question, history = conversation(_said(body))
     ids = {"threadId": body.thread_id, "runId": body.run_id}
     yield _event("RUN_STARTED", **ids)
     result: dict[str, Any] = {}
@@ -98,6 +98,10 @@ async def run(request: Request) -> AsyncIterator[Event]:
     yield _event("RUN_FINISHED", **ids, result=result, outcome={"type": "success"})
 
 
+def _said(body: _Input) -> Iterator[tuple[str, str]]:
+    return ((message.role, text_of(message.content) or text_of(message.parts)) for message in body.messages)
+
+
 def _is_secret(request: Request, thread: str) -> bool:
     """Whether others can't guess the thread's id; without credentials it is the only key to the session."""
     return bool(request.caller) or len(thread) >= MIN_ANONYMOUS_THREAD
@@ -131,7 +135,8 @@ def _about(request: Request) -> About:
     note = {"threadId": body.thread_id, "runId": body.run_id}
     # Others could guess a short one, and read the run.
     secret = request.caller is not None or len(body.run_id) >= MIN_ANONYMOUS_KEY
-    return About(thread=body.thread_id, key=body.run_id if secret else None, note=note)
+    key = body.run_id if secret else None
+    return About(thread=body.thread_id, key=key, text=question_of(_said(body)), note=note)
 
 
 ROUTES = [

@@ -8,6 +8,8 @@ what it needs from any of them, and nothing else can fail an answer:
 2.  Reasoning is never text. Each piece of it is a `Reasoning`.
 3.  An error may come in any shape: see `_is_error`.
 4.  Text is whole characters: the halves of a surrogate pair are joined, a half alone becomes U+FFFD.
+5.  A gateway's client gets the chunks unchanged (`ChunkReader`). There an answer that the model's maximum length or its
+    content filter has cut is whole, too: the client reads that in the finish reason.
 
 Boundary of trust: the bytes come from the upstream. One event, the whole answer and the tool calls are bounded; what
 the upstream says of an error goes to the log, not to the client.
@@ -18,14 +20,30 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from math import isfinite
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import httpx
 import msgspec
 
 from ssecore.errors import TooLarge, UpstreamError
 
-__all__ = ["MAX_ANSWER_BYTES", "AnswerReader", "ModelError", "Piece", "Reasoning", "ToolCall", "Usage", "says_error"]
+__all__ = [
+    "MAX_ANSWER_BYTES",
+    "AnswerReader",
+    "Chunk",
+    "ChunkReader",
+    "ModelError",
+    "Piece",
+    "Reader",
+    "Reasoning",
+    "ToolCall",
+    "Usage",
+    "loads_leniently",
+    "says_error",
+]
+
+T_co = TypeVar("T_co", covariant=True)
 
 #: Of an answer's text, reasoning and calls together, and of one event. The longest answers of today's models have half.
 MAX_ANSWER_BYTES: Final = 1024 * 1024
@@ -132,6 +150,7 @@ class _Message(msgspec.Struct, gc=False):
 
 
 class _Choice(msgspec.Struct, gc=False):
+    index: Any = None
     delta: _Message | None = None
     message: _Message | None = None
     text: Any = None
@@ -152,74 +171,95 @@ class _Chunk(msgspec.Struct, gc=False):
 _decode: Final = msgspec.json.Decoder(_Chunk).decode
 
 
-class AnswerReader:
-    """The bytes of a streamed answer, cut anywhere, into its pieces.
+class Reader(Protocol[T_co]):
+    """Makes the bytes of a streamed answer, split anywhere, into parts.
 
-    Feed it until `done`, or until the body's end; then `end` gives what is left. A chunk of one token costs one
-    `splitlines`, one decoding and no copy.
+    Feed it until `done`, or until the body's end; then `end` gives the rest.
     """
 
-    def __init__(self) -> None:
-        self.finished = False  #: a finish reason was there
-        self.done = False  #: `[DONE]` was there; nothing behind it counts
+    @property
+    def finished(self) -> bool:
+        """Whether each choice has its finish reason."""
+
+    @property
+    def done(self) -> bool:
+        """Whether `[DONE]` has come; nothing behind it counts."""
+
+    def feed(self, block: bytes) -> Iterator[T_co]:
+        """Raises `ModelError`, `TooLarge`, or for malformed data `ValueError`, `RecursionError`; each behind the parts
+        that came before it."""
+
+    def end(self) -> Iterator[T_co]:
+        """The rest, such as an event that the server did not end with a blank line. Raises `ModelError` if the answer
+        is incomplete."""
+
+
+class AnswerReader:
+    """The reader of one answer's pieces; the tool calls and the usage come from `end`.
+
+    A chunk of one token costs one `splitlines`, one decoding and no copy.
+    """
+
+    def __init__(self, choices: int = 1) -> None:
+        self.finished = False
+        self.done = False
         self.tool_calls: list[ToolCall] = []  #: whole once the answer has ended
         self.usage: Usage | None = None
+        self.mended: dict[str, Any] | None = None  #: the newest chunk that was not valid JSON
         self._data = _DataLines()
+        self._choices = choices
+        self._ended: set[str] = set()  # the choices that have a finish reason
         self._bytes_left = MAX_ANSWER_BYTES
         self._calls: dict[str, ToolCall] = {}  # by the index that the next pieces name
         self._fault: str | None = None  # the first finish reason that makes no whole answer
         self._said = self._streamed = False  # there was text; a `delta` had text or calls
         self._halves: dict[str | int, str] = {}  # high surrogates whose other half is yet to come
 
-    @property
-    def complete(self) -> bool:
-        return self.finished or (self.done and bool(self._said or self.tool_calls))
-
     def feed(self, block: bytes) -> Iterator[str | Reasoning]:
-        """Raises `ModelError`, `TooLarge`, or for what can't be read `ValueError`, `RecursionError`; each behind the
-        pieces that came before it."""
         for data, is_error in self._data.feed(block):
             if self.done:
                 return
-            yield from self._read(data, is_error)
+            yield from self._read(data, is_error) or ()
 
     def end(self) -> Iterator[Piece]:
-        """The rest: an event that the server did not end with a blank line, then calls and usage.
-
-        Raises `ModelError` where the answer is not whole.
-        """
         if not self.done:
-            for data, is_error in self._data.end():
-                with suppress(ValueError):  # a cut event
-                    yield from self._read(data, is_error)
+            with suppress(ValueError):  # a cut event
+                for data, is_error in self._data.end():
+                    yield from self._read(data, is_error) or ()
         for kind in self._halves:
             if isinstance(kind, int):
                 self.tool_calls[kind].arguments += "\ufffd"
             else:
                 yield Reasoning("\ufffd") if kind == "reasoning" else "\ufffd"
-        if not self.complete:
-            raise ModelError("cut", "the end came too early")
-        if self._fault is not None:
-            raise ModelError(self._fault)
+        self._check("length", "filter", "unfinished")
         yield from self.tool_calls
         if self.usage is not None:
             yield self.usage
 
-    def _read(self, data: bytes, is_error: bool) -> list[str | Reasoning]:
-        pieces: list[str | Reasoning] = []
+    def _check(self, *faults: str) -> None:
+        """Rule 1. Raises `ModelError`."""
+        if not self._ended and not (self.done and (self._said or self.tool_calls)):
+            raise ModelError("cut", "the end came too early")
+        if self._fault in faults:
+            raise ModelError(self._fault)
+
+    def _read(self, data: bytes, is_error: bool) -> list[str | Reasoning] | None:
+        """The pieces in an event; `None` if it is no chunk."""
         if not is_error and not data.startswith(b"{") and data.strip(b' \t"') in (b"[DONE]", b""):
             self.done = b"[DONE]" in data
-            return pieces
+            return None
         try:
             chunk = _decode(data)
         except ValueError:
             if is_error:
                 raise ModelError("error", _words(data)) from None
             if self.finished:
-                return pieces  # nothing that is needed comes any more
-            chunk = _decode_leniently(data)
+                return None  # nothing that is needed comes any more
+            self.mended = loads_leniently(data)
+            chunk = msgspec.convert(self.mended, _Chunk)
         if is_error or _is_error(chunk):
             raise ModelError("error", _words(data))
+        pieces: list[str | Reasoning] = []
         for choice in chunk.choices or ():
             if choice is not None:
                 self._take(choice, pieces)
@@ -237,7 +277,7 @@ class AnswerReader:
         if choice.usage is not None:  # Moonshot
             self._take_usage(choice.usage)
         if choice.finish_reason:
-            self._finish(choice.finish_reason)
+            self._finish(choice.finish_reason, _word(choice.index))
 
     def _take_message(self, message: _Message, pieces: list[str | Reasoning]) -> bool:
         """Whether there was an answer in it: text or calls."""
@@ -285,11 +325,12 @@ class AnswerReader:
             raise TooLarge("the answer has more than its bound")
         return text
 
-    def _finish(self, reason: Any) -> None:
+    def _finish(self, reason: Any, choice: str) -> None:
         word = reason.strip().casefold() if isinstance(reason, str) else "?"
         if word in _NO_REASON:
             return
-        self.finished = True
+        self._ended.add(choice)
+        self.finished = len(self._ended) >= self._choices
         if word in _ENDINGS:
             return
         fault = "length" if word in _CUT else "filter" if word.startswith(_FILTERED) else "unfinished"
@@ -330,6 +371,45 @@ class AnswerReader:
             call.arguments += self._whole(arguments, number)
 
 
+class Chunk(NamedTuple):
+    data: str  #: as the upstream sent it
+    is_token: bool  #: whether there is text or reasoning in it
+
+
+class ChunkReader:
+    """The reader of a gateway: rule 5. What is not valid JSON, and read here all the same, is made valid."""
+
+    def __init__(self, choices: int = 1) -> None:
+        self._answer = AnswerReader(choices)
+
+    @property
+    def finished(self) -> bool:
+        return self._answer.finished
+
+    @property
+    def done(self) -> bool:
+        return self._answer.done
+
+    def feed(self, block: bytes) -> Iterator[Chunk]:
+        return self._chunks(self._answer._data.feed(block))
+
+    def end(self) -> Iterator[Chunk]:
+        with suppress(ValueError):  # a cut event
+            yield from self._chunks(self._answer._data.end())
+        self._answer._check("unfinished")
+
+    def _chunks(self, events: Iterator[tuple[bytes, bool]]) -> Iterator[Chunk]:
+        answer = self._answer
+        for data, is_error in events:
+            if answer.done:
+                return
+            pieces = answer._read(data, is_error)
+            if (mended := answer.mended) is not None:
+                data, answer.mended = json.dumps(mended).encode(), None
+            if pieces is not None and mended != {}:
+                yield Chunk(_words(data), bool(pieces))
+
+
 def _begins(call: ToolCall, id: str, name: str, arguments: str) -> bool:
     """Whether this piece, which has the index of `call`, begins another one.
 
@@ -355,7 +435,7 @@ def _is_object(arguments: str) -> bool:
 def says_error(body: bytes) -> bool:
     """Whether a body that is no event stream is an error of the server's, and not an answer of some other kind."""
     try:
-        return _is_error(_decode_leniently(body))
+        return _is_error(msgspec.convert(loads_leniently(body), _Chunk))
     except (ValueError, RecursionError):
         return False
 
@@ -372,16 +452,22 @@ def _is_error(chunk: _Chunk) -> bool:
     )
 
 
-def _decode_leniently(data: bytes) -> _Chunk:
+def loads_leniently(data: bytes) -> dict[str, Any]:
     """What JSON forbids and servers send all the same: NaN and Infinity, halves of surrogate pairs, bytes that are not
-    UTF-8, control characters, integers without end; and data that is no object, which has nothing to read in it.
+    UTF-8, control characters, numbers without end; and data that is no object, which has nothing to read in it.
 
     Raises `ValueError` (msgspec's errors too) and `RecursionError`.
     """
-    value = json.loads(data.decode(errors="replace"), strict=False, parse_int=lambda digits: int(digits[:20]))
+    value = json.loads(
+        data.decode(errors="replace"),
+        strict=False,
+        parse_int=lambda digits: int(digits[:20]),
+        parse_float=lambda digits: number if isfinite(number := float(digits)) else None,
+        parse_constant=lambda _: None,
+    )
     if isinstance(value, list):  # Google's servers put an error into one
         value = next((item for item in value if isinstance(item, dict) and item.get("error")), None)
-    return msgspec.convert(value, _Chunk) if isinstance(value, dict) else _Chunk()
+    return value if isinstance(value, dict) else {}
 
 
 def _texts(content: Any) -> Iterator[tuple[str, bool]]:

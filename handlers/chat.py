@@ -12,14 +12,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal, Protocol
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import anyio
 import httpx
 import msgspec
 from msgspec import Meta
 
-from handlers.answer import AnswerReader, ModelError, Piece, Reasoning, ToolCall, Usage, says_error
+from handlers.answer import AnswerReader, Chunk, ChunkReader, ModelError, Piece, Reader, Reasoning, Usage, says_error
 from handlers.local_model import LOCAL, local_model
 from handlers.upstream import UpstreamTransport
 from ssecore.client.outbound import Transport, http_client
@@ -34,6 +34,7 @@ from ssecore.wire import CONTENT_TYPE, Event, encode_json
 __all__ = ["LINGERING", "ROUTES", "ChatMessage", "MockModel", "Model", "OpenAIModel", "answer_times", "open_model"]
 
 logger = logging.getLogger("sseapp")
+T = TypeVar("T")
 
 #: Most proxies, too, give up after 60 s without a byte. 5 s are three SYNs, so a connect that timed out isn't repeated.
 READ_TIMEOUT_S, CONNECT_TIMEOUT_S = 60.0, 5.0
@@ -94,7 +95,7 @@ class OpenAIModel:
     key: str = field(repr=False)
     calls_tools: bool = True  #: the local model is too small for it
 
-    async def stream(
+    def stream(
         self,
         messages: Sequence[Any],
         tools: Sequence[Any] = (),
@@ -110,31 +111,32 @@ class OpenAIModel:
         body: dict[str, Any] = {**options, "model": self.model, "messages": messages, "stream": True}
         if tools:
             body |= {"tools": tools} if call else {"tools": tools, "tool_choice": "none"}
+        return self._answer(body, AnswerReader())
+
+    def chunks(self, asked: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
+        """The chunks of the answer to a caller's own request, unchanged. Raises `ModelError`."""
+        choices = asked.get("n")
+        reader = ChunkReader(choices if type(choices) is int else 1)
+        return self._answer({**asked, "model": self.model, "stream": True}, reader)
+
+    async def _answer(self, body: Mapping[str, Any], reader: Reader[T]) -> AsyncGenerator[T, None]:
         content = encode_json(body)
-        reader = AnswerReader()
         try:
             async with _body(await self._open(content)) as chunks:
                 async for chunk in chunks:
-                    for piece in reader.feed(chunk):
-                        yield piece
+                    for part in reader.feed(chunk):
+                        yield part
                     if reader.finished or reader.done:
                         break
-                for piece in await _rest(reader, chunks):
-                    yield piece
-            for last in reader.end():
-                if tools or not isinstance(last, ToolCall):
-                    yield last
+                for part in await _rest(reader, chunks):
+                    yield part
+            for part in reader.end():
+                yield part
         except (ModelError, httpx.HTTPError, TooLarge, ValueError, RecursionError) as error:
             failure = error if isinstance(error, ModelError) else ModelError(error)
             said = failure.said.replace(self.key, "***") if self.key else failure.said
             logger.warning("%s: %.500r", failure.code, said)
             raise failure from None
-
-    @asynccontextmanager
-    async def answer(self, asked: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The bytes of the streamed answer to a caller's own request. Raises `ModelError`, or what httpx raises."""
-        async with _body(await self._open(encode_json({**asked, "model": self.model, "stream": True}))) as chunks:
-            yield chunks
 
     async def _open(self, content: bytes) -> httpx.Response:
         request = self.client.build_request("POST", self.url, content=content)
@@ -154,17 +156,17 @@ class OpenAIModel:
             retries += 1
 
 
-async def _rest(reader: AnswerReader, chunks: AsyncIterator[bytes]) -> list[str | Reasoning]:
+async def _rest(reader: Reader[T], chunks: AsyncIterator[bytes]) -> list[T]:
     """What comes behind the finish reason until `[DONE]`; then the body's end is read. Neither is waited for long."""
-    pieces: list[str | Reasoning] = []
+    parts: list[T] = []
     with suppress(httpx.HTTPError):
         with anyio.move_on_after(FINISH_TIMEOUT_S):
             while not reader.done and (chunk := await anext(chunks, b"")):
-                pieces += reader.feed(chunk)
+                parts += reader.feed(chunk)
         if reader.done:
             with anyio.move_on_after(END_TIMEOUT_S):
                 await anext(chunks, b"")
-    return pieces
+    return parts
 
 
 @asynccontextmanager

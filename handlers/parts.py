@@ -26,6 +26,7 @@ __all__ = [
     "blamed",
     "conversation",
     "parts_of",
+    "question_of",
     "text_of",
 ]
 
@@ -130,6 +131,11 @@ def blamed(field: str) -> Iterator[None]:
     except BadRequest as error:
         error.field = field
         raise
+
+
+def question_of(messages: Iterable[tuple[str, str]]) -> str:
+    """The last text of a user's among roles and texts: what the run is called in a list. Empty if there is no text."""
+    return next((text for role, text in reversed([*messages]) if role == "user" and text.strip()), "")
 
 
 def conversation(messages: Iterable[tuple[str, str]], field: str = "messages") -> tuple[str, list[Exchange]]:

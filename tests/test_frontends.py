@@ -448,8 +448,10 @@ LETTERS: Final = [{"role": "assistant", "content": letter} for letter in "Hi"]
         [in_event(None, {"delta": HI}), in_event({"delta": {}, "finish_reason": "stop"})],
         [in_event({"message": HI, "finish_reason": "stop"})],
         [llm.chunk(LETTERS[0]), llm.chunk(LETTERS[1], "stop"), llm.USAGE],
+        [*(in_event({"delta": {"content": a, "x": b}}) for a, b in ("H\ud83d", "i\ude42")), llm.STOP],
+        [llm.chunk(HI, "stop").replace(b'"logprobs": null', b'"logprobs": [NaN]')],
     ],
-    ids=["no index", "a whole message", "a role each time"],
+    ids=["no index", "a whole message", "a role each time", "halves of characters", "not a number"],
 )
 def test_a_whole_completion_is_made_of_any_servers_chunks(
     behind: Server, upstream: Upstream, pieces: Sequence[bytes]
@@ -464,6 +466,7 @@ def test_a_whole_completion_is_made_of_any_servers_chunks(
     [choice] = behind.client.post("/v1/chat/completions", json=body).json()["choices"]
     assert choice["message"]["content"] == "Hi" and choice["finish_reason"] == "stop"
     assert choice["message"].get("role", "assistant") == "assistant"
+    assert choice["message"].get("x", "🙂") == "🙂"
     upstream.settle()
 
 
@@ -504,6 +507,62 @@ def test_a_completion_that_breaks_off_raises_in_openais_own_sdk(behind: Server, 
     upstream.settle()
 
 
+def test_reasoning_and_usage_are_in_a_response(behind: Server, upstream: Upstream) -> None:
+    counts = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+
+    def script(call: llm.Call) -> None:
+        call.head()
+        call.send(*(llm.chunk({"reasoning": text}) for text in ("I ", "think")), *map(llm.token, ("so", " I am")))
+        call.send(llm.STOP, b"data: %b\n\n" % json.dumps({"choices": [], "usage": counts}).encode(), llm.DONE)
+        call.end()
+
+    upstream.plan(script)
+    with openai.OpenAI(api_key="none", base_url=f"{behind.url}/v1", max_retries=0) as client:
+        with client.responses.stream(model="m", input="hello") as stream:
+            thought = [event.delta for event in stream if event.type == "response.reasoning_text.delta"]
+            final = stream.get_final_response()
+        kept: Any = client.responses.retrieve(final.id)
+    assert thought == ["I ", "think"] and final.output_text == "so I am"
+    assert [item.type for item in kept.output] == ["reasoning", "message"] and kept.output[0] == final.output[0]
+    assert kept.output[0].content[0].text == "I think"
+    assert (kept.usage.input_tokens, kept.usage.output_tokens, kept.usage.total_tokens) == (5, 2, 7)
+    upstream.settle()
+
+
+def test_a_response_of_its_maximum_length_is_incomplete(behind: Server, upstream: Upstream) -> None:
+    def script(call: llm.Call) -> None:
+        call.head()
+        call.send(llm.token("half an "), llm.chunk({}, "length"), llm.DONE)
+        call.end()
+
+    upstream.plan(script)
+    with openai.OpenAI(api_key="none", base_url=f"{behind.url}/v1", max_retries=0) as client:
+        response: Any = client.responses.create(model="m", input="hello", max_output_tokens=16)
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert (response.output_text, response.output[0].status) == ("half an ", "incomplete")
+    upstream.settle()
+
+
+def test_the_agents_usage_is_in_its_completions_and_responses(behind: Server, upstream: Upstream) -> None:
+    def script(call: llm.Call) -> None:
+        call.head()
+        call.send(llm.token("Hi"), llm.STOP, llm.USAGE, llm.DONE)
+        call.end()
+
+    upstream.plan(*[script] * 4)
+    asked: Any = {"model": "agent", "messages": [{"role": "user", "content": "hello"}]}
+    with openai.OpenAI(api_key="none", base_url=f"{behind.url}/v1", max_retries=0) as client:
+        whole = client.chat.completions.create(**asked)
+        options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+        streamed: list[Any] = list(client.chat.completions.create(**asked, **options))
+        without: list[Any] = list(client.chat.completions.create(**asked, stream=True))
+        response: Any = client.responses.create(model="agent", input="hello")
+    usages = [whole.usage, streamed[-1].usage, response.usage]
+    assert [usage and usage.total_tokens for usage in usages] == [3, 3, 3]
+    assert not any(chunk.usage for chunk in [*streamed[:-1], *without])
+    upstream.settle()
+
+
 def test_a_function_of_the_clients_is_called_in_a_response(behind: Server, upstream: Upstream) -> None:
     tool: Any = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
 
@@ -531,6 +590,27 @@ def test_a_function_of_the_clients_is_called_in_a_response(behind: Server, upstr
     ]
     assert upstream.calls[1].json["tools"][0]["function"]["name"] == "weather"
     upstream.settle()
+
+
+# In a list of runs
+
+
+def test_each_run_is_listed_by_what_its_user_asked(server: Server) -> None:
+    system, earlier = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}
+    last = {"role": "user", "content": [{"type": "text", "text": QUESTION}]}
+    parts = [{"role": "user", "parts": [{"type": "text", "text": text}]} for text in ("hello", QUESTION)]
+    messages = [system, earlier, {"role": "assistant", "content": "Hi"}, last]
+    for path, body in {
+        "/ai/chat": {"messages": parts},
+        "/ag-ui": {"threadId": fresh(), "runId": fresh(), "messages": messages},
+        "/v1/chat/completions": {"messages": messages},
+        "/v1/responses": {"input": messages},
+    }.items():
+        assert server.client.post(path, json=body).status_code == 200
+        listed = server.client.get("/runs").json()["runs"][0]
+        assert (listed["route"], listed["about"]) == (f"POST {path}", QUESTION)
+    server.client.post("/v1/responses", json={"input": "what is 6*7?"})
+    assert server.client.get("/runs").json()["runs"][0]["about"] == "what is 6*7?"
 
 
 # In a page
