@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import re
+import shutil
+import sqlite3
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any, Final
@@ -21,7 +24,7 @@ from tests import chromium, redis_server
 from tests import upstream as llm
 from tests.needs import needs
 from tests.relay import relay
-from tests.serving import Server, serve, wait_until
+from tests.serving import Server, free_port, serve, wait_until
 from tests.upstream import Upstream
 
 browser = chromium.browser
@@ -299,6 +302,108 @@ def test_tanstack_finds_the_run_that_is_at_work_on_a_thread(behind: Server, upst
         go_on.set()
         ended(client)
     upstream.settle()
+
+
+@node_clients
+def test_a_tanstack_run_that_is_cancelled_or_fails_is_in_order(behind: Server, upstream: Upstream) -> None:
+    thread = fresh()
+    upstream.plan(llm.silent(llm.FIRST, *map(llm.token, WORDS)), broken)
+    asked = {"url": f"{behind.url}/ag-ui", "threadId": thread, "text": "hello"}
+    with at_work("tanstack", **asked, runId=fresh()) as client:
+        run = wait_for_run(behind, thread)
+        behind.client.delete(f"/runs/{run}")
+        cancelled = ended(client)
+    failed = node("tanstack", **asked, runId=fresh())
+    assert [event["type"] for event in cancelled.chunks[-2:]] == ["TEXT_MESSAGE_END", "RUN_FINISHED"]
+    assert cancelled.chunks[-1]["outcome"] == {"type": "cancelled"}
+    last = failed.chunks[-1]
+    assert (last["type"], last["message"], last["code"]) == ("RUN_ERROR", "the model failed", "upstream_error")
+    for events in (cancelled.chunks, failed.chunks):
+        check_ag_ui(events)
+    upstream.settle()
+
+
+# What the log no longer has, by AG-UI's clients
+
+AG_UI_CLIENTS: Final = {"ag-ui": {"resuming": True}, "tanstack": {}}
+#: In the second half of what `held` says.
+CUT: Final = re.compile(rb"word-7 .*\n\n")
+
+
+@node_clients
+@pytest.mark.parametrize("client", AG_UI_CLIENTS)
+def test_a_run_that_was_deleted_meanwhile_ends_in_an_error(tmp_path: Path, upstream: Upstream, client: str) -> None:
+    thread, go_on = fresh(), threading.Event()
+    upstream.plan(held(go_on))
+    env = {**ENV, "OPENAI_BASE_URL": upstream.url, "OPENAI_MODEL": "m", "SSEAPP_RETENTION_S": "0.2"}
+    with serve(tmp_path, env=env) as server, relay(server.port, [CUT]) as line:
+        asked = {"url": f"{line.url}/ag-ui", "threadId": thread, "runId": fresh(), "text": "hello"}
+        with at_work(client, **asked, **AG_UI_CLIENTS[client]) as process:
+            run = wait_for_run(server, thread)
+            line.gate.clear()
+            go_on.set()
+            wait_until(lambda: server.client.get(f"/runs/{run}").status_code == 404)
+            line.gate.set()
+            told = ended(process)
+    seen, last = told.chunks[:-2], told.chunks[-2:]
+    if client == "tanstack":  # it resumes by the route itself
+        gap = {"reason": "expired", "from": len(seen) + 1, "to": None}
+        assert last[0] == {"type": "CUSTOM", "name": "gap", "value": gap}
+        gone = {"message": "this answer is no longer kept by the server", "code": "gone"}
+        assert last[1] == {"type": "RUN_ERROR", **gone}
+        check_ag_ui(told.chunks)
+    else:
+        seen = told.chunks
+        assert told.rest["threw"] == "can't resume the stream: 410, this run is no longer kept, or never was"
+        assert told.rest["messages"][-1]["content"] == "".join(WORDS[:8])
+    assert seen[-1]["delta"] == WORDS[7]
+    upstream.settle()
+
+
+@node_clients
+@pytest.mark.parametrize("client", AG_UI_CLIENTS)
+def test_a_run_that_has_lost_its_newest_events_tells_of_a_gap(tmp_path: Path, upstream: Upstream, client: str) -> None:
+    """The client has seen more than the log has: somebody put a backup of the log back."""
+    thread, go_on = fresh(), threading.Event()
+    upstream.plan(held(go_on))
+    env = {**ENV, "OPENAI_BASE_URL": upstream.url, "OPENAI_MODEL": "m", "SSEAPP_PORT": f"{free_port()}"}
+    asked = {"threadId": thread, "runId": fresh(), "text": "hello", **AG_UI_CLIENTS[client]}
+    data = tmp_path / "data"
+    with ExitStack() as stack:
+        with serve(data, env=env) as server:
+            line = stack.enter_context(relay(server.port, [CUT]))
+            process = stack.enter_context(at_work(client, url=f"{line.url}/ag-ui", **asked))
+            kept = 25
+            wait_for_run(server, thread, kept)  # all of the first half
+            backup(data, tmp_path / "backup")
+            line.gate.clear()
+            go_on.set()
+            wait_until(lambda: CUT.search(line.answers()[0]))
+            server.process.kill()
+        shutil.rmtree(data)
+        (tmp_path / "backup").rename(data)
+        with serve(data, env=env) as server:
+            line.gate.set()
+            told = ended(process)
+    # What the client has had stays, and nothing comes twice.
+    texts = [chunk["delta"] for chunk in told.chunks if chunk["type"] == "TEXT_MESSAGE_CONTENT"]
+    assert texts == WORDS[:8]
+    gap, error = told.chunks[-2:]
+    lost = {"reason": "diverged", "from": kept + 1, "to": len(told.chunks) - 2}
+    assert gap == {"type": "CUSTOM", "name": "gap", "value": lost}
+    assert (error["type"], error["code"]) == ("RUN_ERROR", "interrupted")
+    check_ag_ui(told.chunks)
+    if client == "ag-ui":
+        assert told.rest["error"] == error["message"]
+        assert told.rest["messages"][-1]["content"] == "".join(WORDS[:8])
+    upstream.settle()
+
+
+def backup(data: Path, to: Path) -> None:
+    to.mkdir()
+    for name in data.glob("*.db"):
+        with closing(sqlite3.connect(name)) as source, closing(sqlite3.connect(to / name.name)) as target:
+            source.backup(target)
 
 
 # OpenAI
