@@ -117,7 +117,7 @@ async def read(request: Request) -> Any:
             raise NotFound("there is no such run")
         return await request.runs.view(request, found)
     if asked.thread_id is None:
-        raise BadRequest("name a thread, ?threadId=, or a run, ?runId=", field="threadId")
+        raise BadRequest("the query must have a threadId or a runId", field="threadId")
     with blamed("threadId"):
         running = await request.runs.of_thread(request, asked.thread_id, state="running")
     active = next((run["note"]["runId"] for run in running if run["route"] == "POST /ag-ui"), None)

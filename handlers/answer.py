@@ -62,9 +62,14 @@ _SETTING: Final = "OPENAI_BASE_URL must name a server that streams chat completi
 #: own HTTP status, and whether nothing can have been generated, so that it may be asked for again.
 _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
     200: ("upstream_malformed", f"the model did not answer with an event stream: {_SETTING}", 502, False),
-    "encoded": ("upstream_malformed", f"the model's answer is compressed, which is not read: {_SETTING}", 502, False),
-    401: ("upstream_auth", "the model doesn't accept this service's credentials", 502, False),
-    403: ("upstream_auth", "the model doesn't accept this service's credentials", 502, False),
+    "encoded": (
+        "upstream_malformed",
+        f"the model's answer is compressed, which this service can't read: {_SETTING}",
+        502,
+        False,
+    ),
+    401: ("upstream_auth", "the model's server rejected this service's credentials: check OPENAI_API_KEY", 502, False),
+    403: ("upstream_auth", "the model's server rejected this service's credentials: check OPENAI_API_KEY", 502, False),
     429: ("upstream_rate_limited", "the model's rate limit is reached; try again", 503, True),
     503: ("upstream_error", "the model is not available; try again", 503, True),
     **dict.fromkeys(
@@ -74,7 +79,7 @@ _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
     ),
     "length": ("upstream_length", "the model's answer was cut: it reached the model's maximum length", 502, False),
     "filter": ("upstream_filtered", "the model's answer was cut by the model's content filter", 502, False),
-    "unfinished": ("upstream_unfinished", "the model stopped before its answer was whole", 502, False),
+    "unfinished": ("upstream_unfinished", "the model stopped before its answer was complete", 502, False),
     "cut": ("upstream_cut", "the model's answer was cut off", 502, False),
     httpx.PoolTimeout: ("upstream_timeout", "too many answers are under way; try again later", 503, False),
     httpx.TimeoutException: ("upstream_timeout", "the model did not answer in time", 504, False),

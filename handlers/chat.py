@@ -273,7 +273,7 @@ async def chat(request: Request) -> AsyncIterator[Event]:
 async def chat_stream(request: Request) -> AsyncIterator[Event]:
     """A model's answer to a conversation."""
     if not any(message.role == "user" for message in request.body):
-        raise BadRequest("role: at least one message must be the user's", field="role")
+        raise BadRequest("role: at least one message must have the role 'user'", field="role")
     times = answer_times(request)
     async with aclosing(request.state.model.stream(request.body)) as answer:
         async for piece in answer:

@@ -100,7 +100,7 @@ def _chosen(request: Request) -> str:
     names = _names(request.state.model)
     name: str = request.body.model or names[0]
     if name not in names:
-        text = f"there is no model {name!r:.100}: there are {' and '.join(map(repr, names))}"
+        text = f"there is no model {name!r:.100}: use {' or '.join(map(repr, names))}"
         raise NotFound(text, code="model_not_found", field="model")
     return name
 
@@ -227,7 +227,7 @@ async def response(request: Request) -> AsyncIterator[Event]:
     chosen, model = _chosen(request), request.state.model
     for field in ("previous_response_id", "conversation"):
         if getattr(body, field) is not None:
-            text = "conversations are not kept here: send the earlier messages in `input`"
+            text = "this service stores no conversations: send the earlier messages in `input`"
             raise BadRequest(text, code="unsupported", field=field)
     messages, tools = _messages(body), [_nested(tool) for tool in body.tools or ()]
     by_upstream = chosen != AGENT and isinstance(model, OpenAIModel)
@@ -286,7 +286,7 @@ def _options(body: _Response) -> dict[str, Any]:
 def _nested(tool: dict[str, Any]) -> dict[str, Any]:
     """A function tool in the form of chat completions."""
     if tool.get("type") != "function":
-        raise BadRequest(f"tools: only functions are known here, not {tool.get('type')!r:.60}", field="tools")
+        raise BadRequest(f"tools: only the type 'function' is supported, not {tool.get('type')!r:.60}", field="tools")
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
@@ -314,7 +314,7 @@ def _messages(body: _Response) -> list[dict[str, Any]]:
             case "reasoning" | "mcp_call" | "mcp_list_tools":
                 pass  # items of an earlier answer that chat completions have no form for
             case kind:
-                raise BadRequest(f"input: items of the type {kind!r:.60} are not known here", field="input")
+                raise BadRequest(f"input: items of the type {kind!r:.60} are not supported", field="input")
     return messages
 
 
