@@ -49,6 +49,8 @@ FINISH_TIMEOUT_S: Final = 1.0
 END_TIMEOUT_S: Final = 0.1
 #: Of an answer that is an event stream, or may be one: simple servers call it plain text, or nothing.
 MEDIA_TYPES: Final = (CONTENT_TYPE, "text/plain", "application/octet-stream", "")
+#: The HTTP statuses with which servers refuse a field that they don't know.
+UNKNOWN_FIELD: Final = (400, 422)
 #: What is read of a refusal, for the log, and how long that may take.
 MAX_REFUSAL_BYTES, REFUSAL_TIMEOUT_S = 16 * 1024, 0.5
 
@@ -102,27 +104,31 @@ class OpenAIModel:
         *,
         call: bool = True,
         options: Mapping[str, Any] = MappingProxyType({}),
+        usage: bool = False,
     ) -> AsyncGenerator[Piece, None]:
         """With `tools`, as OpenAI describes them, the calls that the model makes come behind its text.
 
         Without `call` it shall make none; the tools are told all the same, since earlier messages speak of them.
-        `options` are more fields of the request.
+        `options` are more fields of the request. `usage` asks the server for it; some send it without being asked.
         """
         body: dict[str, Any] = {**options, "model": self.model, "messages": messages, "stream": True}
         if tools:
             body |= {"tools": tools} if call else {"tools": tools, "tool_choice": "none"}
-        return self._answer(body, AnswerReader())
+        return self._answer(body, AnswerReader(), usage)
 
     def chunks(self, asked: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
-        """The chunks of the answer to a caller's own request, unchanged. Raises `ModelError`."""
+        """The chunks of the answer to a caller's own request, unchanged. Raises `ModelError`.
+
+        If the caller wants no stream, the upstream is asked for the usage: a whole answer always has it.
+        """
         choices = asked.get("n")
         reader = ChunkReader(choices if type(choices) is int else 1)
-        return self._answer({**asked, "model": self.model, "stream": True}, reader)
+        return self._answer({**asked, "model": self.model, "stream": True}, reader, usage=not asked.get("stream"))
 
-    async def _answer(self, body: Mapping[str, Any], reader: Reader[T]) -> AsyncGenerator[T, None]:
+    async def _answer(self, body: Mapping[str, Any], reader: Reader[T], usage: bool) -> AsyncGenerator[T, None]:
         content = encode_json(body)
         try:
-            async with _body(await self._open(content)) as chunks:
+            async with _body(await self._open_with_usage(body) if usage else await self._open(content)) as chunks:
                 async for chunk in chunks:
                     for part in reader.feed(chunk):
                         yield part
@@ -137,6 +143,14 @@ class OpenAIModel:
             said = failure.said.replace(self.key, "***") if self.key else failure.said
             logger.warning("%s: %.500r", failure.code, said)
             raise failure from None
+
+    async def _open_with_usage(self, body: Mapping[str, Any]) -> httpx.Response:
+        try:
+            return await self._open(encode_json({**body, "stream_options": {"include_usage": True}}))
+        except ModelError as error:
+            if error.refused not in UNKNOWN_FIELD:
+                raise
+            return await self._open(encode_json(body))
 
     async def _open(self, content: bytes) -> httpx.Response:
         request = self.client.build_request("POST", self.url, content=content)

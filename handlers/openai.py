@@ -5,7 +5,8 @@ name is refused, so that a caller can't choose what the service's key pays for.
 
 1.  Each answer is a run, whether the client streams it, waits for it, or leaves it in the background. So a stream
     resumes after a cut, and a request that is repeated with its `Idempotency-Key` gets the same answer.
-2.  A completion's request and chunks are passed on unchanged, except for the key, `model` and `stream`.
+2.  A completion's request and chunks are passed on unchanged, except for the key, `model` and `stream`; a whole answer
+    is also asked for its usage.
 3.  A response's sequence numbers begin at 0, the log's at 1: `starting_after=n` means "after the log's event n+1".
 4.  The agent's tool calls are `mcp_call` items: clients show those, but don't try to run them.
 5.  `handlers.answer` decides whether an upstream's answer is whole, as for `/chat`. An answer that its maximum length
@@ -243,7 +244,7 @@ async def response(request: Request) -> AsyncIterator[Event]:
                         yield event
         else:
             if isinstance(model, OpenAIModel):
-                pieces = model.stream(messages, tools, options=_options(body))
+                pieces = model.stream(messages, tools, options=_options(body), usage=True)
             else:
                 pieces = model.stream([ChatMessage("user", question)])
             times = answer_times(request)

@@ -534,7 +534,9 @@ def test_a_completion_is_handed_through_with_all_that_is_in_it(behind: Server, u
     assert message == {"role": "assistant", "tool_calls": [call], "x_extension": {"a": 1}}
     streamed = behind.client.post("/v1/chat/completions", json={**body, "stream": True})
     assert b"x_extension" in streamed.content and streamed.content.count(b"[DONE]") == 1
-    assert all({**call.json, "stream": None} == {**body, "stream": None} for call in upstream.calls)
+    first, second = [call.json for call in upstream.calls]
+    assert first.pop("stream_options") == {"include_usage": True}  # a whole answer has its usage
+    assert {**first, "stream": None} == {**second, "stream": None} == {**body, "stream": None}
     assert all(call.headers["authorization"] == "Bearer key" for call in upstream.calls)
     upstream.settle()
 
@@ -631,6 +633,21 @@ def test_reasoning_and_usage_are_in_a_response(behind: Server, upstream: Upstrea
     assert [item.type for item in kept.output] == ["reasoning", "message"] and kept.output[0] == final.output[0]
     assert kept.output[0].content[0].text == "I think"
     assert (kept.usage.input_tokens, kept.usage.output_tokens, kept.usage.total_tokens) == (5, 2, 7)
+    upstream.settle()
+
+
+def test_an_upstream_that_refuses_to_tell_the_usage_is_asked_without(behind: Server, upstream: Upstream) -> None:
+    refusal = llm.refuse(422, b'{"detail": "stream_options: extra fields not permitted"}')
+    upstream.plan(refusal, llm.answer("Hi"), refusal, llm.answer("Hi"), llm.refuse(422), llm.refuse(422))
+    asked: Any = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+    with openai.OpenAI(api_key="none", base_url=f"{behind.url}/v1", max_retries=0) as client:
+        completion = client.chat.completions.create(**asked)
+        assert (completion.choices[0].message.content, completion.usage) == ("Hi", None)
+        response = client.responses.create(model="m", input="hello")
+        assert (response.output_text, response.usage) == ("Hi", None)
+        with pytest.raises(openai.InternalServerError, match="422"):
+            client.chat.completions.create(**asked)
+    assert ["stream_options" in call.json for call in upstream.calls] == [True, False] * 3
     upstream.settle()
 
 
