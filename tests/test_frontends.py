@@ -479,8 +479,8 @@ def test_openai_python_resumes_a_response_by_its_last_number(server: Server, see
         client.close()
     assert numbers == list(range(len(numbers)))
     assert "42" in final.output_text
-    kept = openai.OpenAI(api_key="none", base_url=f"{server.url}/v1").responses.retrieve(id)
-    assert kept.output == final.output
+    with openai.OpenAI(api_key="none", base_url=f"{server.url}/v1") as client:
+        assert client.responses.retrieve(id).output == final.output
 
 
 def test_openai_python_cancels_a_response(behind: Server, upstream: Upstream) -> None:
@@ -491,6 +491,23 @@ def test_openai_python_cancels_a_response(behind: Server, upstream: Upstream) ->
         assert client.responses.retrieve(begun.id).status == "in_progress"
         assert client.responses.cancel(begun.id).status == "cancelled"
         assert client.responses.retrieve(begun.id).status == "cancelled"
+    upstream.settle()
+
+
+@node_clients
+def test_openai_node_cancels_a_response_that_it_reads(behind: Server, upstream: Upstream) -> None:
+    upstream.plan(llm.silent(llm.FIRST, *map(llm.token, WORDS)))
+    asked = {"url": f"{behind.url}/v1", "model": "m"}
+    with at_work("openai", **asked, responses=True, text="hello") as client:
+        upstream.wait_call()
+        events = 4 + len(WORDS)
+        [run] = behind.client.get("/runs?state=running").json()["runs"]
+        wait_until(lambda: behind.client.get(f"/runs/{run['run']}").json()["events"] >= events)
+        cancelled = node("openai", **asked, cancel=f"resp_{run['run']}").rest["final"]
+        told = ended(client)
+    assert cancelled["status"] == "cancelled"
+    assert told.chunks[-1]["type"] == "response.incomplete" and len(told.chunks) == events + 1
+    assert told.rest["final"]["status"] == "cancelled"
     upstream.settle()
 
 
