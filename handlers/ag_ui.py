@@ -45,7 +45,7 @@ class _Input(msgspec.Struct, rename="camel"):
 
 
 class _Asked(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
-    """TanStack joins a run from its start (`offset`), and may want a part of a thread; a whole one will do."""
+    """TanStack joins a run from its start (`offset`). It may ask for a part of a thread, and gets all of it."""
 
     thread_id: _Id | None = None
     run_id: _Id | None = None
@@ -103,7 +103,7 @@ def _said(body: _Input) -> Iterator[tuple[str, str]]:
 
 
 def _is_secret(request: Request, thread: str) -> bool:
-    """Whether others can't guess the thread's id; without credentials it is the only key to the session."""
+    """Whether the session is protected: by credentials, or by a thread id that can't be guessed."""
     return bool(request.caller) or len(thread) >= MIN_ANONYMOUS_THREAD
 
 
@@ -133,7 +133,7 @@ async def read(request: Request) -> Any:
 def _about(request: Request) -> About:
     body: _Input = request.body
     note = {"threadId": body.thread_id, "runId": body.run_id}
-    # Others could guess a short one, and read the run.
+    # Without credentials a short id could be guessed, and the run read.
     secret = request.caller is not None or len(body.run_id) >= MIN_ANONYMOUS_KEY
     key = body.run_id if secret else None
     return About(thread=body.thread_id, key=key, text=question_of(_said(body)), note=note)

@@ -1,4 +1,4 @@
-"""OpenAI's own routes, for programs that change nothing but their `base_url`: chat completions, Responses, models.
+"""OpenAI's own routes (chat completions, Responses, models), for programs that only change their `base_url`.
 
 There are two models: the upstream's (`OPENAI_MODEL`, or the mock), and `agent`, which uses the service's tools. Another
 name is refused, so that a caller can't choose what the service's key pays for.
@@ -46,7 +46,7 @@ MAX_TOOLS: Final = 128  # OpenAI's own bound
 
 _List = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
 _Tools = Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)]
-#: Stands in each event that holds the whole response: with OpenAI's own bounds.
+#: Part of each event that has the whole response. OpenAI's own bounds.
 _Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
@@ -84,7 +84,7 @@ class _Response(msgspec.Struct):
 
 
 class _Events(msgspec.Struct, forbid_unknown_fields=True, rename={"include": "include[]"}):
-    """OpenAI's SDKs may also ask for parts (`include[]`) and for padding; there is neither here."""
+    """OpenAI's SDKs may also ask for parts (`include[]`) and for padding; both are ignored."""
 
     stream: bool = False
     include: Annotated[list[_Name], Meta(max_length=100)] = []
@@ -233,14 +233,14 @@ async def response(request: Request) -> AsyncIterator[Event]:
     messages, tools = _messages(body), [_nested(tool) for tool in body.tools or ()]
     by_upstream = chosen != AGENT and isinstance(model, OpenAIModel)
     question, history = ("", []) if by_upstream else conversation(_spoken(messages), "input")
-    told = _Telling(request)
-    yield told.response("created", "in_progress")
-    yield told.response("in_progress", "in_progress")
+    writer = _Writer(request)
+    yield writer.response("created", "in_progress")
+    yield writer.response("in_progress", "in_progress")
     try:
         if chosen == AGENT:
             async with aclosing(parts_of(request, question, history)) as parts:
                 async for part in parts:
-                    for event in told.part(part):
+                    for event in writer.part(part):
                         yield event
         else:
             if isinstance(model, OpenAIModel):
@@ -252,19 +252,19 @@ async def response(request: Request) -> AsyncIterator[Event]:
                 async for piece in pieces:
                     if isinstance(piece, str | Reasoning):
                         times.token()
-                    for event in told.piece(piece):
+                    for event in writer.piece(piece):
                         yield event
             times.end()
     except ModelError as error:
         if error.code not in _INCOMPLETE:
             raise
-        for event in told.closed("incomplete"):
+        for event in writer.closed("incomplete"):
             yield event
-        yield told.response("incomplete", "incomplete", incomplete_details={"reason": _INCOMPLETE[error.code]})
+        yield writer.response("incomplete", "incomplete", incomplete_details={"reason": _INCOMPLETE[error.code]})
     else:
-        for event in told.closed():
+        for event in writer.closed():
             yield event
-        yield told.response("completed", "completed")
+        yield writer.response("completed", "completed")
 
 
 #: OpenAI's names for an answer that the model's server has cut.
@@ -337,7 +337,7 @@ _TEXT: Final = _Kind("msg", _MESSAGE, "output_text", {"annotations": [], "logpro
 _REASONING: Final = _Kind("rs", {"type": "reasoning", "summary": []}, "reasoning_text", {}, {})
 
 
-class _Telling:
+class _Writer:
     """Makes the events of one response: numbers them, and collects the output."""
 
     def __init__(self, request: Request) -> None:
