@@ -66,6 +66,9 @@ class Dialect:
     id_first: bool = False
     #: Clients parse all data as JSON, so it is never empty.
     only_json: bool = False
+    #: A client that resumes a run which is no longer kept gets `gone`, and not 410, even if it doesn't ask for an event
+    #: stream.
+    streams_gone: bool = False
 
     def headers(self, run: str) -> Mapping[str, str]:
         """Additional headers of a response."""
@@ -165,6 +168,7 @@ class AGUI(Dialect):
     name = "ag_ui"
     id_first = True  # @tanstack/ai-client 0.33 pairs a pending `id:` line with the next `data:` line
     only_json = True
+    streams_gone = True  # @tanstack/ai-client 0.33 sends no `Accept`, and shows no more of a 410 than its number
 
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
         return [Event({"type": "RUN_ERROR", "message": text, "code": code})]

@@ -690,7 +690,7 @@ class Runs:
         return await self._attach(stat.stream, cursor, self._dialect(stat), translate=translate)
 
     def _expired(self, request: Request, cursor: Cursor) -> Response:
-        if not request.wants_event_stream:
+        if not (request.wants_event_stream or request.dialect.streams_gone):
             raise Gone("this run is no longer stored, or never existed")
         self.tails.gaps["expired"] += 1
         body = request.preamble + gap_frames(Gap("expired", cursor.seq + 1), request.dialect, last=True)

@@ -275,7 +275,7 @@ def cut(call: Call) -> None:
 @pytest.mark.parametrize(
     ("script", "text", "type"),
     [
-        (refuse(401), "the model doesn't accept this service's credentials", "upstream_auth"),
+        (refuse(401), "the model's server rejected this service's credentials: check OPENAI_API_KEY", "upstream_auth"),
         (
             refuse(429, retry_after="60"),
             "the model's rate limit is reached; try again in 60 s",
