@@ -69,11 +69,11 @@ def test_it_serves_an_app_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("nothing", "write MODULE:APP"),
+        ("nothing", "is not MODULE:APP"),
         ("nothing.here:app", "no module named 'nothing'"),
         ("tests.nothing:app", "no module named 'tests.nothing'"),
         ("tests.hosts:nothing", "tests.hosts has no 'nothing'"),
-        ("tests.hosts:FLOOD", "is not an ASGI program: int"),
+        ("tests.hosts:FLOOD", "is not an ASGI app: its type is int"),
     ],
 )
 def test_what_cannot_be_served_is_named(target: str, said: str) -> None:

@@ -1,7 +1,7 @@
-"""Hear of SIGTERM, SIGINT and SIGHUP under a server that tells an app of its end too late.
+"""SIGTERM, SIGINT and SIGHUP under any other server.
 
-uvicorn says so (by the lifespan) when all connections are closed, which a stream never does by itself. So the app puts
-a handler of its own before the server's, which tells the loop and then does what the server would have done.
+uvicorn sends `lifespan.shutdown` after all connections are closed, which endless streams never are. So the app
+chains its own handler before the server's.
 """
 
 import asyncio
@@ -19,10 +19,9 @@ Handler = Callable[[int, FrameType | None], Any]
 
 @contextmanager
 def chained(heard: Callable[[], object]) -> Iterator[None]:
-    """Within the block a signal calls `heard` in the running asyncio loop, and the old handler besides.
+    """Within the block a signal calls `heard` in the running asyncio loop, then the previous handler.
 
-    Does nothing outside of the main thread, on trio, and for a signal that nobody handles in Python: its default ends
-    the process, and so it stays.
+    Does nothing outside the main thread, on trio, and for a signal without a Python handler: its default action stays.
     """
     installed: list[tuple[signal.Signals, Handler, Handler]] = []
     with suppress(RuntimeError):  # trio
@@ -39,7 +38,7 @@ def chained(heard: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         for number, ours, old in installed:
-            if signal.getsignal(number) is ours:  # else somebody came after us, and calls us
+            if signal.getsignal(number) is ours:  # else a later handler replaced this one, and calls it
                 signal.signal(number, old)
 
 
