@@ -17,7 +17,7 @@ from ssecore.settings import Settings, describe
 
 __all__ = ["load", "main"]
 
-#: Options of `serve` that apply to the service only: another app sets them in its own code.
+#: Settings that another app makes in its own code.
 SERVICE_ONLY: Final = ("data_dir", "log")
 
 
@@ -116,16 +116,16 @@ def _serve(options: argparse.Namespace) -> int:
             option = f"--{name.replace('_', '-')}"
             text = f"{option} applies to the service only: in the code of {options.app}, use Settings({name}=…)"
             raise SettingsError(text, field=name)
-    settings = Settings.from_env(**given)  # for the runner; the app's streams use the app's own settings
-    sys.path.insert(0, "")  # the working directory; a console script has its own folder there
+    settings = Settings.from_env(**given)  # for the runner; the app has its own
+    sys.path.insert(0, "")  # a console script has its own folder there
     app = load(options.app)
     return serve(app if isinstance(app, SSEApp) else Hosted(app), settings)
 
 
 def load(target: str) -> Any:
-    """Import the ASGI app `package.module:name`; a function without parameters is called and returns the app.
+    """Import `package.module:name`, an ASGI app or a function without parameters that returns one.
 
-    Raises `SettingsError` if there is no such app, and whatever the module raises.
+    Raises `SettingsError`, and whatever the module raises.
     """
     module_name, colon, path = target.partition(":")
     if not module_name or not colon or not path:
@@ -152,7 +152,6 @@ def load(target: str) -> Any:
 
 
 def _token(options: argparse.Namespace) -> int:
-    """Prints results to stdout and remarks to stderr, so that scripts can use the output."""
     # Reads no other setting: an invalid one must not prevent a revocation.
     given = os.environ.get("SSEAPP_TOKENS_FILE", "") if options.tokens_file is None else options.tokens_file
     if given.lower() in ("none", ""):

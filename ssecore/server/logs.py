@@ -11,14 +11,14 @@ __all__ = ["set_up"]
 
 
 class _DropTruncated(logging.Filter):
-    """Drops uvicorn's error for an unfinished response: a stream whose client stopped reading ends that way."""
+    """Drops uvicorn's error for a stream that ended because its client stopped reading."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "without completing response" not in record.getMessage()
 
 
 class _JSONLines(logging.Formatter):
-    """One JSON object a line. The end of a stream has one member for each of its facts."""
+    """One object a line; the end of a stream has a member for each fact."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC)
@@ -30,7 +30,7 @@ class _JSONLines(logging.Formatter):
 
 
 def set_up(log_format: Literal["text", "json"]) -> None:
-    """Log to a standard error that never blocks, unless the app has configured logging itself."""
+    """Log to a standard error that never blocks, unless the app has configured logging."""
     stderr.unblock()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     if log_format == "json":

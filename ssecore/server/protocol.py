@@ -1,15 +1,12 @@
-"""The connection: uvicorn's protocol with limits, and parked connections.
+"""uvicorn's protocol with limits, and parked connections (see ARCHITECTURE.md).
 
-This module depends on uvicorn's internals. `tests/test_protocol.py` detects when they change.
+The module depends on uvicorn's internals; `tests/test_protocol.py` detects changes.
 
-1.  The protocol object is in the scope's extensions (`EXTENSION`). Through it the engine checks that a `send` is the
-    connection's own, watches for a disconnect, and parks the connection.
-2.  Parking gives the transport a `ParkedConnection` as its protocol. uvicorn takes the response for complete and drops
-    cycle, parser, task and protocol. From then on we write the bytes that uvicorn's `send` would have written.
-3.  A parked connection stays in the server's set of connections, and its tasks in the set of tasks. So shutdown, grace
-    time and cancellation apply to it.
-4.  What a client sends on a parked connection is kept for the next request, up to `MAX_AHEAD_BYTES`; beyond that the
-    connection is closed. At the end of the response the transport gets a new protocol, which receives those bytes.
+1.  The engine finds the protocol in the scope's extensions.
+2.  For a parked connection uvicorn takes the response for complete and drops cycle, parser, task and protocol; we write
+    the bytes that its `send` would write.
+3.  Parked connections and their tasks stay in the server's sets, for shutdown and cancellation.
+4.  What a client sends on a parked connection is kept for a new protocol after the response.
 """
 
 import asyncio
@@ -26,15 +23,15 @@ from ssecore.streaming.sender import EXTENSION, chunk
 
 __all__ = ["BoundedProtocol", "ParkedConnection"]
 
-#: For a client to send the head of a request. nginx's client_header_timeout is 60.
+#: nginx's client_header_timeout is 60.
 HEAD_S = 30.0
-#: In a head, besides path, query and headers: method, version, colons and line ends.
+#: Method, version, colons and line ends.
 HEAD_SYNTAX_BYTES = 16 * 1024
-#: Requests that may wait on a connection; each costs 5 KiB. Browsers and proxies don't pipeline.
+#: Each costs 5 KiB. Browsers and proxies don't pipeline.
 MAX_PIPELINED = 8
-#: What a client may send while a request on its connection waits.
+#: Received while a request waits.
 MAX_AHEAD_BYTES = 64 * 1024
-#: A timer this late means that the process stood still: bytes from the client may be unread.
+#: If a timer is this late, the process stood still and bytes may be unread.
 LATE_S = 1.0
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -42,24 +39,22 @@ TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\
 class BoundedProtocol(HttpToolsProtocol):
     """Limits that neither the parser nor uvicorn has.
 
-    - `max_head_bytes` for a head, and for chunk sizes and trailers; `HEAD_S` for a head. A complete head that is too
-      large is refused by the app (`ssecore.http.guard`).
-    - `MAX_PIPELINED` requests may wait. After one too many, or bytes that are not a request, nothing more is read, and
-      the connection closes after the last response that is due.
-    - The server keeps reading while requests wait; else it would not detect a disconnect.
-    - An idle connection keeps nothing of its last request. uvicorn would keep up to half a MiB.
+    - `max_head_bytes` also limits chunk sizes and trailers. The app refuses a complete head that is too large.
+    - After one pipelined request too many, or other bytes, the connection closes after the last response that is due.
+    - It reads while requests wait, to detect a disconnect.
+    - An idle connection drops its last request (up to half a MiB).
     """
 
-    # More attributes in `__dict__` would end its key sharing: a KiB for each connection.
+    # More attributes in `__dict__` would end its key sharing: a KiB each.
     __slots__ = ("_ahead", "_answering", "_head_timer", "_ignoring", "_on_left", "_overhead")
     max_head_bytes: int | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._overhead = 0  # bytes of heads and framing; bytes of a body reduce it
+        self._overhead = 0  # bytes of heads and framing; a body reduces it
         self._head_timer: asyncio.TimerHandle | None = None
-        self._answering: RequestResponseCycle | None = None  # uvicorn's `cycle` is the newest request, which may wait
-        self._ahead = 0  # bytes received while a request waited for this response
+        self._answering: RequestResponseCycle | None = None  # `cycle` is the newest, which may wait
+        self._ahead = 0
         self._ignoring = False
         self._on_left: Callable[[], None] | None = None
 
@@ -70,9 +65,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         super().connection_lost(exc)
-        # uvicorn does this only without an error: its timer would keep a connection that was reset for 620 s.
+        # Without this, uvicorn's timer keeps a connection that was reset for 620 s.
         self._unset_keepalive_if_required()
-        if self._answering is not None and not self._answering.response_complete:  # uvicorn notifies only the newest
+        if self._answering is not None and not self._answering.response_complete:  # uvicorn notifies the newest only
             self._answering.disconnected = True
             self._answering.message_event.set()
         self.pipeline.clear()
@@ -99,10 +94,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _parse(self, data: bytes) -> None:
-        """Replaces uvicorn's `data_received`, which loses what follows the head of a request with `Upgrade`.
+        """Replaces uvicorn's `data_received`, which loses the body of a request with `Upgrade`.
 
-        A server may ignore `Upgrade` (RFC 9110, 7.8), and this one supports HTTP/1.1 only. The parser stops after such
-        a head and takes the body for another protocol, so it gets the head again without that header.
+        A server may ignore `Upgrade` (RFC 9110, 7.8), but the parser stops there.
         """
         self._unset_keepalive_if_required()
         try:
@@ -110,14 +104,14 @@ class BoundedProtocol(HttpToolsProtocol):
                 try:
                     return self.parser.feed_data(data)
                 except HttpParserUpgrade as upgrade:
-                    if self.parser.get_method() == b"CONNECT":  # what follows is for another server
+                    if self.parser.get_method() == b"CONNECT":
                         return self._ignore_rest()
                     is_whole = len(self.headers) <= MAX_HEADER_LINES
                     head, data = self._head_without_upgrade(), data[upgrade.args[0] :]
-                    self.parser = HttpRequestParser(self)  # after `Connection: close` the old one reads nothing more
+                    self.parser = HttpRequestParser(self)  # after `Connection: close` the old one reads no more
                     self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # like uvicorn
                     self.parser.feed_data(head)
-                    if not is_whole:  # the request is refused; its Content-Length may have been dropped
+                    if not is_whole:  # Content-Length may have been dropped
                         return self._ignore_rest()
         except HttpParserError:
             self.logger.warning("Invalid HTTP request received.")
@@ -131,17 +125,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _upgrade_ignored(self) -> bool:
-        """The parser is about to stop, and `_parse` repeats the request."""
+        """`_parse` will repeat the request."""
         return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise OverflowError("too many pipelined requests")  # uvicorn then calls `send_400_response`
+            raise OverflowError("too many pipelined requests")  # leads to `send_400_response`
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # One header too many is enough for the guard to refuse. A trailer is dropped: uvicorn would add it to the
-        # headers of a request that was admitted already.
+        # The guard refuses one header too many. uvicorn would add trailers to an admitted request's headers.
         is_trailer = self.cycle is not None and self.cycle.scope is self.scope
         if len(self.headers) <= MAX_HEADER_LINES and not is_trailer:
             super().on_header(name, value)
@@ -155,7 +148,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        # Chunks of one byte cost the parser 36 ms for 256 KiB, so their framing counts against the limit.
+        # 256 KiB in chunks of one byte cost the parser 36 ms, so their framing counts.
         self._overhead = max(0, self._overhead - 2 * len(body))
         super().on_body(body)
 
@@ -183,22 +176,18 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def answers(self, send: Send) -> bool:
-        """Whether `send` is the connection's own (no middleware), its request complete and its client connected."""
+        """Whether `send` is the connection's own (no middleware), and its client connected."""
         cycle = self._answering
         return cycle is not None and send == cycle.send and not cycle.more_body and not cycle.disconnected
 
     def watch(self, left: Callable[[], None] | None) -> None:
-        """Call `left` when the client disconnects, until the connection is parked or `watch(None)`."""
+        """Call `left` at a disconnect, until the connection is parked."""
         self._on_left = left
-        # uvicorn pauses reading for a large body until the app calls `receive`. An app that has the whole body won't,
-        # and a server that doesn't read can't detect a disconnect.
+        # uvicorn may have paused reading, and would not detect a disconnect.
         self.flow.resume_reading()
 
     def park(self, send: Send, left: Callable[[], None]) -> "ParkedConnection | None":
-        """Drop the request and keep the connection. `left` is called when the client disconnects.
-
-        Returns `None` if the response isn't a chunked one under way, or another request waits or has begun.
-        """
+        """`None` unless a chunked response is in progress and no other request has begun."""
         cycle = self._answering
         if not self.answers(send) or cycle is None or not cycle.response_started or cycle.response_complete:
             return None
@@ -216,7 +205,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return parked
 
     def take_over(self, transport: asyncio.Transport, ahead: bytes) -> None:
-        """Take a connection over after a parked response; `ahead` are bytes of the next request."""
+        """`ahead`: bytes of the next request."""
         self.connection_made(transport)
         self._stop_head_timer()
         self.on_response_complete()
@@ -224,7 +213,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.data_received(ahead)
 
     def _forget(self) -> None:
-        """Breaks the reference cycle between scope, cycle and this protocol."""
+        """Breaks a reference cycle."""
         self._on_left = self._answering = self.scope = self.cycle = None  # type: ignore[assignment]
 
     def send_400_response(self, msg: str) -> None:
@@ -232,11 +221,11 @@ class BoundedProtocol(HttpToolsProtocol):
         in_its_body = not self.pipeline and cycle is not None and cycle.more_body and not cycle.response_started
         if cycle is None or cycle.response_complete or in_its_body:
             super().send_400_response(msg)
-        else:  # the client would take a 400 for the response to an earlier request
+        else:  # the client would take a 400 for an earlier request's response
             self._ignore_rest()
 
     def _ignore_rest(self) -> None:
-        """Read no more requests: close after the last response that is due, or after `HEAD_S`."""
+        """Close after the last response that is due, or after `HEAD_S`."""
         if not self._ignoring:
             self._ignoring = True
             self.cycle.keep_alive = False
@@ -269,7 +258,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 class ParkedConnection(asyncio.Protocol):
-    """A connection whose chunked response continues without its request: a `sender.Line`."""
+    """A chunked response without its request: a `sender.Line`."""
 
     __slots__ = (
         "_ahead",
@@ -296,7 +285,7 @@ class ParkedConnection(asyncio.Protocol):
         self._state.connections.add(self)  # type: ignore[arg-type]
 
     def write(self, data: bytes) -> None:
-        # uvloop's transport raises once it is closed, before `connection_lost` is called.
+        # uvloop's transport raises between its close and `connection_lost`.
         if not self.transport.is_closing():
             self.transport.write(data)
 
@@ -354,7 +343,7 @@ class ParkedConnection(asyncio.Protocol):
 
 
 async def _without_chunks(app: Any, cycle: RequestResponseCycle, scope: Any, receive: Any, send: Send) -> None:
-    """Call the app for an HTTP/1.0 client, which can't read chunks (RFC 9112, 6.1): close the connection instead."""
+    """For HTTP/1.0, which has no chunks (RFC 9112, 6.1): the end of the connection ends the body."""
     unknown = False
 
     async def send_plain(message: MutableMapping[str, Any]) -> None:

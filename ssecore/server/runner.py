@@ -1,9 +1,7 @@
-"""Our runner: uvicorn with a drain, and socket options that disconnect a frozen client.
+"""Our runner: uvicorn with a drain, and with socket options that disconnect frozen clients.
 
-uvicorn sends `lifespan.shutdown` after all connections are closed, which endless streams never are. So this server
-drains the app before it shuts down. SIGTERM and SIGHUP give streams `drain_s` to finish, SIGINT (Ctrl-C) none; a second
-signal ends the process at once. Whatever handlers do, the process ends END_S after the drain, or MAX_END_S while
-streams still end (thousands do, on a busy machine).
+uvicorn sends `lifespan.shutdown` after all connections are closed, so this server drains the app first. ARCHITECTURE.md
+has the sequence.
 """
 
 import asyncio
@@ -37,33 +35,28 @@ __all__ = ["Hosted", "serve"]
 
 logger = logging.getLogger("sseapp")
 
-#: The kernel's buffer for one client. Linux would let it grow to 4 MiB for each frozen client.
+#: Linux would let it grow to 4 MiB for each frozen client.
 SEND_BUFFER_BYTES = 256 * 1024
 BACKLOG = 4096
-#: After the drain, for open requests; then uvicorn cancels them. uvicorn takes whole seconds.
+#: Until uvicorn cancels requests that outlive the drain; an integer for uvicorn.
 SHUTDOWN_S = 1
-#: From the end of the drain, or from the last stream, run or request that ended since, to the exit: a second for
-#: farewells, SHUTDOWN_S, and a second for the rest, such as the event log's last commit. A handler that ignores its
-#: cancellation ends here.
+#: From the drain's end, or the last stream, run or request that ended since, to the exit: a second for farewells,
+#: SHUTDOWN_S, and a second for the rest, such as the event log's last commit.
 END_S = 3.0
-#: From the end of the drain to the exit, even while streams still end.
+#: From the drain's end to the exit, even while streams still end (thousands do, on a busy machine).
 MAX_END_S: Final = 10.0
-#: Replaces a `drain_s` that no timer accepts, such as infinity: eleven days.
+#: For an infinite `drain_s`: eleven days.
 LONGEST_S: Final = 1e6
-#: Exit codes besides 0 and (of the command) 2. The app failed while it served, or something ignored END_S.
+#: Exit code if the app failed while it served, or something ignored END_S.
 FAILED: Final = 1
-#: The app did not start.
 NOT_STARTED: Final = 3
-#: For an idle connection. Longer than proxies keep theirs (nginx and AWS 60 s, Google 600): a request that meets our
-#: close is a 502 to its client.
+#: Longer than proxies (nginx and AWS 60 s, Google 600): a request that meets our close is a 502 to its client.
 KEEP_ALIVE_S = 620
 
-#: Streams, runs and requests named in the log when the process is ended by force.
 MAX_NAMED: Final = 20
 
-#: Threshold of the garbage collector's first generation, by default 700. A connection is some 60 objects, and with
-#: thousands of open connections the collector would scan them again and again. Much higher, and the cycles that closed
-#: connections leave (13 objects of uvicorn's each) stay for long.
+#: By default 700. A connection is some 60 objects, and the collector would scan thousands of them again and again. Much
+#: higher, and the cycles of closed connections (13 objects of uvicorn's each) stay for long.
 COLLECT_EACH = 5_000
 
 
@@ -85,11 +78,7 @@ class Drainable(Protocol):
 
 
 class Hosted:
-    """Makes any ASGI app `Drainable`.
-
-    Authentication is the app's business. An `SSEApp` mounted in it handles signals itself, as under other servers, and
-    ends its streams at once.
-    """
+    """Makes any ASGI app `Drainable`. Authentication is left to the app."""
 
     drained_by_runner = failed = private = False
 
@@ -105,7 +94,7 @@ class Hosted:
             return
         self._count = number = self._count + 1
         self._open[number] = f"{scope.get('method', scope['type'])} {scope['path']!r:.200}"
-        # Without EXTENSION nothing is parked: a middleware may have to stay until the response has ended.
+        # Without EXTENSION nothing is parked: a middleware may have to outlast the response.
         extensions = {name: what for name, what in scope.get("extensions", {}).items() if name != EXTENSION}
         try:
             await self._app({**scope, "extensions": extensions}, receive, send)
@@ -136,10 +125,9 @@ class _Server(uvicorn.Server):
         self._app = app
         self._grace_s = drain_s
         self._bounded = False
-        # Gets the drain's seconds when shutdown begins. A queue: a signal handler may put into it at any moment.
-        self._grace: SimpleQueue[float] = SimpleQueue()
+        self._grace: SimpleQueue[float] = SimpleQueue()  # reentrant, for the signal handler
         self._thread = threading.get_ident()
-        self._nowhere = open(os.devnull, "wb")  # at once: when a signal comes no descriptor may be free
+        self._nowhere = open(os.devnull, "wb")  # later there may be no free descriptor
         threading.Thread(target=self._cut_off, name="end", daemon=True).start()
 
     @property
@@ -149,9 +137,9 @@ class _Server(uvicorn.Server):
         return 0 if self.should_exit and not self._app.failed else FAILED
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # uvicorn's own handler raises the signal again at the end, so the exit code would not be 0.
+        # uvicorn's own handler raises the signal again at the end: no exit code 0.
         if self.should_exit:
-            # Nothing stored is lost: the event log survives this, and the next start closes runs as interrupted.
+            # The event log survives this; the next start closes runs as interrupted.
             _exit(FAILED if self._app.failed else 0)
         if sig == signal.SIGINT:
             self._grace_s = 0
@@ -166,12 +154,12 @@ class _Server(uvicorn.Server):
             self._exit_within(grace_s + END_S)
 
     def _exit_within(self, seconds: float) -> None:
-        """Ends the process with 1 even while C code holds the interpreter's lock and no Python thread runs."""
-        # Its traceback goes nowhere: a write to a standard error that is not read would block.
+        """Works even while C code holds the interpreter's lock."""
+        # No traceback: writing to a standard error that is not read would block.
         faulthandler.dump_traceback_later(seconds + 1, exit=True, file=self._nowhere)
 
     def _cut_off(self) -> None:
-        """Ends the process at its time limit. Its own thread, because the event loop may be blocked."""
+        """In its own thread, because the event loop may be blocked."""
         grace_s = self._grace.get()
         time.sleep(grace_s)
         over = time.monotonic()
@@ -201,8 +189,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # What exists now, mostly code, stays, so a full collection needn't scan it: with 1,000 streams on a busy
-        # machine it takes 0.01 s, not 0.14.
+        # What exists now, mostly code, stays: a full collection with 1,000 streams takes 0.01 s, not 0.14.
         gc.collect()
         gc.freeze()
         gc.set_threshold(COLLECT_EACH, 10, 10)
@@ -219,13 +206,13 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def _let_go(self) -> None:
-        """Disconnect clients that haven't read their last bytes. uvicorn would wait for them and log an error."""
+        """Drop clients that haven't read their last bytes; uvicorn would wait and log an error."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
 
 def _exit(code: int) -> NoReturn:
-    """End the process at once, after the last log lines are written."""
+    """After the last log lines are written."""
     stderr.drain()
     os._exit(code)
 
@@ -233,8 +220,7 @@ def _exit(code: int) -> NoReturn:
 def serve(app: Drainable, settings: Settings) -> int:
     """Serve until a signal comes. Returns the exit code. Raises `SettingsError` if it can't or must not listen.
 
-    END_S after `drain_s` the process ends by `os._exit`; what the caller does after `serve` must be finished by then.
-    Log lines are dropped while standard error is not read, unless the app has configured logging.
+    END_S after `drain_s` the process ends by `os._exit`, including what the caller does after `serve`.
     """
     logs.set_up(settings.log_format)
     sock = _listen(settings, private=app.private)
@@ -258,7 +244,7 @@ def serve(app: Drainable, settings: Settings) -> int:
     app.drained_by_runner = True
     server = _Server(config, app, settings.drain_s)
     logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none; uvicorn handles SIGTERM and SIGINT
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     if threading.current_thread() is threading.main_thread() and hangup is not None:
         if signal.getsignal(hangup) is not signal.SIG_IGN:
             signal.signal(hangup, server.handle_exit)
@@ -298,7 +284,7 @@ def _listen(settings: Settings, *, private: bool) -> socket.socket:
         raise SettingsError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from None
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # Closing the transport waits for a client that never reads; this ends the wait. Accepted sockets inherit it.
+        # Ends the wait of a close for a client that never reads. Accepted sockets inherit it.
         timeout_ms = min(round(settings.send_timeout_s * 1000), 2**31 - 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     return sock

@@ -1,8 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP under any other server.
-
-uvicorn sends `lifespan.shutdown` after all connections are closed, which endless streams never are. So the app
-chains its own handler before the server's.
-"""
+"""Signals under other servers: uvicorn sends `lifespan.shutdown` only after all connections are closed."""
 
 import asyncio
 import signal
@@ -19,9 +15,9 @@ Handler = Callable[[int, FrameType | None], Any]
 
 @contextmanager
 def chained(heard: Callable[[], object]) -> Iterator[None]:
-    """Within the block a signal calls `heard` in the running asyncio loop, then the previous handler.
+    """Within the block SIGTERM, SIGINT and SIGHUP call `heard` in the asyncio loop, then the previous handler.
 
-    Does nothing outside the main thread, on trio, and for a signal without a Python handler: its default action stays.
+    Has no effect outside the main thread, on trio, and for a signal without a Python handler.
     """
     installed: list[tuple[signal.Signals, Handler, Handler]] = []
     with suppress(RuntimeError):  # trio
@@ -38,7 +34,7 @@ def chained(heard: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         for number, ours, old in installed:
-            if signal.getsignal(number) is ours:  # else a later handler replaced this one, and calls it
+            if signal.getsignal(number) is ours:  # else a later handler calls this one
                 signal.signal(number, old)
 
 

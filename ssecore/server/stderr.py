@@ -1,8 +1,7 @@
 """A standard error that never blocks the process.
 
-Its reader may stop (a stuck log collector, Ctrl-S on a terminal). A pipe holds 64 KiB; the next write would block the
-event loop and with it signal handling. So a thread writes, and lines that don't fit in its queue are dropped and
-counted.
+If its reader stops (a stuck log collector, Ctrl-S), a write after the pipe's 64 KiB would block the event loop. So a
+thread writes; lines that don't fit in its queue are dropped and counted.
 """
 
 import atexit
@@ -23,7 +22,7 @@ logger = logging.getLogger("sseapp")
 MAX_QUEUED_BYTES: Final = 4 * 1024 * 1024
 #: The capacity of a pipe.
 WRITE_BYTES: Final = 64 * 1024
-#: How long the process waits at its end for queued lines.
+#: At the end of the process.
 DRAIN_S: Final = 0.5
 
 
