@@ -357,10 +357,10 @@ async def test_a_call_that_can_t_be_done_has_a_result_that_says_so(
 
 async def test_a_database_that_is_away_is_a_result(tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
     async def count(*arguments: Any) -> Any:
-        raise Unavailable("the tasks database can't be used now: locked")
+        raise Unavailable("can't use the tasks database at the moment: locked")
 
     monkeypatch.setattr(tasks, "count", count)
-    assert await use(tasks, "count_tasks", "{}") == {"error": "the tasks database can't be used now: locked"}
+    assert await use(tasks, "count_tasks", "{}") == {"error": "can't use the tasks database at the moment: locked"}
 
 
 async def test_a_value_is_told_as_people_write_it(tasks: Tasks) -> None:
@@ -801,14 +801,14 @@ async def test_session_that_can_t_be_read_is_a_503_and_one_that_can_t_be_kept_an
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def away(*arguments: Any) -> Any:
-        raise Unavailable("the tasks database can't be used now: locked")
+        raise Unavailable("can't use the tasks database at the moment: locked")
 
     async with service(tmp_path) as app:
         with monkeypatch.context() as patch:
             patch.setattr(app.state.tasks, "add_exchange", away)
             told = [decoded(event) for event in (await say(app, "Hi")).events]
         assert told[-2:] == [
-            {"type": "error", "message": "the tasks database can't be used now: locked", "code": "unavailable"},
+            {"type": "error", "message": "can't use the tasks database at the moment: locked", "code": "unavailable"},
             "[DONE]",
         ]
         assert "result" not in [data["type"] for data in told[:-1]]

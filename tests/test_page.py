@@ -232,7 +232,7 @@ STREAMS: Final[list[tuple[str, str, dict[str, str], dict[str, str | re.Pattern[s
     ),
     ("Chat", "One prompt", {"prompt": "one two"}, {".text": "This is a mock response to: one two"}),
     ("Chat", "Conversation", {"content": "three"}, {".text": "This is a mock response to: three"}),
-    ("Jobs", "Report, with its log", {}, {".log [data-level=success]": re.compile("the report is written")}),
+    ("Jobs", "Report, with its log", {}, {".log [data-level=success]": re.compile("report written")}),
     ("Jobs", "Job", {"steps": "4", **FAST}, {".bar .step": "4 steps", ".bar .percent": "100 %"}),
     ("Jobs", "Job", {"kind": "report"}, {".facts a": "tasks-report.json"}),
     ("Jobs", "Items", {}, {".bar .step": "3 of 3", ".log b >> nth=2": "5"}),

@@ -752,7 +752,7 @@ async def test_a_full_disk_in_the_middle_ends_the_import_and_keeps_what_was_stor
     limited(monkeypatch, "PRAGMA max_page_count = 50")
     async with service(tmp_path) as s:
         *progress, end = await s.import_csv(numbered(5000))
-        told = "the tasks database can't be used now: database or disk is full"
+        told = "can't use the tasks database at the moment: database or disk is full"
         assert end == ("error", {"error": told, "code": "unavailable"})
         assert {name for name, _ in progress} == {"progress"}
         assert len(await s.rows()) == progress[-1][1]["current"] > 0
@@ -768,7 +768,7 @@ async def test_a_locked_database_is_a_503_to_who_writes_and_nothing_to_who_reads
             other.execute("BEGIN IMMEDIATE")
             answer = await s.post(numbered(5))
             told = problem(answer, 503)
-            assert told["detail"] == "the tasks database can't be used now: database is locked"
+            assert told["detail"] == "can't use the tasks database at the moment: database is locked"
             assert answer.headers["retry-after"] == "5"
             assert len(await s.rows()) == 5
         assert (await s.import_csv(numbered(5)))[-1][0] == "complete"
@@ -806,7 +806,7 @@ def make_newer(path: Path) -> None:
     ("make", "told"),
     [
         (make_foreign, "it is the database of another program"),
-        (make_newer, "it has version 99 and this program knows version 3: update it"),
+        (make_newer, "it has version 99, and sseapp supports version 3: update sseapp"),
         (lambda path: path.write_bytes(b"no database at all, but long enough " * 100), "file is not a database"),
         (lambda path: path.write_bytes(b"SQLite format 3\0" + b"\xff" * 8000), "file is not a database"),
         (lambda path: path.mkdir(), "unable to open database file"),
@@ -820,7 +820,7 @@ def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(tmp_path: Path, ma
     path = tmp_path / "tasks.db"
     make(path)
     before = path.read_bytes() if path.is_file() else b""
-    with pytest.raises(SSEAppError, match=re.escape(f"{path} can't be used as the tasks database: {told}")):
+    with pytest.raises(SSEAppError, match=re.escape(f"can't use {path} as the tasks database: {told}")):
         anyio.run(start)
     assert (path.read_bytes() if path.is_file() else b"") == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["tasks.db"]
@@ -828,7 +828,7 @@ def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(tmp_path: Path, ma
 
 async def test_a_folder_that_can_t_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SSEAppError, match="can't be used as the tasks database"):
+    with pytest.raises(SSEAppError, match="as the tasks database"):
         async with open_tasks(tmp_path / "file" / "data"):
             pytest.fail("it was opened")
 
