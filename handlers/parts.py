@@ -1,7 +1,7 @@
-"""Shared by the handlers for front ends: a client's messages as a question, the agent's steps as parts of an answer.
+"""For the front ends' protocols: converts a client's messages to a question, and the agent's steps to parts.
 
-All of these protocols have parts with an id that are opened, filled and closed. Here only one is open at a time. A
-part's id is the run's id and a number, so it is the same each time the run is read.
+All these protocols have parts with an id that are opened, filled and closed; here one at a time. A part's id is the
+run's id and a number, so it is the same in each replay.
 """
 
 from collections.abc import AsyncGenerator, Iterable, Iterator
@@ -49,7 +49,7 @@ class Delta:
 class Closed:
     kind: Kind
     id: str
-    text: str  #: all of it
+    text: str  #: all of the part
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Called:
 class Returned:
     id: str  #: the call's
     tool: str
-    result: dict[str, Any]  #: `{"error": <text>}` where it could not be done
+    result: dict[str, Any]  #: `{"error": <text>}` if it failed
 
 
 _KINDS: Final[dict[type, Kind]] = {Token: "text", Reasoning: "reasoning"}
@@ -74,7 +74,7 @@ Part = Status | Opened | Delta | Closed | Called | Returned | End
 async def parts_of(
     request: Request, question: str, history: list[Exchange] | None = None
 ) -> AsyncGenerator[Part, None]:
-    """The agent's answer. To be closed with `aclosing`; raises what the model and the database raise."""
+    """The agent's answer. Use with `aclosing`; raises what the model and the database raise."""
     ids = (f"{request.run_id}-{number}" for number in count(1))
     opened: Opened | None = None
     said: list[str] = []
@@ -101,7 +101,7 @@ async def parts_of(
                     yield Delta("reasoning", id, text)
                     yield Closed("reasoning", id, text)
                 case ToolStart(tool, arguments):
-                    call = next(ids)  # of our own: some servers name the calls of each round alike
+                    call = next(ids)  # not the server's id, which some servers repeat in each round
                     yield Called(call, tool, arguments)
                 case ToolResult(tool, result):
                     yield Returned(call, tool, result)
@@ -110,7 +110,7 @@ async def parts_of(
 
 
 def text_of(content: Any) -> str:
-    """Of a message's content: a text, or a list of parts of which those with a text count."""
+    """The text of a message's content, which is a string or a list of parts."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -124,7 +124,7 @@ def _is_text(part: dict[Any, Any]) -> bool:
 
 @contextmanager
 def blamed(field: str) -> Iterator[None]:
-    """A `BadRequest` in here names what the client knows: the engine calls it by its own name."""
+    """Set the field of a `BadRequest` to the protocol's name; the engine has its own."""
     try:
         yield
     except BadRequest as error:
@@ -133,8 +133,7 @@ def blamed(field: str) -> Iterator[None]:
 
 
 def conversation(messages: Iterable[tuple[str, str]], field: str = "messages") -> tuple[str, list[Exchange]]:
-    """Of roles and texts, oldest first, the last question and the exchanges before it. Raises `BadRequest`, which names
-    the field that holds them."""
+    """Split roles and texts, oldest first, into the last question and the exchanges before. Raises `BadRequest`."""
     exchanges: list[Exchange] = []
     question = answer = ""
     for role, text in messages:
@@ -145,7 +144,7 @@ def conversation(messages: Iterable[tuple[str, str]], field: str = "messages") -
         elif role == "assistant":
             answer += text
     if not question:
-        raise BadRequest(f"{field}: nothing in it is a user's text", field=field)
+        raise BadRequest(f"{field}: a user's message with text is required", field=field)
     if len(question) > MAX_QUESTION_CHARS:
-        raise BadRequest(f"{field}: the question may have {MAX_QUESTION_CHARS} characters at most", field=field)
+        raise BadRequest(f"{field}: the question must have at most {MAX_QUESTION_CHARS} characters", field=field)
     return question, bounded(exchanges) if exchanges else []

@@ -152,7 +152,7 @@ def test_stream_tells_thoughts_and_tokens(mock: Server) -> None:
     assert tell(mock, "stream", "How many tasks are open?") == [
         ("status", {"message": "Reading the question"}),
         ("thought", {"step": 1, "total": 3, "thought": "The question is: How many tasks are open?"}),
-        ("thought", {"step": 2, "total": 3, "thought": "I ask count_tasks."}),
+        ("thought", {"step": 2, "total": 3, "thought": "I call count_tasks."}),
         ("thought", {"step": 3, "total": 3, "thought": "I answer from 1 result."}),
         *tokens("I ", "counted ", "1 ", "task ", "(status ", "open)."),
         ("complete", {"done": True, "query": "How many tasks are open?"}),
@@ -162,14 +162,14 @@ def test_stream_tells_thoughts_and_tokens(mock: Server) -> None:
 def test_think_tells_its_planning(mock: Server) -> None:
     assert tell(mock, "think", "invoice") == [
         ("thought", {"type": "initial", "message": "The question is: invoice"}),
-        ("thought", {"type": "planning", "step": 1, "total_steps": 2, "message": "I ask search_tasks."}),
+        ("thought", {"type": "planning", "step": 1, "total_steps": 2, "message": "I call search_tasks."}),
         (
             "thought",
             {
                 "type": "planning",
                 "step": 2,
                 "total_steps": 2,
-                "message": "I answer from 1 result, with 2 tasks to name.",
+                "message": "I answer from 1 result and 2 tasks.",
             },
         ),
         ("status", {"message": "Writing the answer"}),
@@ -194,7 +194,7 @@ def test_process_tells_its_tools(mock: Server) -> None:
             "thinking",
             {
                 "step": "planning",
-                "message": "I ask calculate and count_tasks.",
+                "message": "I call calculate and count_tasks.",
                 "plan": ["calculate", "count_tasks"],
             },
         ),
@@ -226,7 +226,7 @@ def test_chat_tells_its_result_with_the_rows_that_it_found(mock: Server) -> None
 def test_question_without_a_word_is_answered_without_a_tool(mock: Server) -> None:
     events = tell(mock, "chat", "?!")
     assert events[:3] == statuses("analyzing", "planning", "synthesizing")
-    assert events[-2][1]["content"].startswith("There is no word in the question")
+    assert events[-2][1]["content"].startswith("The question has no word")
     assert tell(mock, "process", "?!")[1][1]["plan"] == []
 
 
@@ -327,14 +327,14 @@ async def test_what_models_write_for_nothing_is_nothing(tasks: Tasks) -> None:
         (
             "delete_tasks",
             "{}",
-            "there is no tool 'delete_tasks': there are search_tasks, count_tasks, calculate, today",
+            "unknown tool 'delete_tasks': the tools are search_tasks, count_tasks, calculate, today",
         ),
-        ("x" * 1000, "{}", "there is no tool 'xxx"),
-        ("search_tasks", '{"limit": 21}', "the arguments are not right: Expected `int` <= 20 - at `$.limit`"),
+        ("x" * 1000, "{}", "unknown tool 'xxx"),
+        ("search_tasks", '{"limit": 21}', "invalid arguments: Expected `int` <= 20 - at `$.limit`"),
         ("search_tasks", '{"limit": "many"}', "Expected `int`, got `str` - at `$.limit`"),
         ("search_tasks", '{"status": "lost"}', "Invalid enum value 'lost' - at `$.status`"),
         ("search_tasks", json.dumps({"words": "x" * 201}), "Expected `str` of length <= 200 - at `$.words`"),
-        ("search_tasks", '{"words": "?!"}', "words: there is no word in it"),
+        ("search_tasks", '{"words": "?!"}', "words: must contain a word"),
         ("search_tasks", '{"sql": "DROP TABLE tasks"}', "unknown field `sql`"),
         ("count_tasks", '{"by": "title"}', "Invalid enum value 'title'"),
         ("count_tasks", '{"priority": 6}', "Expected `int` <= 5"),
@@ -342,7 +342,7 @@ async def test_what_models_write_for_nothing_is_nothing(tasks: Tasks) -> None:
         ("calculate", '{"expression": "9**9**9"}', "expression: the result is too large"),
         ("calculate", json.dumps({"expression": "1" * 201}), "Expected `str` of length <= 200"),
         ("calculate", '{"expression": "2', "the arguments are not a JSON object"),
-        ("calculate", "[1]", "the arguments are not right: Expected `object`, got `array`"),
+        ("calculate", "[1]", "invalid arguments: Expected `object`, got `array`"),
         ("calculate", '{"expression": "\\ud800"}', "the arguments are not a JSON object"),
         ("calculate", '{"expression": ' + "[" * 100_000, "the arguments are not a JSON object"),
     ],
@@ -505,7 +505,7 @@ def test_malformed_arguments_are_told_to_the_model_and_not_sent_back(llm: Server
     events = tell(llm, "process", "How many?")
     results = [data["result"]["error"] for name, data in events if name == "tool" and data["status"] == "complete"]
     assert results[0] == "the arguments are not a JSON object"
-    assert results[1].startswith("there is no tool 'no_such_tool'")
+    assert results[1].startswith("unknown tool 'no_such_tool'")
     asked, *told = upstream.calls[1].json["messages"][2:]
     assert [call["function"]["arguments"] for call in asked["tool_calls"]] == ["{}", "{}"]
     assert [json.loads(message["content"])["error"] for message in told] == results
@@ -516,7 +516,14 @@ def test_rounds_and_calls_are_bounded(llm: Server, upstream: Upstream) -> None:
     upstream.plan(many, *[calling(("today", "{}"))] * MAX_ROUNDS)
     *_, failure, end = tell(llm, "chat", "Go on")
     assert (failure, end) == (
-        (None, {"type": "error", "message": "the model goes on asking for tools", "code": "upstream_tools"}),
+        (
+            None,
+            {
+                "type": "error",
+                "message": "the model did not answer within 5 rounds of tools",
+                "code": "upstream_tools",
+            },
+        ),
         (None, "[DONE]"),
     )
     asked = [call.json.get("tool_choice") for call in upstream.calls]

@@ -340,7 +340,7 @@ async def test_a_task_that_goes_away_in_the_middle_is_told(
     monkeypatch.setattr(database, "_set_status", too_late)
     async with app_client(tmp_path) as client:
         *_, end = named(await client.request(**request("path", 1, "finish")))
-    assert end == ("error", {"error": "there is no task 1 any more", "type": "not_found", "task_id": 1})
+    assert end == ("error", {"error": "task 1 was deleted", "type": "not_found", "task_id": 1})
 
 
 # Resuming, and asking twice

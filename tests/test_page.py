@@ -331,11 +331,11 @@ def test_an_export_is_saved_as_a_file(tab: Tab) -> None:
 #: What the service refuses: subject, stream, fields, the field to blame, and what is said there.
 REFUSED: Final = [
     ("Basics", "Counter", {"count": "-1"}, "count", "count"),
-    ("Basics", "Countdown", {"seconds": "9999"}, "seconds", "from 0 to 3600"),
+    ("Basics", "Countdown", {"seconds": "9999"}, "seconds", "must be from 0 to 3600"),
     ("Chat", "One prompt", {"prompt": ""}, "prompt", "prompt"),
     ("Chat", "Conversation", {"content": "x" * 100_001}, "content", "100000"),
     ("Agent", "Conversation", {"session_id": "short"}, "session_id", "at least 22"),
-    ("Tasks", "List", {"q": "!?"}, "q", "there is no word in it"),
+    ("Tasks", "List", {"q": "!?"}, "q", "must contain a word"),
     ("Tasks", "Work on a task", {"task_id": "0"}, "task_id", "task_id"),
     ("Jobs", "Job", {"steps": "0"}, "steps", ">= 1"),
 ]
