@@ -252,8 +252,7 @@ class Agent:
                         yield step
                 return
             if turn == MAX_ROUNDS:
-                text = f"the model did not answer within {MAX_ROUNDS} rounds of tools"
-                raise UpstreamError(text, code="upstream_tools")
+                raise UpstreamError("the model requested tools too many times", code="upstream_tools")
             messages.append(_assistant_message(text, calls))
             yield Status("retrieving")
             for number, call in enumerate(calls):

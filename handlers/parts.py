@@ -144,7 +144,7 @@ def conversation(messages: Iterable[tuple[str, str]], field: str = "messages") -
         elif role == "assistant":
             answer += text
     if not question:
-        raise BadRequest(f"{field}: a user's message with text is required", field=field)
+        raise BadRequest(f"{field}: at least one message must be a user's, with text", field=field)
     if len(question) > MAX_QUESTION_CHARS:
-        raise BadRequest(f"{field}: the question must have at most {MAX_QUESTION_CHARS} characters", field=field)
+        raise BadRequest(f"{field}: the question is longer than {MAX_QUESTION_CHARS} characters", field=field)
     return question, bounded(exchanges) if exchanges else []

@@ -34,7 +34,7 @@ ROLES: Final = st.sampled_from(["user", "assistant", "system", "tool", ""])
 def test_any_messages_are_a_question_with_a_history_or_refused(messages: list[tuple[str, str]]) -> None:
     questions = [text for role, text in messages if role == "user" and text.strip()]
     if not questions:
-        with pytest.raises(BadRequest, match="a user's message with text is required"):
+        with pytest.raises(BadRequest, match="at least one message must be a user's"):
             conversation(messages)
         return
     question, history = conversation(messages)
@@ -48,7 +48,7 @@ def test_a_history_is_bounded_and_a_long_question_refused() -> None:
     assert question == "now?"
     assert 1 <= len(history) <= MAX_SESSION_CHARS // 1000
     assert history[0] == Exchange("q" * 500, "a" * 500)
-    with pytest.raises(BadRequest, match="at most 8000 characters"):
+    with pytest.raises(BadRequest, match="longer than 8000 characters"):
         conversation([("user", "q" * 8001)])
 
 
