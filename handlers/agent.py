@@ -3,13 +3,11 @@
 `Agent.steps` yields typed steps; each route translates them into its events. With an upstream the model chooses the
 tools and writes the answer; without one the planner does both.
 
-1.  Order: understanding, planning, rounds of tool calls with results, the answer's tokens, the end. There are always
-    `THOUGHTS` thoughts. `Reasoning` comes at any time.
-2.  A model may write text before it calls a tool. That text is part of the answer, and the third thought precedes it.
-3.  If a server refuses tools (400, 404, 422, 501), the planner chooses them and the model writes from their results. So
-    does the local model, which is too small to choose. A server that ignores tools can't be detected.
-4.  An exchange is stored before the client gets the result, so the client can continue the session. Only complete
-    answers are stored, without reasoning.
+1.  There are always `THOUGHTS` thoughts: understanding, planning and, before the answer's first token, a conclusion.
+2.  Text that a model writes before it calls a tool is part of the answer.
+3.  If a server refuses tools, or the model is the local one, which is too small to choose, the planner chooses them and
+    the model writes from their results. A server that ignores tools can't be detected.
+4.  A complete answer is stored before the client gets the result, so the client can continue the session.
 """
 
 import logging
@@ -52,7 +50,7 @@ logger = logging.getLogger("sseapp")
 
 #: Rounds of tool calls, then the model must answer.
 MAX_ROUNDS: Final = 5
-#: In one round; further calls get an error as their result.
+#: In one round.
 MAX_CALLS: Final = 8
 #: OpenAI's limit for a tool's name.
 MAX_NAME_CHARS: Final = 64

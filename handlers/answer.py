@@ -38,8 +38,7 @@ _FILTERED: Final = ("content_filter", "safety", "sensitive")
 _NO_REASON: Final = frozenset(("", "null", "none"))
 
 _SETTING: Final = "OPENAI_BASE_URL must name a server that streams chat completions"
-#: By the upstream's HTTP status, an exception or our own word: code and text for the client, our HTTP status, and
-#: whether a retry is safe because nothing was generated.
+#: Code and text for the client, our HTTP status, and whether a retry is safe because nothing was generated.
 _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
     200: ("upstream_malformed", f"the model did not answer with an event stream: {_SETTING}", 502, False),
     "encoded": ("upstream_malformed", f"the model's answer is compressed, which is not read: {_SETTING}", 502, False),
@@ -331,8 +330,8 @@ class AnswerReader:
 def _begins(call: ToolCall, id: str, name: str, arguments: str) -> bool:
     """Whether this piece, which has the index of `call`, begins another call.
 
-    With some servers all calls have the index 0 or none, so a new id begins a call; but others give each piece a new
-    id, so with arguments only it does after a complete call. So does a name without an id: some servers send no ids.
+    Some servers give all calls the index 0 or none, so a new id begins a call; but others give each piece a new id, so
+    with arguments only it must follow a complete call. Some servers send no ids.
     """
     if id and id != call.id:
         return bool(name) or not arguments or _is_object(call.arguments)
@@ -417,10 +416,7 @@ def _words(data: bytes) -> str:
 
 
 class _DataLines:
-    """The data of each event, and whether its name or field marks it as an error.
-
-    Like `wire.Decoder`, but with bytes, for the JSON decoder.
-    """
+    """Like `wire.Decoder`, but yields bytes, and whether the event is marked as an error."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []  # of an incomplete line

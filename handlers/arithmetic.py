@@ -1,7 +1,6 @@
 """Evaluates arithmetic such as `2 * (3 + 4) ** 2`, with Python's numbers and precedence.
 
-Boundary of trust: the text. Its length, its nesting and the size of a number are limited before anything is computed,
-so `9**9**9` is refused at once.
+Boundary of trust: the text. Its length, its nesting and the size of numbers are limited: `9**9**9` is refused at once.
 """
 
 import math
@@ -31,7 +30,7 @@ _OPERATORS: Final[tuple[dict[str, Callable[[Number, Number], Number]], ...]] = (
 
 
 class CalculationError(ValueError):
-    """The text is for the user."""
+    """Its text is for the user."""
 
 
 def evaluate(text: str) -> Number:
@@ -47,7 +46,7 @@ def evaluate(text: str) -> Number:
 
 
 class _Reader:
-    """Parses and computes in one pass: there is no tree whose size would need a limit."""
+    """Parses and computes in one pass, without a tree."""
 
     def __init__(self, text: str) -> None:
         self._tokens = [match.groups() for match in _TOKEN.finditer(text)]
@@ -66,7 +65,7 @@ class _Reader:
         return number or sign or other or ""
 
     def _take(self, *wanted: str) -> str:
-        """Consume the current token if it is one of these; else return ""."""
+        """Consume the token if it is one of these, else return ""."""
         found = self._next()
         if found not in wanted:
             return ""

@@ -1,12 +1,10 @@
-"""The service's SQLite file: tasks with full-text search, sessions, and the runs that worked on a task. Several
-processes may share it.
+"""The service's SQLite file, which several processes may share: tasks with full-text search, sessions, executions.
 
-1.  SQLite runs in worker threads. One statement handles a whole page or batch, as JSON: the sqlite3 module releases the
-    interpreter's lock at each step, and getting it back from a busy loop costs up to ten times the work.
-2.  There are no long read transactions. A reader fetches page after page by key (`id > last`), so memory is constant
-    and the write-ahead log can be truncated.
-3.  One writer at a time: writers queue in the process, and wait for the file's lock between processes. So a waiting
-    writer never takes a connection from readers.
+1.  One statement handles a whole page or batch, as JSON: the sqlite3 module releases the interpreter's lock at each
+    step, and getting it back from a busy loop costs up to ten times the work.
+2.  A reader fetches page after page by key (`id > last`), so memory is constant and the write-ahead log can be
+    truncated.
+3.  One writer at a time in each process, so writers that wait for the file's lock take no connection from readers.
 """
 
 import sqlite3
@@ -47,23 +45,23 @@ COLUMNS: Final = ("id", "title", "description", "status", "priority", "due", "cr
 
 #: Usually 40 KB; the longest rows that an import accepts make some 12 MB.
 PAGE_ROWS: Final = 200
-#: A page takes less than a millisecond, so a few connections serve many streams.
+#: A page takes less than a millisecond.
 READERS: Final = 3
-#: Of a search. Each word costs up to a second if a million rows contain it.
+#: A word costs up to a second if a million rows contain it.
 MAX_WORDS: Final = 10
 #: Of a description in a search result.
 FOUND_CHARS: Final = 300
-#: For another process's write.
 BUSY_TIMEOUT_S: Final = 30.0
 
-#: Of a session. A small local model takes some 8,000 characters in all.
+#: In a session.
 MAX_EXCHANGES: Final = 20
+#: A small local model takes some 8,000 in all.
 MAX_SESSION_CHARS: Final = 8000
-#: For each caller; the least recently used go first. At most some 160 MB of text.
+#: For each caller: some 160 MB of text.
 MAX_SESSIONS: Final = 5000
-#: Kept for each task and caller.
+#: For each task and caller.
 MAX_EXECUTIONS: Final = 20
-#: Since its last use.
+#: Since the last use.
 MAX_SESSION_AGE_S: Final = 7 * 86400.0
 
 _APPLICATION_ID: Final = 0x73736561  # "ssea"
@@ -93,7 +91,7 @@ _VERSIONS: Final = (
         END""",
     ),
     (
-        # Ids are unique for each owner, so a caller can't see or take another caller's session.
+        # A caller can't see or take another caller's session.
         """CREATE TABLE sessions (
             owner TEXT NOT NULL,
             id TEXT NOT NULL,
@@ -105,7 +103,7 @@ _VERSIONS: Final = (
         "CREATE INDEX sessions_by_use ON sessions (used)",
     ),
     (
-        # Ordered by `number`, since two runs may start within one tick of the clock.
+        # Ordered by `number`: the clock is too coarse.
         """CREATE TABLE executions (
             number INTEGER PRIMARY KEY,
             run TEXT NOT NULL,
@@ -119,7 +117,7 @@ _VERSIONS: Final = (
 _INSERT: Final = f"""INSERT INTO tasks ({", ".join(COLUMNS[1:])})
     SELECT {", ".join(f"json_extract(value, '$[{at}]')" for at in range(5))}, ? FROM json_each(?)"""
 
-#: Rule 1. JSON contains no line break. The inner LIMIT prevents flattening, and so keeps the order.
+#: Rule 1. JSON contains no line break; the inner LIMIT keeps the order.
 _PAGE: Final = f"""SELECT max(id), CAST(group_concat(json, char(10)) AS BLOB) FROM (
     SELECT tasks.id AS id, json_object({", ".join(f"'{name}', tasks.{name}" for name in COLUMNS)}) AS json
     FROM {{source}} WHERE {{where}} ORDER BY {{key}} LIMIT :rows)"""
@@ -134,8 +132,8 @@ _DUE: Final = """CASE
 _GROUPS: Final[dict[Grouping, str]] = {"status": "tasks.status", "priority": "tasks.priority", "due": _DUE}
 _EXECUTIONS: Final = "FROM executions WHERE task_id = ? AND owner = ? ORDER BY number DESC"
 
-#: For a search with a status: look for the words only between the first and the last row with that status, not in all
-#: old tasks. FTS5 takes NULL for no lower bound, so without such a row the bound is above all rows.
+#: Search only between the first and the last row with the status. FTS5 takes NULL for no lower bound, so without such a
+#: row the bound is above all rows.
 _FROM_FIRST_TO_LAST: Final = f"""words.rowid BETWEEN
     coalesce((SELECT min(id) FROM tasks WHERE status = :status AND id > :after), {sys.maxsize})
     AND (SELECT max(id) FROM tasks WHERE status = :status)"""
@@ -180,7 +178,7 @@ class Exchange(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Tasks:
-    """Every method raises `Unavailable` if the file can't be used at the moment (locked, disk full)."""
+    """Every method raises `Unavailable` while the file is locked or the disk full."""
 
     def __init__(self, connections: list[sqlite3.Connection], path: Path) -> None:
         self._free = connections
@@ -189,7 +187,6 @@ class Tasks:
         self._writing = CapacityLimiter(1)
 
     async def insert(self, tasks: Sequence[NewTask]) -> None:
-        """All or none."""
         await to_thread.run_sync(self._work, partial(_insert, tasks), limiter=self._writing)
 
     async def get(self, id: int) -> Task | None:
@@ -202,10 +199,10 @@ class Tasks:
     async def pages(
         self, status: Status | None = None, text: str | None = None, limit: int = sys.maxsize
     ) -> AsyncIterator[list[bytes]]:
-        """Yield pages of rows as JSON objects, by id. `text`: rows that contain all of its words."""
+        """Yield pages of JSON objects. `text`: rows that contain all of its words."""
         source, key, where = "tasks", "tasks.id", "tasks.id > :after"
         if text is not None:
-            # CROSS JOIN fixes the order: no index lookup for each row of a status.
+            # CROSS JOIN fixes the order of the lookups.
             source, key = "words CROSS JOIN tasks ON tasks.id = words.rowid", "words.rowid"
             bounds = "words.rowid > :after" if status is None else _FROM_FIRST_TO_LAST
             where = f"{bounds} AND words MATCH :words"
@@ -224,16 +221,16 @@ class Tasks:
             limit = limit - wanted if len(rows) == wanted else 0
 
     async def search(self, wanted: Filter, limit: int, today: date) -> tuple[int, list[Task]]:
-        """The number of rows, and the first ones by rank or, without words, by date. Descriptions are cut."""
+        """Number of rows, and the first by rank or, without words, by date. Descriptions are cut."""
         work = partial(_search, wanted, limit, today)
         return await to_thread.run_sync(self._work, work, limiter=self._reading)
 
     async def count(self, wanted: Filter, by: Grouping | None, today: date) -> dict[str, int]:
-        """The number of rows in each non-empty group, or without `by` in the group `all`."""
+        """Non-empty groups; without `by` only `all`."""
         return await to_thread.run_sync(self._work, partial(_count, wanted, by, today), limiter=self._reading)
 
     def scan(self) -> Generator[tuple[int, int, list[bytes]], None, None]:
-        """Like `pages`, for a worker thread: yields last id of the page, highest id, rows. Uses its own connection."""
+        """`pages` for a worker thread, on its own connection: yields the page's last id, the highest id, rows."""
         with _as_unavailable(), closing(_connect(self._path)) as connection:
             ((highest,),) = connection.execute("SELECT max(id) FROM tasks").fetchall()
             sql = _PAGE.format(source="tasks", key="tasks.id", where="tasks.id > :after")
@@ -249,7 +246,7 @@ class Tasks:
         await to_thread.run_sync(self._work, work, limiter=self._writing)
 
     async def executions(self, task_id: int, owner: str | None) -> list[str]:
-        """The owner's runs for the task, newest first. The log may have dropped some."""
+        """Run ids, newest first."""
         return await to_thread.run_sync(self._work, partial(_executions, task_id, owner or ""), limiter=self._reading)
 
     async def session(self, owner: str | None, id: str) -> list[Exchange]:
@@ -279,7 +276,7 @@ class Tasks:
 
 @asynccontextmanager
 async def open_tasks(data_dir: Path) -> AsyncIterator[Tasks]:
-    """Open or create the database. Raises `SSEAppError` for another program's file, which is left unchanged."""
+    """Raises `SSEAppError`, such as for another program's file, which is left unchanged."""
     path = data_dir / "tasks.db"
     tasks = Tasks(await to_thread.run_sync(_open, path), path)
     try:
@@ -309,7 +306,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    """Create or migrate the schema. Raises `ValueError` for another program's file."""
+    """Create or migrate the schema."""
     with _transaction(connection):  # several processes may start at once
         sources = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
         application, version, tables = (connection.execute(source).fetchall()[0][0] for source in sources)
@@ -397,7 +394,7 @@ def _add_exchange(owner: str, id: str, exchange: Exchange, connection: sqlite3.C
 
 
 def bounded(exchanges: Sequence[Exchange]) -> list[Exchange]:
-    """The newest exchanges that fit. In the newest one each text is cut to half the limit."""
+    """The newest exchanges that fit; the newest is cut."""
     half = MAX_SESSION_CHARS // 2
     newest = Exchange(_cut(exchanges[-1].question, half), _cut(exchanges[-1].answer, half))
     kept, left = [newest], MAX_SESSION_CHARS - len(newest.question) - len(newest.answer)
@@ -453,9 +450,6 @@ def _matching(wanted: Filter, today: date) -> tuple[str, dict[str, Any]]:
 
 
 def _quoted(text: str, between: str = " ", most: int | None = None) -> str:
-    """An FTS5 query with every word quoted, so that none is an operator (https://www.sqlite.org/fts5.html, 3.1).
-
-    FTS5 ignores a string of punctuation.
-    """
+    """Every word quoted, so that none is an operator (https://www.sqlite.org/fts5.html, 3.1)."""
     words = text.replace("\0", " ").split()[:most]
     return between.join('"' + word.replace('"', '""') + '"' for word in words or [""])

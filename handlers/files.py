@@ -1,9 +1,9 @@
 """Downloads from one flat folder, with ranges and conditional requests.
 
-Boundary of trust: the file name. Names with a slash or a leading dot (`..`, and files that are being written) are
-refused, and only a regular file is sent, checked after it was opened without following a link. All else is a 404.
+Boundary of trust: the file name. A slash or a leading dot is a 404, as is all but a regular file, checked after opening
+it without following a link.
 
-A file written in place would change during its downloads: write it under a name with a leading dot, then rename it.
+A file written in place changes during its downloads: write it under a name with a leading dot, then rename it.
 """
 
 import errno
@@ -30,38 +30,34 @@ from ssecore.http.routes import GET
 
 __all__ = ["ROUTES", "content_disposition", "open_folder"]
 
-#: 64 KiB halve the speed; a download buffers two or three chunks.
+#: 64 KiB halve the speed.
 CHUNK_BYTES: Final = 256 * 1024
 
 #: Python's own table: the system's differs between machines.
 _MEDIA_TYPES: Final = {**MimeTypes().types_map[True], ".gz": "application/gzip"}  # like Python 3.14
 _UNKNOWN_TYPE: Final = "application/octet-stream"
-#: Replaced by _UNKNOWN_TYPE: with `nosniff` a page can then use no file as a script or style.
+#: Not served as such: with `nosniff` no page can use a file as a script or style.
 _ACTIVE_TYPE: Final = re.compile(r"javascript|ecmascript|text/css")
-#: If a browser displays a file despite `attachment`, it runs no script and has no access to our origin.
+#: If a browser displays a file despite `attachment`, no script runs.
 _SAFETY: Final = {
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'none'; sandbox",
 }
 
-#: Errors that don't mean that the file is missing.
+#: The file may exist nevertheless.
 _TEMPORARY: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
 
-#: "A recipient MUST parse and ignore a reasonable number of empty list elements" (RFC 9110, 5.6.1.2). A number of a
-#: thousand digits would cost time.
+#: With empty list elements (RFC 9110, 5.6.1.2). A number of a thousand digits would cost time.
 _RANGE: Final = re.compile(r"bytes=[ \t,]*(?:([0-9]{1,30})-([0-9]{0,30})|-([0-9]{1,30}))[ \t,]*", re.IGNORECASE)
 _ENTITY_TAG: Final = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')
-#: The longest form of a date in HTTP has 33 characters.
+#: HTTP's longest date has 33.
 _MAX_DATE_CHARS: Final = 40
 
-#: Characters that are unsafe in a quoted name: few clients unescape `"` and `\\`, and some decode `%` (RFC 6266,
-#: appendix D).
+#: Few clients unescape `"` and `\\`, and some decode `%` (RFC 6266, appendix D).
 _NOT_PLAIN: Final = re.compile(r"[^ !#$&-\[\]-~]")
 
 
 class PreconditionFailed(SSEAppError):
-    """`If-Match` or `If-Unmodified-Since`: the file has changed."""
-
     status, code = 412, "precondition_failed"
 
 
@@ -72,14 +68,13 @@ class RangeNotSatisfiable(SSEAppError):
 class _Version(NamedTuple):
     size: int
     etag: str  #: strong
-    modified: int | None  #: in seconds; None if not in the past
+    modified: int | None  #: in seconds
 
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
         etag = f'"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"'
         modified = int(status.st_mtime)
-        # "An origin server with a clock MUST NOT generate a Last-Modified date that is later than the server's time of
-        # message origination" (RFC 9110, 8.8.2.1).
+        # Last-Modified must not be in the future (RFC 9110, 8.8.2.1).
         return cls(status.st_size, etag, modified if 0 <= modified <= time.time() else None)
 
     def headers(self) -> dict[str, str]:
@@ -90,7 +85,7 @@ class _Version(NamedTuple):
 
 
 class _Chunks:
-    """A part of an open file. Not a generator: one that never started would leave the file open."""
+    """Not a generator: one that never started would leave the file open."""
 
     def __init__(self, file: FileIO, start: int, end: int) -> None:
         self._file = file
@@ -115,7 +110,7 @@ class _Chunks:
 
 
 async def open_folder(data_dir: Path) -> Path:
-    """Make the folder if it doesn't exist. Raises `SSEAppError`."""
+    """Raises `SSEAppError`."""
     folder = data_dir / "files"
     try:
         await to_thread.run_sync(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -132,8 +127,7 @@ async def download(request: Request, filename: str) -> Response | ByteStream:
         headers = version.headers()
         if _is_fresh(request.headers, version):
             return Response(status=304, headers=headers)
-        # "A server MUST ignore a Range header field received with a request method […] for which range handling is not
-        # defined. For this specification, GET is the only method" (RFC 9110, 14.2).
+        # Ranges are defined for GET only (RFC 9110, 14.2).
         wanted = _wanted_range(request.headers, version) if request.method == "GET" else None
         start, end = wanted or (0, version.size)
         headers |= _SAFETY | {"accept-ranges": "bytes", "content-length": str(end - start)}
@@ -192,10 +186,7 @@ def _is_fresh(headers: Mapping[str, str], version: _Version) -> bool:
 
 
 def _wanted_range(headers: Mapping[str, str], version: _Version) -> tuple[int, int] | None:
-    """Start and end of the part to send; None for the whole file.
-
-    A malformed range, several ranges, and a range of an empty file are ignored, as RFC 9110, 14.2, allows.
-    """
+    """A malformed range, several ranges, and a range of an empty file are ignored, as RFC 9110, 14.2, allows."""
     size = version.size
     match = _RANGE.fullmatch(headers.get("range", ""))
     if match is None or not size or not _is_unchanged(headers.get("if-range"), version):
@@ -220,18 +211,18 @@ def _is_unchanged(if_range: str | None, version: _Version) -> bool:
 
 
 def _names(tags: str, etag: str, *, weak: bool) -> bool:
-    """Whether a list of entity tags contains this one. In a strong comparison no weak tag matches."""
+    """In a strong comparison no weak tag matches."""
     return tags == "*" or any(tag == etag and (weak or not mark) for mark, tag in _ENTITY_TAG.findall(tags))
 
 
 def _is_later(modified: int | None, header: str | None) -> bool | None:
-    """Whether the file is newer than the header's date; None if either is missing."""
+    """None if either date is missing."""
     date = _date(header or "")
     return None if date is None or modified is None else modified > date
 
 
 def _date(text: str) -> int | None:
-    """One of HTTP's three date formats, in seconds."""
+    """In seconds, from any of HTTP's three formats."""
     if len(text) > _MAX_DATE_CHARS:
         return None
     try:

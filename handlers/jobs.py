@@ -1,11 +1,10 @@
 """Background jobs, and work in threads with progress.
 
-A job is a run of `POST /jobs`, which answers with its id at once. Its events are states,
-`{"status", "progress", "message"}`, then `[DONE]`. If it is ended from outside (a cancel, a crash), the engine sends
-`{"type": "cancelled", …}` or `{"type": "error", …}`; `GET /jobs/{job_id}/progress` adds `"status": "failed"` and a
-`message` to it.
+A job is a run. Its events are states, `{"status", "progress", "message"}`, then `[DONE]`. After a cancel or a crash the
+engine sends `{"type": "cancelled", …}` or `{"type": "error", …}`, to which `GET /jobs/{job_id}/progress` adds the
+members of a state.
 
-Results are files with fixed names, so they don't accumulate; a new result replaces the old one atomically.
+Results are files with fixed names, replaced atomically, so they don't accumulate.
 """
 
 import hashlib
@@ -42,15 +41,15 @@ SUMS: Final = "SHA256SUMS"
 REPORT: Final = "tasks-report.json"
 #: Hashed in about a millisecond, between two checks for a cancellation.
 CHUNK_BYTES: Final = 1024 * 1024
-#: After this a temporary file of a killed process is removed; other processes may use the folder.
+#: For temporary files of killed processes.
 STALE_S: Final = 7 * 86400.0
-#: Steps of progress while the tasks are read.
+#: Of the progress while tasks are read.
 PARTS: Final = 9
-#: A `sleep` job is a demonstration, and counts as a run. Nothing else limits a caller without a name.
+#: Nothing else limits callers without a name.
 MAX_SLEEP_S: Final = 600
-#: Each item costs an event or two, and a run has a limit of events.
+#: Each item costs an event or two.
 MAX_ITEMS: Final = 10_000
-#: A longer text is hashed in a worker thread: it would block the event loop for 100 µs.
+#: A longer text would block the event loop for 100 µs.
 LONG_TEXT_CHARS: Final = 64 * 1024
 
 
@@ -135,7 +134,6 @@ async def job_progress(request: Request, job_id: str) -> Any:
 
 
 def _as_state(event: Event) -> Event:
-    """Also gives an engine's last event the members of a state."""
     if event.data == "[DONE]":
         return event
     data: dict[str, Any] = msgspec.json.decode(event.data)
@@ -156,7 +154,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _digest(report: Report[_Progress], folder: Path) -> None:
-    """Write the SHA-256 of each file that can be downloaded. Runs in a worker thread."""
+    """The SHA-256 of each file that can be downloaded."""
     progress = _reporter(report, 100)
     progress.set_step(1, "listing the files")
     sizes = dict(_files(folder, report.check))
@@ -182,7 +180,7 @@ def _digest(report: Report[_Progress], folder: Path) -> None:
 
 
 def _files(folder: Path, check: Callable[[], None]) -> Iterator[tuple[str, int]]:
-    """Name and size of each file that is served, except SUMS."""
+    """Names and sizes of downloadable files."""
     with os.scandir(folder) as entries:
         for entry in entries:
             check()
@@ -193,7 +191,7 @@ def _files(folder: Path, check: Callable[[], None]) -> Iterator[tuple[str, int]]
 
 def _chunks(path: Path) -> Iterator[bytes]:
     """A file's chunks, then b""."""
-    # Follows no link and doesn't wait for a FIFO: the file may have been replaced.
+    # The file may have been replaced by a link or a FIFO.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -204,7 +202,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _sum_line(digest: str, name: str) -> bytes:
-    """sha256sum escapes backslash, newline and CR, and then begins the line with a backslash."""
+    """If sha256sum escapes a name, the line begins with a backslash."""
     plain = os.fsencode(name)
     escaped = plain.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
     return b"%b%b  %b\n" % (b"\\" if escaped != plain else b"", digest.encode(), escaped)
@@ -216,8 +214,7 @@ def _shown(name: str) -> str:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that replaces `path` atomically at the end of the block. Until then it has a hidden name, which is not
-    served. Raises `SSEAppError`."""
+    """A file that replaces `path` atomically at the end of the block. Raises `SSEAppError`."""
     temporary = path.with_name(f".{path.name}.{token_hex(8)}")
     try:
         for stale in path.parent.glob(f".{path.name}.*"):
@@ -286,7 +283,7 @@ class _Figures:
 
 
 def _make_report(progress: ProgressLogger, check: Callable[[], None], tasks: Tasks, folder: Path) -> dict[str, Any]:
-    """Write figures about the tasks to a file. Runs in a worker thread. `progress` has `PARTS + 1` steps."""
+    """`progress` has `PARTS + 1` steps."""
     figures = _Figures(datetime.now(UTC).date().isoformat())
     progress.set_step(1, "reading the tasks")
     with written_whole(folder / REPORT) as file:
@@ -325,7 +322,7 @@ async def process_stream(request: Request) -> AsyncIterator[Event]:
         async for event in events:
             if event.event != "result":
                 yield event
-    # After the block: this event and the run's end are one append, and the thread has ended.
+    # After the block, so that this event and the run's end are one append.
     yield event
 
 

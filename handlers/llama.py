@@ -1,7 +1,6 @@
-"""A program, `python llama.py WEIGHTS`: llama.cpp's server on loopback, with OpenAI's chat completions.
+"""A program: llama.cpp's server on loopback, with OpenAI's chat completions.
 
-It reads its API key from stdin, prints its address when it is ready, and exits when stdin is closed. So it can't
-outlive the service, even after a SIGKILL.
+It reads its API key from stdin, prints its address, and exits when stdin is closed, so it can't outlive the service.
 """
 
 import os
@@ -12,24 +11,23 @@ from typing import IO, Final
 
 import xllamacpp
 
-#: Prompt and answer; enough for the longest prompt of `GET /chat` in English. A token costs 23 KB of memory.
+#: Enough for the longest prompt of `GET /chat` in English. A token costs 23 KB.
 CONTEXT_TOKENS: Final = 4096
-#: At the same time; other requests wait.
 ANSWERS: Final = 2
 #: So small a model doesn't always stop.
 MAX_ANSWER_TOKENS: Final = 512
-#: Takes up to 2 s; a disconnect is detected only between batches.
+#: Takes up to 2 s, during which no disconnect is detected.
 BATCH_TOKENS: Final = 512
-#: More threads make so small a model little faster, and the service slower.
+#: More would slow down the service.
 MAX_THREADS: Final = 2
 
 
 def main(weights: str) -> None:
-    # Ctrl-C and service managers signal all processes at once, but answers during the drain need this one.
+    # Ctrl-C signals all processes, but the drain needs this one.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     address = os.dup(1)
-    os.dup2(2, 1)  # so that a library's output is not read as the address
+    os.dup2(2, 1)  # libraries may print to stdout
     with open(0, "rb", buffering=0) as service:
         key = service.readline().decode().strip()
         threading.Thread(target=_end_with, args=(service,), daemon=True).start()
@@ -48,7 +46,7 @@ def _parameters(weights: str, key: str) -> xllamacpp.CommonParams:
     params.model.path = weights
     params.model_alias = {"local"}  # else the file's path
     params.hostnames, params.port = ["127.0.0.1"], 0
-    params.api_keys = [key]  # other users, and web pages in a browser, can reach loopback too
+    params.api_keys = [key]  # web pages in a browser can reach loopback
     params.ui = params.endpoint_slots = False
     params.n_ctx, params.n_parallel = CONTEXT_TOKENS * ANSWERS, ANSWERS
     params.n_predict, params.n_batch = MAX_ANSWER_TOKENS, BATCH_TOKENS
@@ -56,7 +54,7 @@ def _parameters(weights: str, key: str) -> xllamacpp.CommonParams:
     params.cache_ram_mib = 0  # default: up to 8 GiB of earlier prompts
     params.warmup = False  # costs more than it saves
     params.verbosity = 1  # errors only
-    # The model's authors recommend these; without the penalty it often repeats one phrase.
+    # Recommended by the model's authors; without the penalty it repeats phrases.
     params.sampling.temp, params.sampling.top_p, params.sampling.penalty_repeat = 0.2, 0.9, 1.1
     return params
 

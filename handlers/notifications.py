@@ -15,8 +15,7 @@ from ssecore.wire import Event
 
 __all__ = ["ROUTES"]
 
-#: An event's size, times `max_body_bytes`. Each line break in the JSON adds six bytes, `data: `; pretty-printed JSON
-#: stays far below, but a body of line breaks would grow sevenfold.
+#: Times `max_body_bytes`. Each line break adds six bytes, `data: `, so a body of line breaks would grow sevenfold.
 MAX_GROWTH: Final = 2
 #: The log stores the name with each stream.
 MAX_NAME = 200

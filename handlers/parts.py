@@ -1,7 +1,6 @@
 """For the front ends' protocols: converts a client's messages to a question, and the agent's steps to parts.
 
-All these protocols have parts with an id that are opened, filled and closed; here one at a time. A part's id is the
-run's id and a number, so it is the same in each replay.
+Parts are opened, filled and closed one at a time. Their ids are the same in each replay.
 """
 
 from collections.abc import AsyncGenerator, Iterable, Iterator

@@ -20,7 +20,7 @@ BATCH_ROWS: Final = 100
 STEP_LINES: Final = 10 * BATCH_ROWS
 MAX_TITLE_CHARS: Final = 500
 MAX_DESCRIPTION_CHARS: Final = 10_000
-#: For a row with all its lines. The longest valid one has some 84 KB: 10,500 characters of 4 bytes, quotes doubled.
+#: The longest valid row has some 84 KB: 10,500 characters of 4 bytes, quotes doubled.
 MAX_ROW_BYTES: Final = 128 * 1024
 
 _STATUSES: Final = get_args(Status)

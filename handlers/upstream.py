@@ -4,8 +4,8 @@ A chunk with one token costs httpx's own transport 65 µs of CPU more, and aioht
 and as httpx-aiohttp (0.2.0), also lost text before a break, and waited forever after a chunk that couldn't be parsed;
 httpx-aiohttp raised `ConnectTimeout` for a refused connection, which decides about a retry.
 
-It supports TLS, keep-alive, and httpx's timeouts and exceptions; data that arrived before a failure is delivered. It
-doesn't support proxies (see `ssecore.client.outbound`), HTTP/2, streamed request bodies, HEAD, and trio.
+Data that arrived before a failure is delivered. Not supported: proxies (see `ssecore.client.outbound`), HTTP/2,
+streamed request bodies, HEAD, trio.
 
 Boundary of trust: the upstream. The head and the buffered part of the body are limited.
 """

@@ -1,7 +1,6 @@
 """The page at `/`, to start and read every kind of stream, and the docs at `/docs`.
 
-All files are read when the service starts. A request's path is looked up among their names, and never reaches the file
-system.
+All files are read at the start: a request's path never reaches the file system.
 """
 
 import hashlib
@@ -17,8 +16,7 @@ from ssecore.wire import encode_json
 
 __all__ = ["ROUTES"]
 
-#: The page shows data as text only. As a second defence: no inline script, no other origin, and (Trusted Types) no
-#: string parsed as HTML.
+#: A second defence, since the page shows data as text only.
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
