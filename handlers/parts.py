@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from handlers.agent import MAX_QUESTION_CHARS, End, Status, Thought, Token, ToolResult, ToolStart, steps_of
 from handlers.answer import Reasoning
@@ -65,7 +65,6 @@ class Returned:
     result: dict[str, Any]  #: `{"error": <text>}` if it failed
 
 
-_KINDS: Final[dict[type, Kind]] = {Token: "text", Reasoning: "reasoning"}
 
 Part = Status | Opened | Delta | Closed | Called | Returned | End
 

@@ -25,9 +25,6 @@ export class Slots {
     setInterval(onFree, LOOK_AGAIN_MS)
   }
 
-  get held() {
-    return this.#held
-  }
 
   /**
    * A slot, or null if none is free.
