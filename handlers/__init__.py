@@ -7,8 +7,8 @@ from pathlib import Path
 
 from handlers import ag_ui, agent, ai_sdk, basics, chat, files, jobs, notifications, openai, ops, page, tasks
 from handlers.chat import Model, open_model
+from handlers.database import Tasks, open_tasks
 from handlers.files import open_folder
-from handlers.tasks import Tasks, open_tasks
 from ssecore.http.routes import Route
 from ssecore.settings import Settings
 

@@ -15,7 +15,7 @@ from anyio import current_time, to_thread
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers.chat import ChatMessage
-from handlers.database import COLUMNS, Status, Task, Tasks, open_tasks
+from handlers.database import COLUMNS, Status, Task
 from handlers.task_file import TaskFile
 from ssecore.dialects import public_text
 from ssecore.errors import BadRequest, Forbidden, NotFound, SSEAppError
@@ -24,7 +24,7 @@ from ssecore.http.responses import ByteStream
 from ssecore.http.routes import GET, POST, Run, Upload
 from ssecore.wire import Event
 
-__all__ = ["ROUTES", "Tasks", "open_tasks", "outcome"]
+__all__ = ["ROUTES", "outcome"]
 
 
 class _Rows(msgspec.Struct, forbid_unknown_fields=True):

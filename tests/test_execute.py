@@ -18,8 +18,8 @@ import pytest
 
 from handlers import database
 from handlers.chat import ChatMessage
-from handlers.database import NewTask
-from handlers.tasks import OPERATIONS, ROUTES, SUMMARIZE, open_tasks
+from handlers.database import NewTask, open_tasks
+from handlers.tasks import OPERATIONS, ROUTES, SUMMARIZE
 from sseapp import SSEApp
 from ssecore.settings import Settings
 from ssecore.testing import Transport

@@ -24,9 +24,8 @@ import pytest
 from anyio import to_thread
 
 from handlers import jobs
-from handlers.database import NewTask, Tasks
+from handlers.database import NewTask, Tasks, open_tasks
 from handlers.jobs import REPORT, ROUTES, SUMS, written_whole
-from handlers.tasks import open_tasks
 from sseapp import SSEApp
 from ssecore.errors import BadRequest, SSEAppError
 from ssecore.http.request import Request

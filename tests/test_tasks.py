@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers import database
-from handlers.database import NewTask
+from handlers.database import NewTask, open_tasks
 from handlers.task_file import MAX_ROW_BYTES, TaskFile
-from handlers.tasks import ROUTES, open_tasks
+from handlers.tasks import ROUTES
 from sseapp import SSEApp
 from ssecore.errors import SSEAppError
 from ssecore.settings import Settings
