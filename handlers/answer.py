@@ -1,15 +1,16 @@
-"""Parses a streamed chat completion into text, reasoning, tool calls and usage; no I/O.
+"""What a model's server streams, made into text, reasoning, tool calls and usage; no I/O.
 
-Servers that claim to be compatible with OpenAI differ in nearly everything. The reader ignores what it doesn't need:
+The servers that call themselves compatible with OpenAI's chat completions differ in nearly everything. The reader takes
+what it needs from any of them, and nothing else can fail an answer:
 
-1.  An incomplete answer ends with a `ModelError`, after its text. An answer is complete with a finish reason of
-    `_ENDINGS`, or with `[DONE]` after some text if there is no finish reason.
-2.  Reasoning is never part of the text.
-3.  Errors have several formats: see `_is_error`.
+1.  An answer is whole, or reading it ends with a `ModelError`, behind the text that came before. Only the finish
+    reasons of `_ENDINGS` make it whole, or `[DONE]` behind some text where the server sends no finish reason at all.
+2.  Reasoning is never text. Each piece of it is a `Reasoning`.
+3.  An error may come in any shape: see `_is_error`.
 4.  Text is whole characters: the halves of a surrogate pair are joined, a half alone becomes U+FFFD.
 
-Boundary of trust: the upstream. An event, the answer and the tool calls are limited; the text of an upstream's error
-goes to the log, not to the client.
+Boundary of trust: the bytes come from the upstream. One event, the whole answer and the tool calls are bounded; what
+the upstream says of an error goes to the log, not to the client.
 """
 
 import json
@@ -26,19 +27,21 @@ from ssecore.errors import TooLarge, UpstreamError
 
 __all__ = ["MAX_ANSWER_BYTES", "AnswerReader", "ModelError", "Piece", "Reasoning", "ToolCall", "Usage", "says_error"]
 
-#: Text, reasoning and calls; also of one event. Twice the longest answers of today's models.
+#: Of an answer's text, reasoning and calls together, and of one event. The longest answers of today's models have half.
 MAX_ANSWER_BYTES: Final = 1024 * 1024
+#: In one answer. Nobody needs as many.
 MAX_TOOL_CALLS: Final = 32
 
 _ENDINGS: Final = frozenset(("stop", "tool_calls", "function_call"))
-#: Mistral, Zhipu and others have other names for these two.
+#: Other names of the two endings that clients are told apart; servers of Mistral, Zhipu and others send them.
 _CUT: Final = frozenset(("length", "model_length", "max_tokens"))
 _FILTERED: Final = ("content_filter", "safety", "sensitive")
-#: Some servers write a missing value as "null" or "none".
+#: "null" and "none": written by servers that turn a missing value into a word.
 _NO_REASON: Final = frozenset(("", "null", "none"))
 
 _SETTING: Final = "OPENAI_BASE_URL must name a server that streams chat completions"
-#: Code and text for the client, our HTTP status, and whether a retry is safe because nothing was generated.
+#: What goes wrong, by the upstream's HTTP status, by exception, or by a word of ours: code and text for the client, our
+#: own HTTP status, and whether nothing can have been generated, so that it may be asked for again.
 _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
     200: ("upstream_malformed", f"the model did not answer with an event stream: {_SETTING}", 502, False),
     "encoded": ("upstream_malformed", f"the model's answer is compressed, which is not read: {_SETTING}", 502, False),
@@ -48,7 +51,7 @@ _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
     503: ("upstream_error", "the model is not available; try again", 503, True),
     **dict.fromkeys(
         (301, 302, 303, 307, 308),
-        # Not followed: a POST with the key would go to an unknown address.
+        # Not followed: a POST with the key in it would go to an address that nobody here has chosen.
         ("upstream_error", "the model's server has moved: OPENAI_BASE_URL must be set to its new address", 502, False),
     ),
     "length": ("upstream_length", "the model's answer was cut: it reached the model's maximum length", 502, False),
@@ -67,7 +70,7 @@ _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
 
 
 class ModelError(UpstreamError):
-    """`said` is for the log. `pause_s` before a retry; `None`: no retry."""
+    """A fault of the table. `said` is for the log; `pause_s` before it is asked for again, `None`: it must not be."""
 
     def __init__(self, why: int | str | Exception | None, said: str = "", retry_after: str = "") -> None:
         status = f" with the HTTP status {why}" if isinstance(why, int) else ""
@@ -81,18 +84,18 @@ class ModelError(UpstreamError):
         if re.fullmatch("[ -~]{1,40}", retry_after):
             self.headers["retry-after"] = retry_after
         self.pause_s = (seconds if retry_after else 0) if again else None
-        self.refused = why if isinstance(why, int) else None  #: the HTTP status of a refused request
+        self.refused = why if isinstance(why, int) else None  #: the HTTP status of a request that was not taken
         self.said = said or (f"{type(why).__name__}: {why}" if isinstance(why, Exception) else detail)
 
 
 class Reasoning(msgspec.Struct, frozen=True):
-    """A piece of a model's reasoning."""
+    """A piece of what a model thinks before it answers."""
 
     text: str
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Token counts, as far as the server sends them."""
+    """How many tokens an answer took, as far as the server says so."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -105,18 +108,18 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass
 class ToolCall:
-    """`arguments` should be a JSON object, and is as the model wrote it."""
+    """What a model wants to be done. `arguments` ought to be a JSON object; it is as the model wrote it."""
 
     id: str
     name: str = ""
     arguments: str = ""
 
 
-#: In this order: text and reasoning, then tool calls, then usage.
+#: Of an answer, in this order: text and reasoning as they come, then the tool calls, then the usage.
 Piece = str | Reasoning | ToolCall | Usage
 
 
-# The fields used here. `Any` because servers differ: an unexpected type must not fail the decoding.
+# A chunk, as far as it is needed. `Any` where servers differ: a type that is not expected must not fail the decoding.
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -227,7 +230,7 @@ class AnswerReader:
     def _take(self, choice: _Choice, pieces: list[str | Reasoning]) -> None:
         if choice.delta is not None:
             self._streamed |= self._take_message(choice.delta, pieces)
-        if choice.message is not None and not self._streamed:  # Perplexity repeats the deltas in it
+        if choice.message is not None and not self._streamed:  # Perplexity repeats in it what the deltas gave
             self._take_message(choice.message, pieces)
         if isinstance(choice.text, str) and choice.delta is None and choice.message is None:
             self._take_content(choice.text, pieces)
@@ -238,7 +241,7 @@ class AnswerReader:
 
     def _take_message(self, message: _Message, pieces: list[str | Reasoning]) -> bool:
         """Whether there was an answer in it: text or calls."""
-        # OpenRouter, vLLM and others send it under both names.
+        # OpenRouter, vLLM and others send the same under both names.
         for thought, _ in _texts(message.reasoning_content or message.reasoning):
             self._think(thought, pieces)
         before = len(pieces)
@@ -268,7 +271,7 @@ class AnswerReader:
             pieces.append(Reasoning(whole))
 
     def _whole(self, text: str, kind: str | int) -> str:
-        """Count the text's bytes, and keep half a character at its end for the next text."""
+        """The text that can be handed on; its bytes are counted. A half of a character waits for the next text."""
         if text.isascii() and not self._halves:
             self._bytes_left -= len(text)
         else:
@@ -293,7 +296,7 @@ class AnswerReader:
         self._fault = self._fault or fault
 
     def _take_usage(self, usage: Any) -> None:
-        """The last one is valid: some servers send it with each chunk."""
+        """The last one counts: some servers send it with each chunk."""
         if isinstance(usage, dict):
             counts = (usage.get(name) for name in Usage.__struct_fields__)
             whole = Usage(*(count if type(count) is int and 0 <= count < 2**53 else None for count in counts))
@@ -301,7 +304,7 @@ class AnswerReader:
                 self.usage = whole
 
     def _add_call(self, piece: Any) -> None:
-        """Continue the call that has the piece's index, or begin a new one: see `_begins`."""
+        """A piece of a call goes on with the call that has its index, or begins a new one: see `_begins`."""
         if not isinstance(piece, dict):
             return
         function = piece.get("function")
@@ -319,7 +322,7 @@ class AnswerReader:
                 raise TooLarge("too many tool calls")
             call = self._calls[key] = ToolCall(id or f"call_{len(self.tool_calls)}")
             self.tool_calls.append(call)
-        if name != call.name:  # some servers repeat it with each piece, others split it
+        if name != call.name:  # repeated with every piece by some servers, in pieces itself by others
             self._bytes_left -= len(name.encode())
             call.name += name
         if arguments or self._bytes_left < 0:
@@ -328,10 +331,11 @@ class AnswerReader:
 
 
 def _begins(call: ToolCall, id: str, name: str, arguments: str) -> bool:
-    """Whether this piece, which has the index of `call`, begins another call.
+    """Whether this piece, which has the index of `call`, begins another one.
 
-    Some servers give all calls the index 0 or none, so a new id begins a call; but others give each piece a new id, so
-    with arguments only it must follow a complete call. Some servers send no ids.
+    Some servers count wrong (each call has the index 0, or none), so an id that is new begins a call. But where it
+    comes with nothing but arguments, as some give each piece a new id, it does only when the call is complete. So does
+    a name without an id: some servers give no ids.
     """
     if id and id != call.id:
         return bool(name) or not arguments or _is_object(call.arguments)
@@ -349,7 +353,7 @@ def _is_object(arguments: str) -> bool:
 
 
 def says_error(body: bytes) -> bool:
-    """Whether a body that is not an event stream is an error of the server."""
+    """Whether a body that is no event stream is an error of the server's, and not an answer of some other kind."""
     try:
         return _is_error(_decode_leniently(body))
     except (ValueError, RecursionError):
@@ -381,8 +385,8 @@ def _decode_leniently(data: bytes) -> _Chunk:
 
 
 def _texts(content: Any) -> Iterator[tuple[str, bool]]:
-    """Texts, each with whether it is reasoning, from a string, a part such as `{"type": "text", "text": …}`, or a list
-    of parts."""
+    """The texts of a content or a reasoning, each with whether it is a thought: of a text, of a part such as
+    `{"type": "text", "text": …}`, or of a list of them; of anything else none."""
     if isinstance(content, str):
         yield content, False
     elif isinstance(content, list):
@@ -398,12 +402,12 @@ def _texts(content: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _mended(text: str) -> str:
-    """Rule 4."""
+    """Pairs of surrogates are one character; a half is U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _word(value: Any) -> str:
-    """An id, an index or a name as text; 0 and 0.0 are equal."""
+    """An id, an index or a name, of whatever type; 0 and 0.0 are the same."""
     if isinstance(value, str):
         return _mended(value)
     if isinstance(value, float):
@@ -416,10 +420,14 @@ def _words(data: bytes) -> str:
 
 
 class _DataLines:
-    """Like `wire.Decoder`, but yields bytes, and whether the event is marked as an error."""
+    """The data of a stream's events, as bytes, and whether the event says by its field that it is an error.
+
+    As `wire.Decoder`, which makes texts of them; the decoding of the JSON wants bytes. Line ends are those of the
+    standard (https://html.spec.whatwg.org/multipage/server-sent-events.html, 9.2.5).
+    """
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []  # of an incomplete line
+        self._parts: list[bytes] = []  # of a line whose end is yet to come
         self._lines: list[bytes] = []  # of an event's data
         self._held = 0  # bytes of both
         self._is_error = self._after_cr = False
@@ -445,7 +453,7 @@ class _DataLines:
             self._hold(self._parts, rest)
 
     def end(self) -> Iterator[tuple[bytes, bool]]:
-        """An event without a blank line at its end."""
+        """The event that had no end."""
         for line in (b"".join(self._parts), b""):
             if (data := self._take(line)) is not None:
                 yield data

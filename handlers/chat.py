@@ -1,7 +1,7 @@
-"""A language model: any server with OpenAI's chat completions, or a mock.
+"""A language model, token by token: any server that speaks OpenAI's chat completions, or a mock.
 
-A request is not repeated if an answer may have been generated, since that costs money. Boundary of trust: the text of
-an upstream's error goes to the log, without our key.
+An answer is whole or its stream fails; `handlers.answer` reads what servers send. What may have been generated is never
+asked for again: somebody pays for it. Boundary of trust: the upstream's own words go to the log, without our key.
 """
 
 import asyncio
@@ -35,18 +35,18 @@ __all__ = ["LINGERING", "ROUTES", "ChatMessage", "MockModel", "Model", "OpenAIMo
 
 logger = logging.getLogger("sseapp")
 
-#: 60 s like most proxies. 5 s are three SYNs, so a connect isn't retried.
+#: Most proxies, too, give up after 60 s without a byte. 5 s are three SYNs, so a connect that timed out isn't repeated.
 READ_TIMEOUT_S, CONNECT_TIMEOUT_S = 60.0, 5.0
-#: Concurrent answers, one a connection.
+#: Answers under way at once, each on its own connection (httpx has 100). Who finds all taken is told so soon.
 MAX_CONNECTIONS, POOL_TIMEOUT_S = 1000, 5.0
-#: Both backoffs take less than the second in which a failure is still an HTTP status. A `Retry-After` above MAX_PAUSE_S
-#: is left to the client.
+#: Both backoffs together stay below the second in which a failure is still an HTTP status (`stream.FIRST_ITEM_S`). A
+#: `Retry-After` above MAX_PAUSE_S is left to the client, who waits better than an open stream.
 MAX_RETRIES, BACKOFF_S, MAX_PAUSE_S = 2, 0.2, 5
-#: From a finish reason to `[DONE]`, for the usage.
+#: For `[DONE]` and the usage behind a finish reason, whatever else the server sends, such as keep-alive comments.
 FINISH_TIMEOUT_S: Final = 1.0
-#: From `[DONE]` to the end of the body, without which the connection can't be reused.
+#: For the end of the body behind `[DONE]`: it is nearly always there, and without it the connection can't be kept.
 END_TIMEOUT_S: Final = 0.1
-#: Some servers send an event stream with a wrong or no media type.
+#: Of an answer that is an event stream, or may be one: simple servers call it plain text, or nothing.
 MEDIA_TYPES: Final = (CONTENT_TYPE, "text/plain", "application/octet-stream", "")
 #: What is read of a refusal, for the log, and how long that may take.
 MAX_REFUSAL_BYTES, REFUSAL_TIMEOUT_S = 16 * 1024, 0.5
@@ -63,7 +63,7 @@ class Prompt(msgspec.Struct, forbid_unknown_fields=True):
 
 class Model(Protocol):
     def stream(self, messages: Sequence[ChatMessage]) -> AsyncGenerator[Piece, None]:
-        """Use with `aclosing`. Raises `UpstreamError`."""
+        """The answer in pieces; to be closed with `aclosing`. Raises `UpstreamError`, whose `code` says how."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class MockModel:
         return self.say(f"This is a mock response to: {prompt}")
 
     async def say(self, text: str) -> AsyncGenerator[Piece, None]:
-        """Yield a text word by word, each with its trailing space."""
+        """Any text, word by word; each word keeps the space behind it."""
         for number, word in enumerate(re.findall(r"\S+\s*", text)):
             if number and self.delay_s:
                 await anyio.sleep(self.delay_s)
@@ -86,7 +86,7 @@ class MockModel:
 
 @dataclass(frozen=True)
 class OpenAIModel:
-    """A server with OpenAI's chat completions."""
+    """Any server with OpenAI's chat completions; `client` holds the headers and the connections."""
 
     client: httpx.AsyncClient
     url: httpx.URL
@@ -102,7 +102,7 @@ class OpenAIModel:
         call: bool = True,
         options: Mapping[str, Any] = MappingProxyType({}),
     ) -> AsyncGenerator[Piece, None]:
-        """Tool calls come after the text. `tools`: in OpenAI's format.
+        """With `tools`, as OpenAI describes them, the calls that the model makes come behind its text.
 
         Without `call` it shall make none; the tools are told all the same, since earlier messages speak of them.
         `options` are more fields of the request.
@@ -169,8 +169,8 @@ async def _rest(reader: AnswerReader, chunks: AsyncIterator[bytes]) -> list[str 
 
 @asynccontextmanager
 async def _body(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """httpx nests generators and closes only the outermost. This runs the others to their end; else the garbage
-    collector would close each in its own task."""
+    """An answer's bytes; it is closed behind them. httpx nests generators and closes the outermost alone: the others
+    are run to their end here, or the collector would close them, each in a task of its own."""
     chunks: AsyncIterator[bytes] = response.extensions.get("chunks") or response.aiter_raw()
     try:
         yield chunks
@@ -182,7 +182,7 @@ async def _body(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]
 
 
 async def _refusal(response: httpx.Response) -> ModelError | None:
-    """The error of a response that is not a stream."""
+    """What is wrong with an answer by its head: then it is closed."""
     status, headers, said = response.status_code, response.headers, b""
     media_type = re.split("[;,]", headers.get("content-type", ""), maxsplit=1)[0].strip().lower()  # "," : given twice
     encoding = headers.get("content-encoding", "").strip().lower()
@@ -204,7 +204,7 @@ async def _refusal(response: httpx.Response) -> ModelError | None:
 
 @asynccontextmanager
 async def open_model(settings: Settings) -> AsyncIterator[Model]:
-    """The mock, unless a key or a base URL is set. Raises `SettingsError`."""
+    """The mock, unless a key or a base URL is set. Raises `SettingsError` for what can't be one."""
     base, key = settings.openai_base_url, (settings.openai_api_key or "").strip()
     if not base and not key:
         yield MockModel(settings.mock_delay_s)
@@ -219,10 +219,10 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
     except httpx.InvalidURL:
         url = httpx.URL()
     if url.scheme not in ("http", "https") or not url.host:
-        # Without its value, which may contain a password, or the key by mistake.
-        raise SettingsError("OPENAI_BASE_URL: expected 'local', or a URL with http:// or https:// and a host")
-    if not (key.isascii() and key.isprintable()):  # httpx's error would print it
-        raise SettingsError("OPENAI_API_KEY: expected printable ASCII characters only")
+        # Not as it is: there may be a password in it, or a key that was meant for the next variable.
+        raise SettingsError("OPENAI_BASE_URL: expected local, or http:// or https:// and a host")
+    if not (key.isascii() and key.isprintable()):  # httpx' own error would print it
+        raise SettingsError("OPENAI_API_KEY: expected printable ASCII")
     headers = {"accept": CONTENT_TYPE, "accept-encoding": "identity", "content-type": "application/json"}
     if key:
         headers["authorization"] = f"Bearer {key}"
@@ -234,7 +234,7 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
 
 
 def _transport() -> Transport | None:
-    """Ours takes a third of the CPU of httpx's own, which is used under trio."""
+    """Ours, which takes a third of the CPU that httpx's own takes; `None`, httpx's own, under trio."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -243,14 +243,15 @@ def _transport() -> Transport | None:
 
 
 def answer_times(request: Request) -> AnswerTimes:
+    """For one answer of a model that is asked now."""
     assert request.route is not None
     times: AnswerTimes = request.metrics.answer(request.route.path)
     return times
 
 
 async def chat(request: Request) -> AsyncIterator[Event]:
-    """Ask a model with one prompt, for `EventSource.onmessage`."""
-    # Each event has a `content`, so that joining them gives the answer's text.
+    """A model's answer to a prompt, for `EventSource.onmessage`."""
+    # Each event has a `content`, so that whoever does no more than join them gets the answer's text.
     times = answer_times(request)
     async with aclosing(request.state.model.stream([ChatMessage("user", request.query.prompt)])) as answer:
         async for piece in answer:
@@ -268,7 +269,7 @@ async def chat(request: Request) -> AsyncIterator[Event]:
 
 
 async def chat_stream(request: Request) -> AsyncIterator[Event]:
-    """Ask a model with a conversation."""
+    """A model's answer to a conversation."""
     if not any(message.role == "user" for message in request.body):
         raise BadRequest("role: at least one message must be the user's", field="role")
     times = answer_times(request)
@@ -288,7 +289,7 @@ async def chat_stream(request: Request) -> AsyncIterator[Event]:
 
 
 _Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=100)]
-#: Stops paying for tokens that no client reads.
+#: No tokens are paid for that nobody will read.
 LINGERING: Final = Run(linger_s="setting")
 
 

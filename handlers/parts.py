@@ -1,6 +1,7 @@
-"""For the front ends' protocols: converts a client's messages to a question, and the agent's steps to parts.
+"""Shared by the handlers for front ends: a client's messages as a question, the agent's steps as parts of an answer.
 
-Parts are opened, filled and closed one at a time. Their ids are the same in each replay.
+All of these protocols have parts with an id that are opened, filled and closed. Here only one is open at a time. A
+part's id is the run's id and a number, so it is the same each time the run is read.
 """
 
 from collections.abc import AsyncGenerator, Iterable, Iterator
@@ -48,7 +49,7 @@ class Delta:
 class Closed:
     kind: Kind
     id: str
-    text: str  #: all of the part
+    text: str  #: all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,7 @@ class Called:
 class Returned:
     id: str  #: the call's
     tool: str
-    result: dict[str, Any]  #: `{"error": <text>}` if it failed
-
+    result: dict[str, Any]  #: `{"error": <text>}` where it could not be done
 
 
 Part = Status | Opened | Delta | Closed | Called | Returned | End
@@ -72,7 +72,7 @@ Part = Status | Opened | Delta | Closed | Called | Returned | End
 async def parts_of(
     request: Request, question: str, history: list[Exchange] | None = None
 ) -> AsyncGenerator[Part, None]:
-    """The agent's answer. Use with `aclosing`; raises what the model and the database raise."""
+    """The agent's answer. To be closed with `aclosing`; raises what the model and the database raise."""
     ids = (f"{request.run_id}-{number}" for number in count(1))
     opened: Opened | None = None
     said: list[str] = []
@@ -99,7 +99,7 @@ async def parts_of(
                     yield Delta("reasoning", id, text)
                     yield Closed("reasoning", id, text)
                 case ToolStart(tool, arguments):
-                    call = next(ids)  # not the server's id, which some servers repeat in each round
+                    call = next(ids)  # of our own: some servers name the calls of each round alike
                     yield Called(call, tool, arguments)
                 case ToolResult(tool, result):
                     yield Returned(call, tool, result)
@@ -108,7 +108,7 @@ async def parts_of(
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content, which is a string or a list of parts."""
+    """Of a message's content: a text, or a list of parts of which those with a text count."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -122,7 +122,7 @@ def _is_text(part: dict[Any, Any]) -> bool:
 
 @contextmanager
 def blamed(field: str) -> Iterator[None]:
-    """Set the field of a `BadRequest` to the protocol's name; the engine has its own."""
+    """A `BadRequest` in here names what the client knows: the engine calls it by its own name."""
     try:
         yield
     except BadRequest as error:
@@ -131,7 +131,8 @@ def blamed(field: str) -> Iterator[None]:
 
 
 def conversation(messages: Iterable[tuple[str, str]], field: str = "messages") -> tuple[str, list[Exchange]]:
-    """Split roles and texts, oldest first, into the last question and the exchanges before. Raises `BadRequest`."""
+    """Of roles and texts, oldest first, the last question and the exchanges before it. Raises `BadRequest`, which names
+    the field that holds them."""
     exchanges: list[Exchange] = []
     question = answer = ""
     for role, text in messages:
