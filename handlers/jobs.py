@@ -122,7 +122,7 @@ async def _work(request: Request) -> AsyncGenerator[_Progress, None]:
     if isinstance(body, _Digest):
         thread = from_thread(_digest, request.state.files)
     else:
-        thread = from_thread(_report, request.state.tasks, request.state.files)
+        thread = from_thread(_report_job, request.state.tasks, request.state.files)
     async with thread as reports:
         async for progress in reports:
             yield progress
@@ -306,19 +306,19 @@ def _make_report(progress: ProgressLogger, check: Callable[[], None], tasks: Tas
     return data
 
 
-def _report(report: Report[_Progress], tasks: Tasks, folder: Path) -> None:
+def _report_job(report: Report[_Progress], tasks: Tasks, folder: Path) -> None:
     data = _make_report(_reporter(report, PARTS + 1), report.check, tasks, folder)
     report((100, f"{_counted(data['tasks'], 'task')}: {REPORT}"))
 
 
-def _reported(report: Report[Event], tasks: Tasks, folder: Path) -> None:
+def _report_events(report: Report[Event], tasks: Tasks, folder: Path) -> None:
     data = _make_report(ProgressLogger.reporting(report, PARTS + 1), report.check, tasks, folder)
     report(Event({"success": True, "data": data | {"file": REPORT}}, "result"))
 
 
 async def process_stream(request: Request) -> AsyncIterator[Event]:
     """Make the report, and stream its progress and log."""
-    async with from_thread(_reported, request.state.tasks, request.state.files) as events:
+    async with from_thread(_report_events, request.state.tasks, request.state.files) as events:
         async for event in events:
             if event.event != "result":
                 yield event

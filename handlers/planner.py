@@ -23,7 +23,7 @@ _DATE: Final = re.compile(r" *\d{4}-\d\d?-\d\d? *")
 _SPOKEN: Final = {r"\bplus\b": "+", r"\bminus\b": "-", r"\btimes\b|\bmultiplied by\b": "*", r"\bdivided by\b": "/"}
 
 #: `3-4` and `24/7` may be something else, but an expression with one of these signs is arithmetic.
-_PLAINLY: Final = re.compile(r"[+*^%\u00d7·÷]")
+_UNAMBIGUOUS: Final = re.compile(r"[+*^%\u00d7·÷]")
 _CALCULATING: Final = frozenset("calculate compute calculation evaluate arithmetic math".split())
 _TELLING_TIME: Final = frozenset("date day weekday time".split())
 _COUNTING: Final = frozenset("count number total statistics overview breakdown group grouped".split())
@@ -60,7 +60,7 @@ def plan(question: str, earlier: Sequence[str] = ()) -> list[ToolCall]:
     expression = _expression(text)
     text = text.replace(expression, " ") if expression else text
     words = _WORD.findall(text)
-    if expression and (_PLAINLY.search(expression) or _CALCULATING.intersection(words) or not _subject(words)):
+    if expression and (_UNAMBIGUOUS.search(expression) or _CALCULATING.intersection(words) or not _subject(words)):
         calls.append(("calculate", {"expression": expression.strip()}))
     elif expression:
         text, words = plain, _WORD.findall(plain)

@@ -78,7 +78,7 @@ _FROM_PROXIES: Final = frozenset([502, 504])
 _UNSENDABLE: Final = re.compile(r"[\x00-\x1f\x7f]|^\s|\s$")
 _FAILURES: Final = ("error", "cancelled")
 _RUN_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_OF_THE_BODY: Final = ("content-type", "content-length", "transfer-encoding", "idempotency-key")
+_BODY_HEADERS: Final = ("content-type", "content-length", "transfer-encoding", "idempotency-key")
 
 
 class SourceError(UpstreamError):
@@ -259,14 +259,14 @@ class Source:
 
     async def _read(self) -> None:
         try:
-            await self._follow()
+            await self._read_connections()
         except Exception as error:
             self._failure = error
         finally:
             self._over = True
             self._arrived.set()
 
-    async def _follow(self) -> None:
+    async def _read_connections(self) -> None:
         attempt, lost_at = 0, current_time()
         while True:
             began, self._received = current_time(), False
@@ -339,7 +339,7 @@ class Source:
                     with anyio.fail_after(self._idle_timeout_s):
                         chunk = await anext(chunks, None)
                     if events := self._decoder.feed(chunk or b""):  # b"" only raises `TooLarge`
-                        await self._hand_over(events, resumed_from)
+                        await self._deliver(events, resumed_from)
                     if chunk is None:
                         break
         except TooLarge as error:
@@ -350,7 +350,7 @@ class Source:
             return f"the connection broke: {error or type(error).__name__}"
         return "the response ended within an event" if self._decoder.unfinished else None
 
-    async def _hand_over(self, events: list[Event], resumed_from: str) -> None:
+    async def _deliver(self, events: list[Event], resumed_from: str) -> None:
         first = events[0].id
         if self._first_id is None:
             if self._decoder.last_event_id:
@@ -372,7 +372,7 @@ class Source:
         for _ in range(MAX_REDIRECTS + 1):
             response = await self._send(request)
             try:
-                following = await self._judge(response)
+                following = await self._classify(response)
             except BaseException:
                 with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                     await response.aclose()
@@ -424,7 +424,7 @@ class Source:
             return Broken(f"{text}; the server may have processed the request, and {self._why_not()}")
         return _Lost(text, after_s=after_s)
 
-    async def _judge(self, response: httpx.Response) -> httpx.Response | httpx.Request | None:
+    async def _classify(self, response: httpx.Response) -> httpx.Response | httpx.Request | None:
         """The stream's response, the next request, or `None` at the end."""
         status = response.status_code
         if status == 204:
@@ -432,7 +432,7 @@ class Source:
         if response.next_request is not None:
             return self._redirected(response, response.next_request)
         if status == 202 and "location" in response.headers:
-            self._go_on_at(response, response.headers["location"])
+            self._continue_at(response, response.headers["location"])
             return self._next_request()
         if status != 200:
             raise await self._refusal(response)
@@ -445,7 +445,7 @@ class Source:
         if _RUN_ID.fullmatch(run):
             self.run_id = run
             if self._request["method"] != "GET" and "content-location" in response.headers:
-                self._go_on_at(response, response.headers["content-location"])
+                self._continue_at(response, response.headers["content-location"])
         return response
 
     def _redirected(self, response: httpx.Response, request: httpx.Request) -> httpx.Request:
@@ -456,12 +456,12 @@ class Source:
                     request.headers.pop(name, None)
         return request
 
-    def _go_on_at(self, response: httpx.Response, location: str) -> None:
+    def _continue_at(self, response: httpx.Response, location: str) -> None:
         url = response.url.join(location)
         if not _same_origin(response.url, url):
             raise SourceError("the run's events are on another server: connect there yourself")
         headers = self._request["headers"].copy()
-        for name in _OF_THE_BODY:
+        for name in _BODY_HEADERS:
             headers.pop(name, None)
         self._request = {"method": "GET", "url": url, "headers": headers}
 

@@ -124,11 +124,11 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._grace_s = drain_s
-        self._bounded = False
+        self._limited = False
         self._grace: SimpleQueue[float] = SimpleQueue()  # reentrant, for the signal handler
         self._thread = threading.get_ident()
-        self._nowhere = open(os.devnull, "wb")  # later there may be no free descriptor
-        threading.Thread(target=self._cut_off, name="end", daemon=True).start()
+        self._devnull = open(os.devnull, "wb")  # later there may be no free descriptor
+        threading.Thread(target=self._enforce_end, name="end", daemon=True).start()
 
     @property
     def exit_code(self) -> int:
@@ -144,11 +144,11 @@ class _Server(uvicorn.Server):
         if sig == signal.SIGINT:
             self._grace_s = 0
         self.should_exit = True
-        self._bound(self._grace_s if self.started else 0)
+        self._limit_end(self._grace_s if self.started else 0)
 
-    def _bound(self, grace_s: float) -> None:
-        if not self._bounded:
-            self._bounded = True
+    def _limit_end(self, grace_s: float) -> None:
+        if not self._limited:
+            self._limited = True
             grace_s = min(grace_s, LONGEST_S)
             self._grace.put(grace_s)
             self._exit_within(grace_s + END_S)
@@ -156,9 +156,9 @@ class _Server(uvicorn.Server):
     def _exit_within(self, seconds: float) -> None:
         """Works even while C code holds the interpreter's lock."""
         # No traceback: writing to a standard error that is not read would block.
-        faulthandler.dump_traceback_later(seconds + 1, exit=True, file=self._nowhere)
+        faulthandler.dump_traceback_later(seconds + 1, exit=True, file=self._devnull)
 
-    def _cut_off(self) -> None:
+    def _enforce_end(self) -> None:
         """In its own thread, because the event loop may be blocked."""
         grace_s = self._grace.get()
         time.sleep(grace_s)
@@ -197,15 +197,15 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._app.failed:  # it has stopped all streams already
             self._grace_s = 0
-        self._bound(self._grace_s)
+        self._limit_end(self._grace_s)
         await self._app.drain(self._grace_s)
         self._app.abort()
         loop = asyncio.get_running_loop()
         loop.call_later(SHUTDOWN_S / 2, self._app.give_up)
-        loop.call_later(SHUTDOWN_S * 0.8, self._let_go)
+        loop.call_later(SHUTDOWN_S * 0.8, self._drop_connections)
         await super().shutdown(sockets)
 
-    def _let_go(self) -> None:
+    def _drop_connections(self) -> None:
         """Drop clients that haven't read their last bytes; uvicorn would wait and log an error."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()

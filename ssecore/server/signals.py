@@ -14,8 +14,8 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 @contextmanager
-def chained(heard: Callable[[], object]) -> Iterator[None]:
-    """Within the block SIGTERM, SIGINT and SIGHUP call `heard` in the asyncio loop, then the previous handler.
+def chained(on_signal: Callable[[], object]) -> Iterator[None]:
+    """Within the block SIGTERM, SIGINT and SIGHUP call `on_signal` in the asyncio loop, then the previous handler.
 
     Has no effect outside the main thread, on trio, and for a signal without a Python handler.
     """
@@ -27,7 +27,7 @@ def chained(heard: Callable[[], object]) -> Iterator[None]:
                 continue
             old = signal.getsignal(number)
             if threading.current_thread() is threading.main_thread() and callable(old):
-                ours = _handler(loop, heard, old)
+                ours = _handler(loop, on_signal, old)
                 signal.signal(number, ours)
                 installed.append((number, ours, old))
     try:
@@ -38,10 +38,10 @@ def chained(heard: Callable[[], object]) -> Iterator[None]:
                 signal.signal(number, old)
 
 
-def _handler(loop: asyncio.AbstractEventLoop, heard: Callable[[], object], old: Handler) -> Handler:
+def _handler(loop: asyncio.AbstractEventLoop, on_signal: Callable[[], object], old: Handler) -> Handler:
     def handle(number: int, frame: FrameType | None) -> None:
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(heard)
+            loop.call_soon_threadsafe(on_signal)
         old(number, frame)
 
     return handle

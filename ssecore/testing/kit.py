@@ -86,8 +86,8 @@ class Exchange:
                 self.headers = {name.decode(): value.decode("latin-1") for name, value in self.raw_headers}
                 self.started.set()
             elif message["type"] == "http.response.body" and not self._left.is_set():
-                assert self.status, "a body came before its start"
-                assert not self.complete, "a body came after its end"
+                assert self.status, "the body was sent before the start"
+                assert not self.complete, "the body was sent after its end"
                 if message.get("body"):
                     try:
                         self._chunks_in.send_nowait(message["body"])
@@ -382,20 +382,20 @@ async def assert_stream(
         else:
             steps.append((skips, one))
             skips = False
-    came: list[Event] = []
+    received: list[Event] = []
     async with aclosing(_events_of(stream)) as events:
         while (steps or ends) and (event := await anext(events, None)) is not None:
-            came.append(event)
+            received.append(event)
             may_skip, wanted = steps[0] if steps else (skips, None)
             if wanted is not None and _is(event, wanted):
                 steps.popleft()
             elif not may_skip:
-                raise AssertionError(_mismatch(came, "the end" if wanted is None else repr(wanted)))
+                raise AssertionError(_mismatch(received, "the end" if wanted is None else repr(wanted)))
     if steps:
-        raise AssertionError(_mismatch(came, f"{steps[0][1]!r}, not the end"))
+        raise AssertionError(_mismatch(received, f"{steps[0][1]!r}, not the end"))
     if ends and isinstance(stream, Exchange) and not stream.complete:
-        raise AssertionError(_mismatch(came, "a complete response, but it broke off"))
-    return came
+        raise AssertionError(_mismatch(received, "a complete response, but it broke off"))
+    return received
 
 
 def _is(event: Event, expected: Event | tuple[str | None, Any]) -> bool:
@@ -413,8 +413,8 @@ def _is(event: Event, expected: Event | tuple[str | None, Any]) -> bool:
         return False
 
 
-def _mismatch(came: list[Event], wanted: str) -> str:
-    lines = "".join(f"\n  {event!r}" for event in came)
+def _mismatch(received: list[Event], wanted: str) -> str:
+    lines = "".join(f"\n  {event!r}" for event in received)
     return f"expected {wanted}; received (the last event is wrong, or more were expected):{lines or ' nothing'}"
 
 
