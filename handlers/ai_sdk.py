@@ -1,4 +1,4 @@
-"""The agent for pages made with Vercel's AI SDK: its UI message stream, v1 (npm `ai` 7, `@ai-sdk/workflow` 2).
+"""The agent for Vercel's AI SDK: UI message stream v1 (npm `ai` 7, `@ai-sdk/workflow` 2).
 
     useChat({ id, transport: new DefaultChatTransport({ api: "/ai/chat" }), resume: true })
 
@@ -25,7 +25,7 @@ from ssecore.wire import Event
 
 __all__ = ["ROUTES"]
 
-#: A page sends the whole conversation with each request; `max_body_bytes` bounds its size.
+#: A page sends the whole conversation with each request.
 MAX_MESSAGES: Final = 1000
 _ROUTE: Final = "POST /ai/chat"
 
@@ -36,7 +36,7 @@ class _Message(msgspec.Struct):
 
 
 class _Chat(msgspec.Struct):
-    """The fields that are used here; the client also sends `trigger`, and the page's own fields."""
+    """The fields used here; clients send more."""
 
     messages: Annotated[list[_Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     id: Annotated[str, Meta(min_length=1, max_length=255)] | None = None  #: the chat's

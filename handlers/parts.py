@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from handlers.agent import MAX_QUESTION_CHARS, End, Status, Thought, Token, ToolResult, ToolStart, steps_of
 from handlers.answer import Reasoning
@@ -66,8 +66,6 @@ class Returned:
     tool: str
     result: dict[str, Any]  #: `{"error": <text>}` if the tool failed
 
-
-_KINDS: Final[dict[type, Kind]] = {Token: "text", Reasoning: "reasoning"}
 
 Part = Status | Opened | Delta | Closed | Called | Returned | End
 
