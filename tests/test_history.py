@@ -6,18 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.history import (
-    RETENTION_EVENTS,
-    SCENARIOS,
-    Block,
-    Connection,
-    History,
-    Publication,
-    Reader,
-    Script,
-    play,
-    violations,
-)
+from tests.history import RETENTION_EVENTS, Block, Connection, History, Publication, Reader, Script, violations
+from tests.history.scenario import SCENARIOS, play
 from tests.needs import needs
 from tests.redis_server import Kind, serving
 
