@@ -6,7 +6,7 @@ import pytest
 import ssecore.streaming.pump
 from tests import upstream
 from tests.lines import lines_offered
-from tests.needs import find
+from tests.needs import for_test
 from tests.upstream import Upstream
 
 
@@ -37,13 +37,9 @@ def shared_upstream() -> Iterator[Upstream]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for mark in item.iter_markers("needs"):
-        try:
-            find(*mark.args)
-        except LookupError as error:
-            reason = str(error)
-        else:
-            continue
+    try:
+        for_test({name for mark in item.iter_markers("needs") for name in mark.args})
+    except LookupError as error:
         if os.environ.get("SSEAPP_TEST_ALL") == "1":
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))

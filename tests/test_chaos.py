@@ -14,6 +14,7 @@ from tests.needs import needs
 SEED = 1
 
 
+@needs("time")
 @pytest.mark.parametrize(
     ("log", "seconds"),
     [pytest.param("redis", 60, marks=[needs("nginx"), needs("redis")]), ("sqlite", 20), ("memory", 10)],

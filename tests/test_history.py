@@ -16,6 +16,7 @@ RUN, TOPIC = "R" * 22, "T" * 22
 SCRIPT = Script("steady", seed=1, events=3, pause_ms=0)
 
 
+@needs("time")
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_reader_hears_every_event_once(name: str) -> None:
     history = play(SEED, 2, SCENARIOS[name])
@@ -26,8 +27,10 @@ def test_every_reader_hears_every_event_once(name: str) -> None:
     assert counts["restarts"] or SCENARIOS[name] is None, counts
 
 
+@needs("time")
 @pytest.mark.parametrize(
-    ("kind", "name"), [pytest.param("redis", "killed", marks=needs("redis")), ("valkey", "drained")]
+    ("kind", "name"),
+    [pytest.param("redis", "killed", marks=needs("redis")), pytest.param("valkey", "drained", marks=needs("valkey"))],
 )
 def test_every_reader_hears_every_event_once_from_redis(kind: Kind, name: str) -> None:
     with serving(kind) as server:

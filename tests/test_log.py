@@ -46,10 +46,11 @@ from ssecore.log.sqlite import SqliteLog
 from ssecore.log.writer import Batch
 from ssecore.wire import Decoder, Event, encode, encode_json
 from tests.needs import needs
-from tests.redis_server import Kind, serving
+from tests.redis_server import KINDS, Kind, serving
 
 ALONE: Final = ("memory-asyncio", "memory-trio", "sqlite-asyncio", "sqlite-trio")
-ENGINES: Final = (*ALONE, pytest.param("redis-asyncio", marks=needs("redis")), "valkey-asyncio")
+SHARED: Final = [pytest.param(f"{kind}-asyncio", marks=needs(kind)) for kind in KINDS]
+ENGINES: Final = (*ALONE, *SHARED)
 START: Final = 1_700_000_000.0
 NEVER_S: Final = 3600.0
 

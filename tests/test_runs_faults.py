@@ -168,6 +168,7 @@ def test_one_sigterm_ends_the_app_although_a_run_swallows_its_cancellation(tmp_p
         assert state(server, run) == "interrupted"
 
 
+@needs("time")
 def test_after_a_kill_a_run_with_a_very_large_last_event_is_closed_like_the_others(tmp_path: Path) -> None:
     """Of 20 MiB: the log takes more, and the decoder by itself less."""
     targets = {"open": "/named/open", "large": "/large/open", "large and complete": "/large/complete"}

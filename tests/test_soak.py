@@ -5,6 +5,9 @@ import sys
 import pytest
 
 from benchmarks import frozen, soak
+from tests.needs import needs
+
+pytestmark = needs("time")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
