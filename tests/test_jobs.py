@@ -411,11 +411,8 @@ async def held_report(folder: Path) -> AsyncIterator[tuple[SSEApp, Held]]:
                 yield app, held
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("target", ["/jobs", "/api/process/stream"])
-async def test_a_cancelled_report_ends_within_a_page_and_leaves_no_file(
-    tmp_path: Path, anyio_backend: str, target: str
-) -> None:
+async def test_a_cancelled_report_ends_within_a_page_and_leaves_no_file(tmp_path: Path, target: str) -> None:
     json_body = {"content-type": "application/json", "prefer": "respond-async"}
     method, body = ("POST", b'{"kind": "report"}') if target == "/jobs" else ("GET", b"")
     async with held_report(tmp_path) as (app, held):
@@ -761,8 +758,7 @@ async def posting(body: str) -> AsyncIterator[Any]:
             yield app, await ask(app, "/detached", "POST", headers=headers, body=json.dumps(body).encode())
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
-async def test_a_detached_route_answers_with_its_own_words_and_the_runs_id(anyio_backend: str) -> None:
+async def test_a_detached_route_answers_with_its_own_words_and_the_runs_id() -> None:
     for body, end in (("good", "completed"), ("failed", "failed")):
         async with posting(body) as (app, answer):
             run = answer.headers["run-id"]
@@ -772,14 +768,13 @@ async def test_a_detached_route_answers_with_its_own_words_and_the_runs_id(anyio
             assert (await ask(app, f"/runs/{run}")).json["state"] == end
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
-async def test_a_detached_run_that_fails_at_once_is_none(anyio_backend: str) -> None:
+async def test_a_detached_run_that_fails_at_once_is_none() -> None:
     async with posting("bad") as (app, answer):
         assert answer.problem == (400, "bad_request")
         assert (await ask(app, "/runs")).json == {"runs": []}
 
 
-async def test_a_detached_run_is_accepted_before_its_first_event(anyio_backend: str) -> None:
+async def test_a_detached_run_is_accepted_before_its_first_event() -> None:
     async with posting("slow") as (app, answer):
         assert answer.status == 202
         async with listening(app, f"/runs/{answer.json['mine']}/events") as reading:
