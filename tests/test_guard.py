@@ -232,6 +232,7 @@ GRACE_S = 0.4
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssecore.http.tokens.GRACE_S", GRACE_S)
+    monkeypatch.setattr("ssecore.http.tokens.REFRESH_S", 0.05)
 
 
 def read(path: Path) -> bytes:
@@ -294,7 +295,7 @@ async def test_a_token_that_stays_missing_is_revoked_and_its_streams_end(
     async with app.running(), listening(app, "/ticks", headers=bearer(token)) as reading:
         await reading.event()
         lose(path)
-        with anyio.fail_after(10):  # the watch looks once a second
+        with anyio.fail_after(10):
             *_, last = await reading.rest()
     assert "token_revoked" in last.data
     assert (await ask(app, "/me", headers=bearer(token))).status == 401
@@ -320,7 +321,9 @@ async def test_a_broken_line_in_the_grace_keeps_the_tokens_until_it_is_mended(
     assert await caller_of(app, bearer(token)) == "ann"
 
 
-async def test_a_deeply_nested_line_does_not_end_the_watch(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_deeply_nested_line_does_not_end_the_watch(
+    path: Path, short_grace: None, caplog: pytest.LogCaptureFixture
+) -> None:
     token = add_token(path, "ann")
     app = app_of(tokens_file=path, heartbeat_s=0.05)
     async with app.running(), listening(app, "/ticks", headers=bearer(token)) as reading:
