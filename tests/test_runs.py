@@ -35,10 +35,11 @@ from ssecore.log.writer import Posted
 from ssecore.runs import DRAIN_CLOSE_S
 from ssecore.settings import Settings
 from ssecore.streaming.pump import CLOSE_S, FIRST_ITEM_S
-from ssecore.testing import VirtualClockLoop, connect
+from ssecore.testing import connect
 from ssecore.topics import Subscription
 from ssecore.wire import Decoder, Event
 from tests.clients import BROWSER, Answer, AppWithCallers, ask, listen_like_a_browser, listening, stand_still
+from tests.house import Backend, Work, in_virtual_time, settle
 from tests.lines import lines_offered
 
 START: Final = 1_700_000_000.0
@@ -68,10 +69,6 @@ class Mode:
         """After so long a test has hung."""
         return 100_000 if self.virtual else 30
 
-    @property
-    def backend(self) -> tuple[str, dict[str, Any]]:
-        return "asyncio", {"loop_factory": VirtualClockLoop} if self.virtual else {}
-
     def __str__(self) -> str:
         return f"{self.name}-parked" if self.parked else self.name
 
@@ -97,8 +94,8 @@ def mode(request: pytest.FixtureRequest) -> Mode:
 
 
 @pytest.fixture
-def anyio_backend(mode: Mode) -> tuple[str, dict[str, Any]]:
-    return mode.backend
+def anyio_backend(mode: Mode) -> Backend:
+    return in_virtual_time() if mode.virtual else ("asyncio", {})
 
 
 class House:
@@ -137,38 +134,6 @@ def house(mode: Mode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     house = House(mode, tmp_path)
     monkeypatch.setattr(sseapp, "open_log", house.open_log)
     return house
-
-
-class Work:
-    """A handler that does what the test says, when it says so: gives an event, raises, or ends (`None`)."""
-
-    def __init__(self, *orders: Event | Exception | None) -> None:
-        self.started = 0
-        self.reasons: list[EndReason] = []  #: what each knew in its `finally`
-        self.ended_at: list[float] = []
-        self._orders, self._to_do = anyio.create_memory_object_stream[Event | Exception | None](1000)
-        self.say(*orders)
-
-    def say(self, *orders: Event | Exception | None) -> None:
-        for order in orders:
-            self._orders.send_nowait(order)
-
-    def close(self) -> None:
-        self._orders.close()
-        self._to_do.close()
-
-    async def handler(self, request: Request) -> AsyncIterator[Event]:
-        self.started += 1
-        try:
-            async for order in self._to_do:
-                if order is None:
-                    return
-                if isinstance(order, Exception):
-                    raise order
-                yield order
-        finally:
-            self.reasons.append(request.end_reason)
-            self.ended_at.append(current_time())
 
 
 @pytest.fixture
@@ -225,11 +190,6 @@ def ids(events: Sequence[Event]) -> list[str | None]:
 
 def numbered(run: str, first: int, last: int) -> list[str]:
     return [f"{run}.{number}" for number in range(first, last + 1)]
-
-
-async def settle() -> None:
-    """In virtual time: let everybody work until all wait. The clock stays where it is, to a microsecond."""
-    await anyio.sleep(1e-6)
 
 
 async def turns(until: Callable[[], bool]) -> None:

@@ -40,11 +40,6 @@ AROUND: Final = 40
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Callbacks of the loop: a task that is woken is one."""
     found: Counter[str] = Counter()

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import accumulate
@@ -27,10 +27,10 @@ from ssecore.http.routes import GET, Run
 from ssecore.log import Row, framed
 from ssecore.log.tail import Translate
 from ssecore.settings import Settings
-from ssecore.testing import VirtualClockLoop
 from ssecore.wire import Decoder, Event, encode
 from tests import serving
 from tests.clients import BROWSER, AppWithCallers, Reading, ask, listen_like_a_browser, listening
+from tests.house import Backend, virtual_time
 from tests.lines import lines_offered
 from tests.serving import Server
 
@@ -321,10 +321,8 @@ async def view(request: Request, run: str) -> Any:
     return await request.runs.view(request, run, translate=ends)
 
 
-@pytest.mark.parametrize("anyio_backend", [("asyncio", {"loop_factory": VirtualClockLoop})], ids=["virtual"])
-async def test_what_is_left_out_sends_nothing_and_holds_up_no_heartbeat(
-    parked: bool, anyio_backend: tuple[str, Mapping[str, Any]]
-) -> None:
+@virtual_time
+async def test_what_is_left_out_sends_nothing_and_holds_up_no_heartbeat(parked: bool, anyio_backend: Backend) -> None:
     app = SSEApp([GET("/quiet", quiet, run=Run()), GET("/view/{run}", view)], Settings(log="memory", heartbeat_s=15))
     async with app.running():
         run = (await ask(app, "/quiet", headers=ASYNC)).headers["run-id"]

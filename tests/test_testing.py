@@ -15,6 +15,7 @@ from anyio import current_time
 from sseapp import GET, POST, Event, Request, Settings, SSEApp, Upload
 from ssecore.testing import Transport, VirtualClockLoop, connect
 from ssecore.wire import HEARTBEAT
+from tests.house import Backend, in_virtual_time
 
 #: Seconds of virtual time after which a test has hung.
 LIMIT_S: Final = 10_000
@@ -22,9 +23,9 @@ START: Final = {"type": "http.response.start", "status": 200, "headers": [(b"con
 
 
 @pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """In virtual time, as in tests/test_stream.py, which uses all of this on trio too."""
-    return "asyncio", {"loop_factory": VirtualClockLoop}
+def anyio_backend() -> Backend:
+    """test_stream.py uses all of this on trio too."""
+    return in_virtual_time()
 
 
 def part(body: bytes, *, more: bool = True) -> dict[str, Any]:

@@ -28,9 +28,10 @@ from ssecore.log import Cursor, Stat, new_epoch
 from ssecore.log.memory import MemoryLog
 from ssecore.log.writer import Batch
 from ssecore.settings import Settings
-from ssecore.testing import Exchange, VirtualClockLoop, connect
+from ssecore.testing import Exchange, connect
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import Event
+from tests.house import Backend, in_virtual_time
 from tests.lines import lines_offered
 
 #: Seconds after which a test has hung: virtual ones but with SQLite.
@@ -48,8 +49,8 @@ def virtual() -> bool:
 
 
 @pytest.fixture
-def anyio_backend(virtual: bool) -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"loop_factory": VirtualClockLoop} if virtual else {}
+def anyio_backend(virtual: bool) -> Backend:
+    return in_virtual_time() if virtual else ("asyncio", {})
 
 
 with_sqlite = pytest.mark.parametrize("virtual", [False], ids=["sqlite"])
