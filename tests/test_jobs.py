@@ -641,7 +641,7 @@ def test_no_items_and_the_most_items(server: Server) -> None:
     assert len(told) == jobs.MAX_ITEMS + 1
 
 
-# Bad inputs
+# What is not there
 
 
 def refused(server: Server, response: httpx.Response, status: int, field: str | None = None) -> None:
@@ -650,76 +650,6 @@ def refused(server: Server, response: httpx.Response, status: int, field: str | 
     problem = response.json()
     assert (problem["status"], problem.get("field")) == (status, field)
     assert runs(server) == []
-
-
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [
-        ("", None),
-        ("{", None),
-        ("[]", None),
-        ('"digest"', None),
-        ("{}", "kind"),
-        ('{"input": {}}', "kind"),
-        ('{"kind": "mine"}', "kind"),
-        ('{"kind": ""}', "kind"),
-        ('{"kind": null}', "kind"),
-        ('{"kind": 1}', "kind"),
-        ('{"kind": "sleep", "inputs": {}}', "inputs"),
-        ('{"kind": "sleep", "input": null}', "input"),
-        ('{"kind": "sleep", "input": []}', "input"),
-        ('{"kind": "sleep", "input": {"steps": 0}}', "input.steps"),
-        ('{"kind": "sleep", "input": {"steps": 1001}}', "input.steps"),
-        ('{"kind": "sleep", "input": {"steps": 1.5}}', "input.steps"),
-        ('{"kind": "sleep", "input": {"steps": "1"}}', "input.steps"),
-        ('{"kind": "sleep", "input": {"steps": 1e400}}', "input.steps"),
-        ('{"kind": "sleep", "input": {"interval": -1}}', "input.interval"),
-        ('{"kind": "sleep", "input": {"interval": 60.1}}', "input.interval"),
-        ('{"kind": "sleep", "input": {"interval": "1"}}', "input.interval"),
-        ('{"kind": "sleep", "input": {"pause": 1}}', "input.pause"),
-        ('{"kind": "sleep", "input": {"steps": 1000, "interval": 0.61}}', "input"),
-        ('{"kind": "sleep", "input": {"steps": 11, "interval": 60}}', "input"),
-        ('{"kind": "digest", "input": {"folder": "/etc"}}', "input.folder"),
-        ('{"kind": "report", "input": {"steps": 1}}', "input.steps"),
-        ('{"kind": "report", "input": "x"}', "input"),
-    ],
-)
-def test_a_bad_job_is_a_400(unused: Server, body: str, field: str | None) -> None:
-    headers = {"content-type": "application/json"}
-    refused(unused, unused.client.post("/jobs", content=body, headers=headers), 400, field)
-
-
-@pytest.mark.parametrize("body", ["", "{", "{}", '"a"', "null", json.dumps([0] * (jobs.MAX_ITEMS + 1)), '["\\ud800"]'])
-def test_bad_items_are_a_400(unused: Server, body: str) -> None:
-    refused(unused, unused.client.post("/process", content=body, headers={"content-type": "application/json"}), 400)
-
-
-@pytest.mark.parametrize(("path", "body"), [("/jobs", '{"kind": "sleep"}'), ("/process", '["a"]')])
-def test_another_media_type_is_a_415_too_large_a_body_a_413_and_a_bad_key_a_400(
-    unused: Server, path: str, body: str
-) -> None:
-    for headers in ({}, {"content-type": "text/plain"}):
-        refused(unused, unused.client.post(path, content=body, headers=headers), 415)
-    json_body = {"content-type": "application/json"}
-    refused(unused, unused.client.post(path, content=body + " " * 2 * 1024 * 1024, headers=json_body), 413)
-    refused(unused, unused.client.post(path, content=body, headers=json_body | {"idempotency-key": "x"}), 400, "key")
-
-
-@pytest.mark.parametrize(
-    ("path", "allow"),
-    [
-        ("/jobs", "POST"),
-        ("/jobs/x/progress", "GET, HEAD"),
-        ("/api/process/stream", "GET, HEAD"),
-        ("/process", "POST"),
-    ],
-)
-def test_another_method_is_a_405(unused: Server, path: str, allow: str) -> None:
-    for method in {"GET", "POST", "PUT", "DELETE"} - set(allow.split(", ")):
-        response = unused.client.request(method, path)
-        assert (response.status_code, response.headers["allow"]) == (405, allow)
-    assert unused.client.head("/api/process/stream").status_code == 200
-    assert runs(unused) == []
 
 
 def test_an_unknown_job_is_a_404(unused: Server) -> None:
