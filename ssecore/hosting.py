@@ -14,11 +14,11 @@ a route of an `SSEApp`: the log, resuming, keys, limits, drain. Four things diff
 4.  An `HTTPException` that the generator raises before its first event is the framework's to answer.
 """
 
-from collections.abc import AsyncIterable, Mapping, MutableMapping
+from collections.abc import AsyncIterable, MutableMapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ssecore.dialects import NAMED, Dialect
-from ssecore.http.request import Receive
+from ssecore.http.request import Receive, Request
 from ssecore.http.responses import Send
 from ssecore.http.routes import Route, Run
 from ssecore.topics import Subscription
@@ -96,12 +96,19 @@ class EventStream(_Response):
         if self.background is not None:
             await self.background()
 
-    def route(self, scope: Mapping[str, Any]) -> Route:
-        """What stands for the framework's route, under the path that the framework gives it."""
+    def take(self, request: Request) -> Route:
+        """Let the request in. Gives what stands for the framework's route, under the framework's path."""
+        scope = request.scope
         path = getattr(scope.get("route"), "path", None) or scope.get("path_template")  # FastAPI's; Litestar's
         path = path or getattr(scope.get("endpoint"), "__name__", None) or "EventStream"  # Starlette's; any other's
-        return Route(scope["method"], path, self._begin, dialect=self.dialect, run=self.run, hosted=True)
+        handler = self._begin if isinstance(self.events, AsyncIterable) else self._read
+        route = Route(request.method, path, handler, dialect=self.dialect, run=self.run, hosted=True)
+        request.caller, request.answer_headers, request.route = self.caller, self.raw_headers, route
+        return route
 
-    def _begin(self, request: Any) -> Any:
+    def _begin(self, request: Request) -> Any:
         self._begun = True
-        return aiter(self.events) if isinstance(self.events, AsyncIterable) else self.events
+        return aiter(self.events)  # type: ignore[arg-type]
+
+    async def _read(self, request: Request) -> Any:
+        return await request.runs.view(request, self.events) if isinstance(self.events, str) else self.events
