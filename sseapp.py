@@ -1,11 +1,11 @@
-"""The ASGI app, and the service made of it. (The command `sseapp` is `ssecore/server/cli.py`.)
+"""The ASGI app, and the service made of it. The command is `ssecore/server/cli.py`.
 
     app = SSEApp([GET("/countdown/{seconds:int}", countdown)])        # an ASGI app, to be served or mounted
     uvicorn --factory sseapp:create_app                               # the service
     sseapp serve                                                      # the same under our own runner
 
-For each request the app finds the route, decodes query and body, and calls the handler. Then it streams what an async
-generator yields, or sends what a coroutine returns. Any error before that becomes a problem (RFC 9457).
+For each request the app finds the route, decodes query and body, and calls the handler. It streams what an async
+generator yields, or sends what a coroutine returns. An error before that becomes a problem (RFC 9457).
 """
 
 if __name__ == "__main__":  # before the imports: see `ssecore.server.command`
@@ -128,7 +128,7 @@ _EVENT_STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
-#: How many request bodies of `max_body_bytes` may be in memory at once, in all and for one caller.
+#: Request bodies of `max_body_bytes` in memory at once, in all and for one caller.
 BODIES: Final = 64
 BODIES_PER_CALLER: Final = 16
 #: The same for uploads: each takes `SPOOL_BYTES` in memory and up to `max_import_bytes` on the disk.

@@ -56,9 +56,8 @@ class Subject:
     @property
     def events(self) -> list[Event]:
         """Those of the whole stream, if it can be resumed."""
-        events = self.whole.events
-        if len(events) < 2 or any(not event.id for event in events if not event.is_gap):
-            raise NotApplicable("the stream has fewer than two events, or events without an id")
+        events = [event for event in self.whole.events if not event.is_gap]
+        applies(len(events) > 1 and all(event.id for event in events), "fewer than two events, or some without an id")
         return events
 
     def limit(self, events: int) -> int | None:
@@ -234,8 +233,8 @@ async def last_word(subject: Subject) -> str | None:
 @check("HTML standard, 9.2.4")
 async def resume(subject: Subject) -> str | None:
     """After each event's id as Last-Event-ID comes the rest: nothing is missing, nothing comes twice."""
-    places = [index for index, event in enumerate(subject.events[:-1]) if event.id is not None]
-    chosen = subject.random.sample(places, min(len(places), MAX_PLACES))
+    count = len(subject.events) - 1
+    chosen = subject.random.sample(range(count), min(count, MAX_PLACES))
     for start in range(0, len(chosen), subject.given.clients):
         await asyncio.gather(*(subject.compare(number) for number in chosen[start : start + subject.given.clients]))
     return f"at {len(chosen)} places"
