@@ -523,7 +523,7 @@ class Runs:
             await _wait_started(worker)
             return _with_location(request, await self._attach(stat.stream, None, route.dialect))
         finally:
-            self.tails.release(tail)
+            tail.release()
             if worker is not None:
                 worker.detach()
 
@@ -718,11 +718,8 @@ class Runs:
             worker.attach()
         elif peers is not None:
             self._remote_readers[run] += 1
-        release = reader.on_close
 
         def closed() -> None:
-            if release is not None:
-                release()
             if worker is not None:
                 worker.detach()
             elif peers is not None:

@@ -15,7 +15,6 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from enum import Enum
-from functools import partial
 from typing import Final, NamedTuple
 
 import anyio
@@ -60,7 +59,9 @@ def gap_frames(gap: Gap, dialect: Dialect, *, last: bool = False) -> bytes:
 
 
 class Tail:
-    def __init__(self, log: Log, stream: str, gaps: "Counter[str]", *, id_first: bool = False) -> None:
+    def __init__(
+        self, log: Log, stream: str, gaps: "Counter[str]", drop: "Callable[[Tail], None]", id_first: bool
+    ) -> None:
         self.stream = stream
         self.id_first = id_first  #: see `framed`
         self.gaps = gaps
@@ -85,7 +86,14 @@ class Tail:
         self._seen: tuple[int, Ended | None] = (0, None)  # at the round's start
         self._framed: tuple[bytes, bytes] = (b"", b"")  # the round's batch, and its HTTP chunk
         self.close = log.watch(stream, self._on_append)
-        self.release: Callable[[], None] = lambda: None
+        self._drop = drop
+
+    def release(self) -> None:
+        """The last reference drops the tail, not the last reader: another may be about to be made."""
+        self.references -= 1
+        if not self.references:
+            self.close()
+            self._drop(self)
 
     def apply(self, stat: Stat) -> None:
         """Rule 1."""
@@ -351,11 +359,12 @@ class Reader:
 
     def close(self) -> None:
         """Idempotent."""
-        self.tail.readers.pop(self, None)
-        self.tail.caught_up(self)
-        if self.on_close is not None:
-            self.on_close()
-            self.on_close = None
+        if self in self.tail.readers:
+            del self.tail.readers[self]
+            self.tail.caught_up(self)
+            self.tail.release()
+            if self.on_close is not None:
+                self.on_close()
 
 
 def _translate_all(frames: bytes, translate: Translate, id_first: bool) -> Iterator[bytes]:
@@ -429,24 +438,18 @@ class Tails:
                 self.gaps[gap.reason] += 1
                 before = gap_frames(gap, dialect, last=stat.closed and after >= stat.last)
             reader = Reader(tail, after, dialect=dialect, before=before, translate=translate)
-            reader.on_close = tail.release
         finally:
-            self.release(tail)
+            tail.release()
         return reader, stat
 
     def acquire(self, stream: str, *, id_first: bool = False) -> Tail:
         """The stream's tail, which watches from now on. Then `apply` its facts."""
         tail = self._tails.get(stream)
         if tail is None or tail.ended == "deleted" or tail.unstored_end:
-            tail = self._tails[stream] = Tail(self.log, stream, self.gaps, id_first=id_first)
-            tail.release = partial(self.release, tail)
+            tail = self._tails[stream] = Tail(self.log, stream, self.gaps, self._drop, id_first)
         tail.references += 1
         return tail
 
-    def release(self, tail: Tail) -> None:
-        """The last reference drops the tail: a reader may be about to be made."""
-        tail.references -= 1
-        if not tail.references:
-            tail.close()
-            if self._tails.get(tail.stream) is tail:
-                del self._tails[tail.stream]
+    def _drop(self, tail: Tail) -> None:
+        if self._tails.get(tail.stream) is tail:
+            del self._tails[tail.stream]
