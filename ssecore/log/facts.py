@@ -214,7 +214,7 @@ def locate(stat: Stat, cursor: Cursor) -> tuple[int, Gap | None]:
 
 
 def joined(frames: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
-    """A row's body and ends. Raises `TooLarge`."""
+    """Raises `TooLarge`."""
     body = frames[0] if len(frames) == 1 else b"".join(frames)
     if len(body) > MAX_APPEND_BYTES:
         raise TooLarge(f"an append of {len(body)} bytes; the event log takes {MAX_APPEND_BYTES} at once")
@@ -222,7 +222,7 @@ def joined(frames: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
 
 
 def encoded(event: Event) -> bytes:
-    """An event's frame. Raises `EncodeError`."""
+    """Raises `EncodeError`."""
     if event.id is not None:
         raise EncodeError("id must be left out here: the event log assigns ids", field="id")
     return encode(event)
@@ -319,7 +319,7 @@ def due(stat: Stat, at: float) -> float:
 
 
 def cost(stat: Stat) -> int:
-    """A stream's bytes (rule 7)."""
+    """Rule 7."""
     return STREAM_BYTES + stat.size + EVENT_BYTES * (stat.last - stat.first + 1)
 
 

@@ -100,11 +100,11 @@ _ROWS_AT_ONCE: Final = 32
 _BATCH_BYTES: Final = 1024
 #: A run grows so much before its owner is charged.
 _UNCHARGED_BYTES: Final = 64 * 1024
-#: Few: most of the work holds the interpreter's lock.
+#: Threads: few, since reading mostly holds the interpreter's lock.
 _READERS: Final = 4
-#: About 1 KB each.
+#: Facts in memory, about 1 KB each.
 _MAX_KNOWN: Final = 10_000
-#: In a step: some milliseconds.
+#: In a step of upkeep: some milliseconds.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
 #: SQLite's own 4 MiB would be half of a small log.

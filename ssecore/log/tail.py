@@ -29,16 +29,16 @@ from ssecore.wire import Decoder, Event, encode
 
 __all__ = ["Attached", "Place", "Reader", "Tail", "Tails", "Translate", "gap_frames"]
 
-#: Without the newest row.
+#: Of a tail, besides its newest row.
 TAIL_BYTES: Final = 256 * 1024
 READ_BYTES: Final = 256 * 1024
-#: Of the kept reads (rule 3).
+#: Of the reads that are kept (rule 3).
 KEPT_BYTES: Final = 1024 * 1024
-#: Half a millisecond. Smaller slices merge more events of a burst into one write.
+#: Half a millisecond of work. Smaller slices merge more events of a burst.
 SLICE: Final = 64
 #: Frames, the last one's sequence, and the gap before them.
 _Reading = tuple[bytes, int, Gap | None]
-#: No reader's position.
+#: Not a position.
 NO_READER: Final = -1
 
 
@@ -67,11 +67,11 @@ class Tail:
         self.gaps = gaps
         self.top = 0
         self.ended: Ended | None = None
-        #: A last event without an id.
+        #: The last event, if it could not be stored.
         self.unstored_end = b""
         #: With their senders, once started.
         self.readers: dict[Reader, Sender | None] = {}
-        #: Open readers, and acquisitions not released.
+        #: Open readers, and calls of `acquire` without `release`.
         self.references = 0
         self.behind: set[Reader] = set()
         self._log = log
@@ -349,7 +349,7 @@ class Reader:
         self._stopped = True
 
     async def closed(self) -> None:
-        """Nothing runs."""
+        """Has no task."""
 
     def farewell(self, reason: EndReason | None) -> bytes:
         """Empty, but if `translate` failed: the client must not resume and fail again."""
