@@ -229,6 +229,7 @@ def encoded(event: Event) -> bytes:
 
 
 def packed(ends: tuple[int, ...]) -> bytes:
+    """`ends` as stored."""
     return struct.pack(f"<{len(ends)}I", *ends)
 
 
@@ -315,6 +316,7 @@ def deleted_at(stat: Stat) -> float | None:
 
 
 def due(stat: Stat, at: float) -> float:
+    """When what was appended, or closed, `at` expires."""
     return at + (FOREVER_S if stat.retention.age_s is None else stat.retention.age_s)
 
 
@@ -329,8 +331,10 @@ def is_full(bytes: int, bound: int) -> bool:
 
 
 def log_full() -> LogUnavailable:
+    """Rule 7."""
     return LogUnavailable("the event log is full; try again later")
 
 
 def share_full() -> TooManyRequests:
+    """Rule 7."""
     return TooManyRequests("your runs fill your share of the event log; delete some, or wait until some have ended")

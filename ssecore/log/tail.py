@@ -59,6 +59,8 @@ def gap_frames(gap: Gap, dialect: Dialect, *, last: bool = False) -> bytes:
 
 
 class Tail:
+    """A stream's newest events."""
+
     def __init__(
         self, log: Log, stream: str, gaps: "Counter[str]", drop: "Callable[[Tail], None]", id_first: bool
     ) -> None:
