@@ -58,7 +58,7 @@ from ssecore.log import Cursor, Gap, Log, Retention, Stat, facts, framed, locate
 from ssecore.log.facts import encoded
 from ssecore.log.tail import READ_BYTES, Attached, Place, Tails, Translate, gap_frames
 from ssecore.settings import Settings
-from ssecore.streaming.pump import FIRST_ITEM_S, Pump
+from ssecore.streaming.pump import FIRST_ITEM_S, Pump, asyncio_loop
 from ssecore.wire import CONTENT_TYPE, Decoder, Event
 
 __all__ = ["ROUTES", "Runs", "State", "Worker"]
@@ -147,7 +147,7 @@ class Worker:
             self._request,
             buffer_bytes=BUFFERS // 2 * runs.settings.buffer_bytes,
         )
-        self._pump.told = self._post_ready
+        self._pump.on_ready = self._post_ready
         self._writer = runs.log.writer(id, id, self._confirm)
         self._unstored = 0  # bytes posted and not stored yet
         self._most_unstored = BUFFERS // 2 * runs.settings.buffer_bytes
@@ -643,14 +643,12 @@ class Runs:
 
     def _start_task(self, worker: Worker) -> None:
         """Not in the app's task group: it would wait for a handler that never ends."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # trio
-            self._tasks.start_soon(worker.run)
-        else:
+        if (loop := asyncio_loop()) is not None:
             task = loop.create_task(worker.run())
             self._running.add(task)
             task.add_done_callback(self._running.discard)
+        else:
+            self._tasks.start_soon(worker.run)
 
     def _key(self, request: Request, key: str | None, method: str | None = None, path: str | None = None) -> str | None:
         if not key:
@@ -695,7 +693,7 @@ class Runs:
         return await self._attach(stat.stream, cursor, self._dialect(stat), translate=translate)
 
     def _expired(self, request: Request, cursor: Cursor) -> Response:
-        if not request.wants_event_stream:
+        if not (request.wants_event_stream or request.dialect.streams_gone):
             raise Gone("this run is no longer stored, or never existed")
         self.tails.gaps["expired"] += 1
         body = request.preamble + gap_frames(Gap("expired", cursor.seq + 1), request.dialect, last=True)

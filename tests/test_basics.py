@@ -43,7 +43,7 @@ def update(n: int) -> dict[str, Any]:
 
 
 DONE = named("complete", {"done": True})
-ITEM_7 = named("item_error", {"error": "data holds a lone surrogate at position 7"})
+ITEM_7 = named("item_error", {"error": "data contains a lone surrogate at position 7"})
 TIME_IS_OVER = "Stream timeout exceeded"
 FINISHED = named("complete", {"message": "Countdown finished!"})
 

@@ -162,10 +162,10 @@ async def test_a_server_that_begins_anew_is_found_out_from_the_file(foreign: Ups
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"a letter\nto somebody", "something else than events"),
-        (b'{"idol"', "something else"),
-        (b'{"id":"x.1"}\n', "no event of ours"),
-        (b'{"id":"x.1","event":null,"data":"1"}\n\0\0\0\n', "no event of ours"),
+        (b"a letter\nto somebody", "other content than events"),
+        (b'{"idol"', "other content"),
+        (b'{"id":"x.1"}\n', "is not an event"),
+        (b'{"id":"x.1","event":null,"data":"1"}\n\0\0\0\n', "is not an event"),
         (b'{"id":null,"event":null,"data":"1"}\n', "has no id"),
     ],
 )

@@ -180,7 +180,7 @@ def run(command: list[str], folder: Path, url: str, input: str = "") -> str:
 @pytest.mark.parametrize(
     ("name", "arguments", "input", "shown"),
     [
-        ("ai_sdk_chat.mjs", ["what is 6*7?"], "", ["(I ask calculate.)", '"value":"42"', "6*7 = 42"]),
+        ("ai_sdk_chat.mjs", ["what is 6*7?"], "", ["(I call calculate.)", '"value":"42"', "6*7 = 42"]),
         ("ag_ui_chat.mjs", [], "what is 6*7?\nand 6*8?\n", ["[calculate", "6*7 = 42", "6*8 = 48"]),
     ],
 )

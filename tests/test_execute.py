@@ -18,8 +18,8 @@ import pytest
 
 from handlers import database
 from handlers.chat import ChatMessage
-from handlers.database import NewTask
-from handlers.tasks import OPERATIONS, ROUTES, SUMMARIZE, open_tasks
+from handlers.database import NewTask, open_tasks
+from handlers.tasks import OPERATIONS, ROUTES, SUMMARIZE
 from sseapp import SSEApp
 from ssecore.settings import Settings
 from ssecore.testing import Transport
@@ -275,7 +275,7 @@ def cut(call: Call) -> None:
 @pytest.mark.parametrize(
     ("script", "text", "type"),
     [
-        (refuse(401), "the model doesn't accept this service's credentials", "upstream_auth"),
+        (refuse(401), "the model's server rejected this service's credentials: check OPENAI_API_KEY", "upstream_auth"),
         (
             refuse(429, retry_after="60"),
             "the model's rate limit is reached; try again in 60 s",
@@ -340,7 +340,7 @@ async def test_a_task_that_goes_away_in_the_middle_is_told(
     monkeypatch.setattr(database, "_set_status", too_late)
     async with app_client(tmp_path) as client:
         *_, end = named(await client.request(**request("path", 1, "finish")))
-    assert end == ("error", {"error": "there is no task 1 any more", "type": "not_found", "task_id": 1})
+    assert end == ("error", {"error": "task 1 was deleted", "type": "not_found", "task_id": 1})
 
 
 # Resuming, and asking twice

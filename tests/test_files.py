@@ -518,7 +518,7 @@ async def test_too_many_open_files_are_the_server_s_trouble_and_not_a_missing_fi
     def full(path: str, flags: int) -> int:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr(files, "_without_surprises", full)
+    monkeypatch.setattr(files, "_open_safely", full)
     app = SSEApp(files.ROUTES, Settings(log="memory"))
     app.state = SimpleNamespace(files=tmp_path)
     answer = await ask_in_process(app, "/download/a")
@@ -528,7 +528,7 @@ async def test_too_many_open_files_are_the_server_s_trouble_and_not_a_missing_fi
 
 async def test_a_folder_that_can_t_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "files").touch()
-    with pytest.raises(SSEAppError, match="can't be used as the files folder"):
+    with pytest.raises(SSEAppError, match="as the files folder"):
         await open_folder(tmp_path)
 
 
@@ -562,7 +562,7 @@ def test_a_file_that_shrinks_while_it_is_sent_is_cut_off(tmp_path: Path) -> None
             begin(response)
             os.truncate(site.folder / "shrunk", 1000)
             assert rest_is_cut_off(response)
-        wait_until(lambda: "the file was made shorter while it was sent" in site.server.log())
+        wait_until(lambda: "the file was truncated during the download" in site.server.log())
         wait_until(lambda: not site.has_open("shrunk"))
         assert site.ask("/download/shrunk").body == bytes(1000)
 

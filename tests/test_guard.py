@@ -298,7 +298,7 @@ async def test_a_token_that_stays_missing_is_revoked_and_its_streams_end(
             *_, last = await reading.rest()
     assert "token_revoked" in last.data
     assert (await ask(app, "/me", headers=bearer(token))).status == 401
-    assert sum("may not be complete" in line for line in caplog.messages) == 1
+    assert sum("may be incomplete" in line for line in caplog.messages) == 1
 
 
 async def test_a_broken_line_in_the_grace_keeps_the_tokens_until_it_is_mended(

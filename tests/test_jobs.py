@@ -24,9 +24,8 @@ import pytest
 from anyio import to_thread
 
 from handlers import jobs
-from handlers.database import NewTask, Tasks
+from handlers.database import NewTask, Tasks, open_tasks
 from handlers.jobs import REPORT, ROUTES, SUMS, written_whole
-from handlers.tasks import open_tasks
 from sseapp import SSEApp
 from ssecore.errors import BadRequest, SSEAppError
 from ssecore.http.request import Request
@@ -43,7 +42,7 @@ KEY: Final = "job-0123456789-0123456789"
 #: Much more than can be hashed while a test runs, and no room on the disk.
 ENDLESS_BYTES: Final = 1 << 40
 DONE: Final = "[DONE]"
-WAITING: Final = ("pending", 0, "waiting for its turn")
+WAITING: Final = ("pending", 0, "waiting to start")
 
 TODAY: Final = datetime.now(UTC).date()
 ROWS: Final = [
@@ -451,7 +450,7 @@ def test_a_job_that_fails_says_so_in_its_last_state(server: Server, files: Path)
         (files / name / "in the way").touch()
         id = started(start(server, kind))
         *_, before, last = states(progress(server, id))
-        assert last == ("failed", before[1], f"{name} can't be written: Is a directory")
+        assert last == ("failed", before[1], f"can't write {name}: Is a directory")
         assert state(server, id) == "failed"
         assert not list(files.glob(".*"))
 
@@ -564,9 +563,9 @@ def test_the_report_is_told_as_it_is_made(server: Server, files: Path) -> None:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", entry.pop("timestamp"))
     size = (files / REPORT).stat().st_size
     assert [tuple(entry.values()) for entry in logs] == [
-        ("debug", "tasks are read", {"tasks": 5}),
+        ("debug", "tasks read", {"tasks": 5}),
         ("warning", "some tasks are overdue", {"overdue": 2}),
-        ("success", "the report is written", {"file": REPORT, "bytes": size}),
+        ("success", "report written", {"file": REPORT, "bytes": size}),
     ]
     result = told[-1][1]
     assert list(result) == ["success", "data"] and result["success"] is True
@@ -583,7 +582,7 @@ def test_a_report_that_fails_ends_with_an_error(server: Server, files: Path) -> 
     response = server.client.get("/api/process/stream")
     *_, last = events(response)
     assert last.event == "error"
-    assert json.loads(last.data) == {"error": f"{REPORT} can't be written: Is a directory", "code": "internal_error"}
+    assert json.loads(last.data) == {"error": f"can't write {REPORT}: Is a directory", "code": "internal_error"}
     assert state(server, response.headers["run-id"]) == "failed"
     assert os.listdir(files) == [REPORT]
 
@@ -604,7 +603,7 @@ def test_each_item_is_told_with_its_sum_and_length(server: Server) -> None:
         (None, "null"),
         ([], "an array"),
         ({}, "an object"),
-        (True, "a truth value"),
+        (True, "a boolean"),
     ]
     response = server.client.post("/process", json=[*texts, *[item for item, _ in others], "b"])
     told = [(event.event, json.loads(event.data)) for event in events(response)]
@@ -615,7 +614,7 @@ def test_each_item_is_told_with_its_sum_and_length(server: Server) -> None:
 
     expected: list[tuple[str, Any]] = [done(number, text) for number, text in enumerate(texts, 1)]
     for index, (_, kind) in enumerate(others, 4):
-        expected.append(("item_error", {"index": index, "error": f"a string is expected, not {kind}"}))
+        expected.append(("item_error", {"index": index, "error": f"expected a string, not {kind}"}))
     expected.append(done(11, "b"))
     assert told == [*expected, ("complete", {"status": "partial", "processed": 5, "failed": 6})]
     assert state(server, response.headers["run-id"]) == "completed"

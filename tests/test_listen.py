@@ -123,7 +123,7 @@ def test_a_file_that_is_complete_already_is_said_to_be(foreign: Upstream, tmp_pa
     assert "complete" not in capfd.readouterr().err
     foreign.plan(over)
     assert main(listening) == 0
-    assert "events.jsonl is complete already" in capfd.readouterr().err
+    assert "events.jsonl is complete" in capfd.readouterr().err
 
 
 def test_a_token_that_no_header_can_hold_is_not_tried_again(server: Server, capfd: Any) -> None:

@@ -525,6 +525,7 @@ async def test_a_checkpoint_and_the_commit_behind_it_are_not_made_on_the_loop(
 ) -> None:
     """Both sync a file."""
     monkeypatch.setattr(ssecore.log.sqlite, "_SLOW_S", math.inf)
+    monkeypatch.setattr(ssecore.log.sqlite, "_CHECKPOINT_PAGES", 500)
     log = SqliteLog(path, upkeep_s=3600)
     async with log.running():
         epoch = await run(log)

@@ -467,7 +467,7 @@ async def test_work_that_does_not_notice_is_complained_of_and_waited_for(
     finally:
         logging.getLogger("sseapp").removeHandler(listener)
     (record,) = caplog.records
-    assert "deaf works on in its thread 5.0 s after it was cancelled" in record.getMessage()
+    assert "deaf still runs in its thread 5.0 s after it was cancelled" in record.getMessage()
 
 
 async def test_nothing_is_left_of_it(work: Work) -> None:
@@ -676,7 +676,7 @@ def test_before_the_first_step_nothing_is_told() -> None:
 def test_a_step_that_is_none_is_refused_and_changes_nothing(n: int) -> None:
     told = Told(3)
     told.progress.set_step(2, "two")
-    with pytest.raises(ValueError, match=f"there is no step {n}: they go from 1 to 3"):
+    with pytest.raises(ValueError, match=f"there is no step {n}: steps go from 1 to 3"):
         told.progress.set_step(n, "none")
     assert told.progress.state == ProgressState(2, 3, "two", 33)
     assert len(told.states) == 1
@@ -685,7 +685,7 @@ def test_a_step_that_is_none_is_refused_and_changes_nothing(n: int) -> None:
 def test_there_is_no_step_after_the_last() -> None:
     told = Told(1)
     told.progress.next_step("all")
-    with pytest.raises(ValueError, match="there is no step 2: they go from 1 to 1"):
+    with pytest.raises(ValueError, match="there is no step 2: steps go from 1 to 1"):
         told.progress.next_step("more")
 
 

@@ -291,7 +291,7 @@ def test_an_address_for_all_is_refused_without_saying_so_aloud(host: str, tmp_pa
     ):
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr.count("\n") == 1
-        assert result.stderr.startswith(f"sseapp: {host} is not a loopback address")
+        assert result.stderr.startswith(f"sseapp: can't listen on {host}: it is not a loopback address")
         assert "SSEAPP_AUTH=off" in result.stderr
 
 

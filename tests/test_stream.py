@@ -1780,7 +1780,7 @@ async def test_a_stream_that_lives_too_long_is_told_so(data_only: bool, method: 
     answer = await ask(app, method)
     assert answer.complete and 10 <= answer.times[-1] <= 11 + 1e-6
     end = b"id: end\n\n" if method == "GET" else b"\n"
-    error = b'"error":"the stream\'s longest life is over","code":"timeout"}\n'
+    error = b'"error":"the stream reached its longest duration","code":"timeout"}\n'
     if data_only:
         assert answer.body.endswith(b'\n\ndata: {"type":"error",' + error + b"\ndata: [DONE]\n" + end)
     else:

@@ -107,8 +107,9 @@ _MAX_KNOWN: Final = 10_000
 #: In a step of upkeep: some milliseconds.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: SQLite's own 4 MiB would be half of a small log.
-_CHECKPOINT_PAGES: Final = 512
+#: SQLite's own default. A checkpoint holds appends up for three syncs. A bounded log has an eighth at most.
+_CHECKPOINT_PAGES: Final = 1000
+_PAGE_BYTES: Final = 4096
 #: Readers can keep the WAL from restarting.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
 #: A row to test for free space.
@@ -193,6 +194,7 @@ class SqliteLog(LocalLog):
         self._stuck = False  # since `give_up`, until earlier orders are done
         self._busy_s = _BUSY_S  # the writer's
         self._wal_pages = 0  # written since the last checkpoint, roughly
+        self._most_wal_pages = min(_CHECKPOINT_PAGES, self.max_bytes // 8 // _PAGE_BYTES)
         self._syncs_header = True  # the next transaction may
         self._slow_until = 0.0
         self._files: _Files = (None, None)
@@ -296,7 +298,7 @@ class SqliteLog(LocalLog):
         return (
             order.size <= _LOOP_BYTES
             and not (self._full_sync or self.unavailable or self._syncs_header or self.connection is None)
-            and self._wal_pages < _CHECKPOINT_PAGES
+            and self._wal_pages < self._most_wal_pages
             and time.monotonic() >= self._slow_until
         )
 
@@ -396,7 +398,7 @@ class SqliteLog(LocalLog):
         while len(known) > _MAX_KNOWN:
             del known[next(iter(known))]
         size = sum([order.size for order in orders])
-        self._wal_pages += changes + 1 + size // 4096  # an index page for each row, and the bodies'
+        self._wal_pages += changes + 1 + size // _PAGE_BYTES  # of the index, and of bodies
         if self.written >= 0:
             self.written += size
         return transaction
@@ -415,7 +417,7 @@ class SqliteLog(LocalLog):
 
     def _checkpoint(self) -> None:
         """In the thread, if the WAL is long enough."""
-        self._syncs_header = self._wal_pages >= _CHECKPOINT_PAGES
+        self._syncs_header = self._wal_pages >= self._most_wal_pages
         if self._syncs_header and self.connection:
             self._wal_pages = 0
             try:

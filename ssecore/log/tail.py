@@ -24,6 +24,7 @@ from ssecore.dialects import END_ID, Dialect, error_frames, failure_of
 from ssecore.errors import LogError, LogUnavailable, NotFound
 from ssecore.http.request import EndReason
 from ssecore.log import Cursor, Ended, Gap, Log, Row, Stat, framed, locate
+from ssecore.streaming.pump import asyncio_loop
 from ssecore.streaming.sender import Sender, chunk, deliver
 from ssecore.wire import Decoder, Event, encode
 
@@ -127,14 +128,12 @@ class Tail:
     def _wake(self) -> None:
         if self._scheduled or not self.readers:
             return
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # trio
-            for sender in self._senders():
-                sender.poke()
-        else:
+        if (loop := asyncio_loop()) is not None:
             self._scheduled = True
             loop.call_soon(self._begin_round)
+        else:
+            for sender in self._senders():
+                sender.poke()
 
     def _senders(self) -> list[Sender]:
         return [sender for sender in self.readers.values() if sender is not None]
