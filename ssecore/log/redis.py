@@ -85,7 +85,7 @@ _BROKEN: Final = (RedisError, OSError, RuntimeError)
 #: Of the subscribed connection.
 _PING_S: Final = 2.0
 _SILENCE_S: Final = 5.0
-#: Shortest and longest pause before reconnecting.
+#: Before reconnecting.
 _PAUSES_S: Final = (0.02, 1.0)
 _STEP_STREAMS: Final = 64
 #: Streams in one call.

@@ -107,7 +107,7 @@ _MAX_KNOWN: Final = 10_000
 #: In a step of upkeep: some milliseconds.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: SQLite's own default. A checkpoint holds appends up for three syncs. A bounded log has an eighth at most.
+#: SQLite's own. A checkpoint delays appends by three syncs. A bounded log has an eighth at most.
 _CHECKPOINT_PAGES: Final = 1000
 _PAGE_BYTES: Final = 4096
 #: Readers can keep the WAL from restarting.
@@ -416,7 +416,7 @@ class SqliteLog(LocalLog):
                 db.close()
 
     def _checkpoint(self) -> None:
-        """In the thread, if the WAL is long enough."""
+        """In the thread."""
         self._syncs_header = self._wal_pages >= self._most_wal_pages
         if self._syncs_header and self.connection:
             self._wal_pages = 0

@@ -27,7 +27,7 @@ logger: Final = logging.getLogger("sseapp")
 
 #: Between commits that nothing awaits. uvloop's timers are whole milliseconds.
 GAP_S: Final = 0.002
-#: In one commit: some milliseconds of an engine's work.
+#: In one commit: some milliseconds of work.
 _MAX_COMMIT_BYTES: Final = 4 * 1024 * 1024
 _MAX_COMMIT_STREAMS: Final = 100
 #: Above, appends are refused, but not posts: their writers are bounded.
