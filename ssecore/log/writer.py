@@ -9,7 +9,7 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from time import monotonic
 from typing import Any, Final
@@ -52,11 +52,11 @@ class Batch:
     epoch: str
     retention: Retention | None
     writer: "Writer | None"
-    frames: list[bytes] = field(default_factory=list)
+    frames: list[bytes]
+    since: float
     size: int = 0
     close: bool = False
     meta: dict[str, Any] | None = None
-    since: float = field(default_factory=monotonic)
     last: int = 0
     error: SSEAppError | None = None
     signal: anyio.Event | None = None
@@ -158,7 +158,7 @@ class Commits:
             or batch.close
             or batch.meta is not None
         ):
-            batch = Batch(stream, epoch, retention, writer)
+            batch = Batch(stream, epoch, retention, writer, [], monotonic())
             if waiting:
                 waiting.append(batch)
             else:
