@@ -797,10 +797,7 @@ async def pieces_of(url: str) -> list[Piece]:
                 return [piece async for piece in stream]
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
-async def test_what_comes_behind_a_finish_reason_is_not_waited_for_long(
-    anyio_backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_comes_behind_a_finish_reason_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "FINISH_TIMEOUT_S", 0.2)
     monkeypatch.setenv("no_proxy", "*")
 

@@ -782,6 +782,7 @@ def test_a_page_posts_and_hears_every_event_once_over_cuts(server: Server, brows
 # Two replicas on one Redis
 
 
+@needs("valkey")
 @node_clients
 def test_every_client_goes_on_at_another_replica(tmp_path: Path, upstream: Upstream) -> None:
     """Each connection goes to the other one of the two."""

@@ -25,7 +25,10 @@ from ssecore.http.routes import DELETE, POST, Route, Upload
 from ssecore.http.tokens import add_token, session_of
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.testing import connect
+from tests.needs import needs
 from tests.serving import wait_until
+
+pytestmark = needs("time")
 
 REQUESTS: Final = int(os.environ.get("SSEAPP_TEST_REQUESTS", "2000"))
 #: In one test, which has a limit of its own.
@@ -175,7 +178,7 @@ class Running:
     def left_behind(self) -> int:
         """Tasks, streams and places of streams."""
         tasks = self.portal.call(self._tasks) - self.tasks
-        return tasks + sum(len(app._streams) + app._taken + len(app._places) for app in self.apps)
+        return tasks + sum(len(app._streams) + app._places._taken for app in self.apps)
 
 
 @pytest.fixture(scope="module")

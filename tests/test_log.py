@@ -46,10 +46,11 @@ from ssecore.log.sqlite import SqliteLog
 from ssecore.log.writer import Batch
 from ssecore.wire import Decoder, Event, encode, encode_json
 from tests.needs import needs
-from tests.redis_server import Kind, serving
+from tests.redis_server import KINDS, Kind, serving
 
-ALONE: Final = ("memory-asyncio", "memory-trio", "sqlite-asyncio", "sqlite-trio")
-ENGINES: Final = (*ALONE, pytest.param("redis-asyncio", marks=needs("redis")), "valkey-asyncio")
+ALONE: Final = ("memory", "sqlite")
+SHARED: Final = [pytest.param(kind, marks=needs(kind)) for kind in KINDS]
+ENGINES: Final = (*ALONE, *SHARED)
 START: Final = 1_700_000_000.0
 NEVER_S: Final = 3600.0
 
@@ -71,11 +72,6 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def anyio_backend(engine: str) -> str:
-    return engine.partition("-")[2]
-
-
-@pytest.fixture
 def clock() -> Clock:
     return Clock()
 
@@ -91,10 +87,10 @@ def make(request: pytest.FixtureRequest, engine: str, tmp_path: Path, clock: Clo
     """Makes a log; a second one is on the same data."""
 
     def make(upkeep_s: float = NEVER_S, max_bytes: int | None = None) -> Log:
-        if engine.startswith("memory"):
+        if engine == "memory":
             return MemoryLog(clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
-        if engine.startswith(("redis", "valkey")):
-            url = request.getfixturevalue("redis_urls")(engine.partition("-")[0])
+        if engine in KINDS:
+            url = request.getfixturevalue("redis_urls")(engine)
             return RedisLog(url, prefix=str(tmp_path), clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
         return SqliteLog(tmp_path / "log.sqlite", clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
 

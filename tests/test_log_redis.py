@@ -35,7 +35,7 @@ from tests.serving import free_port, wait_until
 
 T = TypeVar("T")
 
-KINDS = [pytest.param("redis", marks=needs("redis")), "valkey"]
+KINDS = [pytest.param(kind, marks=needs(kind)) for kind in ("redis", "valkey")]
 
 
 @pytest.fixture(params=KINDS)

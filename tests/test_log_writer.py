@@ -67,11 +67,6 @@ class Told:
         self.writer.post(list(frames), sum(map(len, frames)))
 
 
-@pytest.fixture(autouse=True)
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture
 async def engine() -> Engine:
     engine = Engine()

@@ -18,7 +18,6 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio import CapacityLimiter
-from trio.testing import MockClock
 
 from sseapp import GET, Run, Settings, SSEApp
 from ssecore.errors import BadRequest
@@ -34,29 +33,22 @@ from ssecore.streaming.progress import (
     from_thread,
 )
 from ssecore.streaming.pump import CLOSE_S
-from ssecore.testing import VirtualClockLoop
 from ssecore.wire import Event
 from tests.clients import ask, listening
+from tests.house import Backend, in_virtual_time
 
 #: After so many seconds a test has hung.
 LIMIT_S: Final = 30
 
 virtual_time = pytest.mark.parametrize(
-    "anyio_backend",
-    [
-        pytest.param(("asyncio", {"loop_factory": VirtualClockLoop}), id="asyncio"),
-        pytest.param(("trio", {"clock": lambda: MockClock(autojump_threshold=0)}), id="trio"),
-    ],
-    indirect=True,
+    "anyio_backend", [("asyncio",), ("trio",)], ids=["asyncio", "trio"], indirect=True
 )
 
 
 @pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    if isinstance(request.param, str):
-        return request.param, {}
-    name, options = request.param
-    return name, {key: value() if key == "clock" else value for key, value in options.items()}
+def anyio_backend(request: pytest.FixtureRequest) -> Backend:
+    """In real time, since threads work here, unless the test asks for virtual time."""
+    return (request.param, {}) if isinstance(request.param, str) else in_virtual_time(*request.param)
 
 
 class Work:

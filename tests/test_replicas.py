@@ -22,8 +22,11 @@ from ssecore.errors import UpstreamError
 from ssecore.wire import Decoder, Event
 from tests import redis_server
 from tests.clients import ask, listening
+from tests.needs import needs
 from tests.redis_server import RedisServer
 from tests.serving import Server, run_sseapp, serve, wait_until
+
+pytestmark = needs("valkey")
 
 KEY: Final = "0123456789abcdef0123456789"
 LEASE_S: Final = 1.0
