@@ -24,7 +24,7 @@ async def readyz(request: Request) -> Response:
     """Readiness: 503 during a drain, and while the event log can't be used."""
     if request.draining:
         return JSON({"status": "draining"}, status=503)
-    if request.runs.log.away:
+    if request.runs.log.unavailable:
         return JSON({"status": "the event log can't be reached or written"}, status=503)
     return JSON({"status": "ready"})
 

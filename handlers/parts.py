@@ -26,6 +26,7 @@ __all__ = [
     "blamed",
     "conversation",
     "parts_of",
+    "question_of",
     "text_of",
 ]
 
@@ -63,7 +64,7 @@ class Called:
 class Returned:
     id: str  #: the call's
     tool: str
-    result: dict[str, Any]  #: `{"error": <text>}` where it could not be done
+    result: dict[str, Any]  #: `{"error": <text>}` if the tool failed
 
 
 Part = Status | Opened | Delta | Closed | Called | Returned | End
@@ -72,7 +73,7 @@ Part = Status | Opened | Delta | Closed | Called | Returned | End
 async def parts_of(
     request: Request, question: str, history: list[Exchange] | None = None
 ) -> AsyncGenerator[Part, None]:
-    """The agent's answer. To be closed with `aclosing`; raises what the model and the database raise."""
+    """The agent's answer. Close it with `aclosing`. Raises what the model and the database raise."""
     ids = (f"{request.run_id}-{number}" for number in count(1))
     opened: Opened | None = None
     said: list[str] = []
@@ -99,7 +100,7 @@ async def parts_of(
                     yield Delta("reasoning", id, text)
                     yield Closed("reasoning", id, text)
                 case ToolStart(tool, arguments):
-                    call = next(ids)  # of our own: some servers name the calls of each round alike
+                    call = next(ids)  # not the model's, which some servers repeat in each round
                     yield Called(call, tool, arguments)
                 case ToolResult(tool, result):
                     yield Returned(call, tool, result)
@@ -108,7 +109,7 @@ async def parts_of(
 
 
 def text_of(content: Any) -> str:
-    """Of a message's content: a text, or a list of parts of which those with a text count."""
+    """The text of a message's content, which is a text or a list of parts."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -122,7 +123,7 @@ def _is_text(part: dict[Any, Any]) -> bool:
 
 @contextmanager
 def blamed(field: str) -> Iterator[None]:
-    """A `BadRequest` in here names what the client knows: the engine calls it by its own name."""
+    """Sets the field of a `BadRequest` raised in the block to the client's name for it."""
     try:
         yield
     except BadRequest as error:
@@ -130,9 +131,14 @@ def blamed(field: str) -> Iterator[None]:
         raise
 
 
+def question_of(messages: Iterable[tuple[str, str]]) -> str:
+    """The last user's text among roles and texts, for the list of runs. Empty if there is none."""
+    return next((text for role, text in reversed([*messages]) if role == "user" and text.strip()), "")
+
+
 def conversation(messages: Iterable[tuple[str, str]], field: str = "messages") -> tuple[str, list[Exchange]]:
-    """Of roles and texts, oldest first, the last question and the exchanges before it. Raises `BadRequest`, which names
-    the field that holds them."""
+    """The last question, and the exchanges before it, of roles and texts, oldest first. Raises `BadRequest` with the
+    field."""
     exchanges: list[Exchange] = []
     question = answer = ""
     for role, text in messages:

@@ -198,6 +198,7 @@ def test_a_chat_in_node_goes_on_over_cuts(
     assert all(text in printed for text in shown), printed
 
 
+@needs("time")
 def test_a_response_in_the_background_is_read_over_cuts(nearby: Server, tmp_path: Path) -> None:
     with relay(nearby.port, [1500, re.compile(b"output_text.delta")]) as line:
         program = str(EXAMPLES / "openai_background.py")

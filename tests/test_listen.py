@@ -15,7 +15,7 @@ import pytest
 
 from ssecore.server.cli import main
 from tests import serving, upstream
-from tests.serving import Server, run_sseapp, written_on
+from tests.serving import Server, call_sseapp, written_on
 from tests.test_client import cut, numbered, over, quick, stream
 from tests.upstream import Upstream
 
@@ -186,5 +186,5 @@ def test_a_reader_that_has_enough_and_ctrl_c(server: Server) -> None:
 
 
 def test_its_help_tells_the_exit_codes() -> None:
-    done = run_sseapp("listen", "--help")
+    done = call_sseapp("listen", "--help")
     assert "130  Ctrl-C" in done.stdout and "SSEAPP_TOKEN" in done.stdout

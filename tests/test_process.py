@@ -55,6 +55,7 @@ def test_an_app_that_fails_while_it_serves_ends_the_process_and_says_why(tmp_pat
         assert server.client.get(f"/runs/{run}").json()["state"] == "interrupted"
 
 
+@needs("time")
 def test_an_app_that_fails_ends_the_process_even_if_a_handler_does_not_end(tmp_path: Path) -> None:
     with serve_module(PROGRAM, tmp_path, env={"SSEAPP_DRAIN_S": "0.5"}) as server:
         with reading(server, "/swallow"), reading(server, "/swallow/run"):
@@ -99,6 +100,7 @@ async def test_in_a_program_of_its_own_an_app_that_fails_ends_the_block(monkeypa
 # The end has a bound
 
 
+@needs("time")
 @pytest.mark.parametrize(
     ("target", "named"),
     [
@@ -125,6 +127,7 @@ def test_one_sigterm_ends_the_process_whatever_a_handler_does(target: str, named
             assert server.client.get(f"/runs/{run}").json()["state"] == "interrupted"
 
 
+@needs("time")
 def test_one_sigterm_ends_the_process_with_an_answer_that_never_comes(tmp_path: Path) -> None:
     with serve_module(PROGRAM, tmp_path, env={"SSEAPP_DRAIN_S": "0.5"}) as server:
         with httpx.Client(base_url=server.url, timeout=0.5, trust_env=False) as client:
@@ -144,6 +147,7 @@ def test_a_drain_without_an_end_is_no_error(tmp_path: Path) -> None:
     assert is_clean(server.log())
 
 
+@needs("time")
 def test_others_are_drained_while_a_handler_does_not_end(tmp_path: Path) -> None:
     with serve_module(PROGRAM, tmp_path, env={"SSEAPP_DRAIN_S": "0.5"}) as server, ExitStack() as stack:
         stack.enter_context(reading(server, "/swallow/run"))
@@ -280,6 +284,7 @@ def test_a_log_that_is_not_read_holds_up_nothing(signals: int, tmp_path: Path) -
         assert server.wait(5) == 0
 
 
+@needs("time")
 @linux
 def test_a_handler_that_does_not_end_is_cut_off_without_a_log(tmp_path: Path) -> None:
     with (

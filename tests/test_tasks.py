@@ -41,11 +41,6 @@ CSV: Final = {"content-type": "text/csv"}
 LIMIT_S: Final = 60
 
 
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 class Service:
     """The routes of tasks.py in an app of their own."""
 
