@@ -281,8 +281,9 @@ class AnswerReader:
     def _take_message(self, message: _Message, pieces: list[str | Reasoning]) -> bool:
         """Return whether it has text or calls."""
         # OpenRouter, vLLM and others send it under both names.
-        for thought, _ in _texts(message.reasoning_content or message.reasoning):
-            self._think(thought, pieces)
+        if reasoning := message.reasoning_content or message.reasoning:
+            for thought, _ in _texts(reasoning):
+                self._think(thought, pieces)
         before = len(pieces)
         if message.content:
             self._take_content(message.content, pieces)
@@ -503,6 +504,17 @@ def _words(data: bytes) -> str:
     return data.decode(errors="replace")
 
 
+def _is_one_event(block: bytes) -> bool:
+    """Whether it is one event of one line, such as `data: {…}` and a blank line."""
+    return (
+        block.startswith(b"data: ")
+        and block.endswith(b"\n\n")
+        and block.find(b"\n") == len(block) - 2
+        and b"\r" not in block
+        and len(block) <= MAX_ANSWER_BYTES
+    )
+
+
 class _DataLines:
     """Like `wire.Decoder`, but yields bytes, and whether a field of the event makes it an error."""
 
@@ -512,8 +524,13 @@ class _DataLines:
         self._held = 0  # bytes of both
         self._is_error = self._after_cr = False
         self._is_first = True
+        self._is_between_events = False
 
     def feed(self, block: bytes) -> Iterator[tuple[bytes, bool]]:
+        if self._is_between_events and _is_one_event(block):  # hot path: most tokens
+            yield block[6:-2], False
+            return
+        self._is_between_events = False
         if self._after_cr and block.startswith(b"\n"):
             block = block[1:]
         if not block:
@@ -531,6 +548,7 @@ class _DataLines:
                 yield data
         if rest:
             self._hold(self._parts, rest)
+        self._is_between_events = not (self._parts or self._lines or self._is_error or self._after_cr)
 
     def end(self) -> Iterator[tuple[bytes, bool]]:
         """The last event, if no blank line ended it."""
