@@ -37,7 +37,7 @@ class _Message(msgspec.Struct):
 
 
 class _Input(msgspec.Struct, rename="camel"):
-    """The fields that are used here; the client also sends its state and its own tools."""
+    """The fields used here; clients send more."""
 
     thread_id: _Id
     run_id: _Id

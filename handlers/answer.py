@@ -1,18 +1,17 @@
-"""Reads what a model's server streams into text, reasoning, tool calls and usage; no I/O.
+"""Parses a streamed chat completion into text, reasoning, tool calls and usage; no I/O.
 
-Servers that are compatible with OpenAI's chat completions differ in nearly everything. The reader takes what it needs
-from any of them, and nothing else fails an answer:
+Servers that claim to be compatible with OpenAI differ in nearly everything. The reader ignores what it doesn't need:
 
-1.  An answer is complete, or reading it raises a `ModelError` after the text received so far. It is complete with a
-    finish reason of `_ENDINGS`, or with `[DONE]` after some text if the server sends no finish reason.
-2.  Reasoning is never text. Each piece of it is a `Reasoning`.
-3.  An error may have any shape: see `_is_error`.
+1.  An incomplete answer raises a `ModelError` after its text. An answer is complete with a finish reason of `_ENDINGS`,
+    or with `[DONE]` after some text if there is no finish reason.
+2.  Reasoning is never part of the text.
+3.  Errors have several formats: see `_is_error`.
 4.  Text is whole characters: the halves of a surrogate pair are joined, a lone half becomes U+FFFD.
-5.  A gateway's client gets the chunks unchanged (`ChunkReader`). There an answer that its maximum length or a content
-    filter has cut is complete, too: the client finds that in the finish reason.
+5.  A gateway's client gets the chunks unchanged (`ChunkReader`). There an answer cut by its maximum length or a content
+    filter is complete, since the client gets the finish reason.
 
-Boundary of trust: the bytes come from the upstream. One event, the whole answer and the tool calls are bounded. The
-upstream's own error text goes to the log, not to the client.
+Boundary of trust: the upstream. An event, the answer and the tool calls are limited; the text of an upstream's error
+goes to the log, not to the client.
 """
 
 import json
@@ -45,21 +44,19 @@ __all__ = [
 
 T_co = TypeVar("T_co", covariant=True)
 
-#: Bounds an answer's text, reasoning and calls together, and one event. Today's longest answers have half.
+#: Of an answer, and of an event. Today's longest answers have half.
 MAX_ANSWER_BYTES: Final = 1024 * 1024
-#: In one answer.
 MAX_TOOL_CALLS: Final = 32
 
 _ENDINGS: Final = frozenset(("stop", "tool_calls", "function_call"))
-#: The names of two endings that have an error code of their own; some are Mistral's, Zhipu's and others'.
+#: Mistral, Zhipu and others have other names for these two.
 _CUT: Final = frozenset(("length", "model_length", "max_tokens"))
 _FILTERED: Final = ("content_filter", "safety", "sensitive")
-#: "null" and "none": some servers write a missing value as a word.
+#: Some servers write a missing value as "null" or "none".
 _NO_REASON: Final = frozenset(("", "null", "none"))
 
 _SETTING: Final = "OPENAI_BASE_URL must name a server that streams chat completions"
-#: By the upstream's HTTP status, by exception, or by a word of ours: code and text for the client, our own HTTP status,
-#: and whether the request may be repeated, because nothing can have been generated.
+#: Code and text for the client, our HTTP status, and whether a retry is safe because nothing was generated.
 _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
     200: ("upstream_malformed", f"the model did not answer with an event stream: {_SETTING}", 502, False),
     "encoded": (
@@ -74,7 +71,7 @@ _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
     503: ("upstream_error", "the model is not available; try again", 503, True),
     **dict.fromkeys(
         (301, 302, 303, 307, 308),
-        # Not followed: that would send the key to an address that isn't configured.
+        # Not followed: an unknown address would get the key.
         ("upstream_error", "the model's server has moved: OPENAI_BASE_URL must be set to its new address", 502, False),
     ),
     "length": ("upstream_length", "the model's answer was cut: it reached the model's maximum length", 502, False),
@@ -93,8 +90,7 @@ _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
 
 
 class ModelError(UpstreamError):
-    """A fault of the table. `said` is for the log; `pause_s` is the wait before the request is repeated, `None`: it
-    must not be repeated."""
+    """`said` is for the log. `pause_s` before a retry; `None`: no retry."""
 
     def __init__(self, why: int | str | Exception | None, said: str = "", retry_after: str = "") -> None:
         status = f" with the HTTP status {why}" if isinstance(why, int) else ""
@@ -121,7 +117,7 @@ class Reasoning(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The token counts of an answer, as far as the server sends them."""
+    """Token counts, as far as the server sends them."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -141,11 +137,11 @@ class ToolCall:
     arguments: str = ""
 
 
-#: Of an answer, in this order: text and reasoning as they arrive, then the tool calls, then the usage.
+#: In this order: text and reasoning, then tool calls, then usage.
 Piece = str | Reasoning | ToolCall | Usage
 
 
-# The fields of a chunk that are used. `Any` where servers differ: an unexpected type must not fail the decoding.
+# The fields used here. `Any` because servers differ: an unexpected type must not fail the decoding.
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -180,10 +176,7 @@ _decode: Final = msgspec.json.Decoder(_Chunk).decode
 
 
 class Reader(Protocol[T_co]):
-    """Makes the bytes of a streamed answer, split anywhere, into parts.
-
-    Feed it until `done`, or until the body's end; then `end` gives the rest.
-    """
+    """Splits a streamed answer into parts. Feed it until `done` or the body's end; then `end` returns the rest."""
 
     @property
     def finished(self) -> bool:
@@ -191,21 +184,19 @@ class Reader(Protocol[T_co]):
 
     @property
     def done(self) -> bool:
-        """Whether `[DONE]` has come; nothing behind it counts."""
+        """Whether `[DONE]` was received."""
 
     def feed(self, block: bytes) -> Iterator[T_co]:
-        """Raises `ModelError`, `TooLarge`, or for malformed data `ValueError`, `RecursionError`; each behind the parts
-        that came before it."""
+        """Raises `ModelError`, `TooLarge`, or for malformed data `ValueError` or `RecursionError`."""
 
     def end(self) -> Iterator[T_co]:
-        """The rest, such as an event that the server did not end with a blank line. Raises `ModelError` if the answer
-        is incomplete."""
+        """The rest, such as an event without a blank line. Raises `ModelError` if the answer is incomplete."""
 
 
 class AnswerReader:
-    """The reader of one answer's pieces; the tool calls and the usage come from `end`.
+    """Yields an answer's pieces; the tool calls and the usage come from `end`.
 
-    A chunk of one token costs one `splitlines`, one decoding and no copy.
+    Hot path: a chunk of one token costs one `splitlines`, one decoding and no copy.
     """
 
     def __init__(self, choices: int = 1) -> None:
@@ -278,7 +269,7 @@ class AnswerReader:
     def _take(self, choice: _Choice, pieces: list[str | Reasoning]) -> None:
         if choice.delta is not None:
             self._streamed |= self._take_message(choice.delta, pieces)
-        if choice.message is not None and not self._streamed:  # Perplexity repeats in it what the deltas gave
+        if choice.message is not None and not self._streamed:  # Perplexity repeats the deltas in it
             self._take_message(choice.message, pieces)
         if isinstance(choice.text, str) and choice.delta is None and choice.message is None:
             self._take_content(choice.text, pieces)
@@ -289,7 +280,7 @@ class AnswerReader:
 
     def _take_message(self, message: _Message, pieces: list[str | Reasoning]) -> bool:
         """Return whether it has text or calls."""
-        # OpenRouter, vLLM and others send the same under both names.
+        # OpenRouter, vLLM and others send it under both names.
         if reasoning := message.reasoning_content or message.reasoning:
             for thought, _ in _texts(reasoning):
                 self._think(thought, pieces)
@@ -320,7 +311,7 @@ class AnswerReader:
             pieces.append(Reasoning(whole))
 
     def _whole(self, text: str, kind: str | int) -> str:
-        """Count the bytes, and return whole characters; half a character waits for the next text."""
+        """Count the bytes, and keep half a character for the next text."""
         if text.isascii() and not self._halves:
             self._bytes_left -= len(text)
         else:
@@ -346,7 +337,7 @@ class AnswerReader:
         self._fault = self._fault or fault
 
     def _take_usage(self, usage: Any) -> None:
-        """The last one counts: some servers send it with each chunk."""
+        """The last one is valid: some servers send it with each chunk."""
         if isinstance(usage, dict):
             counts = (usage.get(name) for name in Usage.__struct_fields__)
             whole = Usage(*(count if type(count) is int and 0 <= count < 2**53 else None for count in counts))
@@ -354,7 +345,7 @@ class AnswerReader:
                 self.usage = whole
 
     def _add_call(self, piece: Any) -> None:
-        """Append the piece to the call that has its index, or begin a new one: see `_begins`."""
+        """Continue the call with the same index, or begin one: see `_begins`."""
         if not isinstance(piece, dict):
             return
         function = piece.get("function")
@@ -372,7 +363,7 @@ class AnswerReader:
                 raise TooLarge("too many tool calls")
             call = self._calls[key] = ToolCall(id or f"call_{len(self.tool_calls)}")
             self.tool_calls.append(call)
-        if name != call.name:  # some servers repeat it with every piece, others send it in pieces
+        if name != call.name:  # some servers repeat it with each piece, others split it
             self._bytes_left -= len(name.encode())
             call.name += name
         if arguments or self._bytes_left < 0:
@@ -386,7 +377,7 @@ class Chunk(NamedTuple):
 
 
 class ChunkReader:
-    """The reader of a gateway: rule 5. A chunk that is readable but not valid JSON is made valid."""
+    """Rule 5. Repairs chunks that are not valid JSON."""
 
     def __init__(self, choices: int = 1) -> None:
         self._answer = AnswerReader(choices)
@@ -422,9 +413,8 @@ class ChunkReader:
 def _begins(call: ToolCall, id: str, name: str, arguments: str) -> bool:
     """Whether this piece, which has the index of `call`, begins another call.
 
-    Some servers give each call the index 0, or none, so a new id begins a call. Some give each piece a new id: if the
-    piece has nothing but arguments, it begins a call only if the last call is complete. The same holds for a name
-    without an id, since some servers send no ids.
+    Some servers give all calls the index 0 or none, so a new id begins a call; but others give each piece a new id, so
+    with arguments only it must follow a complete call. Some servers send no ids.
     """
     if id and id != call.id:
         return bool(name) or not arguments or _is_object(call.arguments)
@@ -442,7 +432,7 @@ def _is_object(arguments: str) -> bool:
 
 
 def says_error(body: bytes) -> bool:
-    """Whether a body that is not an event stream is a server's error, and not another kind of answer."""
+    """Whether a body that is not an event stream is a server's error."""
     try:
         return _is_error(msgspec.convert(loads_leniently(body), _Chunk))
     except (ValueError, RecursionError):
@@ -462,8 +452,8 @@ def _is_error(chunk: _Chunk) -> bool:
 
 
 def loads_leniently(data: bytes) -> dict[str, Any]:
-    """Accepts what JSON forbids but servers send: NaN and Infinity (as `None`), halves of surrogate pairs, bytes that
-    are not UTF-8, control characters, numbers of any length. Data that is not an object is an empty one.
+    """Accepts NaN and Infinity (as `None`), lone surrogates, invalid UTF-8, control characters, numbers of any length.
+    Other data than an object becomes `{}`.
 
     Raises `ValueError` (msgspec's errors too) and `RecursionError`.
     """
@@ -480,8 +470,8 @@ def loads_leniently(data: bytes) -> dict[str, Any]:
 
 
 def _texts(content: Any) -> Iterator[tuple[str, bool]]:
-    """The texts of a content or a reasoning, each with whether it is a thought. Both may be a text, a part such as
-    `{"type": "text", "text": …}`, or a list of them; anything else has no text."""
+    """Texts, each with whether it is reasoning, from a string, a part such as `{"type": "text", "text": …}`, or a list
+    of parts."""
     if isinstance(content, str):
         yield content, False
     elif isinstance(content, list):
@@ -497,12 +487,12 @@ def _texts(content: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _mended(text: str) -> str:
-    """Make a surrogate pair one character, a lone half U+FFFD."""
+    """Rule 4."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _word(value: Any) -> str:
-    """An id, an index or a name of any type, as text; 0 and 0.0 are the same."""
+    """An id, an index or a name as text; 0 and 0.0 are equal."""
     if isinstance(value, str):
         return _mended(value)
     if isinstance(value, float):
@@ -526,11 +516,7 @@ def _is_one_event(block: bytes) -> bool:
 
 
 class _DataLines:
-    """Splits a stream into the data of its events, each with whether a field of the event makes it an error.
-
-    Like `wire.Decoder`, but the data stays bytes, for the JSON decoder. Line ends are those of the standard
-    (https://html.spec.whatwg.org/multipage/server-sent-events.html, 9.2.5).
-    """
+    """Like `wire.Decoder`, but yields bytes, and whether a field of the event makes it an error."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []  # of an unfinished line

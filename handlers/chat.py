@@ -1,8 +1,7 @@
-"""A language model, token by token: any server with OpenAI's chat completions, or a mock.
+"""A language model: any server with OpenAI's chat completions, or a mock.
 
-An answer is complete or its stream fails; `handlers.answer` reads what servers send. A request is never repeated if
-tokens may have been generated: they cost money. Boundary of trust: the upstream's own texts go to the log only, without
-our key.
+A request is not repeated if tokens may have been generated, since they cost money. Boundary of trust: the text of an
+upstream's error goes to the log, without our key.
 """
 
 import asyncio
@@ -37,22 +36,22 @@ __all__ = ["LINGERING", "ROUTES", "ChatMessage", "MockModel", "Model", "OpenAIMo
 logger = logging.getLogger("sseapp")
 T = TypeVar("T")
 
-#: Most proxies, too, give up after 60 s without a byte. 5 s are three SYNs, so a connect that timed out isn't repeated.
+#: 60 s like most proxies. 5 s are three SYNs, so a connect isn't retried.
 READ_TIMEOUT_S, CONNECT_TIMEOUT_S = 60.0, 5.0
-#: Answers at once, each on its own connection (httpx has 100), and how long a request waits for a free one.
+#: Concurrent answers, one a connection.
 MAX_CONNECTIONS, POOL_TIMEOUT_S = 1000, 5.0
-#: Both backoffs together stay below the second in which a failure is still an HTTP status (`pump.FIRST_ITEM_S`). A
-#: `Retry-After` above MAX_PAUSE_S is left to the client: it can wait without an open stream.
+#: Both backoffs take less than the second in which a failure is still an HTTP status (`pump.FIRST_ITEM_S`). A
+#: `Retry-After` above MAX_PAUSE_S is left to the client.
 MAX_RETRIES, BACKOFF_S, MAX_PAUSE_S = 2, 0.2, 5
-#: For `[DONE]` and the usage after a finish reason, whatever else the server sends, such as keep-alive comments.
+#: From a finish reason to `[DONE]`, for the usage.
 FINISH_TIMEOUT_S: Final = 1.0
-#: For the body's end after `[DONE]`: nearly always it has arrived, and without it the connection can't be reused.
+#: From `[DONE]` to the body's end, without which the connection can't be reused.
 END_TIMEOUT_S: Final = 0.1
-#: Content types of an answer that is an event stream, or may be one: simple servers send text/plain, or none.
+#: Simple servers send text/plain, or none.
 MEDIA_TYPES: Final = (CONTENT_TYPE, "text/plain", "application/octet-stream", "")
-#: The HTTP statuses with which servers refuse a field that they don't know.
+#: Servers refuse an unknown field with one of these.
 UNKNOWN_FIELD: Final = (400, 422)
-#: How much of a refusal is read for the log, and for how long.
+#: For the log.
 MAX_REFUSAL_BYTES, REFUSAL_TIMEOUT_S = 16 * 1024, 0.5
 
 
@@ -67,7 +66,7 @@ class Prompt(msgspec.Struct, forbid_unknown_fields=True):
 
 class Model(Protocol):
     def stream(self, messages: Sequence[ChatMessage]) -> AsyncGenerator[Piece, None]:
-        """The answer in pieces; close it with `aclosing`. Raises `UpstreamError`."""
+        """Use with `aclosing`. Raises `UpstreamError`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class MockModel:
         return self.say(f"This is a mock response to: {prompt}")
 
     async def say(self, text: str) -> AsyncGenerator[Piece, None]:
-        """Yield the text word by word, each with the space after it."""
+        """Yield words, each with the space after it."""
         for number, word in enumerate(re.findall(r"\S+\s*", text)):
             if number and self.delay_s:
                 await anyio.sleep(self.delay_s)
@@ -107,10 +106,8 @@ class OpenAIModel:
         options: Mapping[str, Any] = MappingProxyType({}),
         usage: bool = False,
     ) -> AsyncGenerator[Piece, None]:
-        """With `tools`, in OpenAI's form, the model's calls come after its text.
-
-        Without `call` the model must not call them; they are sent, since earlier messages may refer to them. `options`
-        are more fields of the request. `usage` asks the server for the usage, which some send anyway.
+        """Tool calls come after the text. `tools`: in OpenAI's format; without `call` they are sent because earlier
+        messages may refer to them. `options`: more fields of the request. `usage`: some servers send it anyway.
         """
         body: dict[str, Any] = {**options, "model": self.model, "messages": messages, "stream": True}
         if tools:
@@ -120,7 +117,7 @@ class OpenAIModel:
     def chunks(self, asked: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
         """The chunks of the answer to a caller's own request, unchanged. Raises `ModelError`.
 
-        If the caller wants no stream, the upstream is asked for the usage: a whole answer always has it.
+        A whole answer always has the usage, so without a stream it is requested.
         """
         choices = asked.get("n")
         reader = ChunkReader(choices if type(choices) is int else 1)
@@ -172,7 +169,7 @@ class OpenAIModel:
 
 
 async def _rest(reader: Reader[T], chunks: AsyncIterator[bytes]) -> list[T]:
-    """What follows the finish reason, up to `[DONE]`; then the body's end is read. The wait for both is short."""
+    """Read what follows the finish reason, up to `[DONE]` and the body's end, within short timeouts."""
     parts: list[T] = []
     with suppress(httpx.HTTPError):
         with anyio.move_on_after(FINISH_TIMEOUT_S):
@@ -186,8 +183,8 @@ async def _rest(reader: Reader[T], chunks: AsyncIterator[bytes]) -> list[T]:
 
 @asynccontextmanager
 async def _body(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """An answer's bytes; closes the answer. httpx nests generators and closes only the outermost: the others are run to
-    their end here, or the garbage collector would close each in a task of its own."""
+    """httpx nests generators and closes only the outermost. This runs the others to their end; else the garbage
+    collector would close each in its own task."""
     chunks: AsyncIterator[bytes] = response.extensions.get("chunks") or response.aiter_raw()
     try:
         yield chunks
@@ -199,7 +196,7 @@ async def _body(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]
 
 
 async def _refusal(response: httpx.Response) -> ModelError | None:
-    """The fault of an answer whose head shows that it is not one; closes it. `None` for a good one."""
+    """The error of a response that is not a stream."""
     status, headers, said = response.status_code, response.headers, b""
     media_type = (
         re.split("[;,]", headers.get("content-type", ""), maxsplit=1)[0].strip().lower()
@@ -223,7 +220,7 @@ async def _refusal(response: httpx.Response) -> ModelError | None:
 
 @asynccontextmanager
 async def open_model(settings: Settings) -> AsyncIterator[Model]:
-    """The mock, unless a key or a base URL is set. Raises `SettingsError` if one is malformed."""
+    """The mock, unless a key or a base URL is set. Raises `SettingsError`."""
     base, key = settings.openai_base_url, (settings.openai_api_key or "").strip()
     if not base and not key:
         yield MockModel(settings.mock_delay_s)
@@ -253,7 +250,7 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
 
 
 def _transport() -> Transport | None:
-    """Our transport, which takes a third of the CPU of httpx's own; under trio `None`, which is httpx's own."""
+    """Ours takes a third of the CPU of httpx's own, which is used under trio."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -262,15 +259,14 @@ def _transport() -> Transport | None:
 
 
 def answer_times(request: Request) -> AnswerTimes:
-    """The times of one answer, which begin now."""
     assert request.route is not None
     times: AnswerTimes = request.metrics.answer(request.route.path)
     return times
 
 
 async def chat(request: Request) -> AsyncIterator[Event]:
-    """A model's answer to a prompt, for `EventSource.onmessage`."""
-    # Each event has a `content`, so that a client which only joins them gets the answer's text.
+    """Ask a model with one prompt, for `EventSource.onmessage`."""
+    # Each event has a `content`, so that joining them gives the answer's text.
     times = answer_times(request)
     async with aclosing(request.state.model.stream([ChatMessage("user", request.query.prompt)])) as answer:
         async for piece in answer:
@@ -288,7 +284,7 @@ async def chat(request: Request) -> AsyncIterator[Event]:
 
 
 async def chat_stream(request: Request) -> AsyncIterator[Event]:
-    """A model's answer to a conversation."""
+    """Ask a model with a conversation."""
     if not any(message.role == "user" for message in request.body):
         raise BadRequest("role: at least one message must have the role 'user'", field="role")
     times = answer_times(request)
@@ -308,7 +304,7 @@ async def chat_stream(request: Request) -> AsyncIterator[Event]:
 
 
 _Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=100)]
-#: Without a reader a run ends, so that it costs no more tokens.
+#: Without a reader it costs no more tokens.
 LINGERING: Final = Run(linger_s="setting")
 
 

@@ -3,8 +3,8 @@
 There are two models: the upstream's (`OPENAI_MODEL`, or the mock), and `agent`, which uses the service's tools. Another
 name is refused, so that a caller can't choose what the service's key pays for.
 
-1.  Each answer is a run, whether the client streams it, waits for it, or leaves it in the background. So a stream
-    resumes after a cut, and a request that is repeated with its `Idempotency-Key` gets the same answer.
+1.  Each answer is a run: a stream resumes after a cut, and a repeated request with its `Idempotency-Key` gets the same
+    answer.
 2.  A completion's request and chunks are passed on unchanged, except for the key, `model` and `stream`; a whole answer
     is also asked for its usage.
 3.  A response's sequence numbers begin at 0, the log's at 1: `starting_after=n` means "after the log's event n+1".
@@ -12,8 +12,7 @@ name is refused, so that a caller can't choose what the service's key pays for.
 5.  `handlers.answer` decides whether an upstream's answer is whole, as for `/chat`. An answer that its maximum length
     or a content filter has cut keeps its finish reason in a completion, and ends a response with `response.incomplete`.
 
-Boundary of trust: `max_body_bytes` and the lengths of its lists bound a request; `handlers.answer` bounds an upstream's
-answer.
+Boundary of trust: `max_body_bytes` and the limits of its lists apply to a request, `handlers.answer`'s to an upstream.
 """
 
 import json
@@ -58,7 +57,7 @@ class _Options(msgspec.Struct):
 
 
 class _Completion(msgspec.Struct):
-    """The fields that are used here; the upstream gets the whole request."""
+    """The fields used here; the upstream gets all."""
 
     messages: _List
     model: _Name = ""

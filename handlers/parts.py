@@ -1,7 +1,6 @@
-"""Shared by the handlers for front ends: a client's messages as a question, the agent's steps as parts of an answer.
+"""For the front ends' protocols: converts a client's messages to a question, and the agent's steps to parts.
 
-All of these protocols have parts with an id that are opened, filled and closed. Here only one is open at a time. A
-part's id is the run's id and a number, so it is the same each time the run is read.
+Parts are opened, filled and closed one at a time. Their ids are the same in each replay.
 """
 
 from collections.abc import AsyncGenerator, Iterable, Iterator
@@ -73,7 +72,7 @@ Part = Status | Opened | Delta | Closed | Called | Returned | End
 async def parts_of(
     request: Request, question: str, history: list[Exchange] | None = None
 ) -> AsyncGenerator[Part, None]:
-    """The agent's answer. Close it with `aclosing`. Raises what the model and the database raise."""
+    """The agent's answer. Use with `aclosing`. Raises what the model and the database raise."""
     ids = (f"{request.run_id}-{number}" for number in count(1))
     opened: Opened | None = None
     said: list[str] = []
@@ -109,7 +108,7 @@ async def parts_of(
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content, which is a text or a list of parts."""
+    """The text of a message's content, a string or a list of parts."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []

@@ -166,7 +166,7 @@ def test_a_model_that_dies_fails_its_answers_with_a_code(tmp_path: Path) -> None
         data = json.loads(error.data)
         assert (data["type"], data["code"]) == ("error", "upstream_cut")
         assert last.data == "[DONE]"
-        wait_until(lambda: "the local model has ended, exit status -9" in server.log())
+        wait_until(lambda: "the local model has ended with exit status -9" in server.log())
         refused = server.client.get("/chat?prompt=hi")
         assert (refused.status_code, refused.json()["code"]) == (502, "upstream_unreachable")
 

@@ -932,7 +932,7 @@ def test_signing_in_and_out(shared: BrowserContext, tmp_path: Path) -> None:
     with serve(tmp_path / "data", env={"SSEAPP_TOKENS_FILE": str(path), "SSEAPP_MOCK_DELAY_S": "0"}) as server:
         tab = Tab(shared, server.url)
         who, alert = tab.page.locator("#who"), tab.page.locator("#door").get_by_role("alert")
-        for wrong, why in ((f"{ann}x", "this token is not one"), ("\u20ac", "this is not a token")):
+        for wrong, why in ((f"{ann}x", "unknown token"), ("\u20ac", "this is not a token")):
             tab.sign_in(wrong)
             expect(alert).to_contain_text(why)
         tab.sign_in(ann)
