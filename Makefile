@@ -27,7 +27,7 @@ $(RUNNABLE): pyproject.toml requirements.txt requirements-build.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 16))' || { \
 		echo 'sseapp needs Python 3.11 to 3.15. "$(PYTHON)" is another version; choose one: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; \
 		exit 1; }
-	@echo 'installing what running needs into .venv: 50 MB, a minute at most'
+	@echo 'installing what running needs into .venv: 60 MB, a minute at most'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt -r requirements-build.txt
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
