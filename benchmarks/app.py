@@ -1,9 +1,9 @@
 """The service with what only benchmarks ask for, under our runner.
 
 `GET /durable` is /stream as a run, `GET /chat/fleeting` is /chat without one. `GET /padded` is /stream with bigger
-events, `GET /ticks` an event with its time each `interval` seconds. `POST /written/{name}` publishes to the topic
-/topics/{name} without a request an event. `GET /alive` tells how many tasks there are. `--by-task` has a task for each
-reader, as under any other server.
+events, `GET /ticks` an event with its time each `interval` seconds (`/ticks/durable` as a run). `POST /written/{name}`
+publishes to the topic /topics/{name} without a request an event. `GET /alive` tells how many tasks there are.
+`--by-task` has a task for each reader, as under any other server.
 """
 
 import argparse
@@ -92,6 +92,7 @@ def main() -> int:
         GET("/durable", counter, query=Counted, run=Run()),
         GET("/padded", padded, query=Padded),
         GET("/ticks", ticks, query=Ticking),
+        GET("/ticks/durable", ticks, query=Ticking, run=Run(linger_s=0.1)),
         POST("/written/{name}", write, query=Written),
     ]
     kind = ByTask if options.by_task else SSEApp

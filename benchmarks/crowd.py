@@ -34,9 +34,9 @@ class Crowd:
     """
 
     def __init__(self, port: int, target: str, headers: Mapping[str, str] | None = None) -> None:
-        lines = [f"GET {target} HTTP/1.1", f"host: 127.0.0.1:{port}", "accept: text/event-stream"]
+        lines = [f"host: 127.0.0.1:{port}", "accept: text/event-stream"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-        self._request = "\r\n".join([*lines, "", ""]).encode()
+        self._head = "\r\n".join([*lines, "", ""])
         self._target = target
         self._port = port
         self._source = next(_SOURCES)
@@ -52,11 +52,11 @@ class Crowd:
         for sock in self._sockets.values():
             sock.close()
 
-    def join(self, readers: int) -> None:
-        """Connect them, some at a time; all have been answered when it returns."""
+    def join(self, readers: int, target: str | None = None) -> None:
+        """Connect them, some at a time, to the crowd's target or another; all have been answered when it returns."""
         for begin in range(0, readers, _STEP):
             joining = self.connect(min(_STEP, readers - begin))
-            self.ask(joining)
+            self.ask(joining, target)
             self._answered({sock.fileno() for sock in joining})
 
     def connect(self, readers: int) -> list[socket.socket]:
@@ -70,9 +70,10 @@ class Crowd:
             connected.append(sock)
         return connected
 
-    def ask(self, readers: list[socket.socket]) -> None:
+    def ask(self, readers: list[socket.socket], target: str | None = None) -> None:
+        request = f"GET {target or self._target} HTTP/1.1\r\n{self._head}".encode()
         for sock in readers:
-            sock.send(self._request)
+            sock.send(request)
 
     def until(self, mark: bytes) -> None:
         """Until each has got `mark`, which none of them had before.

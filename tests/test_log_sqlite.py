@@ -2,12 +2,15 @@
 
 import gzip
 import logging
+import math
 import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -472,6 +475,94 @@ async def test_full_sync_is_said_to_sqlite(path: Path) -> None:
         assert await log.append("run", [frame("a")], epoch=epoch) == 1
 
 
+@contextmanager
+def statements(log: SqliteLog, delay_s: float = 0.0) -> Iterator[list[tuple[str, bool]]]:
+    """What the writer executes, by its first word or pragma, and whether on the event loop. Each takes `delay_s`."""
+    found: list[tuple[str, bool]] = []
+    loop, writer = threading.get_ident(), log.store.writer
+    assert writer
+
+    def trace(statement: str) -> None:
+        words = statement.replace("(", " ").split()
+        found.append((words[words[0] == "PRAGMA"], threading.get_ident() == loop))
+        time.sleep(delay_s)
+
+    writer.set_trace_callback(trace)
+    try:
+        yield found
+    finally:
+        writer.set_trace_callback(None)
+
+
+async def test_a_small_commit_is_made_on_the_loop_and_a_large_one_and_upkeep_are_not(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssecore.log.sqlite, "_SLOW_S", math.inf)  # this machine may be busy
+    log = SqliteLog(path, upkeep_s=3600)
+    async with log.running():
+        epoch = await run(log)
+        with statements(log) as found:
+            await log.append("run", [frame("small")], epoch=epoch)
+            assert found[-1] == ("INSERT", True)
+            found.clear()
+            await log.append("run", [frame("x" * 100_000)], epoch=epoch)
+            await log.upkeep()
+            assert found and not any(on_loop for _, on_loop in found)
+        assert len(await written(log, "run")) == 2
+
+
+async def test_with_full_sync_the_loop_commits_nothing(path: Path) -> None:
+    log = SqliteLog(path, full_sync=True)
+    async with log.running():
+        epoch = await run(log)
+        with statements(log) as found:
+            await log.append("run", [frame("a")], epoch=epoch)
+        assert ("INSERT", False) in found and not any(on_loop for _, on_loop in found)
+
+
+async def test_a_checkpoint_and_the_commit_behind_it_are_not_made_on_the_loop(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sync a file."""
+    monkeypatch.setattr(ssecore.log.sqlite, "_SLOW_S", math.inf)
+    log = SqliteLog(path, upkeep_s=3600)
+    async with log.running():
+        epoch = await run(log)
+        with statements(log) as found:
+            for _ in range(1000):
+                await log.append("run", [frame("x" * 100)], epoch=epoch)
+        checkpoints = [number for number, (statement, _) in enumerate(found) if statement == "wal_checkpoint"]
+        assert len(checkpoints) > 1
+        for number in checkpoints[:-1]:
+            assert found[number : number + 2] == [("wal_checkpoint", False), ("INSERT", False)]
+        assert sum(on_loop for statement, on_loop in found if statement == "INSERT") > 900
+
+
+async def test_a_disk_that_hangs_holds_the_loop_up_once(path: Path) -> None:
+    log = SqliteLog(path, upkeep_s=3600)
+    async with log.running():
+        epoch = await run(log)
+        with statements(log, delay_s=0.02) as found:
+            for number in range(5):
+                await log.append("run", [frame(str(number))], epoch=epoch)
+        assert [on_loop for statement, on_loop in found if statement == "INSERT"] == [True, False, False, False, False]
+
+
+async def test_another_programs_lock_does_not_hold_the_loop_up(path: Path) -> None:
+    log = SqliteLog(path, upkeep_s=3600)
+    async with log.running():
+        epoch = await run(log)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other, statements(log) as found:
+            other.execute("BEGIN IMMEDIATE")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(partial(log.append, "run", [frame("a")], epoch=epoch))
+                while not found:
+                    await checkpoint()
+                other.execute("ROLLBACK")
+        assert [on_loop for statement, on_loop in found if statement == "INSERT"] == [True, False]
+        assert await written(log, "run") == ["a"]
+
+
 async def test_a_failing_transaction_fails_its_appends_and_nothing_else(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -715,7 +806,7 @@ async def test_the_file_stays_small_while_a_million_events_pass_through(path: Pa
 
 
 async def test_the_wal_is_taken_into_the_file_before_it_is_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssecore.log.sqlite, "_MAX_WAL_BYTES", MIB // 4)
+    monkeypatch.setattr(ssecore.log.sqlite, "_CHECKPOINT_PAGES", 64)
     log = SqliteLog(path)
     async with log.running():
         epoch = await run(log)

@@ -3,11 +3,12 @@
 In WAL mode with `synchronous=NORMAL`; a lost power supply may take the last moments, which their readers are told
 (`diverged`). `full_sync=True` syncs each commit, and withstands that too.
 
-Theory of operation. A thread that lives as long as the log commits; all that was handed to it while it was at work is
-its next transaction. The event loop hears of it by one call, and goes on with whoever waited:
+Theory of operation. A small commit is made on the event loop, where it takes some 50 µs; handing it to a thread and
+back takes 150. What may take long goes to a thread that lives as long as the log (rule 8); all that was handed to it
+while it was at work is its next transaction:
 
-    append, post ──► Commits (writer.py): a batch a stream ──┐
-    create, open, delete, upkeep ────────────────────────────┴──► queue ──► the thread ──► loop: watchers, callers
+    append, post ──► Commits (writer.py): a batch a stream ──┬──► the loop ─────────────────┐
+    create, open, delete, upkeep ────────────────────────────┴──► queue ──► the thread ─────┴──► watchers, callers
     read, find, … ──► a worker thread: one SELECT on one of a few connections
 
 1.  A batch is a row. What an open run's rows say (`last`, `size`, `updated`) is not written a second time with each
@@ -16,17 +17,22 @@ its next transaction. The event loop hears of it by one call, and goes on with w
     COMMIT.
 2.  An operation is refused before it has changed anything, so a refusal fails nobody else. An error of SQLite fails
     every operation of the transaction with `LogUnavailable`; nothing of it is kept, and the next one tries anew.
-3.  `_known`, the facts of the streams in use, is changed by the thread alone, after a commit; the loop looks into it.
-    What a transaction changes are copies.
+3.  `_known`, the facts of the streams in use, is changed after a commit, and what a transaction changes are copies. The
+    loop makes no transaction while the thread has something to do.
 4.  A reader's transaction is one SELECT: none holds the WAL back, and each sees every commit before it.
 5.  Nothing takes longer because of how much is to be deleted: a deleted stream's rows are `garbage` first, and the
     upkeep takes a bounded step in a transaction of its own, as often as there is something to do. For `max_bytes` the
     pages in use count, garbage too; so it is taken away before anything more is deleted for the sake of room.
 6.  A file that isn't ours is never written to. A new one is made under another name: whenever there is a file by the
     log's name, the application id stands in its first bytes.
-7.  Before each transaction the thread checks that the file and its WAL are the ones that it opened: SQLite would go on
+7.  Before each transaction it is checked that the file and its WAL are the ones that it opened: SQLite would go on
     writing to a deleted file. After a failure the log is `away` until a transaction has written to the file; the upkeep
     tries that from time to time.
+8.  The thread does what the loop must not wait for: anything with `full_sync`; more than `_HERE_BYTES`; the upkeep; the
+    checkpoint of the WAL, and the transaction behind it, which syncs the WAL's new header; all while the log is `away`.
+    The loop does not wait for another program's lock: what fails on it is tried again by the thread. Behind a
+    commit that took the loop longer than `_SLOW_S`, as on a disk that hangs, the thread makes those of a time that is
+    `_SLOW_PAUSE` times as long.
 """
 
 import logging
@@ -104,7 +110,7 @@ _MAX_ORDERS: Final = 100
 #: Rows that one statement inserts. Each number of them is a statement of its own, which SQLite keeps.
 _ROWS_AT_ONCE: Final = 32
 #: What a batch takes of the file, and of the WAL, besides its body, roughly. The pages in use are counted again when
-#: so many bytes have been written that the bound could have been passed, and the WAL's size each 64th of its bound.
+#: so many bytes have been written that the bound could have been passed.
 _BATCH_BYTES: Final = 1024
 #: What a run may have grown since its owner was last charged for it (rule 1).
 _UNCHARGED_BYTES: Final = 64 * 1024
@@ -116,13 +122,17 @@ _MAX_KNOWN: Final = 10_000
 #: and commits up to 20 ms where the rows are large.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: SQLite takes the WAL into the file after so many pages, 2 MiB. (Its own 4 MiB would be half of a small log.)
+#: The WAL is taken into the file after so many pages, 2 MiB. (SQLite's own 4 MiB would be half of a small log.)
 _CHECKPOINT_PAGES: Final = 512
 #: Readers can keep the WAL from starting over. Beyond this it is made to.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
 #: What the upkeep writes after a failure, to find out whether there is room again: a row of a stream that never exists.
 _PROBE_STREAM: Final = 0
 _PROBE_BYTES: Final = 64 * 1024
+#: Rule 8.
+_HERE_BYTES: Final = 64 * 1024
+_SLOW_S: Final = 0.005
+_SLOW_PAUSE: Final = 100
 #: How long SQLite waits while another program (a backup, a person with `sqlite3`) locks the file. As long as the Redis
 #: log waits for Redis.
 _BUSY_S: Final = 5.0
@@ -216,10 +226,13 @@ class SqliteStore(LocalStore):
         self.writer: sqlite3.Connection | None = None
         self._running = False
         self._stuck = False  # `give_up` was called, and what was under way then isn't over yet
+        self._busy_s = _BUSY_S  # how long the writer waits for another program's lock
+        self._wal_pages = 0  # written since the last checkpoint, roughly
+        self._syncs_header = True  # the next transaction may
+        self._slow_until = 0.0
         self._files: _Files = (None, None)
         #: The bytes of the pages in use when they were last counted, and those written since, roughly.
         self.used, self.written = 0, -1
-        self._unlooked = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -260,11 +273,11 @@ class SqliteStore(LocalStore):
         size = sum([batch.size + _BATCH_BYTES for batch in batches])
         self._put(_Order(lambda turn: turn.commit(batches), committed, size))
 
-    async def apply(self, work: Callable[[Ledger], T]) -> T:
+    async def apply(self, work: Callable[[Ledger], T], *, size: int = _BATCH_BYTES) -> T:
         if not self._running or self._stuck:
             raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
         signal = anyio.Event()
-        order = _Order(work, lambda _: signal.set(), _BATCH_BYTES)
+        order = _Order(work, lambda _: signal.set(), size)
         order.awaited = True
         self._put(order)
         await signal.wait()
@@ -284,7 +297,7 @@ class SqliteStore(LocalStore):
         if self.away:
             with suppress(SSEAppError):
                 await self.apply(_Transaction.probe)  # type: ignore[arg-type]
-        return await super().upkeep()
+        return await self.apply(lambda ledger: ledger.upkeep(), size=_HERE_BYTES + 1)
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         return await self._query(lambda db: _read(db, stream, after, max_bytes))
@@ -308,15 +321,40 @@ class SqliteStore(LocalStore):
     # The writer
 
     def _put(self, order: _Order[Any]) -> None:
+        here = not self._under_way and self._may_be_here(order)
         self._under_way[order] = None
-        self._orders.put(order)
+        if not (here and self._is_done_here(order)):
+            self._orders.put(order)
+
+    def _may_be_here(self, order: _Order[Any]) -> bool:
+        """Rule 8."""
+        return (
+            order.size <= _HERE_BYTES
+            and not (self._full_sync or self.away or self._syncs_header or self.writer is None)
+            and self._wal_pages < _CHECKPOINT_PAGES
+            and time.monotonic() >= self._slow_until
+        )
+
+    def _is_done_here(self, order: _Order[Any]) -> bool:
+        began = time.monotonic()
+        try:
+            outcome = self._transact([order], 0.0)
+        except Exception:
+            order.error = None  # the thread tries again, and logs why it fails
+            return False
+        ended = time.monotonic()
+        if ended - began > _SLOW_S:
+            self._slow_until = ended + _SLOW_PAUSE * (ended - began)
+        self._done([order], outcome)
+        return True
 
     def _work(self) -> None:
         """The thread."""
         while orders := self._take():
             outcome: _Transaction | BaseException
             try:
-                outcome = self._transact(orders)
+                outcome = self._transact(orders, _BUSY_S)
+                self._checkpoint()
             except BaseException as error:  # SQLite's, or a bug of ours: nobody waits for ever, and the next may work
                 outcome = error
             with suppress(RuntimeError):  # the loop is gone, and all who waited with it
@@ -357,17 +395,21 @@ class SqliteStore(LocalStore):
         if not self._under_way:
             self._stuck = False
 
-    def _transact(self, orders: list[_Order[Any]]) -> "_Transaction":
-        """In the thread. Each order has its result or its refusal then."""
+    def _transact(self, orders: list[_Order[Any]], busy_s: float) -> "_Transaction":
+        """Each order has its result or its refusal then. `busy_s`: how long it may wait for another program's lock."""
         try:
             file, wal = self._present()
             if file != self._files[0] or (self.writer and wal != self._files[1]):
                 raise _Replaced
             if self.writer is None:
                 self.writer = self._connect()
+                self._busy_s = _BUSY_S
                 self.writer.execute("BEGIN IMMEDIATE")
                 self._files = self._present()
                 self.writer.execute("ROLLBACK")
+            if busy_s != self._busy_s:
+                self.writer.execute(f"PRAGMA busy_timeout = {round(busy_s * 1000)}")
+                self._busy_s = busy_s
             changes = self.writer.total_changes
             transaction = _Transaction(self, self.writer, self._known, self._clock())
             for order in orders:
@@ -376,7 +418,8 @@ class SqliteStore(LocalStore):
                 except SSEAppError as refusal:
                     order.error = refusal
             transaction.finish()
-            transaction.wrote = self.writer.total_changes > changes
+            changes = self.writer.total_changes - changes
+            transaction.wrote = changes > 0
         except BaseException:
             self.written = -1
             self._roll_back()
@@ -389,12 +432,9 @@ class SqliteStore(LocalStore):
         while len(known) > _MAX_KNOWN:
             del known[next(iter(known))]
         size = sum([order.size for order in orders])
-        self._unlooked += size
+        self._wal_pages += changes + 1 + size // 4096  # a page of the index for each row, and those of the bodies
         if self.written >= 0:
             self.written += size
-        if self._unlooked > _MAX_WAL_BYTES // 64:
-            self._unlooked = 0
-            self._bound_wal()
         return transaction
 
     def _present(self) -> "_Files":
@@ -410,12 +450,16 @@ class SqliteStore(LocalStore):
                 self.writer = None  # the next transaction opens another
                 db.close()
 
-    def _bound_wal(self) -> None:
-        try:
-            if self.writer and os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES:
-                self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        except (OSError, sqlite3.Error) as error:
-            logger.warning("the WAL of %s can't be taken into the file: %s", self.path, error)
+    def _checkpoint(self) -> None:
+        """Take the WAL into the file, in the thread, once it is long enough."""
+        self._syncs_header = self._wal_pages >= _CHECKPOINT_PAGES
+        if self._syncs_header and self.writer:
+            self._wal_pages = 0
+            try:
+                held_up = os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES
+                self.writer.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if held_up else 'PASSIVE'})").fetchall()
+            except (OSError, sqlite3.Error) as error:
+                logger.warning("the WAL of %s can't be taken into the file: %s", self.path, error)
 
     # The readers
 
@@ -453,7 +497,7 @@ class SqliteStore(LocalStore):
         try:
             db.execute(f"PRAGMA synchronous = {'FULL' if self._full_sync else 'NORMAL'}")
             db.execute(f"PRAGMA journal_size_limit = {_MAX_WAL_BYTES // 2}")
-            db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+            db.execute("PRAGMA wal_autocheckpoint = 0")  # see `_checkpoint`
             db.execute(f"PRAGMA query_only = {query_only}")
         except BaseException:
             db.close()

@@ -80,7 +80,8 @@ class Tail:
         #: Readers that read the log, because the tail doesn't hold what they need next.
         self.behind: set[Reader] = set()
         self._log = log
-        self._chunks: deque[tuple[Row, bytes]] = deque()
+        self._rows: deque[tuple[Row, bytes]] = deque()  # each with its frames
+        self._last = 0  # the last sequence in them
         self._size = 0
         self._since: tuple[int, int, bytes] = (-1, -1, b"")
         self._reads: dict[int, tuple[bytes, int, Gap | None]] = {}
@@ -100,15 +101,17 @@ class Tail:
 
     def _changed(self, row: Row | None, ended: Ended | None) -> None:
         if row is not None:
-            if self._chunks and self._chunks[-1][0].last + 1 != row.first:
-                self._chunks.clear()
+            if row.first != self._last + 1:
+                self._rows.clear()
                 self._size = 0
             frames = framed(row, id_first=self.id_first)
-            self._chunks.append((row, frames))
+            self._rows.append((row, frames))
+            self._last = row.last
             self._size += len(frames)
-            while self._size > TAIL_BYTES and len(self._chunks) > 1:
-                self._size -= len(self._chunks.popleft()[1])
-            self.top = max(self.top, row.last)
+            while self._size > TAIL_BYTES and len(self._rows) > 1:
+                self._size -= len(self._rows.popleft()[1])
+            if self._last > self.top:
+                self.top = self._last
         if ended is not None:
             self.ended = ended
         self._wake()
@@ -134,6 +137,11 @@ class Tail:
         return [sender for sender in self.readers.values() if sender is not None]
 
     def _begin_round(self) -> None:
+        if len(self.readers) == 1:
+            self._is_planned = False
+            for sender in self._senders():
+                sender.poke()
+            return
         self._seen = (self.top, self.ended)
         self._deliver(self._senders())
 
@@ -157,12 +165,15 @@ class Tail:
 
     def since(self, after: int) -> tuple[bytes, int] | None:
         """All events after `after` that the tail holds, and the last one's sequence; `None` if some are not here."""
-        if not self._chunks or not self._chunks[0][0].first <= after + 1 <= self._chunks[-1][0].last:
+        if not self._rows or not self._rows[0][0].first <= after + 1 <= self._last:
             return None
-        last = self._chunks[-1][0].last
+        last = self._last
+        newest, frames = self._rows[-1]
+        if newest.first == after + 1:
+            return frames, last
         if self._since[:2] != (after, last):  # the same answer for all readers that are up to date
             parts: list[bytes] = []
-            for row, frames in reversed(self._chunks):  # a full tail has thousands; most readers lack the newest alone
+            for row, frames in reversed(self._rows):  # a full tail has thousands; most readers lack the newest alone
                 if row.last <= after:
                     break
                 parts.append(frames if row.first > after else framed(row, after, id_first=self.id_first))

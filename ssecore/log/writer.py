@@ -20,11 +20,11 @@ from typing import Any, Final
 import anyio
 from anyio.lowlevel import current_token
 
-from ssecore.errors import LogError, LogUnavailable, SSEAppError, TooLarge
+from ssecore.errors import LogUnavailable, SSEAppError, TooLarge
 from ssecore.log import facts
 from ssecore.log.facts import MAX_ROW_BYTES, Retention
 
-__all__ = ["GAP_S", "Batch", "Commits", "Posted", "Writer", "failures"]
+__all__ = ["GAP_S", "Batch", "Commits", "Posted", "Writer"]
 
 logger: Final = logging.getLogger("sseapp")
 
@@ -299,8 +299,3 @@ class _Trio:
 
     def cancel(self) -> None:
         """What is due with the next turn comes."""
-
-
-def failures(batches: list[Batch]) -> int:
-    """How many of them could not be stored because of the log."""
-    return sum(isinstance(batch.error, LogUnavailable | LogError) for batch in batches)
