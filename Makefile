@@ -52,7 +52,7 @@ $(NODE_CLIENTS): tests/node/package.json tests/node/package-lock.json
 	npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund --loglevel error
 	@touch $@
 
-test: system install lint ## runs lint, types and tests (ARGS='-k wire' for some)
+test: system install lint ## lint, types and tests (ARGS='-k wire')
 	@$(MAKE) --no-print-directory $(LOCAL_MODEL) || echo 'not installed: the local model (the tests that need it are skipped)'
 	@$(MAKE) --no-print-directory $(NODE_CLIENTS) || echo 'not installed: the clients for Node (their tests are skipped)'
 	@$(if $(ARGS),,echo 'all tests: about ten minutes on two cores (ARGS="-k wire" runs some of them)')
