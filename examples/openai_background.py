@@ -36,7 +36,7 @@ def events(client: OpenAI, question: str) -> Iterator[Any]:
                     if event.type in ("response.completed", "response.failed", "response.incomplete"):
                         return
         except APIConnectionError:
-            pass  # a cut, or no connection
+            pass  # a cut, or nobody there
         tries += 1
         time.sleep(PAUSE_S)
     raise TimeoutError("the service can't be reached")
