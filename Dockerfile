@@ -26,7 +26,7 @@ FROM ${BASE}
 ARG BASE
 LABEL org.opencontainers.image.title="sseapp" \
     org.opencontainers.image.description="A streaming server for Server-Sent Events" \
-    org.opencontainers.image.version="0.1.0" \
+    org.opencontainers.image.version="0.2.0" \
     org.opencontainers.image.licenses="MIT" \
     org.opencontainers.image.base.name="${BASE}"
 COPY --from=build /srv/venv /srv/venv

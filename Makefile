@@ -12,10 +12,14 @@ OTHER_TESTS := wire routes inputs settings cli filelock stream topics log_sqlite
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
 	--python-version 3.11 $(ARGS)
 
+# Two processes, each with whole files, in the order of tests/conftest.py; when one of them dies the run ends.
+IN_TWO = -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+PYTEST = $(BIN)/python $(IN_TWO)
+
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help install run test test-python system lint bench pictures lock clean
+.PHONY: help install run test test-all test-python system lint bench pictures lock clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,17 +56,19 @@ $(NODE_CLIENTS): tests/node/package.json tests/node/package-lock.json
 	npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund --loglevel error
 	@touch $@
 
-test: system install lint ## lint, types and tests (ARGS='-k wire')
+test: install lint ## lint, types and the tests that need Python alone: three minutes on two cores (ARGS='-k wire')
+	$(PYTEST) -m 'not needs' $(ARGS)
+
+test-all: system install lint ## lint, types and all tests, as in CI: eight minutes on two cores (ARGS='-k nginx')
 	@$(MAKE) --no-print-directory $(LOCAL_MODEL) || echo 'not installed: the local model (the tests that need it are skipped)'
 	@$(MAKE) --no-print-directory $(NODE_CLIENTS) || echo 'not installed: the clients for Node (their tests are skipped)'
-	@$(if $(ARGS),,echo 'all tests: about ten minutes on two cores (ARGS="-k wire" runs some of them)')
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-python: ## runs the library's tests on another Python, in .venv-other (PYTHON=python3.13)
 	@echo 'installing what the tests need into .venv-other: 1.1 GB, some minutes'
 	@$(PYTHON) -m venv --clear .venv-other
 	@.venv-other/bin/python -m pip install --quiet --require-hashes -r requirements-dev.txt
-	.venv-other/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(OTHER_TESTS:%=tests/test_%.py) $(ARGS)
+	.venv-other/bin/python $(IN_TWO) $(OTHER_TESTS:%=tests/test_%.py) $(ARGS)
 
 system: ## installs the tests' system packages with apt, where it can (asks on a terminal)
 	@sh tests/system-packages.sh

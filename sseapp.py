@@ -297,7 +297,7 @@ class SSEApp:
             if self.guard.tokens is not None:
                 tasks.start_soon(self.guard.tokens.watch)
             tasks.start_soon(topics.keep)
-            if log.shared:
+            if log.peers is not None:
                 tasks.start_soon(runs.keep_watch)
             self.draining = self.failed = False
             told = anyio.Event()

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable
 
 from benchmarks import (
-    chaos,
     charts,
     churn,
     decode,
@@ -18,7 +17,6 @@ from benchmarks import (
     fanout,
     first_byte,
     frozen,
-    history,
     idle,
     latency,
     memory,
@@ -35,14 +33,12 @@ from benchmarks.process import pin_load, raise_file_limit
 from benchmarks.report import Report
 
 BENCHMARKS: dict[str, Callable[..., Report]] = {
-    "chaos": chaos.run,
     "churn": churn.run,
     "decode": decode.run,
     "durable": durable.run,
     "fanout": fanout.run,
     "first_byte": first_byte.run,
     "frozen": frozen.run,
-    "history": history.run,
     "idle": idle.run,
     "latency": latency.run,
     "memory": memory.run,

@@ -32,6 +32,7 @@ CPU, FIRST, LATE, GAP50, GAP99, KIB = (
     "KiB/chat",
 )
 OURS, SQLITE, REDIS = "sseapp, fleeting", "sseapp, run on SQLite", "sseapp, run on Redis"
+GATEWAY = "sseapp, completions on SQLite"
 FASTAPI, BARE = "FastAPI + OpenAI SDK", "bare ASGI + aiohttp"
 UNLIMITED = {name: "none" for name in ("max_runs", "max_streams", "max_stream_s")}
 #: How many chats begin in a second.
@@ -75,15 +76,18 @@ def run(
         for chats, most_of in ((streams, 0.40), (many, 0.30)):
             report.checks.append(_ratio(found, CPU, chats, FASTAPI, most_of))
     report.checks.append(_ratio(found, CPU, streams, BARE, 2))
+    report.checks.append(_ratio(found, CPU, streams, SQLITE, 1.2, ours=GATEWAY))
     later = Spread.of(one[f"{SQLITE}, {many:,} chats"][FIRST] for one in found)
     report.checks.append(Check(f"{FIRST}, {many:,} chats, {STARTS_PER_S} new ones a second", later, at_most=5))
     return report
 
 
-def _ratio(found: list[dict[str, dict[str, float]]], figure: str, chats: int, peer: str, most: float) -> Check:
+def _ratio(
+    found: list[dict[str, dict[str, float]]], figure: str, chats: int, peer: str, most: float, *, ours: str = SQLITE
+) -> Check:
     behind = f", {chats:,} chats"
-    ratio = Spread.of(one[SQLITE + behind][figure] / one[peer + behind][figure] for one in found)
-    return Check(f"{figure}, {SQLITE} against {peer}{behind}", ratio, at_most=most)
+    ratio = Spread.of(one[ours + behind][figure] / one[peer + behind][figure] for one in found)
+    return Check(f"{figure}, {ours} against {peer}{behind}", ratio, at_most=most)
 
 
 def _contenders(
@@ -93,6 +97,7 @@ def _contenders(
     contenders: dict[str, Contender] = {
         OURS: partial(_ours, environ, "memory", "/chat/fleeting"),
         SQLITE: partial(_ours, environ, "sqlite", "/chat"),
+        GATEWAY: partial(_ours, environ, "sqlite", "/v1/chat/completions"),
         REDIS: partial(_ours, environ, redis.url, "/chat"),
         BARE: partial(_peer, environ, "chat_bare:app", "/chat", Path(sys.executable)),
     }
@@ -121,10 +126,9 @@ def _peer(environ: Mapping[str, str], peer: str, path: str, python: Path) -> Ite
 
 def _measure(server: Server, path: str, chats: int, rate: int, tokens: int) -> dict[str, float]:
     """In a server of its own: what memory it holds afterwards says nothing about a chat."""
-    target = f"{path}?prompt=hi"
-    _Chats(server.port, target, WARM, tokens).run()
+    _Chats(server.port, path, WARM, tokens).run()
     held, cpu_s = memory_bytes(server.pid), server.cpu_s()
-    round_ = _Chats(server.port, target, chats, tokens)
+    round_ = _Chats(server.port, path, chats, tokens)
     highest = round_.run(lambda: memory_bytes(server.pid))
     cpu_s = server.cpu_s() - cpu_s
     return {
@@ -147,13 +151,17 @@ class _Chats:
     Raises `RuntimeError` where an answer lacks a token, and where nothing comes for `TIMEOUT_S`.
     """
 
-    def __init__(self, port: int, target: str, chats: int, tokens: int) -> None:
+    def __init__(self, port: int, path: str, chats: int, tokens: int) -> None:
         self.first_ns: list[int] = []  #: from a request to the first token
         self.late_ns: list[int] = []  #: from a token's writing by the upstream to its arrival
         self.between_ns: list[int] = []  #: from a token to the next one of the same chat
         self._address = ("127.0.0.1", port)
-        head = f"GET {target} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\naccept: text/event-stream\r\n"
-        self._request = f"{head}connection: close\r\n\r\n".encode()
+        line, body = f"GET {path}?prompt=hi", ""
+        if path.startswith("/v1/"):
+            line, body = f"POST {path}", '{"stream": true, "messages": [{"role": "user", "content": "hi"}]}'
+        head = f"{line} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\naccept: text/event-stream\r\nconnection: close\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n" if body else ""
+        self._request = f"{head}\r\n{body}".encode()
         self._left, self._chats, self._tokens = chats, chats, tokens
         self._open: dict[int, _Chat] = {}
         self._poll = select.epoll()

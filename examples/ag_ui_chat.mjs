@@ -20,6 +20,6 @@ const shown = {
 }
 for await (const question of createInterface({ input: process.stdin })) {
   agent.addMessage({ id: crypto.randomUUID(), role: "user", content: question })
-  await agent.runAgent({ runId: crypto.randomUUID() }, shown)
+  await agent.runAgent({ runId: crypto.randomUUID() }, shown).catch(() => {}) // `HttpAgent` logs why; ask again
   console.log()
 }

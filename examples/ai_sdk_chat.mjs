@@ -24,7 +24,10 @@ const print = (key, text) => {
   process.stdout.write(text.slice(printed.get(key) ?? 0))
   printed.set(key, text.length)
 }
-const onError = (error) => console.error(error.message)
+const onError = (error) => {
+  console.error(error.message)
+  process.exitCode = 1
+}
 for await (const { parts } of readUIMessageStream({ stream, onError })) {
   parts.forEach((part, key) => {
     if (part.type === "text") print(key, part.text)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from openai import APIConnectionError, OpenAI
+from openai import APIConnectionError, InternalServerError, OpenAI, OpenAIError
 
 PAUSE_S = 0.5
 #: Attempts in a row without an event.
@@ -35,7 +35,7 @@ def events(client: OpenAI, question: str) -> Iterator[Any]:
                     yield event
                     if event.type in ("response.completed", "response.failed", "response.incomplete"):
                         return
-        except APIConnectionError:
+        except (APIConnectionError, InternalServerError):
             pass  # a cut, or nobody there
         tries += 1
         time.sleep(PAUSE_S)
@@ -50,10 +50,14 @@ def main() -> None:
                 print(event.delta, end="", flush=True)
             elif event.type == "response.mcp_call_arguments.done":
                 print(f"[{event.arguments}]")
-            elif event.type == "response.failed":
-                print(event.response.error.message)
+            elif event.type in ("response.failed", "response.incomplete"):
+                error = event.response.error
+                sys.exit(f"\n{error.message if error else event.response.status}")
     print()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OpenAIError, TimeoutError) as error:
+        sys.exit(str(error))

@@ -1,4 +1,4 @@
-"""The service: one file per subject, each an async generator (or a coroutine) per route. The whole table is here."""
+"""The service: one file per subject, with an async generator or a coroutine per route. ROUTES is the whole table."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from handlers import ag_ui, agent, ai_sdk, basics, chat, files, jobs, notifications, openai, ops, page, tasks
 from handlers.chat import Model, open_model
+from handlers.database import Tasks, open_tasks
 from handlers.files import open_folder
-from handlers.tasks import Tasks, open_tasks
 from ssecore.http.routes import Route
 from ssecore.settings import Settings
 
@@ -32,17 +32,16 @@ ROUTES: list[Route] = [
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What handlers find in `request.state`."""
+    """`request.state`."""
 
     settings: Settings
     tasks: Tasks
     model: Model
-    files: Path  #: the folder of the files
+    files: Path
 
 
 @asynccontextmanager
 async def resources(settings: Settings) -> AsyncIterator[Resources]:
-    """Open what the handlers need, and close it when the app stops."""
     files_folder = await open_folder(settings.data_dir)
     async with open_tasks(settings.data_dir) as tasks_database, open_model(settings) as model:
         yield Resources(settings, tasks_database, model, files_folder)

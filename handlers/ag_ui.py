@@ -5,7 +5,7 @@ cut TanStack sends the same POST with `Last-Event-ID`, which resumes the run. `G
 thread's messages and its running run. An answer is stored in the thread's session before the client gets its end.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Annotated, Any, Final, Literal
 
@@ -15,7 +15,7 @@ from msgspec import Meta
 from handlers.agent import End, Status
 from handlers.chat import LINGERING
 from handlers.database import Exchange
-from handlers.parts import Called, Closed, Delta, Opened, Returned, blamed, conversation, parts_of, text_of
+from handlers.parts import Called, Closed, Delta, Opened, Returned, blamed, conversation, parts_of, question_of, text_of
 from ssecore.dialects import AG_UI
 from ssecore.errors import BadRequest, NotFound
 from ssecore.http.request import Request
@@ -45,7 +45,7 @@ class _Input(msgspec.Struct, rename="camel"):
 
 
 class _Asked(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
-    """TanStack joins a run from its start (`offset`), and may want a part of a thread; a whole one will do."""
+    """TanStack joins a run from its start (`offset`). It may ask for a part of a thread, and gets all of it."""
 
     thread_id: _Id | None = None
     run_id: _Id | None = None
@@ -60,7 +60,7 @@ def _event(type: str, **fields: Any) -> Event:
 
 async def run(request: Request) -> AsyncIterator[Event]:
     body: _Input = request.body
-    question, history = conversation((m.role, text_of(m.content) or text_of(m.parts)) for m in body.messages)
+    question, history = conversation(_said(body))
     ids = {"threadId": body.thread_id, "runId": body.run_id}
     yield _event("RUN_STARTED", **ids)
     result: dict[str, Any] = {}
@@ -98,8 +98,12 @@ async def run(request: Request) -> AsyncIterator[Event]:
     yield _event("RUN_FINISHED", **ids, result=result, outcome={"type": "success"})
 
 
+def _said(body: _Input) -> Iterator[tuple[str, str]]:
+    return ((message.role, text_of(message.content) or text_of(message.parts)) for message in body.messages)
+
+
 def _is_secret(request: Request, thread: str) -> bool:
-    """Whether others can't guess the thread's id; without credentials it is the only key to the session."""
+    """Whether the session is protected: by credentials, or by a thread id that can't be guessed."""
     return bool(request.caller) or len(thread) >= MIN_ANONYMOUS_THREAD
 
 
@@ -113,7 +117,7 @@ async def read(request: Request) -> Any:
             raise NotFound("there is no such run")
         return await request.runs.view(request, found)
     if asked.thread_id is None:
-        raise BadRequest("name a thread, ?threadId=, or a run, ?runId=", field="threadId")
+        raise BadRequest("the query must have a threadId or a runId", field="threadId")
     with blamed("threadId"):
         running = await request.runs.of_thread(request, asked.thread_id, state="running")
     active = next((run["note"]["runId"] for run in running if run["route"] == "POST /ag-ui"), None)
@@ -129,9 +133,10 @@ async def read(request: Request) -> Any:
 def _about(request: Request) -> About:
     body: _Input = request.body
     note = {"threadId": body.thread_id, "runId": body.run_id}
-    # Others could guess a short one, and read the run.
+    # Without credentials a short id could be guessed, and the run read.
     secret = request.caller is not None or len(body.run_id) >= MIN_ANONYMOUS_KEY
-    return About(thread=body.thread_id, key=body.run_id if secret else None, note=note)
+    key = body.run_id if secret else None
+    return About(thread=body.thread_id, key=key, text=question_of(_said(body)), note=note)
 
 
 ROUTES = [

@@ -1,4 +1,4 @@
-"""The agent for pages made with Vercel's AI SDK: its UI message stream, v1 (npm `ai` 7, `@ai-sdk/workflow` 2).
+"""The agent for Vercel's AI SDK: UI message stream v1 (npm `ai` 7, `@ai-sdk/workflow` 2).
 
     useChat({ id, transport: new DefaultChatTransport({ api: "/ai/chat" }), resume: true })
 
@@ -6,7 +6,7 @@ Each logged event is one chunk, except the last one, `[DONE]`. So `startIndex=n`
 n chunks) means "after the n-th event".
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Annotated, Any, Final
 
@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from handlers.agent import End, Status
 from handlers.chat import LINGERING
-from handlers.parts import Called, Closed, Delta, Opened, Returned, blamed, conversation, parts_of, text_of
+from handlers.parts import Called, Closed, Delta, Opened, Returned, blamed, conversation, parts_of, question_of, text_of
 from ssecore.dialects import AI_SDK
 from ssecore.errors import NotFound
 from ssecore.http.request import Request
@@ -25,7 +25,7 @@ from ssecore.wire import Event
 
 __all__ = ["ROUTES"]
 
-#: A page sends the whole conversation with each request; `max_body_bytes` bounds its size.
+#: A page sends the whole conversation with each request.
 MAX_MESSAGES: Final = 1000
 _ROUTE: Final = "POST /ai/chat"
 
@@ -36,7 +36,7 @@ class _Message(msgspec.Struct):
 
 
 class _Chat(msgspec.Struct):
-    """The fields that are used here; the client also sends `trigger`, and the page's own fields."""
+    """The fields used here; clients send more."""
 
     messages: Annotated[list[_Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     id: Annotated[str, Meta(min_length=1, max_length=255)] | None = None  #: the chat's
@@ -51,7 +51,7 @@ def _chunk(type: str, **fields: Any) -> Event:
 
 
 async def chat(request: Request) -> AsyncIterator[Event]:
-    question, history = conversation((message.role, text_of(message.parts)) for message in request.body.messages)
+    question, history = conversation(_said(request.body))
     yield _chunk("start", messageId=f"msg_{request.run_id}")
     yield _chunk("start-step")
     end: dict[str, Any] = {}
@@ -82,6 +82,10 @@ async def chat(request: Request) -> AsyncIterator[Event]:
     yield _chunk("finish-step")
     yield _chunk("finish", finishReason="stop", messageMetadata=end)
     yield Event("[DONE]")
+
+
+def _said(body: _Chat) -> Iterator[tuple[str, str]]:
+    return ((message.role, text_of(message.parts)) for message in body.messages)
 
 
 async def resume(request: Request, id: str) -> Any:
@@ -119,7 +123,7 @@ async def _run_of(request: Request, id: str) -> str | None:
 
 
 def _about(request: Request) -> About:
-    return About(thread=request.body.id)
+    return About(thread=request.body.id, text=question_of(_said(request.body)))
 
 
 ROUTES = [

@@ -1,16 +1,18 @@
-"""What a model's server streams, made into text, reasoning, tool calls and usage; no I/O.
+"""Reads what a model's server streams into text, reasoning, tool calls and usage; no I/O.
 
-The servers that call themselves compatible with OpenAI's chat completions differ in nearly everything. The reader takes
-what it needs from any of them, and nothing else can fail an answer:
+Servers that are compatible with OpenAI's chat completions differ in nearly everything. The reader takes what it needs
+from any of them, and nothing else fails an answer:
 
-1.  An answer is whole, or reading it ends with a `ModelError`, behind the text that came before. Only the finish
-    reasons of `_ENDINGS` make it whole, or `[DONE]` behind some text where the server sends no finish reason at all.
+1.  An answer is complete, or reading it raises a `ModelError` after the text received so far. It is complete with a
+    finish reason of `_ENDINGS`, or with `[DONE]` after some text if the server sends no finish reason.
 2.  Reasoning is never text. Each piece of it is a `Reasoning`.
-3.  An error may come in any shape: see `_is_error`.
-4.  Text is whole characters: the halves of a surrogate pair are joined, a half alone becomes U+FFFD.
+3.  An error may have any shape: see `_is_error`.
+4.  Text is whole characters: the halves of a surrogate pair are joined, a lone half becomes U+FFFD.
+5.  A gateway's client gets the chunks unchanged (`ChunkReader`). There an answer that its maximum length or a content
+    filter has cut is complete, too: the client finds that in the finish reason.
 
-Boundary of trust: the bytes come from the upstream. One event, the whole answer and the tool calls are bounded; what
-the upstream says of an error goes to the log, not to the client.
+Boundary of trust: the bytes come from the upstream. One event, the whole answer and the tool calls are bounded. The
+upstream's own error text goes to the log, not to the client.
 """
 
 import json
@@ -18,45 +20,66 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from math import isfinite
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import httpx
 import msgspec
 
 from ssecore.errors import TooLarge, UpstreamError
 
-__all__ = ["MAX_ANSWER_BYTES", "AnswerReader", "ModelError", "Piece", "Reasoning", "ToolCall", "Usage", "says_error"]
+__all__ = [
+    "MAX_ANSWER_BYTES",
+    "AnswerReader",
+    "Chunk",
+    "ChunkReader",
+    "ModelError",
+    "Piece",
+    "Reader",
+    "Reasoning",
+    "ToolCall",
+    "Usage",
+    "loads_leniently",
+    "says_error",
+]
 
-#: Of an answer's text, reasoning and calls together, and of one event. The longest answers of today's models have half.
+T_co = TypeVar("T_co", covariant=True)
+
+#: Bounds an answer's text, reasoning and calls together, and one event. Today's longest answers have half.
 MAX_ANSWER_BYTES: Final = 1024 * 1024
-#: In one answer. Nobody needs as many.
+#: In one answer.
 MAX_TOOL_CALLS: Final = 32
 
 _ENDINGS: Final = frozenset(("stop", "tool_calls", "function_call"))
-#: Other names of the two endings that clients are told apart; servers of Mistral, Zhipu and others send them.
+#: The names of two endings that have an error code of their own; some are Mistral's, Zhipu's and others'.
 _CUT: Final = frozenset(("length", "model_length", "max_tokens"))
 _FILTERED: Final = ("content_filter", "safety", "sensitive")
-#: "null" and "none": written by servers that turn a missing value into a word.
+#: "null" and "none": some servers write a missing value as a word.
 _NO_REASON: Final = frozenset(("", "null", "none"))
 
 _SETTING: Final = "OPENAI_BASE_URL must name a server that streams chat completions"
-#: What goes wrong, by the upstream's HTTP status, by exception, or by a word of ours: code and text for the client, our
-#: own HTTP status, and whether nothing can have been generated, so that it may be asked for again.
+#: By the upstream's HTTP status, by exception, or by a word of ours: code and text for the client, our own HTTP status,
+#: and whether the request may be repeated, because nothing can have been generated.
 _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
     200: ("upstream_malformed", f"the model did not answer with an event stream: {_SETTING}", 502, False),
-    "encoded": ("upstream_malformed", f"the model's answer is compressed, which is not read: {_SETTING}", 502, False),
-    401: ("upstream_auth", "the model doesn't accept this service's credentials", 502, False),
-    403: ("upstream_auth", "the model doesn't accept this service's credentials", 502, False),
+    "encoded": (
+        "upstream_malformed",
+        f"the model's answer is compressed, which this service can't read: {_SETTING}",
+        502,
+        False,
+    ),
+    401: ("upstream_auth", "the model's server rejected this service's credentials: check OPENAI_API_KEY", 502, False),
+    403: ("upstream_auth", "the model's server rejected this service's credentials: check OPENAI_API_KEY", 502, False),
     429: ("upstream_rate_limited", "the model's rate limit is reached; try again", 503, True),
     503: ("upstream_error", "the model is not available; try again", 503, True),
     **dict.fromkeys(
         (301, 302, 303, 307, 308),
-        # Not followed: a POST with the key in it would go to an address that nobody here has chosen.
+        # Not followed: that would send the key to an address that isn't configured.
         ("upstream_error", "the model's server has moved: OPENAI_BASE_URL must be set to its new address", 502, False),
     ),
     "length": ("upstream_length", "the model's answer was cut: it reached the model's maximum length", 502, False),
     "filter": ("upstream_filtered", "the model's answer was cut by the model's content filter", 502, False),
-    "unfinished": ("upstream_unfinished", "the model stopped before its answer was whole", 502, False),
+    "unfinished": ("upstream_unfinished", "the model stopped before its answer was complete", 502, False),
     "cut": ("upstream_cut", "the model's answer was cut off", 502, False),
     httpx.PoolTimeout: ("upstream_timeout", "too many answers are under way; try again later", 503, False),
     httpx.TimeoutException: ("upstream_timeout", "the model did not answer in time", 504, False),
@@ -70,7 +93,8 @@ _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
 
 
 class ModelError(UpstreamError):
-    """A fault of the table. `said` is for the log; `pause_s` before it is asked for again, `None`: it must not be."""
+    """A fault of the table. `said` is for the log; `pause_s` is the wait before the request is repeated, `None`: it
+    must not be repeated."""
 
     def __init__(self, why: int | str | Exception | None, said: str = "", retry_after: str = "") -> None:
         status = f" with the HTTP status {why}" if isinstance(why, int) else ""
@@ -84,18 +108,20 @@ class ModelError(UpstreamError):
         if re.fullmatch("[ -~]{1,40}", retry_after):
             self.headers["retry-after"] = retry_after
         self.pause_s = (seconds if retry_after else 0) if again else None
-        self.refused = why if isinstance(why, int) else None  #: the HTTP status of a request that was not taken
+        self.refused = (
+            why if isinstance(why, int) else None
+        )  #: the HTTP status with which the upstream refused the request
         self.said = said or (f"{type(why).__name__}: {why}" if isinstance(why, Exception) else detail)
 
 
 class Reasoning(msgspec.Struct, frozen=True):
-    """A piece of what a model thinks before it answers."""
+    """A piece of a model's reasoning."""
 
     text: str
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How many tokens an answer took, as far as the server says so."""
+    """The token counts of an answer, as far as the server sends them."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -108,18 +134,18 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass
 class ToolCall:
-    """What a model wants to be done. `arguments` ought to be a JSON object; it is as the model wrote it."""
+    """`arguments` should be a JSON object; it is as the model wrote it."""
 
     id: str
     name: str = ""
     arguments: str = ""
 
 
-#: Of an answer, in this order: text and reasoning as they come, then the tool calls, then the usage.
+#: Of an answer, in this order: text and reasoning as they arrive, then the tool calls, then the usage.
 Piece = str | Reasoning | ToolCall | Usage
 
 
-# A chunk, as far as it is needed. `Any` where servers differ: a type that is not expected must not fail the decoding.
+# The fields of a chunk that are used. `Any` where servers differ: an unexpected type must not fail the decoding.
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -132,6 +158,7 @@ class _Message(msgspec.Struct, gc=False):
 
 
 class _Choice(msgspec.Struct, gc=False):
+    index: Any = None
     delta: _Message | None = None
     message: _Message | None = None
     text: Any = None
@@ -152,74 +179,95 @@ class _Chunk(msgspec.Struct, gc=False):
 _decode: Final = msgspec.json.Decoder(_Chunk).decode
 
 
-class AnswerReader:
-    """The bytes of a streamed answer, cut anywhere, into its pieces.
+class Reader(Protocol[T_co]):
+    """Makes the bytes of a streamed answer, split anywhere, into parts.
 
-    Feed it until `done`, or until the body's end; then `end` gives what is left. A chunk of one token costs one
-    `splitlines`, one decoding and no copy.
+    Feed it until `done`, or until the body's end; then `end` gives the rest.
     """
 
-    def __init__(self) -> None:
-        self.finished = False  #: a finish reason was there
-        self.done = False  #: `[DONE]` was there; nothing behind it counts
-        self.tool_calls: list[ToolCall] = []  #: whole once the answer has ended
-        self.usage: Usage | None = None
-        self._data = _DataLines()
-        self._bytes_left = MAX_ANSWER_BYTES
-        self._calls: dict[str, ToolCall] = {}  # by the index that the next pieces name
-        self._fault: str | None = None  # the first finish reason that makes no whole answer
-        self._said = self._streamed = False  # there was text; a `delta` had text or calls
-        self._halves: dict[str | int, str] = {}  # high surrogates whose other half is yet to come
+    @property
+    def finished(self) -> bool:
+        """Whether each choice has its finish reason."""
 
     @property
-    def complete(self) -> bool:
-        return self.finished or (self.done and bool(self._said or self.tool_calls))
+    def done(self) -> bool:
+        """Whether `[DONE]` has come; nothing behind it counts."""
+
+    def feed(self, block: bytes) -> Iterator[T_co]:
+        """Raises `ModelError`, `TooLarge`, or for malformed data `ValueError`, `RecursionError`; each behind the parts
+        that came before it."""
+
+    def end(self) -> Iterator[T_co]:
+        """The rest, such as an event that the server did not end with a blank line. Raises `ModelError` if the answer
+        is incomplete."""
+
+
+class AnswerReader:
+    """The reader of one answer's pieces; the tool calls and the usage come from `end`.
+
+    A chunk of one token costs one `splitlines`, one decoding and no copy.
+    """
+
+    def __init__(self, choices: int = 1) -> None:
+        self.finished = False
+        self.done = False
+        self.tool_calls: list[ToolCall] = []  #: complete at the answer's end
+        self.usage: Usage | None = None
+        self.mended: dict[str, Any] | None = None  #: the newest chunk that was not valid JSON
+        self._data = _DataLines()
+        self._choices = choices
+        self._ended: set[str] = set()  # the choices that have a finish reason
+        self._bytes_left = MAX_ANSWER_BYTES
+        self._calls: dict[str, ToolCall] = {}  # by the index that the next pieces name
+        self._fault: str | None = None  # by the first finish reason that is not one of _ENDINGS
+        self._said = self._streamed = False  # there was text; a `delta` had text or calls
+        self._halves: dict[str | int, str] = {}  # high surrogates that wait for their other half
 
     def feed(self, block: bytes) -> Iterator[str | Reasoning]:
-        """Raises `ModelError`, `TooLarge`, or for what can't be read `ValueError`, `RecursionError`; each behind the
-        pieces that came before it."""
         for data, is_error in self._data.feed(block):
             if self.done:
                 return
-            yield from self._read(data, is_error)
+            yield from self._read(data, is_error) or ()
 
     def end(self) -> Iterator[Piece]:
-        """The rest: an event that the server did not end with a blank line, then calls and usage.
-
-        Raises `ModelError` where the answer is not whole.
-        """
         if not self.done:
-            for data, is_error in self._data.end():
-                with suppress(ValueError):  # a cut event
-                    yield from self._read(data, is_error)
+            with suppress(ValueError):  # a cut event
+                for data, is_error in self._data.end():
+                    yield from self._read(data, is_error) or ()
         for kind in self._halves:
             if isinstance(kind, int):
                 self.tool_calls[kind].arguments += "\ufffd"
             else:
                 yield Reasoning("\ufffd") if kind == "reasoning" else "\ufffd"
-        if not self.complete:
-            raise ModelError("cut", "the end came too early")
-        if self._fault is not None:
-            raise ModelError(self._fault)
+        self._check("length", "filter", "unfinished")
         yield from self.tool_calls
         if self.usage is not None:
             yield self.usage
 
-    def _read(self, data: bytes, is_error: bool) -> list[str | Reasoning]:
-        pieces: list[str | Reasoning] = []
+    def _check(self, *faults: str) -> None:
+        """Rule 1. Raises `ModelError`."""
+        if not self._ended and not (self.done and (self._said or self.tool_calls)):
+            raise ModelError("cut", "the end came too early")
+        if self._fault in faults:
+            raise ModelError(self._fault)
+
+    def _read(self, data: bytes, is_error: bool) -> list[str | Reasoning] | None:
+        """The pieces in an event; `None` if it is not a chunk."""
         if not is_error and not data.startswith(b"{") and data.strip(b' \t"') in (b"[DONE]", b""):
             self.done = b"[DONE]" in data
-            return pieces
+            return None
         try:
             chunk = _decode(data)
         except ValueError:
             if is_error:
                 raise ModelError("error", _words(data)) from None
             if self.finished:
-                return pieces  # nothing that is needed comes any more
-            chunk = _decode_leniently(data)
+                return None  # nothing after it is needed
+            self.mended = loads_leniently(data)
+            chunk = msgspec.convert(self.mended, _Chunk)
         if is_error or _is_error(chunk):
             raise ModelError("error", _words(data))
+        pieces: list[str | Reasoning] = []
         for choice in chunk.choices or ():
             if choice is not None:
                 self._take(choice, pieces)
@@ -237,13 +285,14 @@ class AnswerReader:
         if choice.usage is not None:  # Moonshot
             self._take_usage(choice.usage)
         if choice.finish_reason:
-            self._finish(choice.finish_reason)
+            self._finish(choice.finish_reason, _word(choice.index))
 
     def _take_message(self, message: _Message, pieces: list[str | Reasoning]) -> bool:
-        """Whether there was an answer in it: text or calls."""
+        """Return whether it has text or calls."""
         # OpenRouter, vLLM and others send the same under both names.
-        for thought, _ in _texts(message.reasoning_content or message.reasoning):
-            self._think(thought, pieces)
+        if reasoning := message.reasoning_content or message.reasoning:
+            for thought, _ in _texts(reasoning):
+                self._think(thought, pieces)
         before = len(pieces)
         if message.content:
             self._take_content(message.content, pieces)
@@ -271,7 +320,7 @@ class AnswerReader:
             pieces.append(Reasoning(whole))
 
     def _whole(self, text: str, kind: str | int) -> str:
-        """The text that can be handed on; its bytes are counted. A half of a character waits for the next text."""
+        """Count the bytes, and return whole characters; half a character waits for the next text."""
         if text.isascii() and not self._halves:
             self._bytes_left -= len(text)
         else:
@@ -285,11 +334,12 @@ class AnswerReader:
             raise TooLarge("the answer has more than its bound")
         return text
 
-    def _finish(self, reason: Any) -> None:
+    def _finish(self, reason: Any, choice: str) -> None:
         word = reason.strip().casefold() if isinstance(reason, str) else "?"
         if word in _NO_REASON:
             return
-        self.finished = True
+        self._ended.add(choice)
+        self.finished = len(self._ended) >= self._choices
         if word in _ENDINGS:
             return
         fault = "length" if word in _CUT else "filter" if word.startswith(_FILTERED) else "unfinished"
@@ -304,7 +354,7 @@ class AnswerReader:
                 self.usage = whole
 
     def _add_call(self, piece: Any) -> None:
-        """A piece of a call goes on with the call that has its index, or begins a new one: see `_begins`."""
+        """Append the piece to the call that has its index, or begin a new one: see `_begins`."""
         if not isinstance(piece, dict):
             return
         function = piece.get("function")
@@ -322,7 +372,7 @@ class AnswerReader:
                 raise TooLarge("too many tool calls")
             call = self._calls[key] = ToolCall(id or f"call_{len(self.tool_calls)}")
             self.tool_calls.append(call)
-        if name != call.name:  # repeated with every piece by some servers, in pieces itself by others
+        if name != call.name:  # some servers repeat it with every piece, others send it in pieces
             self._bytes_left -= len(name.encode())
             call.name += name
         if arguments or self._bytes_left < 0:
@@ -330,12 +380,51 @@ class AnswerReader:
             call.arguments += self._whole(arguments, number)
 
 
-def _begins(call: ToolCall, id: str, name: str, arguments: str) -> bool:
-    """Whether this piece, which has the index of `call`, begins another one.
+class Chunk(NamedTuple):
+    data: str  #: as the upstream sent it
+    is_token: bool  #: whether there is text or reasoning in it
 
-    Some servers count wrong (each call has the index 0, or none), so an id that is new begins a call. But where it
-    comes with nothing but arguments, as some give each piece a new id, it does only when the call is complete. So does
-    a name without an id: some servers give no ids.
+
+class ChunkReader:
+    """The reader of a gateway: rule 5. A chunk that is readable but not valid JSON is made valid."""
+
+    def __init__(self, choices: int = 1) -> None:
+        self._answer = AnswerReader(choices)
+
+    @property
+    def finished(self) -> bool:
+        return self._answer.finished
+
+    @property
+    def done(self) -> bool:
+        return self._answer.done
+
+    def feed(self, block: bytes) -> Iterator[Chunk]:
+        return self._chunks(self._answer._data.feed(block))
+
+    def end(self) -> Iterator[Chunk]:
+        with suppress(ValueError):  # a cut event
+            yield from self._chunks(self._answer._data.end())
+        self._answer._check("unfinished")
+
+    def _chunks(self, events: Iterator[tuple[bytes, bool]]) -> Iterator[Chunk]:
+        answer = self._answer
+        for data, is_error in events:
+            if answer.done:
+                return
+            pieces = answer._read(data, is_error)
+            if (mended := answer.mended) is not None:
+                data, answer.mended = json.dumps(mended).encode(), None
+            if pieces is not None and mended != {}:
+                yield Chunk(_words(data), bool(pieces))
+
+
+def _begins(call: ToolCall, id: str, name: str, arguments: str) -> bool:
+    """Whether this piece, which has the index of `call`, begins another call.
+
+    Some servers give each call the index 0, or none, so a new id begins a call. Some give each piece a new id: if the
+    piece has nothing but arguments, it begins a call only if the last call is complete. The same holds for a name
+    without an id, since some servers send no ids.
     """
     if id and id != call.id:
         return bool(name) or not arguments or _is_object(call.arguments)
@@ -353,9 +442,9 @@ def _is_object(arguments: str) -> bool:
 
 
 def says_error(body: bytes) -> bool:
-    """Whether a body that is no event stream is an error of the server's, and not an answer of some other kind."""
+    """Whether a body that is not an event stream is a server's error, and not another kind of answer."""
     try:
-        return _is_error(_decode_leniently(body))
+        return _is_error(msgspec.convert(loads_leniently(body), _Chunk))
     except (ValueError, RecursionError):
         return False
 
@@ -372,21 +461,27 @@ def _is_error(chunk: _Chunk) -> bool:
     )
 
 
-def _decode_leniently(data: bytes) -> _Chunk:
-    """What JSON forbids and servers send all the same: NaN and Infinity, halves of surrogate pairs, bytes that are not
-    UTF-8, control characters, integers without end; and data that is no object, which has nothing to read in it.
+def loads_leniently(data: bytes) -> dict[str, Any]:
+    """Accepts what JSON forbids but servers send: NaN and Infinity (as `None`), halves of surrogate pairs, bytes that
+    are not UTF-8, control characters, numbers of any length. Data that is not an object is an empty one.
 
     Raises `ValueError` (msgspec's errors too) and `RecursionError`.
     """
-    value = json.loads(data.decode(errors="replace"), strict=False, parse_int=lambda digits: int(digits[:20]))
+    value = json.loads(
+        data.decode(errors="replace"),
+        strict=False,
+        parse_int=lambda digits: int(digits[:20]),
+        parse_float=lambda digits: number if isfinite(number := float(digits)) else None,
+        parse_constant=lambda _: None,
+    )
     if isinstance(value, list):  # Google's servers put an error into one
         value = next((item for item in value if isinstance(item, dict) and item.get("error")), None)
-    return msgspec.convert(value, _Chunk) if isinstance(value, dict) else _Chunk()
+    return value if isinstance(value, dict) else {}
 
 
 def _texts(content: Any) -> Iterator[tuple[str, bool]]:
-    """The texts of a content or a reasoning, each with whether it is a thought: of a text, of a part such as
-    `{"type": "text", "text": …}`, or of a list of them; of anything else none."""
+    """The texts of a content or a reasoning, each with whether it is a thought. Both may be a text, a part such as
+    `{"type": "text", "text": …}`, or a list of them; anything else has no text."""
     if isinstance(content, str):
         yield content, False
     elif isinstance(content, list):
@@ -402,12 +497,12 @@ def _texts(content: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _mended(text: str) -> str:
-    """Pairs of surrogates are one character; a half is U+FFFD."""
+    """Make a surrogate pair one character, a lone half U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _word(value: Any) -> str:
-    """An id, an index or a name, of whatever type; 0 and 0.0 are the same."""
+    """An id, an index or a name of any type, as text; 0 and 0.0 are the same."""
     if isinstance(value, str):
         return _mended(value)
     if isinstance(value, float):
@@ -419,21 +514,37 @@ def _words(data: bytes) -> str:
     return data.decode(errors="replace")
 
 
-class _DataLines:
-    """The data of a stream's events, as bytes, and whether the event says by its field that it is an error.
+def _is_one_event(block: bytes) -> bool:
+    """Whether it is one event of one line, such as `data: {…}` and a blank line."""
+    return (
+        block.startswith(b"data: ")
+        and block.endswith(b"\n\n")
+        and block.find(b"\n") == len(block) - 2
+        and b"\r" not in block
+        and len(block) <= MAX_ANSWER_BYTES
+    )
 
-    As `wire.Decoder`, which makes texts of them; the decoding of the JSON wants bytes. Line ends are those of the
-    standard (https://html.spec.whatwg.org/multipage/server-sent-events.html, 9.2.5).
+
+class _DataLines:
+    """Splits a stream into the data of its events, each with whether a field of the event makes it an error.
+
+    Like `wire.Decoder`, but the data stays bytes, for the JSON decoder. Line ends are those of the standard
+    (https://html.spec.whatwg.org/multipage/server-sent-events.html, 9.2.5).
     """
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []  # of a line whose end is yet to come
+        self._parts: list[bytes] = []  # of an unfinished line
         self._lines: list[bytes] = []  # of an event's data
         self._held = 0  # bytes of both
         self._is_error = self._after_cr = False
         self._is_first = True
+        self._is_between_events = False
 
     def feed(self, block: bytes) -> Iterator[tuple[bytes, bool]]:
+        if self._is_between_events and _is_one_event(block):  # hot path: most tokens
+            yield block[6:-2], False
+            return
+        self._is_between_events = False
         if self._after_cr and block.startswith(b"\n"):
             block = block[1:]
         if not block:
@@ -451,9 +562,10 @@ class _DataLines:
                 yield data
         if rest:
             self._hold(self._parts, rest)
+        self._is_between_events = not (self._parts or self._lines or self._is_error or self._after_cr)
 
     def end(self) -> Iterator[tuple[bytes, bool]]:
-        """The event that had no end."""
+        """The last event, if no blank line ended it."""
         for line in (b"".join(self._parts), b""):
             if (data := self._take(line)) is not None:
                 yield data

@@ -1,4 +1,4 @@
-"""The format, one step at a time: small streams to try a client on."""
+"""Small streams to test a client with."""
 
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -62,7 +62,7 @@ async def counter(request: Request) -> AsyncIterator[Event]:
     interval = query.interval
     for n in range(query.count):
         yield Event({"count": n, "message": f"Update {n}"}, "message")
-        if interval:  # 0 is no sleep at all: not even a turn of the loop for each event
+        if interval:  # even `sleep(0)` would cost a turn of the loop for each event
             await anyio.sleep(interval)
     yield Event({"done": True}, "complete")
 
@@ -86,7 +86,7 @@ async def hello(request: Request) -> AsyncIterator[Event]:
 
 
 async def progress(request: Request) -> AsyncIterator[Event]:
-    """A progress, by tens."""
+    """Progress in steps of ten."""
     for percent in range(0, 101, 10):
         yield Event({"progress": percent}, "progress")
         await _pause(request)
@@ -94,7 +94,7 @@ async def progress(request: Request) -> AsyncIterator[Event]:
 
 
 async def shapes(request: Request) -> AsyncIterator[Event]:
-    """The four shapes that an event can have."""
+    """The four forms of an event."""
     yield Event("data alone")
     await _pause(request)
     yield Event("with an event type", "message")
@@ -105,7 +105,7 @@ async def shapes(request: Request) -> AsyncIterator[Event]:
 
 
 async def merged(request: Request) -> AsyncIterator[Event]:
-    """Two sources, each at its own pace, in the order in which their items come."""
+    """Merge two sources with different intervals, in the order of arrival."""
 
     async def source(name: str, count: int, interval: float) -> AsyncIterator[dict[str, Any]]:
         for n in range(count):
@@ -120,14 +120,14 @@ async def merged(request: Request) -> AsyncIterator[Event]:
 
 
 async def errors(request: Request) -> AsyncIterator[Event]:
-    """Two kinds of failure: an item that can't be encoded is said and passed over; the source's own ends the stream."""
+    """Two kinds of failure: an item that can't be encoded is reported and skipped; a failing source ends the stream."""
     query: Errors = request.query
 
     async def source() -> AsyncIterator[Any]:
         for n in range(query.total):
             if n == query.at:
                 raise RuntimeError(f"the source failed at item {n}")
-            # One item in ten is of no use; the first is whole.
+            # One item in ten can't be encoded.
             yield f"Item {n}" if n % 10 != 7 else f"Item {n} \ud800"
 
     yield Event({"status": "ok"}, "connected")
@@ -148,8 +148,8 @@ async def errors(request: Request) -> AsyncIterator[Event]:
 
 
 async def limited(request: Request) -> AsyncIterator[Event]:
-    """Count until the time is over."""
-    # The deadline is looked at between events: no `yield` stands in a timeout.
+    """Count until a time limit."""
+    # Not by `move_on_after`: a generator must not yield inside a cancel scope.
     query: Limit = request.query
     ends_at, count = anyio.current_time() + query.limit, 0
     while anyio.current_time() < ends_at:
@@ -157,15 +157,15 @@ async def limited(request: Request) -> AsyncIterator[Event]:
         count += 1
         left = ends_at - anyio.current_time()
         await anyio.sleep(min(query.interval, left))
-        if left <= query.interval:  # it was the last pause, though a loop's timers may be a little early
+        if left <= query.interval:  # the last pause; a timer may fire slightly early
             break
     yield Event({"error": "Stream timeout exceeded", "timeout": _plain(query.limit)}, "error")
 
 
 async def countdown(request: Request, seconds: int) -> AsyncIterator[Event]:
-    """Count down, a second each."""
+    """Count down by seconds."""
     if not 0 <= seconds <= 3600:
-        raise BadRequest("seconds: from 0 to 3600", field="seconds")
+        raise BadRequest("seconds: must be from 0 to 3600", field="seconds")
     for remaining in range(seconds, 0, -1):
         yield Event({"remaining": remaining}, "countdown")
         await _pause(request)
@@ -173,7 +173,7 @@ async def countdown(request: Request, seconds: int) -> AsyncIterator[Event]:
 
 
 async def process(request: Request) -> AsyncIterator[Event]:
-    """Three steps, and a result."""
+    """Three steps and a result."""
     for step in ("Analyzing", "Processing", "Finalizing"):
         yield Event({"step": step}, "progress")
         await _pause(request)
@@ -186,7 +186,7 @@ async def _pause(request: Request) -> None:
 
 
 def _plain(number: float) -> float | int:
-    """30, not 30.0, where it is whole."""
+    """30, not 30.0."""
     return int(number) if number == int(number) else number
 
 

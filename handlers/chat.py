@@ -1,7 +1,8 @@
-"""A language model, token by token: any server that speaks OpenAI's chat completions, or a mock.
+"""A language model, token by token: any server with OpenAI's chat completions, or a mock.
 
-An answer is whole or its stream fails; `handlers.answer` reads what servers send. What may have been generated is never
-asked for again: somebody pays for it. Boundary of trust: the upstream's own words go to the log, without our key.
+An answer is complete or its stream fails; `handlers.answer` reads what servers send. A request is never repeated if
+tokens may have been generated: they cost money. Boundary of trust: the upstream's own texts go to the log only, without
+our key.
 """
 
 import asyncio
@@ -12,14 +13,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal, Protocol
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import anyio
 import httpx
 import msgspec
 from msgspec import Meta
 
-from handlers.answer import AnswerReader, ModelError, Piece, Reasoning, ToolCall, Usage, says_error
+from handlers.answer import AnswerReader, Chunk, ChunkReader, ModelError, Piece, Reader, Reasoning, Usage, says_error
 from handlers.local_model import LOCAL, local_model
 from handlers.upstream import UpstreamTransport
 from ssecore.client.outbound import Transport, http_client
@@ -34,21 +35,24 @@ from ssecore.wire import CONTENT_TYPE, Event, encode_json
 __all__ = ["LINGERING", "ROUTES", "ChatMessage", "MockModel", "Model", "OpenAIModel", "answer_times", "open_model"]
 
 logger = logging.getLogger("sseapp")
+T = TypeVar("T")
 
 #: Most proxies, too, give up after 60 s without a byte. 5 s are three SYNs, so a connect that timed out isn't repeated.
 READ_TIMEOUT_S, CONNECT_TIMEOUT_S = 60.0, 5.0
-#: Answers under way at once, each on its own connection (httpx has 100). Who finds all taken is told so soon.
+#: Answers at once, each on its own connection (httpx has 100), and how long a request waits for a free one.
 MAX_CONNECTIONS, POOL_TIMEOUT_S = 1000, 5.0
-#: Both backoffs together stay below the second in which a failure is still an HTTP status (`stream.FIRST_ITEM_S`). A
-#: `Retry-After` above MAX_PAUSE_S is left to the client, who waits better than an open stream.
+#: Both backoffs together stay below the second in which a failure is still an HTTP status (`pump.FIRST_ITEM_S`). A
+#: `Retry-After` above MAX_PAUSE_S is left to the client: it can wait without an open stream.
 MAX_RETRIES, BACKOFF_S, MAX_PAUSE_S = 2, 0.2, 5
-#: For `[DONE]` and the usage behind a finish reason, whatever else the server sends, such as keep-alive comments.
+#: For `[DONE]` and the usage after a finish reason, whatever else the server sends, such as keep-alive comments.
 FINISH_TIMEOUT_S: Final = 1.0
-#: For the end of the body behind `[DONE]`: it is nearly always there, and without it the connection can't be kept.
+#: For the body's end after `[DONE]`: nearly always it has arrived, and without it the connection can't be reused.
 END_TIMEOUT_S: Final = 0.1
-#: Of an answer that is an event stream, or may be one: simple servers call it plain text, or nothing.
+#: Content types of an answer that is an event stream, or may be one: simple servers send text/plain, or none.
 MEDIA_TYPES: Final = (CONTENT_TYPE, "text/plain", "application/octet-stream", "")
-#: What is read of a refusal, for the log, and how long that may take.
+#: The HTTP statuses with which servers refuse a field that they don't know.
+UNKNOWN_FIELD: Final = (400, 422)
+#: How much of a refusal is read for the log, and for how long.
 MAX_REFUSAL_BYTES, REFUSAL_TIMEOUT_S = 16 * 1024, 0.5
 
 
@@ -63,7 +67,7 @@ class Prompt(msgspec.Struct, forbid_unknown_fields=True):
 
 class Model(Protocol):
     def stream(self, messages: Sequence[ChatMessage]) -> AsyncGenerator[Piece, None]:
-        """The answer in pieces; to be closed with `aclosing`. Raises `UpstreamError`, whose `code` says how."""
+        """The answer in pieces; close it with `aclosing`. Raises `UpstreamError`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class MockModel:
         return self.say(f"This is a mock response to: {prompt}")
 
     async def say(self, text: str) -> AsyncGenerator[Piece, None]:
-        """Any text, word by word; each word keeps the space behind it."""
+        """Yield the text word by word, each with the space after it."""
         for number, word in enumerate(re.findall(r"\S+\s*", text)):
             if number and self.delay_s:
                 await anyio.sleep(self.delay_s)
@@ -86,55 +90,68 @@ class MockModel:
 
 @dataclass(frozen=True)
 class OpenAIModel:
-    """Any server with OpenAI's chat completions; `client` holds the headers and the connections."""
+    """Any server with OpenAI's chat completions."""
 
     client: httpx.AsyncClient
     url: httpx.URL
     model: str
     key: str = field(repr=False)
-    calls_tools: bool = True  #: the local model is too small for it
+    calls_tools: bool = True  #: False for the local model, which is too small for it
 
-    async def stream(
+    def stream(
         self,
         messages: Sequence[Any],
         tools: Sequence[Any] = (),
         *,
         call: bool = True,
         options: Mapping[str, Any] = MappingProxyType({}),
+        usage: bool = False,
     ) -> AsyncGenerator[Piece, None]:
-        """With `tools`, as OpenAI describes them, the calls that the model makes come behind its text.
+        """With `tools`, in OpenAI's form, the model's calls come after its text.
 
-        Without `call` it shall make none; the tools are told all the same, since earlier messages speak of them.
-        `options` are more fields of the request.
+        Without `call` the model must not call them; they are sent, since earlier messages may refer to them. `options`
+        are more fields of the request. `usage` asks the server for the usage, which some send anyway.
         """
         body: dict[str, Any] = {**options, "model": self.model, "messages": messages, "stream": True}
         if tools:
             body |= {"tools": tools} if call else {"tools": tools, "tool_choice": "none"}
+        return self._answer(body, AnswerReader(), usage)
+
+    def chunks(self, asked: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
+        """The chunks of the answer to a caller's own request, unchanged. Raises `ModelError`.
+
+        If the caller wants no stream, the upstream is asked for the usage: a whole answer always has it.
+        """
+        choices = asked.get("n")
+        reader = ChunkReader(choices if type(choices) is int else 1)
+        return self._answer({**asked, "model": self.model, "stream": True}, reader, usage=not asked.get("stream"))
+
+    async def _answer(self, body: Mapping[str, Any], reader: Reader[T], usage: bool) -> AsyncGenerator[T, None]:
         content = encode_json(body)
-        reader = AnswerReader()
         try:
-            async with _body(await self._open(content)) as chunks:
+            async with _body(await self._open_with_usage(body) if usage else await self._open(content)) as chunks:
                 async for chunk in chunks:
-                    for piece in reader.feed(chunk):
-                        yield piece
+                    for part in reader.feed(chunk):
+                        yield part
                     if reader.finished or reader.done:
                         break
-                for piece in await _rest(reader, chunks):
-                    yield piece
-            for last in reader.end():
-                if tools or not isinstance(last, ToolCall):
-                    yield last
+                for part in await _rest(reader, chunks):
+                    yield part
+            for part in reader.end():
+                yield part
         except (ModelError, httpx.HTTPError, TooLarge, ValueError, RecursionError) as error:
             failure = error if isinstance(error, ModelError) else ModelError(error)
             said = failure.said.replace(self.key, "***") if self.key else failure.said
             logger.warning("%s: %.500r", failure.code, said)
             raise failure from None
 
-    @asynccontextmanager
-    async def answer(self, asked: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The bytes of the streamed answer to a caller's own request. Raises `ModelError`, or what httpx raises."""
-        async with _body(await self._open(encode_json({**asked, "model": self.model, "stream": True}))) as chunks:
-            yield chunks
+    async def _open_with_usage(self, body: Mapping[str, Any]) -> httpx.Response:
+        try:
+            return await self._open(encode_json({**body, "stream_options": {"include_usage": True}}))
+        except ModelError as error:
+            if error.refused not in UNKNOWN_FIELD:
+                raise
+            return await self._open(encode_json(body))
 
     async def _open(self, content: bytes) -> httpx.Response:
         request = self.client.build_request("POST", self.url, content=content)
@@ -154,23 +171,23 @@ class OpenAIModel:
             retries += 1
 
 
-async def _rest(reader: AnswerReader, chunks: AsyncIterator[bytes]) -> list[str | Reasoning]:
-    """What comes behind the finish reason until `[DONE]`; then the body's end is read. Neither is waited for long."""
-    pieces: list[str | Reasoning] = []
+async def _rest(reader: Reader[T], chunks: AsyncIterator[bytes]) -> list[T]:
+    """What follows the finish reason, up to `[DONE]`; then the body's end is read. The wait for both is short."""
+    parts: list[T] = []
     with suppress(httpx.HTTPError):
         with anyio.move_on_after(FINISH_TIMEOUT_S):
             while not reader.done and (chunk := await anext(chunks, b"")):
-                pieces += reader.feed(chunk)
+                parts += reader.feed(chunk)
         if reader.done:
             with anyio.move_on_after(END_TIMEOUT_S):
                 await anext(chunks, b"")
-    return pieces
+    return parts
 
 
 @asynccontextmanager
 async def _body(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """An answer's bytes; it is closed behind them. httpx nests generators and closes the outermost alone: the others
-    are run to their end here, or the collector would close them, each in a task of its own."""
+    """An answer's bytes; closes the answer. httpx nests generators and closes only the outermost: the others are run to
+    their end here, or the garbage collector would close each in a task of its own."""
     chunks: AsyncIterator[bytes] = response.extensions.get("chunks") or response.aiter_raw()
     try:
         yield chunks
@@ -182,9 +199,11 @@ async def _body(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]
 
 
 async def _refusal(response: httpx.Response) -> ModelError | None:
-    """What is wrong with an answer by its head: then it is closed."""
+    """The fault of an answer whose head shows that it is not one; closes it. `None` for a good one."""
     status, headers, said = response.status_code, response.headers, b""
-    media_type = re.split("[;,]", headers.get("content-type", ""), maxsplit=1)[0].strip().lower()  # "," : given twice
+    media_type = (
+        re.split("[;,]", headers.get("content-type", ""), maxsplit=1)[0].strip().lower()
+    )  # "," if it is sent twice
     encoding = headers.get("content-encoding", "").strip().lower()
     if status == 200 and media_type in MEDIA_TYPES and encoding in ("", "identity"):
         return None
@@ -204,7 +223,7 @@ async def _refusal(response: httpx.Response) -> ModelError | None:
 
 @asynccontextmanager
 async def open_model(settings: Settings) -> AsyncIterator[Model]:
-    """The mock, unless a key or a base URL is set. Raises `SettingsError` for what can't be one."""
+    """The mock, unless a key or a base URL is set. Raises `SettingsError` if one is malformed."""
     base, key = settings.openai_base_url, (settings.openai_api_key or "").strip()
     if not base and not key:
         yield MockModel(settings.mock_delay_s)
@@ -219,7 +238,7 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
     except httpx.InvalidURL:
         url = httpx.URL()
     if url.scheme not in ("http", "https") or not url.host:
-        # Not as it is: there may be a password in it, or a key that was meant for the next variable.
+        # Without the value: it may hold a password, or the key by mistake.
         raise SettingsError("OPENAI_BASE_URL: expected local, or http:// or https:// and a host")
     if not (key.isascii() and key.isprintable()):  # httpx' own error would print it
         raise SettingsError("OPENAI_API_KEY: expected printable ASCII")
@@ -234,7 +253,7 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
 
 
 def _transport() -> Transport | None:
-    """Ours, which takes a third of the CPU that httpx's own takes; `None`, httpx's own, under trio."""
+    """Our transport, which takes a third of the CPU of httpx's own; under trio `None`, which is httpx's own."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -243,7 +262,7 @@ def _transport() -> Transport | None:
 
 
 def answer_times(request: Request) -> AnswerTimes:
-    """For one answer of a model that is asked now."""
+    """The times of one answer, which begin now."""
     assert request.route is not None
     times: AnswerTimes = request.metrics.answer(request.route.path)
     return times
@@ -251,7 +270,7 @@ def answer_times(request: Request) -> AnswerTimes:
 
 async def chat(request: Request) -> AsyncIterator[Event]:
     """A model's answer to a prompt, for `EventSource.onmessage`."""
-    # Each event has a `content`, so that whoever does no more than join them gets the answer's text.
+    # Each event has a `content`, so that a client which only joins them gets the answer's text.
     times = answer_times(request)
     async with aclosing(request.state.model.stream([ChatMessage("user", request.query.prompt)])) as answer:
         async for piece in answer:
@@ -271,7 +290,7 @@ async def chat(request: Request) -> AsyncIterator[Event]:
 async def chat_stream(request: Request) -> AsyncIterator[Event]:
     """A model's answer to a conversation."""
     if not any(message.role == "user" for message in request.body):
-        raise BadRequest("role: at least one message must be the user's", field="role")
+        raise BadRequest("role: at least one message must have the role 'user'", field="role")
     times = answer_times(request)
     async with aclosing(request.state.model.stream(request.body)) as answer:
         async for piece in answer:
@@ -289,7 +308,7 @@ async def chat_stream(request: Request) -> AsyncIterator[Event]:
 
 
 _Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=100)]
-#: No tokens are paid for that nobody will read.
+#: Without a reader a run ends, so that it costs no more tokens.
 LINGERING: Final = Run(linger_s="setting")
 
 

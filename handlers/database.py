@@ -1,15 +1,10 @@
-"""The tasks: one table in SQLite, with full-text search; the sessions; which runs worked on a task. Several processes
-may share the file.
+"""The service's SQLite file, which several processes may share: tasks with full-text search, sessions, executions.
 
-Rules:
-
-1.  SQLite works in worker threads, off the loop. One statement does a whole page or batch, with JSON as its carrier:
-    the sqlite3 module gives the interpreter's lock away at each step, and getting it back, row by row, from a busy loop
-    costs up to ten times the work itself.
-2.  Nobody reads in a long transaction. A reader takes page after page by key (`id > last`), so that memory is constant,
-    the first row comes at once, and the write-ahead log can be cut behind it.
-3.  One writes at a time: the writers of this process queue for it, other processes wait for the file's lock. So those
-    who wait never take the connections from those who read.
+1.  One statement handles a whole page or batch, as JSON: the sqlite3 module releases the interpreter's lock at each
+    step, and getting it back from a busy loop costs up to ten times the work.
+2.  A reader fetches page after page by key (`id > last`), so memory is constant and the write-ahead log can be
+    truncated.
+3.  One writer at a time in each process, so writers that wait for the file's lock take no connection from readers.
 """
 
 import sqlite3
@@ -43,35 +38,34 @@ __all__ = [
 ]
 
 Status = Literal["open", "doing", "done"]
-#: How near a task's date is; `done` and `none` (no date) are no matter of dates. `week`: the seven days after today.
+#: `none`: no date. `week`: the seven days after today.
 Due = Literal["overdue", "today", "week", "later", "none", "done"]
 Grouping = Literal["status", "priority", "due"]
 COLUMNS: Final = ("id", "title", "description", "status", "priority", "due", "created")
 
-#: Rows read at once: the longest ones that an import takes make some 12 MB, usual ones 40 KB.
+#: Usually 40 KB; the longest rows that an import accepts make some 12 MB.
 PAGE_ROWS: Final = 200
-#: Connections for reading. A page takes less than a millisecond, so a few serve many streams.
+#: A page takes less than a millisecond.
 READERS: Final = 3
-#: Of a search: more words cost more time, up to a second each where a million rows have it.
+#: A word costs up to a second if a million rows contain it.
 MAX_WORDS: Final = 10
-#: What a found row holds of its description.
+#: Of a description in a search result.
 FOUND_CHARS: Final = 300
-#: How long to wait for another process's write.
 BUSY_TIMEOUT_S: Final = 30.0
 
-#: Of an agent's session: the newest exchanges, and of these as many as have so many characters together. A small local
-#: model takes some 8,000 characters in all; a single longer text is cut.
+#: In a session.
 MAX_EXCHANGES: Final = 20
+#: A small local model takes some 8,000 in all.
 MAX_SESSION_CHARS: Final = 8000
-#: Of one caller; the longest unused ones go first. At most some 160 MB of text.
+#: For each caller: some 160 MB of text.
 MAX_SESSIONS: Final = 5000
-#: Executions of one task that are remembered for each caller: whoever watches one of them finds it again.
+#: For each task and caller.
 MAX_EXECUTIONS: Final = 20
-#: A session that was not used for so long is forgotten.
+#: Since the last use.
 MAX_SESSION_AGE_S: Final = 7 * 86400.0
 
 _APPLICATION_ID: Final = 0x73736561  # "ssea"
-#: What each version of the schema adds to the one before it, from version 1 on. What was released is not changed.
+#: Migrations, from version 1 on. A released one never changes.
 _VERSIONS: Final = (
     (
         """CREATE TABLE tasks (
@@ -97,7 +91,7 @@ _VERSIONS: Final = (
         END""",
     ),
     (
-        # Each owner has ids of its own: another caller's session is never seen, nor can its id be taken away.
+        # A caller can't see or take another caller's session.
         """CREATE TABLE sessions (
             owner TEXT NOT NULL,
             id TEXT NOT NULL,
@@ -109,7 +103,7 @@ _VERSIONS: Final = (
         "CREATE INDEX sessions_by_use ON sessions (used)",
     ),
     (
-        # `number` is their order: runs may begin within one tick of the clock.
+        # Ordered by `number`: the clock is too coarse.
         """CREATE TABLE executions (
             number INTEGER PRIMARY KEY,
             run TEXT NOT NULL,
@@ -123,7 +117,7 @@ _VERSIONS: Final = (
 _INSERT: Final = f"""INSERT INTO tasks ({", ".join(COLUMNS[1:])})
     SELECT {", ".join(f"json_extract(value, '$[{at}]')" for at in range(5))}, ? FROM json_each(?)"""
 
-#: Rule 1. JSON holds no line end, and the inner LIMIT keeps the order: it can't be flattened away.
+#: Rule 1. JSON contains no line break; the inner LIMIT keeps the order.
 _PAGE: Final = f"""SELECT max(id), CAST(group_concat(json, char(10)) AS BLOB) FROM (
     SELECT tasks.id AS id, json_object({", ".join(f"'{name}', tasks.{name}" for name in COLUMNS)}) AS json
     FROM {{source}} WHERE {{where}} ORDER BY {{key}} LIMIT :rows)"""
@@ -138,9 +132,8 @@ _DUE: Final = """CASE
 _GROUPS: Final[dict[Grouping, str]] = {"status": "tasks.status", "priority": "tasks.priority", "due": _DUE}
 _EXECUTIONS: Final = "FROM executions WHERE task_id = ? AND owner = ? ORDER BY number DESC"
 
-#: Of words and a status the words are looked for first, but only from the first row on that has the status, to the last
-#: one: not in all of what was done long ago. FTS5 takes one lower bound, and a NULL for none: where no row has the
-#: status the bound is above all rows.
+#: Search only between the first and the last row with the status. FTS5 takes NULL for no lower bound, so without such a
+#: row the bound is above all rows.
 _FROM_FIRST_TO_LAST: Final = f"""words.rowid BETWEEN
     coalesce((SELECT min(id) FROM tasks WHERE status = :status AND id > :after), {sys.maxsize})
     AND (SELECT max(id) FROM tasks WHERE status = :status)"""
@@ -149,8 +142,6 @@ T = TypeVar("T")
 
 
 class NewTask(msgspec.Struct, array_like=True):
-    """A row as it comes in; `id` and `created` are the table's own."""
-
     title: str
     description: str
     status: str
@@ -159,7 +150,7 @@ class NewTask(msgspec.Struct, array_like=True):
 
 
 class Task(NamedTuple):
-    """A row, by `COLUMNS`."""
+    """In the order of `COLUMNS`."""
 
     id: int
     title: str
@@ -172,24 +163,22 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Which rows; `None` doesn't ask. `due="week"` takes today's, too."""
+    """`due="week"` includes today."""
 
     words: str | None = None
-    any_word: bool = False  #: else all of the words must occur
+    any_word: bool = False  #: else all words must occur
     status: Status | None = None
     priority: int | None = None
     due: Due | None = None
 
 
 class Exchange(msgspec.Struct, array_like=True, frozen=True):
-    """What was asked in a session, and the whole answer."""
-
     question: str
     answer: str
 
 
 class Tasks:
-    """The tables. Every method raises `Unavailable` where the file can't be used at the moment (locked, disk full)."""
+    """Every method raises `Unavailable` while the file is locked or the disk full."""
 
     def __init__(self, connections: list[sqlite3.Connection], path: Path) -> None:
         self._free = connections
@@ -198,23 +187,22 @@ class Tasks:
         self._writing = CapacityLimiter(1)
 
     async def insert(self, tasks: Sequence[NewTask]) -> None:
-        """All of them, or none."""
         await to_thread.run_sync(self._work, partial(_insert, tasks), limiter=self._writing)
 
     async def get(self, id: int) -> Task | None:
         return await to_thread.run_sync(self._work, partial(_get, id), limiter=self._reading)
 
     async def set_status(self, id: int, status: Status) -> bool:
-        """Whether there is such a task."""
+        """Returns whether the task exists."""
         return await to_thread.run_sync(self._work, partial(_set_status, id, status), limiter=self._writing)
 
     async def pages(
         self, status: Status | None = None, text: str | None = None, limit: int = sys.maxsize
     ) -> AsyncIterator[list[bytes]]:
-        """The rows by id, each as a JSON object, many at a time. `text`: rows in which all of its words occur."""
+        """Yield pages of JSON objects. `text`: rows that contain all of its words."""
         source, key, where = "tasks", "tasks.id", "tasks.id > :after"
         if text is not None:
-            # CROSS JOIN: in this order. Not a look into the index for each row of a status.
+            # CROSS JOIN fixes the order of the lookups.
             source, key = "words CROSS JOIN tasks ON tasks.id = words.rowid", "words.rowid"
             bounds = "words.rowid > :after" if status is None else _FROM_FIRST_TO_LAST
             where = f"{bounds} AND words MATCH :words"
@@ -233,20 +221,17 @@ class Tasks:
             limit = limit - wanted if len(rows) == wanted else 0
 
     async def search(self, wanted: Filter, limit: int, today: date) -> tuple[int, list[Task]]:
-        """How many rows there are, and the first of them: by their words' weight, or by date. Descriptions are cut."""
+        """Number of rows, and the first by rank or, without words, by date. Descriptions are cut."""
         work = partial(_search, wanted, limit, today)
         return await to_thread.run_sync(self._work, work, limiter=self._reading)
 
     async def count(self, wanted: Filter, by: Grouping | None, today: date) -> dict[str, int]:
-        """How many rows there are in each group; without `by` in the one called `all`. Empty groups are not there."""
+        """Non-empty groups; without `by` only `all`."""
         return await to_thread.run_sync(self._work, partial(_count, wanted, by, today), limiter=self._reading)
 
     def scan(self) -> Generator[tuple[int, int, list[bytes]], None, None]:
-        """All rows as `pages` has them, each page with its last id and the table's: for a worker thread.
-
-        On a connection of its own, however long that takes: it takes none away from those who are streamed to.
-        """
-        with _trouble_told(), closing(_connect(self._path)) as connection:
+        """`pages` for a worker thread, on its own connection: yields the page's last id, the highest id, rows."""
+        with _as_unavailable(), closing(_connect(self._path)) as connection:
             ((highest,),) = connection.execute("SELECT max(id) FROM tasks").fetchall()
             sql = _PAGE.format(source="tasks", key="tasks.id", where="tasks.id > :after")
             after = 0
@@ -257,33 +242,30 @@ class Tasks:
                 yield after, max(highest, after), page.split(b"\n")
 
     async def begin_execution(self, run: str, task_id: int, owner: str | None) -> None:
-        """Remember that this run works on the task; of the owner's the newest ones are kept."""
         work = partial(_begin_execution, run, task_id, owner or "")
         await to_thread.run_sync(self._work, work, limiter=self._writing)
 
     async def executions(self, task_id: int, owner: str | None) -> list[str]:
-        """The owner's runs that worked on the task, newest first. The log may have forgotten some of them."""
+        """Run ids, newest first."""
         return await to_thread.run_sync(self._work, partial(_executions, task_id, owner or ""), limiter=self._reading)
 
     async def session(self, owner: str | None, id: str) -> list[Exchange]:
-        """A session's exchanges, oldest first; none, if there is no such session of this owner's."""
+        """Oldest first."""
         return await to_thread.run_sync(self._work, partial(_session, owner or "", id), limiter=self._reading)
 
     async def add_exchange(self, owner: str | None, id: str, exchange: Exchange) -> None:
-        """Carry a session on, or begin it. Of two at once both are kept, in the order in which they come here."""
         await to_thread.run_sync(self._work, partial(_add_exchange, owner or "", id, exchange), limiter=self._writing)
 
     def _work(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """In a worker thread. The limiters see to it that a connection is free."""
+        # The limiters guarantee a free connection.
         connection = self._free.pop()
         try:
-            with _trouble_told():
+            with _as_unavailable():
                 return work(connection)
         finally:
             self._free.append(connection)
 
     async def close(self) -> None:
-        """Wait for the threads at work, and close their connections."""
         with CancelScope(shield=True):
             for limiter in (self._reading, self._writing):
                 for _ in range(int(limiter.total_tokens)):
@@ -294,10 +276,7 @@ class Tasks:
 
 @asynccontextmanager
 async def open_tasks(data_dir: Path) -> AsyncIterator[Tasks]:
-    """The database in `data_dir`, both made if they aren't there.
-
-    Raises `SSEAppError` for a file that is not one of ours, or not usable; it is left as it is.
-    """
+    """Raises `SSEAppError`, such as for another program's file, which is left unchanged."""
     path = data_dir / "tasks.db"
     tasks = Tasks(await to_thread.run_sync(_open, path), path)
     try:
@@ -313,10 +292,10 @@ def _open(path: Path) -> list[sqlite3.Connection]:
             connections = [stack.enter_context(closing(_connect(path))) for _ in range(READERS + 1)]
             _prepare(connections[0])
             for connection in connections:
-                # What is committed outlives a killed process; a lost power supply may take the last of it.
+                # A commit survives a killed process; a power failure may lose the last ones.
                 connection.execute("PRAGMA synchronous = NORMAL")
         except (OSError, ValueError, sqlite3.Error) as error:
-            raise SSEAppError(f"{path} can't be used as the tasks database: {error}") from error
+            raise SSEAppError(f"can't use {path} as the tasks database: {error}") from error
         stack.pop_all()
         return connections
 
@@ -327,8 +306,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    """Bring the schema up to date, from nothing or from an older version. Raises `ValueError` for what is not ours."""
-    with _transaction(connection):  # of several processes that start at once, one makes it
+    """Create or migrate the schema."""
+    with _transaction(connection):  # several processes may start at once
         sources = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
         application, version, tables = (connection.execute(source).fetchall()[0][0] for source in sources)
         if application == version == tables == 0:
@@ -336,7 +315,7 @@ def _prepare(connection: sqlite3.Connection) -> None:
         elif application != _APPLICATION_ID:
             raise ValueError("it is the database of another program")
         elif version > len(_VERSIONS):
-            raise ValueError(f"it has version {version} and this program knows version {len(_VERSIONS)}: update it")
+            raise ValueError(f"it has version {version}, and sseapp supports version {len(_VERSIONS)}: update sseapp")
         for number, statements in enumerate(_VERSIONS[version:], version + 1):
             for statement in statements:
                 connection.execute(statement)
@@ -346,7 +325,6 @@ def _prepare(connection: sqlite3.Connection) -> None:
 
 @contextmanager
 def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """All of the block's statements, or none; other writers wait meanwhile."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -357,14 +335,13 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 @contextmanager
-def _trouble_told() -> Iterator[None]:
-    """Locked, no room, no file: raised as `Unavailable`."""
+def _as_unavailable() -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a mistake of ours
+        if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # a bug
             raise
-        raise Unavailable(f"the tasks database can't be used now: {error}") from error
+        raise Unavailable(f"can't use the tasks database at the moment: {error}") from error
 
 
 def _insert(tasks: Sequence[NewTask], connection: sqlite3.Connection) -> None:
@@ -382,7 +359,7 @@ def _set_status(id: int, status: Status, connection: sqlite3.Connection) -> bool
 
 
 def _read(sql: str, values: dict[str, Any], connection: sqlite3.Connection) -> tuple[int, bytes | None]:
-    (row,) = connection.execute(sql, values).fetchall()  # to its end: the read transaction is over
+    (row,) = connection.execute(sql, values).fetchall()  # all, which ends the read transaction
     last, page = row
     return last, page
 
@@ -417,7 +394,7 @@ def _add_exchange(owner: str, id: str, exchange: Exchange, connection: sqlite3.C
 
 
 def bounded(exchanges: Sequence[Exchange]) -> list[Exchange]:
-    """The newest ones that have room; of the newest itself each text has half of it."""
+    """The newest exchanges that fit; the newest is cut."""
     half = MAX_SESSION_CHARS // 2
     newest = Exchange(_cut(exchanges[-1].question, half), _cut(exchanges[-1].answer, half))
     kept, left = [newest], MAX_SESSION_CHARS - len(newest.question) - len(newest.answer)
@@ -437,7 +414,7 @@ def _search(wanted: Filter, limit: int, today: date, connection: sqlite3.Connect
     source, values = _matching(wanted, today)
     order = "tasks.due IS NULL, tasks.due, tasks.id" if wanted.words is None else "words.rank, tasks.id"
     columns = ", ".join(COLUMNS).replace("description", "substr(description, 1, :chars)")
-    # The sorter carries numbers only; the few rows are read behind it.
+    # Sort numbers only, then read the few rows.
     found = f"SELECT tasks.id AS found, count(*) OVER () AS total, row_number() OVER (ORDER BY {order}) AS place"
     sql = f"""SELECT total, {columns} FROM ({found} FROM {source} ORDER BY place LIMIT :rows)
         CROSS JOIN tasks ON tasks.id = found ORDER BY place"""
@@ -454,7 +431,7 @@ def _count(wanted: Filter, by: Grouping | None, today: date, connection: sqlite3
 
 
 def _matching(wanted: Filter, today: date) -> tuple[str, dict[str, Any]]:
-    """The rows as what stands behind FROM, and its values."""
+    """The text after FROM, and its values."""
     source, where = "tasks", ["TRUE"]
     words = _quoted(wanted.words or "", " OR " if wanted.any_word else " ", MAX_WORDS)
     if wanted.words is not None:
@@ -473,11 +450,6 @@ def _matching(wanted: Filter, today: date) -> tuple[str, dict[str, Any]]:
 
 
 def _quoted(text: str, between: str = " ", most: int | None = None) -> str:
-    """A query for FTS5 in which nothing is an operator: every word a string. All of them must occur.
-
-    "Within an FTS expression a string may be specified [...] by enclosing it in double quotes. Within a string, any
-    embedded double quote characters may be escaped SQL-style" (https://www.sqlite.org/fts5.html, 3.1). One that holds
-    nothing but punctuation is ignored there.
-    """
+    """Every word quoted, so that none is an operator (https://www.sqlite.org/fts5.html, 3.1)."""
     words = text.replace("\0", " ").split()[:most]
     return between.join('"' + word.replace('"', '""') + '"' for word in words or [""])

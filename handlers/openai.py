@@ -1,54 +1,52 @@
-"""OpenAI's own routes, for programs that change nothing but their `base_url`: chat completions, Responses, models.
+"""OpenAI's own routes (chat completions, Responses, models), for programs that only change their `base_url`.
 
 There are two models: the upstream's (`OPENAI_MODEL`, or the mock), and `agent`, which uses the service's tools. Another
 name is refused, so that a caller can't choose what the service's key pays for.
 
 1.  Each answer is a run, whether the client streams it, waits for it, or leaves it in the background. So a stream
     resumes after a cut, and a request that is repeated with its `Idempotency-Key` gets the same answer.
-2.  A completion's request and chunks are passed on unchanged, except for the key, `model` and `stream`.
+2.  A completion's request and chunks are passed on unchanged, except for the key, `model` and `stream`; a whole answer
+    is also asked for its usage.
 3.  A response's sequence numbers begin at 0, the log's at 1: `starting_after=n` means "after the log's event n+1".
 4.  The agent's tool calls are `mcp_call` items: clients show those, but don't try to run them.
+5.  `handlers.answer` decides whether an upstream's answer is whole, as for `/chat`. An answer that its maximum length
+    or a content filter has cut keeps its finish reason in a completion, and ends a response with `response.incomplete`.
 
-Boundary of trust: `max_body_bytes` and the lengths of its lists bound a request; `MAX_CHUNK_BYTES` bounds an upstream's
-event, and the log's retention bounds the whole answer.
+Boundary of trust: `max_body_bytes` and the lengths of its lists bound a request; `handlers.answer` bounds an upstream's
+answer.
 """
 
-import logging
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
-import httpx
 import msgspec
 from msgspec import Meta
 
 from handlers.agent import End
-from handlers.answer import ModelError, ToolCall
-from handlers.chat import LINGERING, ChatMessage, Model, OpenAIModel
+from handlers.answer import ModelError, Piece, Reasoning, ToolCall, Usage, loads_leniently
+from handlers.chat import LINGERING, ChatMessage, Model, OpenAIModel, answer_times
 from handlers.database import Exchange
-from handlers.parts import Called, Closed, Delta, Opened, Returned, conversation, parts_of, text_of
+from handlers.parts import Called, Closed, Delta, Opened, Returned, conversation, parts_of, question_of, text_of
 from ssecore.dialects import OPENAI, OPENAI_RESPONSES
-from ssecore.errors import BadRequest, NotFound, TooLarge
+from ssecore.errors import BadRequest, NotFound
 from ssecore.http.request import Request
 from ssecore.http.responses import JSON, Response
 from ssecore.http.routes import GET, POST, About, Run
-from ssecore.wire import Decoder, Event, encode_json
+from ssecore.wire import Event, encode_json
 
 __all__ = ["ROUTES"]
-
-logger = logging.getLogger("sseapp")
 
 AGENT: Final = "agent"
 MOCK: Final = "mock"
 MAX_MESSAGES: Final = 1000
 MAX_TOOLS: Final = 128  # OpenAI's own bound
-#: Of one chunk of an upstream's.
-MAX_CHUNK_BYTES: Final = 1024 * 1024
 
 _List = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
 _Tools = Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)]
-#: Stands in each event that holds the whole response: with OpenAI's own bounds.
+#: Part of each event that has the whole response. OpenAI's own bounds.
 _Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
@@ -86,7 +84,7 @@ class _Response(msgspec.Struct):
 
 
 class _Events(msgspec.Struct, forbid_unknown_fields=True, rename={"include": "include[]"}):
-    """OpenAI's SDKs may also ask for parts (`include[]`) and for padding; there is neither here."""
+    """OpenAI's SDKs may also ask for parts (`include[]`) and for padding; both are ignored."""
 
     stream: bool = False
     include: Annotated[list[_Name], Meta(max_length=100)] = []
@@ -103,7 +101,7 @@ def _chosen(request: Request) -> str:
     names = _names(request.state.model)
     name: str = request.body.model or names[0]
     if name not in names:
-        text = f"there is no model {name!r:.100}: there are {' and '.join(map(repr, names))}"
+        text = f"there is no model {name!r:.100}: use {' or '.join(map(repr, names))}"
         raise NotFound(text, code="model_not_found", field="model")
     return name
 
@@ -120,86 +118,57 @@ async def models(request: Request) -> Response:
 async def completion(request: Request) -> AsyncIterator[Event]:
     chosen, model = _chosen(request), request.state.model
     if chosen != AGENT and isinstance(model, OpenAIModel):
-        async with aclosing(_handed_through(model, msgspec.json.decode(request.raw_body))) as chunks:
-            async for chunk in chunks:
-                yield Event(chunk)
+        times = answer_times(request)
+        async with aclosing(model.chunks(msgspec.json.decode(request.raw_body))) as chunks:
+            async for data, is_token in chunks:
+                if is_token:
+                    times.token()
+                yield Event(data)
+        times.end()
     else:
         question, history = conversation(_spoken(request.body.messages))
+        answer = _agents(request, question, history) if chosen == AGENT else _mocks(request, model, question)
         head = {"id": f"chatcmpl-{request.run_id}", "object": "chat.completion.chunk", "created": int(time.time())}
         head["model"] = chosen
         choice: dict[str, Any] = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        usage: Usage | None = None
         yield Event({**head, "choices": [choice]})
-        by = _agents(request, question, history) if chosen == AGENT else _mocks(model, question)
-        async with aclosing(by) as deltas:
+        async with aclosing(answer) as deltas:
             async for delta in deltas:
-                yield Event({**head, "choices": [{**choice, "delta": delta}]})
+                if isinstance(delta, Usage):
+                    usage = delta
+                else:
+                    yield Event({**head, "choices": [{**choice, "delta": delta}]})
         yield Event({**head, "choices": [{**choice, "delta": {}, "finish_reason": "stop"}]})
+        options = request.body.stream_options
+        if usage is not None and (not request.body.stream or (options is not None and options.include_usage)):
+            yield Event({**head, "choices": [], "usage": usage})
     yield Event("[DONE]")
 
 
-async def _agents(request: Request, question: str, history: list[Exchange]) -> AsyncGenerator[dict[str, str], None]:
+async def _agents(
+    request: Request, question: str, history: list[Exchange]
+) -> AsyncGenerator[dict[str, str] | Usage, None]:
     async with aclosing(parts_of(request, question, history)) as parts:
         async for part in parts:
             if isinstance(part, Delta):
                 yield {"content" if part.kind == "text" else "reasoning_content": part.text}
+            elif isinstance(part, End) and part.usage is not None:
+                yield part.usage
 
 
-async def _mocks(model: Model, question: str) -> AsyncGenerator[dict[str, str], None]:
+async def _mocks(request: Request, model: Model, question: str) -> AsyncGenerator[dict[str, str] | Usage, None]:
+    times = answer_times(request)
     async with aclosing(model.stream([ChatMessage("user", question)])) as texts:
         async for text in texts:
             if isinstance(text, str):
+                times.token()
                 yield {"content": text}
+    times.end()
 
 
 def _spoken(messages: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
     return ((str(message.get("role")), text_of(message.get("content"))) for message in messages)
-
-
-class _Ending(msgspec.Struct):
-    finish_reason: Any = None
-
-
-class _Chunk(msgspec.Struct):
-    """The fields that tell an error and the end."""
-
-    choices: list[_Ending | None] | None = None
-    error: Any = None
-    message: Any = None
-    object: Any = None
-
-    @property
-    def is_error(self) -> bool:
-        return bool(self.error) or (self.choices is None and (bool(self.message) or self.object == "error"))
-
-    @property
-    def is_last(self) -> bool:
-        return any(choice is not None and choice.finish_reason for choice in self.choices or ())
-
-
-async def _handed_through(model: OpenAIModel, asked: Mapping[str, Any]) -> AsyncGenerator[str, None]:
-    """The upstream's chunks, unchanged. Raises `ModelError` if the upstream fails or the answer is incomplete."""
-    decoder, read = Decoder(max_event_bytes=MAX_CHUNK_BYTES), msgspec.json.Decoder(_Chunk).decode
-    complete = False
-    try:
-        async with model.answer(asked) as blocks:
-            async for block in blocks:
-                for event in decoder.feed(block):
-                    if event.data == "[DONE]":
-                        return
-                    chunk = read(event.data)
-                    if chunk.is_error or event.event == "error":
-                        raise ModelError(None, event.data)
-                    complete = complete or chunk.is_last
-                    yield event.data
-        if not complete:
-            raise httpx.ReadError("the end came too early")
-    except (ModelError, httpx.HTTPError, TooLarge, msgspec.DecodeError, RecursionError) as error:
-        if complete and isinstance(error, httpx.HTTPError):
-            return  # the answer is complete; only `[DONE]` is missing
-        failure = error if isinstance(error, ModelError) else ModelError(error)
-        said = failure.said.replace(model.key, "***") if model.key else failure.said
-        logger.warning("%s: %.500r", failure.code, said)
-        raise failure from None
 
 
 async def whole_completion(request: Request, run: str) -> Response | None:
@@ -210,7 +179,7 @@ async def whole_completion(request: Request, run: str) -> Response | None:
     for event in await request.runs.whole(request, run):
         if event.data == "[DONE]":
             break
-        chunk = msgspec.json.decode(event.data)
+        chunk = loads_leniently(event.data.encode())
         if "error" in chunk:
             return JSON({"error": chunk["error"]}, status=502)
         chunk["choices"] = [choice for choice in chunk.get("choices") or () if choice is not None]
@@ -221,7 +190,8 @@ async def whole_completion(request: Request, run: str) -> Response | None:
     for choice in whole.get("choices") or ():
         for number, call in enumerate((choice.get("message") or {}).get("tool_calls") or ()):
             call.pop("index", number)
-    return JSON({**whole, "object": "chat.completion"})
+    # With ASCII only: a character whose halves came in two chunks is written as two escapes, which are one character.
+    return Response(json.dumps({**whole, "object": "chat.completion"}).encode(), media_type="application/json")
 
 
 #: Strings that later chunks repeat, rather than continue.
@@ -258,38 +228,47 @@ async def response(request: Request) -> AsyncIterator[Event]:
     chosen, model = _chosen(request), request.state.model
     for field in ("previous_response_id", "conversation"):
         if getattr(body, field) is not None:
-            text = "conversations are not kept here: send the earlier messages in `input`"
+            text = "this service stores no conversations: send the earlier messages in `input`"
             raise BadRequest(text, code="unsupported", field=field)
     messages, tools = _messages(body), [_nested(tool) for tool in body.tools or ()]
     by_upstream = chosen != AGENT and isinstance(model, OpenAIModel)
     question, history = ("", []) if by_upstream else conversation(_spoken(messages), "input")
-    told = _Telling(request)
-    yield told.response("created", "in_progress")
-    yield told.response("in_progress", "in_progress")
-    if chosen == AGENT:
-        async with aclosing(parts_of(request, question, history)) as parts:
-            async for part in parts:
-                for event in told.part(part):
-                    yield event
-    else:
-        if isinstance(model, OpenAIModel):
-            pieces = model.stream(messages, tools, options=_options(body))
+    writer = _Writer(request)
+    yield writer.response("created", "in_progress")
+    yield writer.response("in_progress", "in_progress")
+    try:
+        if chosen == AGENT:
+            async with aclosing(parts_of(request, question, history)) as parts:
+                async for part in parts:
+                    for event in writer.part(part):
+                        yield event
         else:
-            pieces = model.stream([ChatMessage("user", question)])
-        said: list[str] = []
-        async with aclosing(pieces):
-            async for piece in pieces:
-                if isinstance(piece, str):
-                    for event in told.part(Opened("text", request.run_id or "")) if not said else ():
+            if isinstance(model, OpenAIModel):
+                pieces = model.stream(messages, tools, options=_options(body), usage=True)
+            else:
+                pieces = model.stream([ChatMessage("user", question)])
+            times = answer_times(request)
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    if isinstance(piece, str | Reasoning):
+                        times.token()
+                    for event in writer.piece(piece):
                         yield event
-                    said.append(piece)
-                    yield told.delta(piece)
-                elif isinstance(piece, ToolCall):
-                    for event in [*told.text_ended(said), *told.call(piece)]:
-                        yield event
-            for event in told.text_ended(said):
-                yield event
-    yield told.response("completed", "completed")
+            times.end()
+    except ModelError as error:
+        if error.code not in _INCOMPLETE:
+            raise
+        for event in writer.closed("incomplete"):
+            yield event
+        yield writer.response("incomplete", "incomplete", incomplete_details={"reason": _INCOMPLETE[error.code]})
+    else:
+        for event in writer.closed():
+            yield event
+        yield writer.response("completed", "completed")
+
+
+#: OpenAI's names for an answer that the model's server has cut.
+_INCOMPLETE: Final = {"upstream_length": "max_output_tokens", "upstream_filtered": "content_filter"}
 
 
 def _options(body: _Response) -> dict[str, Any]:
@@ -308,7 +287,7 @@ def _options(body: _Response) -> dict[str, Any]:
 def _nested(tool: dict[str, Any]) -> dict[str, Any]:
     """A function tool in the form of chat completions."""
     if tool.get("type") != "function":
-        raise BadRequest(f"tools: only functions are known here, not {tool.get('type')!r:.60}", field="tools")
+        raise BadRequest(f"tools: only the type 'function' is supported, not {tool.get('type')!r:.60}", field="tools")
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
@@ -336,18 +315,39 @@ def _messages(body: _Response) -> list[dict[str, Any]]:
             case "reasoning" | "mcp_call" | "mcp_list_tools":
                 pass  # items of an earlier answer that chat completions have no form for
             case kind:
-                raise BadRequest(f"input: items of the type {kind!r:.60} are not known here", field="input")
+                raise BadRequest(f"input: items of the type {kind!r:.60} are not supported", field="input")
     return messages
 
 
-class _Telling:
+class _Kind(NamedTuple):
+    """An output item that is written piece by piece into its only content."""
+
+    prefix: str  #: of the item's id
+    item: Mapping[str, Any]
+    content: str  #: the content's type, and the name of its events
+    fields: Mapping[str, Any]  #: more of the content
+    event: Mapping[str, Any]  #: more of its events
+
+    def part(self, text: str) -> dict[str, Any]:
+        return {"type": self.content, "text": text, **self.fields}
+
+
+_MESSAGE: Final = {"type": "message", "role": "assistant"}
+_TEXT: Final = _Kind("msg", _MESSAGE, "output_text", {"annotations": [], "logprobs": []}, {"logprobs": []})
+_REASONING: Final = _Kind("rs", {"type": "reasoning", "summary": []}, "reasoning_text", {}, {})
+
+
+class _Writer:
     """Makes the events of one response: numbers them, and collects the output."""
 
     def __init__(self, request: Request) -> None:
         self._number = 0
         self._output: list[dict[str, Any]] = []
         self._item = ""  # the id of the one that is open
+        self._kind: _Kind | None = None  # of the one that is open
+        self._said: list[str] = []  # its content so far
         self._call: dict[str, Any] = {}  # the agent's, until its result is there
+        self._run = request.run_id
         self._response = {**_facts(request.body, _chosen(request)), "id": f"resp_{request.run_id}"}
 
     def _event(self, type: str, **fields: Any) -> Event:
@@ -355,8 +355,8 @@ class _Telling:
         self._number += 1
         return event
 
-    def response(self, event: str, status: str) -> Event:
-        response = {**self._response, "status": status, "output": self._output}
+    def response(self, event: str, status: str, **facts: Any) -> Event:
+        response = {**self._response, "status": status, "output": self._output, **facts}
         return self._event(f"response.{event}", response=response)
 
     @property
@@ -372,33 +372,55 @@ class _Telling:
         self._output.append(item)
         return event
 
-    def delta(self, text: str) -> Event:
-        return self._event("response.output_text.delta", **self._place, content_index=0, delta=text, logprobs=[])
+    def piece(self, piece: Piece) -> list[Event]:
+        """Of a model's answer."""
+        match piece:
+            case str():
+                return self._write(_TEXT, piece)
+            case Reasoning(text):
+                return self._write(_REASONING, text)
+            case ToolCall():
+                return [*self.closed(), *self.call(piece)]
+            case Usage():
+                self._response["usage"] = _usage(piece)
+        return []
 
-    def text_ended(self, said: list[str]) -> list[Event]:
-        """Close the text, if one is open; what was said is taken away."""
-        text = "".join(said)
-        events = self.part(Closed("text", self._item, text)) if said else []
-        said.clear()
+    def _write(self, kind: _Kind, text: str) -> list[Event]:
+        """Append to the item of this kind; if another one is open, or none, a new one is opened."""
+        events = []
+        if self._kind is not kind:
+            events = self.closed()
+            self._kind = kind
+            item = {"id": f"{kind.prefix}_{self._run}-{len(self._output)}", **kind.item}
+            events.append(self._added({**item, "status": "in_progress", "content": []}))
+            events.append(self._content("added", kind.part("")))
+        self._said.append(text)
+        events.append(
+            self._event(f"response.{kind.content}.delta", **self._place, content_index=0, delta=text, **kind.event)
+        )
         return events
 
+    def closed(self, status: str = "completed") -> list[Event]:
+        """Close the item that `_write` has opened, if there is one."""
+        if (kind := self._kind) is None:
+            return []
+        text = "".join(self._said)
+        self._kind = None
+        self._said.clear()
+        item = {"id": self._item, **kind.item, "status": status, "content": [kind.part(text)]}
+        return [
+            self._event(f"response.{kind.content}.done", **self._place, content_index=0, text=text, **kind.event),
+            self._content("done", kind.part(text)),
+            self._done(item),
+        ]
+
     def part(self, part: Any) -> list[Event]:
+        """Of the agent's answer. What it thinks is a summary."""
         match part:
-            case Opened("text", id):
-                item = {"id": f"msg_{id}", "type": "message", "role": "assistant"}
-                return [
-                    self._added({**item, "status": "in_progress", "content": []}),
-                    self._content("added", _text("")),
-                ]
             case Delta("text", _, text):
-                return [self.delta(text)]
-            case Closed("text", id, text):
-                item = {"id": self._item, "type": "message", "role": "assistant", "status": "completed"}
-                return [
-                    self._event("response.output_text.done", **self._place, content_index=0, text=text, logprobs=[]),
-                    self._content("done", _text(text)),
-                    self._done({**item, "content": [_text(text)]}),
-                ]
+                return self._write(_TEXT, text)
+            case Closed("text"):
+                return self.closed()
             case Opened("reasoning", id):
                 return [
                     self._added({"id": f"rs_{id}", "type": "reasoning", "summary": []}),
@@ -431,9 +453,11 @@ class _Telling:
                     self._event(f"response.mcp_call.{kind}", **self._place),
                     self._done({**self._call, "status": kind, "output": output, "error": error}),
                 ]
-            case End(sources=sources, disclaimer=disclaimer):
+            case End(sources=sources, disclaimer=disclaimer, usage=usage):
                 about = {"disclaimer": disclaimer, "sources": ", ".join(str(source.id) for source in sources)}
                 self._response["metadata"] = {**(self._response["metadata"] or {}), **about}
+                if usage is not None:
+                    self._response["usage"] = _usage(usage)
         return []
 
     def call(self, call: ToolCall) -> list[Event]:
@@ -455,8 +479,16 @@ class _Telling:
         return self._event(f"response.reasoning_summary_{what}", **self._place, summary_index=0, **fields)
 
 
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _usage(usage: Usage) -> dict[str, Any]:
+    """OpenAI's form requires each count: 0 is also one that the model's server didn't send."""
+    read, written = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    return {
+        "input_tokens": read,
+        "input_tokens_details": {"cache_write_tokens": 0, "cached_tokens": 0},
+        "output_tokens": written,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.total_tokens or read + written,
+    }
 
 
 def _facts(body: _Response, model: str) -> dict[str, Any]:
@@ -527,7 +559,13 @@ async def _state_of(request: Request, run: str) -> Mapping[str, Any]:
 
 
 def _about(request: Request) -> About:
-    return About(note=_facts(request.body, _chosen(request)))
+    said = request.body.input
+    text = said if isinstance(said, str) else question_of(_spoken(said))
+    return About(text=text, note=_facts(request.body, _chosen(request)))
+
+
+def _about_completion(request: Request) -> str:
+    return question_of(_spoken(request.body.messages))
 
 
 ROUTES = [
@@ -537,7 +575,7 @@ ROUTES = [
         completion,
         body=_Completion,
         dialect=OPENAI,
-        run=Run(linger_s=LINGERING.linger_s, accepted=whole_completion),
+        run=Run(linger_s=LINGERING.linger_s, accepted=whole_completion, about=_about_completion),
     ),
     # Runs to its end even without a reader: the client has its id, and may ask for it later.
     POST(

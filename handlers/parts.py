@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from handlers.agent import MAX_QUESTION_CHARS, End, Status, Thought, Token, ToolResult, ToolStart, steps_of
 from handlers.answer import Reasoning
@@ -26,6 +26,7 @@ __all__ = [
     "blamed",
     "conversation",
     "parts_of",
+    "question_of",
     "text_of",
 ]
 
@@ -63,10 +64,8 @@ class Called:
 class Returned:
     id: str  #: the call's
     tool: str
-    result: dict[str, Any]  #: `{"error": <text>}` where it could not be done
+    result: dict[str, Any]  #: `{"error": <text>}` if the tool failed
 
-
-_KINDS: Final[dict[type, Kind]] = {Token: "text", Reasoning: "reasoning"}
 
 Part = Status | Opened | Delta | Closed | Called | Returned | End
 
@@ -74,7 +73,7 @@ Part = Status | Opened | Delta | Closed | Called | Returned | End
 async def parts_of(
     request: Request, question: str, history: list[Exchange] | None = None
 ) -> AsyncGenerator[Part, None]:
-    """The agent's answer. To be closed with `aclosing`; raises what the model and the database raise."""
+    """The agent's answer. Close it with `aclosing`. Raises what the model and the database raise."""
     ids = (f"{request.run_id}-{number}" for number in count(1))
     opened: Opened | None = None
     said: list[str] = []
@@ -101,7 +100,7 @@ async def parts_of(
                     yield Delta("reasoning", id, text)
                     yield Closed("reasoning", id, text)
                 case ToolStart(tool, arguments):
-                    call = next(ids)  # of our own: some servers name the calls of each round alike
+                    call = next(ids)  # not the model's, which some servers repeat in each round
                     yield Called(call, tool, arguments)
                 case ToolResult(tool, result):
                     yield Returned(call, tool, result)
@@ -110,7 +109,7 @@ async def parts_of(
 
 
 def text_of(content: Any) -> str:
-    """Of a message's content: a text, or a list of parts of which those with a text count."""
+    """The text of a message's content, which is a text or a list of parts."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -124,7 +123,7 @@ def _is_text(part: dict[Any, Any]) -> bool:
 
 @contextmanager
 def blamed(field: str) -> Iterator[None]:
-    """A `BadRequest` in here names what the client knows: the engine calls it by its own name."""
+    """Sets the field of a `BadRequest` raised in the block to the client's name for it."""
     try:
         yield
     except BadRequest as error:
@@ -132,9 +131,14 @@ def blamed(field: str) -> Iterator[None]:
         raise
 
 
+def question_of(messages: Iterable[tuple[str, str]]) -> str:
+    """The last user's text among roles and texts, for the list of runs. Empty if there is none."""
+    return next((text for role, text in reversed([*messages]) if role == "user" and text.strip()), "")
+
+
 def conversation(messages: Iterable[tuple[str, str]], field: str = "messages") -> tuple[str, list[Exchange]]:
-    """Of roles and texts, oldest first, the last question and the exchanges before it. Raises `BadRequest`, which names
-    the field that holds them."""
+    """The last question, and the exchanges before it, of roles and texts, oldest first. Raises `BadRequest` with the
+    field."""
     exchanges: list[Exchange] = []
     question = answer = ""
     for role, text in messages:
@@ -145,7 +149,7 @@ def conversation(messages: Iterable[tuple[str, str]], field: str = "messages") -
         elif role == "assistant":
             answer += text
     if not question:
-        raise BadRequest(f"{field}: nothing in it is a user's text", field=field)
+        raise BadRequest(f"{field}: at least one message must be a user's, with text", field=field)
     if len(question) > MAX_QUESTION_CHARS:
-        raise BadRequest(f"{field}: the question may have {MAX_QUESTION_CHARS} characters at most", field=field)
+        raise BadRequest(f"{field}: the question is longer than {MAX_QUESTION_CHARS} characters", field=field)
     return question, bounded(exchanges) if exchanges else []

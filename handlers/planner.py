@@ -1,6 +1,6 @@
-"""The agent's plain planner: tools by the words of a question, and an answer from their results.
+"""The agent without a model: chooses tools by the words of a question, and writes an answer from their results.
 
-It knows a handful of English words and no grammar. What names no tool searches the tasks for any of its words.
+It uses a list of English words and no grammar. By default it searches the tasks for any of the question's words.
 """
 
 import json
@@ -16,19 +16,19 @@ from ssecore.wire import encode_json
 __all__ = ["plan", "write"]
 
 _WORD: Final = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
-#: What stands between two numbers and is nothing but arithmetic; a date is none.
+#: Arithmetic between numbers; dates are excluded later.
 _EXPRESSION: Final = re.compile(r"(?<![\w.])[-+( ]{0,20}\.?\d(?:[\d .()+*/%^\u00d7·÷\u2212-]|(?<=\d)[eE][+-]?(?=\d))*")
 _OPERATOR: Final = re.compile(r"[\d)] ?(?:\*\*|//|[-+*/%^\u00d7·÷\u2212]) ?[-+(.\d]")
 _DATE: Final = re.compile(r" *\d{4}-\d\d?-\d\d? *")
 _SPOKEN: Final = {r"\bplus\b": "+", r"\bminus\b": "-", r"\btimes\b|\bmultiplied by\b": "*", r"\bdivided by\b": "/"}
 
-#: `3-4` and `24/7` may be something else; what has one of these signs is not.
-_PLAINLY: Final = re.compile(r"[+*^%\u00d7·÷]")
+#: `3-4` and `24/7` may be something else, but an expression with one of these signs is arithmetic.
+_UNAMBIGUOUS: Final = re.compile(r"[+*^%\u00d7·÷]")
 _CALCULATING: Final = frozenset("calculate compute calculation evaluate arithmetic math".split())
 _TELLING_TIME: Final = frozenset("date day weekday time".split())
 _COUNTING: Final = frozenset("count number total statistics overview breakdown group grouped".split())
 _FINDING: Final = frozenset("search find list show task tasks todo todos due".split())
-#: What a question is made of besides what it is about.
+#: Words that don't describe the subject.
 _PLAIN: Final = frozenset(
     """a about all am an and any are as at be been but by can could did do does each every equal equals for from get
     give got had has have how i if in into is it its know like many mention mentioning mentions me much my need of on or
@@ -44,7 +44,7 @@ _STATUSES: Final = {
     "completed": "done",
 }
 _DAYS: Final = {"overdue": "overdue", "late": "overdue", "today": "today", "week": "week", "later": "later"}
-#: A question that has one of these goes on with what the one before it was about.
+#: These refer to the subject of the previous question.
 _REFERRING: Final = frozenset("it its them these they those ones".split())
 _GROUPS: Final = re.compile(r"\b(?:by|per|each|every)\s+(?:their\s+)?(status|priority|due)\b")
 _PRIORITY: Final = re.compile(r"\b(?:priority|prio)\s*(?:of\s+|is\s+)?([1-5])\b")
@@ -52,7 +52,7 @@ _UNDATED: Final = re.compile(r"\b(?:no|without an?) (?:due )?date\b")
 
 
 def plan(question: str, earlier: Sequence[str] = ()) -> list[ToolCall]:
-    """The calls that the question asks for, three at most; none, if there is no word in it. `earlier`: before it."""
+    """At most three calls; none for a question without a word. `earlier`: the previous questions."""
     text = plain = " ".join(question.lower().split())
     for pattern, sign in _SPOKEN.items():
         text = re.sub(pattern, sign, text)
@@ -60,7 +60,7 @@ def plan(question: str, earlier: Sequence[str] = ()) -> list[ToolCall]:
     expression = _expression(text)
     text = text.replace(expression, " ") if expression else text
     words = _WORD.findall(text)
-    if expression and (_PLAINLY.search(expression) or _CALCULATING.intersection(words) or not _subject(words)):
+    if expression and (_UNAMBIGUOUS.search(expression) or _CALCULATING.intersection(words) or not _subject(words)):
         calls.append(("calculate", {"expression": expression.strip()}))
     elif expression:
         text, words = plain, _WORD.findall(plain)
@@ -81,13 +81,13 @@ def plan(question: str, earlier: Sequence[str] = ()) -> list[ToolCall]:
 
 
 def _expression(text: str) -> str:
-    """The first piece of arithmetic in a text; "" if there is none."""
+    """The first arithmetic expression in a text, or ""."""
     pieces = (match[0].rstrip(" .+-*/%^(\u00d7·÷\u2212") for match in _EXPRESSION.finditer(text))
     return next((piece for piece in pieces if _OPERATOR.search(piece) and not _DATE.fullmatch(piece)), "")
 
 
 def _which(text: str, words: Sequence[str]) -> dict[str, Any]:
-    """Which tasks a question is about."""
+    """The arguments that select tasks."""
     which: dict[str, Any] = {}
     for word in words:
         if word in _STATUSES:
@@ -107,17 +107,17 @@ def _which(text: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _subject(words: Sequence[str]) -> list[str]:
-    """The words that are left for the search."""
+    """The words to search for."""
     known = _PLAIN | _CALCULATING | _TELLING_TIME | _COUNTING | _FINDING | _STATUSES.keys() | _DAYS.keys()
     return [word for word in words if word not in known]
 
 
 def write(results: Sequence[tuple[ToolCall, Mapping[str, Any]]]) -> str:
-    """The answer, from the plan's calls and their results."""
+    """The answer."""
     if not results:
         return (
-            "There is no word in the question that I could search the tasks for. I can search and count the tasks, "
-            "do arithmetic, and tell the date."
+            "The question has no word that I could search for. I can search and count tasks, do arithmetic, and tell "
+            "the date."
         )
     return "\n\n".join(_written(call, result) for call, result in results)
 

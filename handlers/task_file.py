@@ -1,7 +1,6 @@
-"""A CSV file of tasks, read in bounded steps.
+"""Reads a CSV file of tasks in bounded steps.
 
-Boundary of trust: the file may be any bytes. A row that can't be used costs one `item_error` event, and reading goes
-on with the next line.
+Boundary of trust: the file. An invalid row is one `item_error` event, and reading continues with the next line.
 """
 
 import csv
@@ -15,14 +14,13 @@ from ssecore.wire import Event
 
 __all__ = ["TaskFile"]
 
-#: One transaction, and one `progress`.
+#: For one transaction and one `progress` event.
 BATCH_ROWS: Final = 100
-#: Lines that one step reads at most: a file of blank lines can still be left.
+#: In one step, so that a file of blank lines can be cancelled.
 STEP_LINES: Final = 10 * BATCH_ROWS
 MAX_TITLE_CHARS: Final = 500
 MAX_DESCRIPTION_CHARS: Final = 10_000
-#: Of a row with all its lines. The longest good one has some 84 KB: 10,500 characters of 4 bytes, quotes doubled. It
-#: stops lines without an end, quotes without an end, and rows of a million fields.
+#: The longest valid row has some 84 KB: 10,500 characters of 4 bytes, quotes doubled.
 MAX_ROW_BYTES: Final = 128 * 1024
 
 _STATUSES: Final = get_args(Status)
@@ -31,32 +29,29 @@ _BOM: Final = b"\xef\xbb\xbf"
 
 
 class _BadRow(Exception):
-    """Its text names the column."""
+    """The text names the column."""
 
 
 class TaskFile:
-    """A CSV of tasks, read step by step in worker threads.
-
-    Raises `BadRequest` where the header is not that of one. `rows` were read so far, `failed` of them can't be used.
-    """
+    """Call it in worker threads. Raises `BadRequest` for an invalid header. `failed` of the `rows` read are invalid."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.rows = self.failed = 0
         self.finished = False
         self._file = file
         self._size = file.seek(0, io.SEEK_END)
-        self._line = 0  # the last one read, from 1
+        self._line = 0  # the last line read, from 1
         self._row_bytes = 0
         self._told = 0
         file.seek(0)
         if file.read(len(_BOM)) != _BOM:
             file.seek(0)
-        # Strict: a quote that is not closed is an error, not a long last field.
+        # Strict: an unclosed quote is an error, not a long last field.
         self._reader = csv.reader(iter(self._read_line, ""), strict=True)
         self._columns = self._read_header()
 
     def step(self) -> tuple[list[NewTask], list[Event]]:
-        """Read on to the next hundredth row: the good ones, and what there is to tell about the step."""
+        """Read a batch. Returns the valid rows, and the events of this step."""
         tasks, events = [], []
         for _ in range(STEP_LINES):
             first, self._row_bytes = self._line + 1, 0
@@ -84,7 +79,7 @@ class TaskFile:
         return tasks, events
 
     def _read_line(self) -> str:
-        """The next line of the file, "" at its end. What is not UTF-8 spoils its own row only."""
+        """The next line, "" at the end. Invalid UTF-8 affects only its own row."""
         line = self._file.readline(MAX_ROW_BYTES + 1 - self._row_bytes)
         if not line:
             return ""
@@ -93,7 +88,7 @@ class TaskFile:
         if self._row_bytes > MAX_ROW_BYTES:
             while line and not line.endswith(b"\n"):
                 line = self._file.readline(MAX_ROW_BYTES)
-            raise csv.Error(f"line too long, or a quote that is not closed: over {MAX_ROW_BYTES} bytes in one row")
+            raise csv.Error(f"a line is too long, or a quote is not closed: over {MAX_ROW_BYTES} bytes in one row")
         return line.decode("utf-8", "surrogateescape")
 
     def _read_header(self) -> list[str]:
@@ -105,17 +100,17 @@ class TaskFile:
         except UnicodeEncodeError:
             raise BadRequest("the header is not UTF-8") from None
         if not columns:
-            raise BadRequest("there is no header: the first line must name the columns")
+            raise BadRequest("the header is missing: the first line must name the columns")
         for column in columns:
             if column not in COLUMNS:
-                text = f"unknown column {column!r:.60}: there are {', '.join(COLUMNS)}"
+                text = f"unknown column {column!r:.60}: the columns are {', '.join(COLUMNS)}"
                 if len(columns) == 1 and ";" in column:
-                    text = "the columns are separated by semicolons: this takes commas"
+                    text = "the columns are separated by semicolons: use commas"
                 raise BadRequest(text, field=column[:60])
             if columns.count(column) > 1:
-                raise BadRequest(f"the column {column} is there twice", field=column)
+                raise BadRequest(f"the header has the column {column} twice", field=column)
         if "title" not in columns:
-            raise BadRequest("there is no column title", field="title")
+            raise BadRequest("the column title is missing", field="title")
         return columns
 
     def _task(self, fields: list[str]) -> NewTask:
@@ -125,7 +120,7 @@ class TaskFile:
         values = dict(zip(self._columns, fields, strict=True))
         title = _text("title", values["title"], MAX_TITLE_CHARS)
         if not title or title.isspace():
-            raise _BadRow("title: is empty")
+            raise _BadRow("title: must not be empty")
         status = values.get("status") or "open"
         if status not in _STATUSES:
             raise _BadRow(f"status: must be open, doing or done, not {status!r:.40}")
@@ -134,16 +129,16 @@ class TaskFile:
             raise _BadRow(f"priority: must be a whole number from 1 to 5, not {priority!r:.40}")
         due = values.get("due") or None
         if due is not None and not _is_date(due):
-            raise _BadRow(f"due: must be a date as 2026-12-31, not {due!r:.40}")
+            raise _BadRow(f"due: must be a date such as 2026-12-31, not {due!r:.40}")
         description = _text("description", values.get("description", ""), MAX_DESCRIPTION_CHARS)
         return NewTask(title, description, status, _PRIORITIES[priority], due)
 
 
 def _text(column: str, text: str, max_chars: int) -> str:
     if len(text) > max_chars:
-        raise _BadRow(f"{column}: {len(text)} characters, {max_chars} at most")
+        raise _BadRow(f"{column}: has {len(text)} characters, and at most {max_chars} are allowed")
     if "\0" in text:
-        raise _BadRow(f"{column}: holds a NUL character")
+        raise _BadRow(f"{column}: contains a NUL character")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -157,6 +152,6 @@ def _plain(error: Exception) -> str:
 
 def _is_date(text: str) -> bool:
     try:
-        return date.fromisoformat(text).isoformat() == text  # it reads other forms too
+        return date.fromisoformat(text).isoformat() == text  # fromisoformat accepts other formats too
     except ValueError:
         return False

@@ -1,4 +1,4 @@
-"""Rows of a real database: import a CSV, stream what matches, work on one task, export."""
+"""Tasks in a database: import from CSV, stream, work on one, export."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from anyio import current_time, to_thread
 from msgspec import UNSET, Meta, UnsetType
 
 from handlers.chat import ChatMessage
-from handlers.database import COLUMNS, Status, Task, Tasks, open_tasks
+from handlers.database import COLUMNS, Status, Task
 from handlers.task_file import TaskFile
 from ssecore.dialects import public_text
 from ssecore.errors import BadRequest, Forbidden, NotFound, SSEAppError
@@ -24,7 +24,7 @@ from ssecore.http.responses import ByteStream
 from ssecore.http.routes import GET, POST, Run, Upload
 from ssecore.wire import Event
 
-__all__ = ["ROUTES", "Tasks", "open_tasks", "outcome"]
+__all__ = ["ROUTES", "outcome"]
 
 
 class _Rows(msgspec.Struct, forbid_unknown_fields=True):
@@ -44,12 +44,12 @@ class _Operation(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Execution(_Operation):
-    #: 18 digits at most, as in a path; SQLite has no more than 64 bits.
+    #: SQLite has 64 bits.
     task_id: Annotated[int, Meta(ge=1, lt=10**18)]
 
 
 async def import_tasks(request: Request) -> AsyncIterator[Event]:
-    """Import tasks from CSV, with the progress and what is wrong with which line."""
+    """Import tasks from CSV; stream the progress and the errors by line."""
     file = await to_thread.run_sync(TaskFile, request.body)
     while not file.finished:
         tasks, events = await to_thread.run_sync(file.step)
@@ -64,19 +64,18 @@ async def import_tasks(request: Request) -> AsyncIterator[Event]:
 
 
 def outcome(done: int, failed: int) -> Literal["success", "partial", "failed"]:
-    """How work on many items has ended, of which so many could be used and so many could not."""
     if not failed:
         return "success"
     return "partial" if done else "failed"
 
 
 async def stream_tasks(request: Request) -> AsyncIterator[Event]:
-    """The tasks, one event each."""
-    # Hot path: a row is made in SQLite, and costs one `Event` here.
+    """Stream the tasks, one event each."""
+    # Hot path: SQLite makes the JSON, and a row costs one `Event`.
     query: _Search = request.query
     text = None if query.q is UNSET else query.q
     if text is not None and not any(char.isalnum() for char in text):
-        raise BadRequest("q: there is no word in it", field="q")
+        raise BadRequest("q: must contain a word", field="q")
     async with aclosing(request.state.tasks.pages(query.status or None, text, query.limit)) as pages:
         async for rows in pages:
             for row in rows:
@@ -85,7 +84,7 @@ async def stream_tasks(request: Request) -> AsyncIterator[Event]:
 
 
 async def export_tasks(request: Request) -> ByteStream:
-    """The tasks as CSV."""
+    """Export the tasks as CSV."""
 
     async def chunks() -> AsyncIterator[bytes]:
         yield _csv([COLUMNS])
@@ -98,7 +97,7 @@ async def export_tasks(request: Request) -> ByteStream:
 
 
 async def execute_task(request: Request, task_id: int | None = None) -> AsyncIterator[Event]:
-    """Work on one task. What fails behind the first event is told as the last one."""
+    """Work on one task. A failure after the first event is the last event."""
     began = current_time()
     id: int = request.body.task_id if task_id is None else task_id
     operation: Operation = (request.body if task_id is None else request.query).operation
@@ -111,7 +110,7 @@ async def execute_task(request: Request, task_id: int | None = None) -> AsyncIte
     steps = OPERATIONS[operation]
     try:
         for number, (step, work) in enumerate(steps.items()):
-            # With its time, which nobody could tell any more who reads it later (`task_progress`).
+            # With a timestamp, for later readers (`task_progress`).
             begun = {"task_id": id, "step": step, "progress": 100 * number // len(steps), "timestamp": _now()}
             yield Event(begun, "status")
             result = await work(request, task)
@@ -126,24 +125,23 @@ async def execute_task(request: Request, task_id: int | None = None) -> AsyncIte
 
 
 async def task_progress(request: Request, task_id: int) -> Any:
-    """The caller's newest execution of the task, in fewer words. A cursor goes on with the execution that it is of.
+    """Read the progress of the caller's newest execution of the task. A cursor resumes its own execution.
 
-    So a new execution that begins meanwhile doesn't break the `EventSource` of somebody who watches an older one.
+    So a new execution doesn't break the `EventSource` of a client that reads an older one.
     """
-    if request.runs.settings.auth == "off":  # an id of the stream is the key to its run
-        raise Forbidden("without credentials nobody's executions can be told from everybody's")
+    if request.runs.settings.auth == "off":  # an event's id would give access to another caller's run
+        raise Forbidden("this needs authentication: with SSEAPP_AUTH=off callers can't be told apart")
     cursor = request.last_event_id
     executions = await request.state.tasks.executions(task_id, request.caller)
     run = await request.runs.run_of(cursor) if cursor not in ("", "end") else None
     if run not in executions:
         run = await _newest(request, executions)
     if run is None and not cursor:
-        raise NotFound(f"there is no task {task_id}, or no execution of it that is kept")
+        raise NotFound(f"there is no task {task_id}, or the log has no execution of it")
     return await request.runs.view(request, run or "", translate=partial(_progress, task_id))
 
 
 async def _newest(request: Request, executions: Sequence[str]) -> str | None:
-    """The first that the log still has."""
     for run in executions:
         with suppress(NotFound):
             await request.runs.state(run, caller=request.caller)
@@ -152,7 +150,7 @@ async def _newest(request: Request, executions: Sequence[str]) -> str | None:
 
 
 def _progress(task_id: int, event: Event) -> Event | None:
-    """What an event of an execution means for the progress; its last one always means something."""
+    """The progress for an event of an execution; the last event always has one."""
     data = msgspec.json.decode(event.data)
     match event.event:
         case "status" if "step" in data:
@@ -191,7 +189,7 @@ async def _summarize(request: Request, task: Task) -> Mapping[str, str]:
 
 async def _finish(request: Request, task: Task) -> Mapping[str, str]:
     if not await request.state.tasks.set_status(task.id, "done"):
-        raise NotFound(f"there is no task {task.id} any more")
+        raise NotFound(f"task {task.id} was deleted")
     return {"status": "done"}
 
 
@@ -203,10 +201,9 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-#: For the model, ahead of the task's text.
 SUMMARIZE: Final = "Summarize the task in one or two sentences."
 
-#: The steps of each operation, in their order. A text has 10,502 characters at most: that is no work for a thread.
+#: The steps of each operation. A text has at most 10,502 characters, too few for a thread.
 OPERATIONS: Final[Mapping[Operation, Mapping[str, Callable[[Request, Task], Awaitable[Any]]]]] = {
     "analyze": {"count": _count, "words": _measure_words},
     "summarize": {"summarize": _summarize},
@@ -214,7 +211,7 @@ OPERATIONS: Final[Mapping[Operation, Mapping[str, Callable[[Request, Task], Awai
 }
 
 _WORD: Final = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
-#: Behind its mark and before white space, so that 3.14 is no end; behind a full-width mark; and at an empty line.
+#: A mark before white space (not in 3.14), a full-width mark, or an empty line.
 _SENTENCE_END: Final = re.compile(r"(?<=[.!?\u2026])\s+|(?<=[\u3002\uff01\uff1f])|\n\n")
 
 

@@ -1,7 +1,7 @@
-"""What the agent can do: search and count the tasks, do arithmetic, tell the date. None of it changes anything.
+"""The agent's tools: search and count tasks, do arithmetic, tell the date. They are read-only.
 
-Boundary of trust: what a tool is called with comes from a model or out of a question. It is converted into the tool's
-own type, with its bounds; a call that can't be done has a result, too: `{"error": <text>}`, for whoever called it.
+Boundary of trust: the arguments come from a model or a question. They are converted to the tool's own type, with its
+limits. A failed call has the result `{"error": <text>}`.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,7 +18,7 @@ from ssecore.errors import BadRequest, SSEAppError
 
 __all__ = ["DESCRIPTIONS", "MAX_ROWS", "use"]
 
-#: Of a search: what a model, or a person, can take in.
+#: Of a search.
 MAX_ROWS: Final = 20
 MAX_WORDS_CHARS: Final = 200
 
@@ -38,7 +38,7 @@ class _Which(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def filter(self) -> Filter:
         words = self.words or None
         if words is not None and not any(char.isalnum() for char in words):
-            raise BadRequest("words: there is no word in it", field="words")
+            raise BadRequest("words: must contain a word", field="words")
         return Filter(
             words=words,
             any_word=self.match == "any",
@@ -81,7 +81,7 @@ async def _calculate(tasks: Tasks, asked: _Calculation) -> dict[str, Any]:
         value = evaluate(asked.expression)
     except CalculationError as error:
         raise BadRequest(f"expression: {error}", field="expression") from None
-    # As a text: whole numbers may have more digits than JSON's readers keep. 12 digits hide what binary fractions add.
+    # A string, since JSON parsers may round large integers. 12 digits hide the error of binary fractions.
     return {"expression": asked.expression, "value": str(value) if isinstance(value, int) else f"{value:.12g}"}
 
 
@@ -111,22 +111,22 @@ def _described(name: str, tool: _Tool) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "description": tool.description, "parameters": schema}}
 
 
-#: The tools as OpenAI's protocol describes them to a model.
+#: In OpenAI's format.
 DESCRIPTIONS: Final = [_described(name, tool) for name, tool in _TOOLS.items()]
 
 
 async def use(tasks: Tasks, name: str, arguments: str) -> dict[str, Any]:
-    """A tool's result; `arguments` is a JSON object. What can't be done has the result `{"error": <text>}`."""
+    """A tool's result, or `{"error": <text>}`. `arguments` is a JSON object."""
     tool = _TOOLS.get(name)
     if tool is None:
-        return {"error": f"there is no tool {name!r:.60}: there are {', '.join(_TOOLS)}"}
+        return {"error": f"unknown tool {name!r:.60}: the tools are {', '.join(_TOOLS)}"}
     try:
         given = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
-        # Models write null and "" for what they leave out, and "2" for 2.
+        # Models write null and "" for a missing argument, and "2" for 2.
         given = {key: value for key, value in given.items() if value not in (None, "")}
         return await tool.run(tasks, msgspec.convert(given, tool.input, strict=False))
     except msgspec.ValidationError as error:
-        return {"error": f"the arguments are not right: {error}"}
+        return {"error": f"invalid arguments: {error}"}
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return {"error": "the arguments are not a JSON object"}
     except SSEAppError as error:

@@ -1,15 +1,13 @@
-"""HTTP/1.1 to a model's server, under httpx's client: what a chunk of a long answer costs is what matters here.
+"""An httpx transport for HTTP/1.1 to a model's server, with a low cost for each chunk of an answer.
 
-A token that comes alone costs httpx's own transport 65 µs of CPU more than this one, and aiohttp 10 more. aiohttp 3.14
-was tried first, by itself and as httpx-aiohttp (0.2.0). When an answer broke off, it lost text that had arrived; when a
-chunk couldn't be parsed, the reader waited for ever. httpx-aiohttp made a `ConnectTimeout` of a refused connection, and
-on such differences it depends whether a request is sent again.
+A chunk with one token costs httpx's own transport 65 µs of CPU more, and aiohttp 10 µs more. aiohttp 3.14, by itself
+and as httpx-aiohttp (0.2.0), also lost text before a break, and waited forever after a chunk that couldn't be parsed;
+httpx-aiohttp raised `ConnectTimeout` for a refused connection, which decides about a retry.
 
-Here: plain or TLS; connections that are kept; httpx's connect, read and pool timeouts and its exceptions; what arrived
-is given before the failure. Not here: proxies (httpx's own transport: see `ssecore.client.outbound`), HTTP/2, streamed
-request bodies, HEAD, trio. The parser is httptools', our server's.
+Data that arrived before a failure is delivered. Not supported: proxies (see `ssecore.client.outbound`), HTTP/2,
+streamed request bodies, HEAD, trio.
 
-Boundary of trust: the bytes come from the upstream. The head and what is held of the body are bounded.
+Boundary of trust: the upstream. The head and the buffered part of the body are limited.
 """
 
 import asyncio
@@ -23,19 +21,18 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 __all__ = ["UpstreamTransport"]
 
-#: Of a status line with its headers. httpx's h11 takes 100 KiB.
+#: h11's limit is 100 KiB.
 MAX_HEAD_BYTES: Final = 64 * 1024
-#: What is held of a body that nobody takes; then the server has to wait.
+#: Buffered of a body that is not read; beyond it reading pauses.
 MAX_HELD_BYTES: Final = 256 * 1024
-#: How long an idle connection is kept: shorter than servers keep theirs (uvicorn 5 s, others longer), since a request
-#: that meets the server's close can't be sent again.
+#: Shorter than servers keep idle connections (uvicorn 5 s): a request that meets their close can't be repeated.
 KEEP_ALIVE_S: Final = 4.0
 
 _Origin = tuple[str, str, int]
 
 
 class UpstreamTransport(httpx.AsyncBaseTransport):
-    """To be made inside a running loop of asyncio's; `limits` as httpx has them."""
+    """Create it in a running asyncio loop."""
 
     def __init__(self, certificates: ssl.SSLContext, limits: httpx.Limits) -> None:
         self._certificates = certificates
@@ -64,7 +61,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             self.give_back(connection)
             raise
         body = _Body(self, connection)
-        # `chunks` is for whoever reads many small ones: httpx puts three generators around a body.
+        # `chunks` avoids the three generators that httpx puts around a body.
         return httpx.Response(connection.status, headers=connection.headers, stream=body, extensions={"chunks": body})
 
     def _kept(self, origin: _Origin) -> "_Connection | None":
@@ -83,12 +80,12 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
                 _, made = await loop.create_connection(lambda: _Connection(self, origin, loop), host, port, **tls)
         except TimeoutError:
             raise httpx.ConnectTimeout("no connection in time") from None
-        except (OSError, UnicodeError) as error:  # refused, no such name, a certificate that isn't accepted
+        except (OSError, UnicodeError) as error:  # refused, unknown host, invalid certificate
             raise httpx.ConnectError(str(error)) from error
         return made
 
     def give_back(self, connection: "_Connection | None") -> None:
-        """A request is over, with its connection if it had one: keep that, or close it."""
+        """Keep or close the connection after a request."""
         self._room.release()
         if connection is None:
             return
@@ -100,7 +97,6 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             connection.transport.abort()
 
     def drop(self, connection: "_Connection") -> None:
-        """Close it; where it is idle, it isn't any more."""
         if connection in self._idle[connection.origin]:
             self._idle[connection.origin].remove(connection)
         if connection.on_idle_end is not None:
@@ -111,12 +107,10 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         for idle in self._idle.values():
             for connection in idle.copy():
                 self.drop(connection)
-        await asyncio.sleep(0)  # in which the loop closes them
+        await asyncio.sleep(0)  # the loop closes them
 
 
 class _Connection(asyncio.Protocol):
-    """One request after the other."""
-
     transport: asyncio.Transport
 
     def __init__(self, pool: UpstreamTransport, origin: _Origin, loop: asyncio.AbstractEventLoop) -> None:
@@ -125,12 +119,12 @@ class _Connection(asyncio.Protocol):
         self.on_idle_end: asyncio.TimerHandle | None = None
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
-        self.chunks: list[bytes] = []  #: of the body, as they came, until somebody takes them
+        self.chunks: list[bytes] = []  #: of the body, not yet taken
         self.has_head = False
-        self.complete = True  #: no answer is to come, or none any more
+        self.complete = True  #: no response is due
         self._pool = pool
         self._parser: HttpResponseParser | None = None
-        self._keep = False  # another request may be sent
+        self._keep = False
         self._lost = False
         self._error: httpx.TransportError | None = None
         self._head_bytes = self._held = 0
@@ -150,7 +144,7 @@ class _Connection(asyncio.Protocol):
             self.transport.write(request)
 
     async def wait(self) -> None:
-        """Until there is more. Raises httpx's exceptions."""
+        """Wait for more. Raises httpx's exceptions."""
         if self._error is not None:
             raise self._error
         self._waiter = self.loop.create_future()
@@ -165,25 +159,24 @@ class _Connection(asyncio.Protocol):
             raise self._error
 
     def take(self) -> bytes:
-        """What there is of the body."""
         data = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
         self.chunks.clear()
         self._held = 0
-        if self._paused and not self.transport.is_closing():  # uvloop raises for one that is
+        if self._paused and not self.transport.is_closing():  # else uvloop raises
             self._paused = False
             self.transport.resume_reading()
         return data
 
     def rest(self) -> bool:
-        """The answer isn't read any more. Whether the connection can take another request."""
-        self._parser = None  # they hold each other
+        """End the request. Returns whether the connection can be reused."""
+        self._parser = None  # breaks the reference cycle
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         return self.complete and self._keep and not self._lost and not self.chunks
 
     def _overdue(self) -> None:
-        """One timer a while, not one a chunk: it looks when the wait began."""
+        """One timer for many chunks: it checks when the wait began."""
         self._timer = None
         if self._waiter is None or self._read_s is None:
             return
@@ -210,7 +203,7 @@ class _Connection(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        if self.complete or self._parser is None:  # nobody has asked
+        if self.complete or self._parser is None:  # without a request
             self._keep = False
             self._pool.drop(self)
             return
@@ -234,10 +227,10 @@ class _Connection(asyncio.Protocol):
         if self.complete:
             self._pool.drop(self)
         elif self.has_head and exc is None and not self._is_framed():
-            self.complete = True  # the body was what came until the connection's end
+            self.complete = True  # the connection's end is the end of the body
             self._wake()
         else:
-            self._fail(httpx.ReadError(str(exc or "the server closed the connection in the middle")))
+            self._fail(httpx.ReadError(str(exc or "the server closed the connection before the response was complete")))
 
     def _is_framed(self) -> bool:
         return any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
@@ -249,7 +242,7 @@ class _Connection(asyncio.Protocol):
             self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        if self.complete:  # a second answer, which nobody has asked for
+        if self.complete:  # a second response
             return
         assert self._parser is not None
         self.status = self._parser.get_status_code()
@@ -276,7 +269,7 @@ class _Connection(asyncio.Protocol):
 
 
 class _Body(httpx.AsyncByteStream):
-    """A body in the chunks in which it arrives; its own iterator. It holds its connection until it is closed."""
+    """Iterates over the chunks as they arrive. Keeps its connection until it is closed."""
 
     def __init__(self, pool: UpstreamTransport, connection: _Connection) -> None:
         self._pool: UpstreamTransport | None = pool
@@ -299,4 +292,4 @@ class _Body(httpx.AsyncByteStream):
         if self._pool is not None:
             pool, self._pool = self._pool, None
             pool.give_back(self._connection)
-            await asyncio.sleep(0)  # in which the loop closes it, where it isn't kept
+            await asyncio.sleep(0)  # the loop closes it, unless it is kept

@@ -1,5 +1,5 @@
-"""The engine of sseapp: the event-stream format, the life of a stream, routes and requests. No service of its own."""
+"""The engine: event-stream format, streams, routes, requests."""
 
 __all__ = ["__version__"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

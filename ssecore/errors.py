@@ -1,11 +1,7 @@
-"""One tree of exceptions, each with the HTTP status it stands for.
+"""All exceptions, each with its HTTP status.
 
-`SSEAppError` is the root. Its text is meant for the client: write it so that the reader knows what to do, and put
-nothing secret into it. Anything else that a handler raises is answered as `internal error` with a reference that is
-in the log.
-
-A failure before the first byte of a response becomes a problem (RFC 9457); after it, an `error` event with the data
-`{"error": <text>, "code": <word>}`.
+They become a problem document (RFC 9457), or after a response's first byte an `error` event. Clients see an
+`SSEAppError`'s text: say what to do, and no secret.
 """
 
 import random
@@ -44,17 +40,16 @@ __all__ = [
 
 
 _NOT_RUNNING: Final = (
-    "the app isn't running, so it has no runs and no topics: serve it with its lifespan, or, where it is "
-    "mounted in another program, enter `async with app.running():` in that program's own. If it was running before, "
-    "it has stopped or failed, and the log says why"
+    "the app isn't running, so it has no runs and no topics. Serve it with its lifespan; if it is mounted in another "
+    "program, enter `async with app.running():` in that program's lifespan. If it was running before, it has stopped "
+    "or failed: see the log"
 )
 
 
 class SSEAppError(Exception):
-    """The root. Raised itself by a handler that wants to answer 500 with a text of its own.
+    """The root, and a 500 with a text.
 
-    `detail` is for the client, `field` names the parameter or member that is to blame, `headers` go out with the
-    answer when it is a problem, `code` is the word that a program can act on (default: the class's).
+    `field` is the wrong parameter or member, `code` for programs, `headers` for the problem document.
     """
 
     status: int = 500
@@ -80,7 +75,7 @@ class SSEAppError(Exception):
 
 
 class NotRunning(SSEAppError):
-    """A run or a topic before the app has started; raised by `Request.runs`, and wherever else they are asked for."""
+    """The app has not started."""
 
     code = "not_running"
 
@@ -89,85 +84,85 @@ class NotRunning(SSEAppError):
 
 
 class BadRequest(SSEAppError):
-    """A parameter or a body that can't be used; raised by the request's decoding, and by handlers."""
+    """An invalid parameter or body."""
 
     status, code = 400, "bad_request"
 
 
 class Unauthorized(SSEAppError):
-    """No credentials, or wrong ones."""
+    """Missing or unknown credentials."""
 
     status, code = 401, "unauthorized"
 
 
 class Forbidden(SSEAppError):
-    """The caller is known and may not."""
+    """The caller is not allowed."""
 
     status, code = 403, "forbidden"
 
 
 class NotFound(SSEAppError):
-    """Nothing is there, or it belongs to somebody else and the caller must not learn that it exists."""
+    """Nothing is there for this caller."""
 
     status, code = 404, "not_found"
 
 
 class MethodNotAllowed(SSEAppError):
-    """The path exists, the method doesn't; carries `Allow`. Raised by the route table."""
+    """Sets `Allow`."""
 
     status, code = 405, "method_not_allowed"
 
 
 class RequestTimeout(SSEAppError):
-    """The body stopped coming for `BODY_TIMEOUT_S`, or came more slowly than `MIN_BODY_BYTES_PER_S`."""
+    """The body was too slow."""
 
     status, code = 408, "request_timeout"
 
 
 class Conflict(SSEAppError):
-    """The request contradicts the state of what it names."""
+    """It contradicts the current state."""
 
     status, code = 409, "conflict"
 
 
 class Gone(SSEAppError):
-    """It was there once and is no longer kept."""
+    """It was deleted."""
 
     status, code = 410, "gone"
 
 
 class TooLarge(SSEAppError):
-    """A body, or an event, over its limit; raised as soon as the limit is passed, not at the end."""
+    """A body or an event is over its limit."""
 
     status, code = 413, "too_large"
 
 
 class TargetTooLong(SSEAppError):
-    """Path and query over `max_target_bytes`."""
+    """Path and query are over `max_target_bytes`."""
 
     status, code = 414, "target_too_long"
 
 
 class UnsupportedMediaType(SSEAppError):
-    """The body's media type is not the one that the route declares."""
+    """The body's media type is not the route's."""
 
     status, code = 415, "unsupported_media_type"
 
 
 class UnprocessableContent(SSEAppError):
-    """Well formed, but it contradicts an earlier request (an `Idempotency-Key` used again with another body)."""
+    """An `Idempotency-Key` was reused with another body."""
 
     status, code = 422, "unprocessable_content"
 
 
 class HeadersTooLarge(SSEAppError):
-    """Headers over `max_header_bytes`, or more lines than `MAX_HEADER_LINES`."""
+    """Headers over `max_header_bytes` or `MAX_HEADER_LINES`."""
 
     status, code = 431, "headers_too_large"
 
 
 class _Passing(SSEAppError):
-    """What will pass. Carries `Retry-After`: `retry_after_s`, unless `headers` have one."""
+    """Sets `Retry-After`, unless `headers` has it."""
 
     def __init__(self, detail: str = "", *, retry_after_s: int = 5, **options: Any) -> None:
         super().__init__(detail, **options)
@@ -182,68 +177,67 @@ class TooManyRequests(_Passing):
 
 
 class UpstreamError(SSEAppError):
-    """A server that a handler depends on (the language model) failed; `code` says how."""
+    """A server that the handler called failed."""
 
     status, code = 502, "upstream_error"
 
 
 class Unavailable(_Passing):
-    """The service can't do it now and will be able to later (a full house, say)."""
+    """A limit is reached, or something is down; a retry may succeed."""
 
     status, code = 503, "unavailable"
 
 
 class Draining(Unavailable):
-    """The service takes nothing new, for it is about to stop; whoever asks again reaches its successor."""
+    """The service is shutting down; a retry reaches its successor."""
 
     def __init__(self, detail: str = "the service is about to stop; try again", **options: Any) -> None:
-        # Spread, so that not all of them come back in one second.
         super().__init__(detail, **{"retry_after_s": random.randint(1, 5), **options})
 
 
 class Interrupted(SSEAppError):
-    """The process that worked on the run ended before the run did."""
+    """The process ended before its run."""
 
     status, code = 503, "interrupted"
 
 
 class LogUnavailable(Unavailable):
-    """The event log can't be written or read at the moment: disk full, read-only, Redis away."""
+    """The log can't be used at the moment: disk full, read-only, Redis unreachable."""
 
     code = "log_unavailable"
 
 
 class LogError(SSEAppError):
-    """The event log's file or server is not usable at all: corrupt, foreign, of a newer version, already in use."""
+    """The log can't be used: corrupt, foreign, of a newer version, or in use."""
 
     code = "log_error"
 
 
 class StreamTimeout(SSEAppError):
-    """A stream reached its longest life; said in the stream."""
+    """A stream reached `max_stream_s`."""
 
     status, code = 504, "timeout"
 
 
 class WriterFenced(SSEAppError):
-    """A newer epoch has been opened on the stream (or it is closed): this writer may append nothing more."""
+    """The stream is closed, or a newer writer has opened an epoch."""
 
     code = "fenced"
 
 
 class EncodeError(SSEAppError, ValueError):
-    """An event that can't be put on the wire; raised by `wire.encode` before a byte of it is made. Names the field."""
+    """An invalid event."""
 
     code = "encode_error"
 
 
 class SettingsError(SSEAppError, ValueError):
-    """A setting with an unusable value; raised at start-up, with the name, the value and what was expected."""
+    """An invalid setting."""
 
     code = "settings_error"
 
 
 class ClientGone(SSEAppError):
-    """The client left before its request was complete. Never seen by a client; ends the request quietly."""
+    """The client disconnected during its request. Never sent."""
 
     code = "client_gone"

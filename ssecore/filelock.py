@@ -1,7 +1,6 @@
-"""A lock on an open file that the system releases with the process, whatever ends it.
+"""A lock on an open file, released by the system when the process ends.
 
-POSIX has it as `flock`, Windows as `msvcrt.locking` of a range of bytes, which may lie behind the file's end. Where
-there is neither, nothing is locked. (The library `filelock` locks a path of its own; ours is the file that is written.)
+On POSIX and Windows. (The library `filelock` locks a separate path.)
 """
 
 import errno
@@ -11,9 +10,9 @@ from typing import Any, Final
 
 __all__ = ["FOLDERS", "lock", "try_lock"]
 
-#: Where Windows locks, since nobody else can read what is locked. `msvcrt.locking` takes 31 bits.
+#: Windows: behind the file's end, because a locked byte can't be read. `msvcrt.locking` takes 31 bits.
 _FAR: Final = 2**31 - 2
-#: How often Windows is asked, which can't be told to wait for as long as it takes.
+#: Windows has no wait without a timeout.
 _POLL_S: Final = 0.05
 
 fcntl: Any
@@ -32,7 +31,7 @@ FOLDERS: Final = fcntl is not None
 
 
 def try_lock(file: int) -> bool:
-    """Lock an open file for this process, until its descriptor is closed. False: another process has it."""
+    """Lock it until it is closed. False: another process has."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,7 +50,7 @@ def try_lock(file: int) -> bool:
 
 
 def lock(file: int) -> None:
-    """The same, and wait for it."""
+    """Wait for the lock of `try_lock`."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX)
     else:

@@ -1,17 +1,12 @@
-"""A stream as the answer of another framework's own route.
+"""A stream as the response of another framework's route: see docs/frameworks.md.
 
-    @app.post("/answers")
-    async def answers(question: Question, user: User = Depends(user_of)) -> EventStream:
-        return EventStream(streams, answer(question, user), run=Run(), caller=user.name)
+It differs from a route of an `SSEApp`:
 
-So dependencies, parameters, errors before the stream, and OpenAPI are the framework's. Everything behind that is as on
-a route of an `SSEApp`: the log, resuming, keys, limits, drain. Four things differ:
-
-1.  Whoever gets here was let in by the framework: our guard isn't asked, and CORS is the framework's.
-2.  A run is resumed by the same request with a `Last-Event-ID`, by POST too: where the framework would have it read is
-    not known. So there is no `Content-Location`, and `Prefer: respond-async` is not heeded.
-3.  The body was read by the framework: of two requests with one `Idempotency-Key` the query is compared, and no more.
-4.  An `HTTPException` that the generator raises before its first event is the framework's to answer.
+1.  Authentication and CORS are the framework's.
+2.  A run is resumed by the same request with a `Last-Event-ID`, POST included. There is no path to a run, so no
+    `Content-Location`, and `Prefer: respond-async` is ignored.
+3.  Requests with one `Idempotency-Key` are compared by their query alone: the framework has read the body.
+4.  The framework answers an `HTTPException` raised before the first event.
 """
 
 from collections.abc import AsyncIterable, Mapping, MutableMapping
@@ -29,7 +24,7 @@ if TYPE_CHECKING:
 
     from sseapp import SSEApp
 else:
-    try:  # FastAPI and Starlette know an answer by its class
+    try:
         from starlette.responses import Response as _Response
     except ModuleNotFoundError:
         _Response = object
@@ -37,22 +32,15 @@ else:
 
 __all__ = ["HOSTED", "EventStream"]
 
-#: Where the scope has the `EventStream` that an `SSEApp` is called for.
+#: The scope's key for the `EventStream`.
 HOSTED: Final = "sseapp.hosted"
 
 
 class EventStream(_Response):
-    """Returned by a route of FastAPI, Starlette or Litestar; an ASGI application, for any other framework.
+    """A response for FastAPI, Starlette and Litestar, and an ASGI application.
 
-    `streams` is the program's `SSEApp`; it must be `running()`, for runs and topics. It needn't be mounted.
-
-    What is sent: `events`, an async generator (called already: `answer(user)`), which with `run=` works detached from
-    the connection; or a topic's `Subscription`; or the id of a run, to read it. A generator that isn't needed, since
-    the request resumes a run that is there, is never begun.
-
-    `caller` is whose run it is, and whose limits count: nobody else can read it, or resume it. `None`: nobody's, so
-    that whoever knows its id or its key may. `dialect` is as in `GET`. `status_code` is here for FastAPI's OpenAPI,
-    which reads it of this signature where a route says `response_class=EventStream`.
+    `events` is an async generator, which isn't started if the request resumes a run, a `Subscription`, or a run's id.
+    `caller` owns the run; `None`: anyone with its id or key can read it. `status_code` is for FastAPI's OpenAPI.
     """
 
     media_type = CONTENT_TYPE
@@ -80,14 +68,14 @@ class EventStream(_Response):
         self.run = run
         self.caller = caller
         self.dialect = dialect
-        # What a response of Starlette's has: `headers` and `set_cookie` write here, and FastAPI adds background tasks.
+        # Starlette's `headers` and `set_cookie` write to these, FastAPI adds background tasks.
         self.status_code = status_code
         self.body = b""
         self.raw_headers: list[tuple[bytes, bytes]] = []
         self.background = None
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        # Without our runner's extension: a framework's call is over when this one returns, and the stream must be, too.
+        # Without our runner's extension, which sends on after this call.
         try:
             await self._streams({**scope, "extensions": {}, HOSTED: self}, receive, send)
         finally:
@@ -97,9 +85,8 @@ class EventStream(_Response):
             await self.background()
 
     def route(self, scope: Mapping[str, Any]) -> Route:
-        """What stands for the framework's route, under the path that the framework gives it."""
-        path = getattr(scope.get("route"), "path", None) or scope.get("path_template")  # FastAPI's; Litestar's
-        path = path or getattr(scope.get("endpoint"), "__name__", None) or "EventStream"  # Starlette's; any other's
+        path = getattr(scope.get("route"), "path", None) or scope.get("path_template")
+        path = path or getattr(scope.get("endpoint"), "__name__", None) or "EventStream"
         return Route(scope["method"], path, self._begin, dialect=self.dialect, run=self.run, hosted=True)
 
     def _begin(self, request: Any) -> Any:

@@ -1,7 +1,6 @@
-"""Counters and gauges in Prometheus' format, one registry an app.
+"""Prometheus' counters and gauges, one registry an app.
 
-Nothing is counted for an event: streams count what they send (per write), and are asked when somebody scrapes. Of a
-model's answer the tokens are counted by whoever hands them on, 0.1 µs each.
+Streams count per write and are read at each scrape. A model's token costs 0.1 µs.
 """
 
 from collections import Counter as Sums
@@ -26,26 +25,22 @@ import ssecore
 __all__ = ["MEDIA_TYPE", "AnswerTimes", "Facts", "Measurable", "Metrics"]
 
 MEDIA_TYPE: Final = CONTENT_TYPE_LATEST
-#: From what a laptop's SQLite needs for a commit to what makes people reload the page.
+#: From a commit of SQLite to when people reload the page.
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-#: As OpenTelemetry's conventions for generative AI advise, where the two metrics come from:
+#: The buckets of OpenTelemetry's conventions for generative AI:
 #: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/
 _FIRST_TOKEN_S: Final = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _OUTPUT_TOKEN_S: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-#: What a stream counts, with the metric that it goes into.
+#: Attribute, metric, help.
 _SENT: Final = (
-    ("events_sent", "sseapp_events_sent", "Events given to clients (chunks, where it is bytes), by route"),
+    ("events_sent", "sseapp_events_sent", "Events sent to clients (chunks, if the stream is bytes), by route"),
     ("sent_bytes", "sseapp_sent_bytes", "Bytes of bodies written for streams, by route"),
-    (
-        "stalled_s",
-        "sseapp_stalled_seconds",
-        "Time in which writes waited for slow clients, by route; seen each second",
-    ),
+    ("stalled_s", "sseapp_stalled_seconds", "Time in which writes waited for slow clients, by route"),
 )
 
 
 class Measurable(Protocol):
-    """An open stream, as it is measured."""
+    """An open stream."""
 
     sent_bytes: int
     stalled_s: float
@@ -58,7 +53,7 @@ class Measurable(Protocol):
 
 
 class Facts(NamedTuple):
-    """What is so at the moment of a scrape."""
+    """Read at each scrape."""
 
     streams: Collection[Measurable] = ()
     runs: int = 0
@@ -67,7 +62,7 @@ class Facts(NamedTuple):
 
 
 class AnswerTimes:
-    """Of one answer of a model; it begins when this is made."""
+    """One answer of a model."""
 
     __slots__ = ("_began", "_first", "_first_at", "_last_at", "_per_token", "_tokens")
 
@@ -77,7 +72,6 @@ class AnswerTimes:
         self._tokens = 0
 
     def token(self) -> None:
-        """A piece of the answer was handed on."""
         self._last_at = monotonic()
         self._tokens += 1
         if self._tokens == 1:
@@ -85,17 +79,17 @@ class AnswerTimes:
             self._first.observe(self._first_at - self._began)
 
     def end(self) -> None:
-        """The answer is whole: only then its tokens count."""
+        """Only complete answers count for the time per token."""
         if self._tokens > 1:
             self._per_token.observe((self._last_at - self._first_at) / (self._tokens - 1))
 
 
 class Metrics:
-    """One app's. `facts` is asked at each scrape."""
+    """One app's; `facts` is called at each scrape."""
 
     def __init__(self, facts: Callable[[], Facts]) -> None:
         self._facts = facts
-        self._past = {attribute: Sums[str]() for attribute, _, _ in _SENT}  # of streams that have ended
+        self._past = {attribute: Sums[str]() for attribute, _, _ in _SENT}
         self._registry = registry = CollectorRegistry()
         self.first_event = Histogram(
             "sseapp_first_event_seconds",
@@ -106,53 +100,50 @@ class Metrics:
         )
         self._first_token = Histogram(
             "gen_ai_server_time_to_first_token_seconds",
-            "From asking a model to the first token of its answer, by route",
+            "From the request to a model to the first token of its answer, by route",
             ["route"],
             buckets=_FIRST_TOKEN_S,
             registry=registry,
         )
         self._output_token = Histogram(
             "gen_ai_server_time_per_output_token_seconds",
-            "Time for each token behind the first, on average over a whole answer, by route",
+            "Time per token after the first, averaged over an answer, by route",
             ["route"],
             buckets=_OUTPUT_TOKEN_S,
             registry=registry,
         )
         self.appends = Histogram(
             "sseapp_log_append_seconds",
-            "Commits of the event log, and how long each took",
+            "Duration of the event log's commits",
             buckets=_SECONDS,
             registry=registry,
         )
         self.appended = Counter("sseapp_log_events", "Events appended to the event log", registry=registry)
-        self.log_failures = Counter("sseapp_log_failures", "Appends that failed: the log is away", registry=registry)
+        self.log_failures = Counter("sseapp_log_failures", "Failed appends to the event log", registry=registry)
         self.resumes = Counter(
-            "sseapp_resumes", "Streams that went on after a cursor, by route", ["route"], registry=registry
+            "sseapp_resumes", "Streams that resumed after a cursor, by route", ["route"], registry=registry
         )
         self.runs_ended = Counter("sseapp_runs_ended", "Runs that ended, by state", ["state"], registry=registry)
         self.refused = Counter(
-            "sseapp_refused", "Requests refused, softly too, by status", ["status"], registry=registry
+            "sseapp_refused", "Refused requests and streams, by status", ["status"], registry=registry
         )
         self._ended = Counter(
-            "sseapp_streams_ended", "Streams that ended, by route and why", ["route", "reason"], registry=registry
+            "sseapp_streams_ended", "Streams that ended, by route and reason", ["route", "reason"], registry=registry
         )
-        build = Info("sseapp_build", "The version that runs", registry=registry)
+        build = Info("sseapp_build", "Versions of the service and of Python", registry=registry)
         build.info({"version": ssecore.__version__, "python": python_version()})
         ProcessCollector(registry=registry)
         registry.register(self)
 
     def answer(self, route: str) -> AnswerTimes:
-        """A model is asked now, for this route."""
         return AnswerTimes(self._first_token.labels(route), self._output_token.labels(route))
 
     def ended(self, stream: Measurable, reason: str) -> None:
-        """A stream is over: what it has counted stays."""
         self._ended.labels(stream.route, reason).inc()
         for attribute, sums in self._past.items():
             sums[stream.route] += getattr(stream, attribute)
 
     def collect(self) -> Iterable[Metric]:
-        """What is asked for at a scrape."""
         streams, runs, gaps, dropped_lines = self._facts()
         open_streams = GaugeMetricFamily("sseapp_streams_open", "Open streams, by route", labels=["route"])
         for route, count in Sums(stream.route for stream in streams).items():
@@ -166,15 +157,14 @@ class Metrics:
             for route, value in sums.items():
                 sent.add_metric([route], value)
             yield sent
-        yield GaugeMetricFamily("sseapp_runs_running", "Runs at work in this process", value=runs)
-        announced = CounterMetricFamily("sseapp_gaps", "Losses announced to readers, by reason", labels=["reason"])
+        yield GaugeMetricFamily("sseapp_runs_running", "Running runs of this process", value=runs)
+        announced = CounterMetricFamily("sseapp_gaps", "Gaps announced to readers, by reason", labels=["reason"])
         for reason, count in gaps.items():
             announced.add_metric([reason], count)
         yield announced
         yield CounterMetricFamily(
-            "sseapp_dropped_lines", "Lines for a standard error that was not read in time", value=dropped_lines
+            "sseapp_dropped_lines", "Log lines dropped because standard error was not read in time", value=dropped_lines
         )
 
     def text(self) -> bytes:
-        """All of it, as `MEDIA_TYPE`."""
         return generate_latest(self._registry)

@@ -1,7 +1,6 @@
-"""All settings of the service: one frozen dataclass, read from the environment.
+"""All settings, from the environment.
 
-Each field is one variable: `heartbeat_s` is `SSEAPP_HEARTBEAT_S`. Units stand in the names (`_s` seconds, `_ms`
-milliseconds, `_bytes`). A field that may be `None` is a limit that `none` turns off.
+The field `heartbeat_s` is the variable `SSEAPP_HEARTBEAT_S`. `none` turns an optional limit off.
 """
 
 import dataclasses
@@ -25,14 +24,14 @@ __all__ = ["Settings", "describe"]
 logger = logging.getLogger("sseapp")
 
 _PREFIX = "SSEAPP_"
-#: Kubernetes sets these for each Service of the namespace: for one named sseapp, or sseapp-<anything>, with our prefix.
+#: Kubernetes sets these for a Service named sseapp or sseapp-<anything>.
 _OF_A_SERVICE = re.compile(
     rf"{_PREFIX}(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
 _SERVICE_ADDRESS = re.compile("(tcp|udp|sctp)://")
 _Seconds = Annotated[float, Meta(gt=0, le=10_000_000)]
 _Bytes = Annotated[int, Meta(ge=1)]
-#: As browsers send it: no path, no default port, lower case.
+#: As browsers send it: lower case, without path and default port.
 _Origin = Annotated[str, Meta(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z]+)\Z")]
 
 
@@ -42,77 +41,76 @@ def _setting(default: Any, help: str, *, variable: str | None = None, secret: bo
 
 @dataclass(frozen=True)
 class Settings:
-    """See `describe()`, or `sseapp serve --help`, for what each is."""
+    """See `describe()`, or `sseapp serve --help`."""
 
     host: str = _setting("127.0.0.1", "address to listen on")
-    port: Annotated[int, Meta(ge=0, le=65535)] = _setting(8000, "port to listen on; 0 takes a free one")
+    port: Annotated[int, Meta(ge=0, le=65535)] = _setting(8000, "port to listen on; 0 picks a free one")
     data_dir: Path = _setting(Path("var"), "folder of the event log, the tasks database and the files")
     log: Annotated[str, Meta(pattern="^(memory|sqlite|(redis|rediss|unix)://.+)$")] = _setting(
         "sqlite", "the event log: sqlite, memory, or a Redis URL (redis://, rediss://, unix://)", secret=True
     )
     lease_s: Annotated[float, Meta(ge=1, le=3600)] = _setting(
-        10.0, "how long a replica may be silent before its runs are closed (Redis)"
+        10.0, "Redis: the runs of a replica that is unreachable for this long are closed"
     )
     auth: Literal["off"] | None = _setting(
-        None, "'off' says aloud that everybody may; without it and without tokens only this machine may"
+        None, "'off' disables authentication; without it and without tokens only this machine may use the service"
     )
-    tokens_file: Path | None = _setting(None, "file of the API tokens (sseapp token add); everybody needs one then")
+    tokens_file: Path | None = _setting(None, "file of the API tokens (sseapp token add); if set, a token is required")
     cors_origins: tuple[_Origin, ...] | None = _setting(
-        None, "origins whose pages may ask, as https://example.com, by comma; * is any, without cookies"
+        None, "comma-separated origins of other pages that may use it, such as https://example.com; *: any, by token"
     )
     heartbeat_s: _Seconds | None = _setting(15.0, "idle time before a heartbeat")
-    send_timeout_s: _Seconds = _setting(30.0, "a client whose window stays shut for so long is dropped")
-    drain_s: Annotated[float, Meta(ge=0)] = _setting(8.0, "from SIGTERM to the end; 'docker stop' gives 10")
-    retry_ms: Annotated[int, Meta(ge=0)] = _setting(2000, "reconnection time that each stream opens with")
-    max_stream_s: _Seconds | None = _setting(None, "longest life of a stream")
-    linger_s: _Seconds = _setting(60.0, "an unread run of a lingering route is cancelled after it")
+    send_timeout_s: _Seconds = _setting(30.0, "a client that reads nothing for this long is disconnected")
+    drain_s: Annotated[float, Meta(ge=0)] = _setting(8.0, "from SIGTERM to the exit; 'docker stop' allows 10")
+    retry_ms: Annotated[int, Meta(ge=0)] = _setting(2000, "reconnection time sent to clients")
+    max_stream_s: _Seconds | None = _setting(None, "longest duration of a stream")
+    linger_s: _Seconds = _setting(60.0, "a run of a lingering route is cancelled after this time without a reader")
     retention_s: _Seconds | None = _setting(86400.0, "how long the log keeps events, and runs after their end")
-    retention_events: _Bytes | None = _setting(100_000, "events of one stream that the log keeps; a run ends over it")
-    retention_bytes: _Bytes | None = _setting(64 * 1024 * 1024, "bytes of one stream that the log keeps; likewise")
+    retention_events: _Bytes | None = _setting(100_000, "events kept of one stream; a run with more is ended")
+    retention_bytes: _Bytes | None = _setting(64 * 1024 * 1024, "bytes kept of one stream; a run with more is ended")
     log_max_bytes: _Bytes | None = _setting(
-        10 * 1024**3, "what the log keeps in all; over it the oldest goes sooner, of one caller over a tenth of it"
+        10 * 1024**3, "size of the whole log; beyond it the oldest is deleted, first of callers with over a tenth of it"
     )
-    log_full_sync: bool = _setting(False, "sqlite: withstand a lost power supply too, at the price of slower appends")
-    max_runs: Annotated[int, Meta(ge=1)] | None = _setting(1000, "runs at work at once; more are refused")
-    max_runs_per_caller: Annotated[int, Meta(ge=1)] | None = _setting(100, "the same for one caller, if it has a name")
+    log_full_sync: bool = _setting(False, "sqlite: survive a power failure too; appends are slower")
+    max_runs: Annotated[int, Meta(ge=1)] | None = _setting(1000, "running runs")
+    max_runs_per_caller: Annotated[int, Meta(ge=1)] | None = _setting(100, "running runs of one authenticated caller")
     max_subscribers: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open subscriptions to one topic")
-    max_streams: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open streams in all; more are refused")
+    max_streams: Annotated[int, Meta(ge=1)] | None = _setting(10_000, "open streams")
     max_streams_per_caller: Annotated[int, Meta(ge=1)] | None = _setting(
-        1000, "the same for one caller, if it has a name: a tenth, so that one alone doesn't fill the house"
+        1000, "open streams of one authenticated caller"
     )
     max_publish_per_s: Annotated[float, Meta(gt=0)] | None = _setting(
-        100.0, "publications of one caller, if it has a name, on average over a second"
+        100.0, "publications a second of one authenticated caller, on average"
     )
     max_target_bytes: Annotated[int, Meta(ge=1, le=65535)] | None = _setting(
-        60 * 1024, "longest path and query: the parser reads no more than 65535; nginx takes 8 KiB unless it is told"
+        60 * 1024, "longest path and query; the parser reads 65535 at most; nginx's default is 8 KiB"
     )
-    max_header_bytes: _Bytes | None = _setting(32 * 1024, "largest headers of a request; nginx takes as much")
+    max_header_bytes: _Bytes | None = _setting(32 * 1024, "largest headers of a request; nginx's default is the same")
     buffer_bytes: _Bytes = _setting(64 * 1024, "how far a source may run ahead of its client")
     max_body_bytes: _Bytes = _setting(1024 * 1024, "largest body of a request")
     max_import_bytes: _Bytes = _setting(1024**3, "largest body of an import, which is spooled to disk")
-    log_format: Literal["text", "json"] = _setting("text", "the log's lines: text or json")
+    log_format: Literal["text", "json"] = _setting("text", "format of the log's lines: text or json")
     mock_delay_s: Annotated[float, Meta(ge=0)] = _setting(0.1, "pause between the mock model's words")
     openai_base_url: str | None = _setting(
         None,
-        "the language model's server, or 'local': a small model on this machine; default with a key: OpenAI's own",
+        "the language model's server, or 'local': a small model on this machine; default with a key: OpenAI's",
         variable="OPENAI_BASE_URL",
         secret=True,
     )
     openai_api_key: str | None = _setting(None, "its key", variable="OPENAI_API_KEY", secret=True)
     openai_model: str = _setting("gpt-4o-mini", "its model", variable="OPENAI_MODEL")
 
-    #: Made by `from_env`: texts name variables then, else what to write in code.
+    #: Made by `from_env`: texts name variables, otherwise code.
     of_environment: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Raises `SettingsError`, with the field's name."""
         hints = get_type_hints(type(self), include_extras=True)
         for field in dataclasses.fields(Settings):
             value = _checked(f"Settings({field.name}=…)", getattr(self, field.name), hints[field.name], field)
             object.__setattr__(self, field.name, value)
 
     def written(self, name: str, value: str = "") -> str:
-        """How a setting is written where these came from: `SSEAPP_AUTH=off`, or `Settings(auth='off')`."""
+        """How to write a setting: `SSEAPP_AUTH=off`, or `Settings(auth='off')`."""
         if self.of_environment:
             field = next(field for field in dataclasses.fields(self) if field.name == name)
             return f"{_variable(field)}={value}" if value else _variable(field)
@@ -120,10 +118,9 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: str | None) -> "Settings":
-        """Read the environment (default: the process's); `overrides` (of the command line) win over it.
+        """Read the environment; `overrides` take precedence. Raises `SettingsError`.
 
-        Unknown `SSEAPP_` variables are warned about, but not those that Kubernetes sets. Raises `SettingsError` with
-        the name, the value and what was expected.
+        Logs a warning for unknown variables, except those of Kubernetes.
         """
         environ = os.environ if environ is None else environ
         hints = get_type_hints(cls, include_extras=True)
@@ -138,7 +135,7 @@ class Settings:
             if text is not None and name == f"{_PREFIX}PORT" and _SERVICE_ADDRESS.match(text):
                 logger.warning(
                     "SSEAPP_PORT=%s is ignored, and the port is %d: Kubernetes sets this variable for a Service named "
-                    "sseapp. To set the port use --port; to have no such variables set enableServiceLinks: false",
+                    "sseapp. To set the port use --port; to remove such variables set enableServiceLinks: false",
                     text,
                     field.default,
                 )
@@ -155,7 +152,7 @@ class Settings:
 
 
 def describe() -> str:
-    """All variables with their defaults and meanings, for `--help`."""
+    """All variables, for `--help`."""
     lines = []
     for field in dataclasses.fields(Settings):
         default = "none" if field.default is None else field.default
@@ -164,13 +161,10 @@ def describe() -> str:
 
 
 def _check_url(name: str, url: str) -> None:
-    """Refuse a URL whose password ends too early: its rest would be taken for a port or a path, and would be logged.
-
-    No part of the URL goes into the error.
-    """
+    """Refuse an unescaped password: its rest would be logged as a port or a path."""
     try:
         parts = urlsplit(url)
-        _ = parts.port  # raises where it is not a number
+        _ = parts.port
         wrong = "#" in url or "@" in parts.path + parts.query
     except ValueError:
         wrong = True
@@ -187,45 +181,44 @@ def _variable(field: "dataclasses.Field[Any]") -> str:
 
 
 def _parse(name: str, text: str, hint: Any, field: "dataclasses.Field[Any]") -> Any:
-    """A value out of a variable, or of an option."""
-    optional = type(None) in get_args(hint)
-    if optional and text.lower() in ("none", ""):
+    kinds = (hint, *get_args(hint))
+    if type(None) in kinds and text.lower() in ("none", ""):
         return None
-    if Path in (hint, *get_args(hint)):
+    if Path in kinds:
         return Path(text)
-    by_comma = any(get_origin(kind) is tuple for kind in get_args(hint))
-    value = [part.strip() for part in text.split(",")] if by_comma else text
+    is_list = any(get_origin(kind) is tuple for kind in kinds)
+    value = [part.strip() for part in text.split(",")] if is_list else text
     return _checked(name, value, hint, field, text)
 
 
 def _checked(name: str, value: Any, hint: Any, field: "dataclasses.Field[Any]", text: str | None = None) -> Any:
-    """The value in its own type; out of `text`, where it was one. Raises `SettingsError`."""
-    optional = type(None) in get_args(hint)
-    if Path in (hint, *get_args(hint)) and isinstance(value, str | Path):
-        value = Path(value)  # in code a string will do
-    wrong = ""
+    """Converted to the field's type. `text` is what it was parsed from."""
+    kinds = (hint, *get_args(hint))
+    optional = type(None) in kinds
+    expected = ""
     try:
-        if Path not in (hint, *get_args(hint)):
+        if Path not in kinds:
             value = msgspec.convert(value, hint, strict=text is None)
+        elif isinstance(value, str):
+            value = Path(value)
         elif not isinstance(value, Path) and not (optional and value is None):
-            wrong = "expected a path"
+            expected = "expected a path"
     except msgspec.ValidationError as error:
-        wrong = str(error).replace("`", "").replace(" | null", "")
-    if wrong and field.name == "log":  # not as it is: there may be a password in it
+        expected = str(error).replace("`", "").replace(" | null", "")
+    if expected and field.name == "log":  # without the value, which may contain a password
         raise SettingsError(f"{name}: expected sqlite, memory, or a Redis URL", field=name)
-    if wrong:
-        choices = [choice for literal in (hint, *get_args(hint)) for choice in _choices(literal)]
-        if any(get_origin(kind) is tuple for kind in get_args(hint)):
-            choices = ["origins as https://example.com, by comma" if text is not None else "a tuple of origins"]
-        said = f"expected {' or '.join(choices)}" if choices else wrong
+    if expected:
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        if any(get_origin(kind) is tuple for kind in kinds):
+            choices = [
+                "comma-separated origins such as https://example.com" if text is not None else "a tuple of origins"
+            ]
+        if choices:
+            expected = f"expected {' or '.join(choices)}"
         none = "" if not optional else ", or none" if text is not None else ", or None"
-        # In code the value may be a secret's, too.
+        # In code the value may be a secret.
         shown = f"{name}={text!r}" if text is not None else name.replace("…", f"{value!r:.60}" if field.repr else "…")
-        raise SettingsError(f"{shown}: {said}{none}", field=name)
+        raise SettingsError(f"{shown}: {expected}{none}", field=name)
     if field.name in ("log", "openai_base_url"):
         _check_url(name, value or "")
     return value
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    return get_args(hint) if get_origin(hint) is Literal else ()

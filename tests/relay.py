@@ -4,6 +4,7 @@
         ...                                  # clients use line.url
         line.wait_streams(2)                 # until the second event stream has begun
         line.answers()                       # all that came back, connection by connection
+        line.gate.clear()                    # connections from now on wait for line.gate.set()
 
 The n-th answer that is an event stream breaks off once so many bytes of it have gone through, or, where the budget is
 a pattern, right behind its match; those beyond the list are left whole, and so is every other answer. A client gets all
@@ -42,6 +43,8 @@ class Relay:
         self._changed = threading.Condition()
         self._answers: list[bytearray] = []
         self._streams = 0
+        self.gate = threading.Event()
+        self.gate.set()
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._start(self._accept)
 
@@ -63,6 +66,7 @@ class Relay:
             self._break(sock)
 
     def close(self) -> None:
+        self.gate.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self.cut()
@@ -79,6 +83,7 @@ class Relay:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
+                self.gate.wait()
                 try:
                     server = socket.create_connection(("127.0.0.1", next(self._ports)))
                 except OSError:  # nobody listens there at the moment

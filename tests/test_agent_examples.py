@@ -17,6 +17,7 @@ from ssecore.client import connect
 from ssecore.testing import Transport, assert_stream
 from ssecore.testing import connect as connect_in_process
 from tests import upstream
+from tests.needs import needs
 from tests.test_client import quick
 from tests.upstream import DONE, FIRST, Script, Upstream, chunk, token
 
@@ -63,6 +64,7 @@ async def connections() -> AsyncIterator[None]:
         await client._transport.aclose()
 
 
+@needs("time")
 @pytest.mark.parametrize(("program", "scripts", "statuses"), AGENTS, ids=lambda value: getattr(value, "__name__", ""))
 async def test_an_agent_goes_on_over_cuts_and_its_model_is_asked_once(
     program: Any, scripts: list[Script], statuses: list[str], model: Upstream

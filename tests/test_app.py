@@ -45,7 +45,8 @@ from ssecore.http.request import (
     SPOOL_BYTES,
     Request,
 )
-from ssecore.testing import Transport, VirtualClockLoop, connect
+from ssecore.testing import Transport, connect
+from tests.house import virtual_time
 
 
 @pytest.fixture(autouse=True)
@@ -57,11 +58,6 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 JSON_TYPE = {"content-type": "application/json"}
 CSV_TYPE = {"content-type": "text/csv"}
 EVENT_SOURCE = {"accept": "text/event-stream", "cache-control": "no-cache", "user-agent": "library/1.0"}
-
-#: For tests in which time passes.
-virtual_time = pytest.mark.parametrize(
-    "anyio_backend", [("asyncio", {"loop_factory": VirtualClockLoop})], ids=["virtual"]
-)
 
 Message = MutableMapping[str, Any]
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]

@@ -40,11 +40,11 @@ def test_an_expression_has_pythons_value(text: str, value: int | float) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "ends too early"),
-        ("  ", "ends too early"),
-        ("2 +", "ends too early"),
+        ("", "is incomplete"),
+        ("  ", "is incomplete"),
+        ("2 +", "is incomplete"),
         ("()", "')' is not expected"),
-        ("(1", "not closed"),
+        ("(1", "closing parenthesis"),
         ("1)", "')' is not expected"),
         ("1 2", "'2' is not expected"),
         ("1,000", "',' is not expected"),

@@ -69,11 +69,11 @@ def test_it_serves_an_app_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("nothing", "write MODULE:APP"),
+        ("nothing", "is not MODULE:APP"),
         ("nothing.here:app", "no module named 'nothing'"),
         ("tests.nothing:app", "no module named 'tests.nothing'"),
         ("tests.hosts:nothing", "tests.hosts has no 'nothing'"),
-        ("tests.hosts:FLOOD", "is not an ASGI program: int"),
+        ("tests.hosts:FLOOD", "is not an ASGI app: its type is int"),
     ],
 )
 def test_what_cannot_be_served_is_named(target: str, said: str) -> None:
@@ -115,7 +115,7 @@ def test_an_event_is_published(server: Server, tmp_path: Path, monkeypatch: pyte
     ("arguments", "said"),
     [
         (["{"], "not JSON"),
-        (["@nothing"], "nothing can't be read"),
+        (["@nothing"], "can't read nothing"),
         (["1", "--url", "localhost:8000"], "is not an http"),
         (["1", "--token", "a\nb"], "can't be sent"),
     ],
@@ -132,4 +132,4 @@ def test_a_refusal_and_a_service_that_is_not_there(foreign: Upstream, capsys: An
     assert foreign.calls[0].headers["authorization"] == "Bearer secret"
     assert capsys.readouterr().err == "sseapp: the service answered 403: not [2J you\n"
     assert main(["publish", "news", "1", "--url", f"http://127.0.0.1:{serving.free_port()}"]) == 4
-    assert "no answer from" in capsys.readouterr().err
+    assert "no response from" in capsys.readouterr().err

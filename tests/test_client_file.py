@@ -19,6 +19,7 @@ import pytest
 from ssecore.client import GapError, SourceError, connect, json_line, to_file
 from ssecore.wire import Decoder, Event
 from tests import test_client, upstream
+from tests.needs import needs
 from tests.serving import serve_uvicorn, wait_until
 from tests.test_client import EITHER, cut, numbered, over, stream
 from tests.upstream import Upstream
@@ -49,6 +50,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in path.read_bytes().splitlines()]
 
 
+@needs("time")
 def test_a_file_is_exactly_the_run_however_often_its_writer_is_killed(tmp_path: Path) -> None:
     """SIGKILL, a hundred times, at random moments of a run that is going on."""
     path, dice, end = tmp_path / "run.jsonl", random.Random(8), tmp_path / "end"
@@ -162,10 +164,10 @@ async def test_a_server_that_begins_anew_is_found_out_from_the_file(foreign: Ups
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"a letter\nto somebody", "something else than events"),
-        (b'{"idol"', "something else"),
-        (b'{"id":"x.1"}\n', "no event of ours"),
-        (b'{"id":"x.1","event":null,"data":"1"}\n\0\0\0\n', "no event of ours"),
+        (b"a letter\nto somebody", "other content than events"),
+        (b'{"idol"', "other content"),
+        (b'{"id":"x.1"}\n', "is not an event"),
+        (b'{"id":"x.1","event":null,"data":"1"}\n\0\0\0\n', "is not an event"),
         (b'{"id":null,"event":null,"data":"1"}\n', "has no id"),
     ],
 )

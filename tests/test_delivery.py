@@ -20,7 +20,6 @@ import pytest
 from anyio import CancelScope, current_time
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
-from trio.testing import MockClock
 
 import sseapp
 import ssecore.log.tail
@@ -33,10 +32,11 @@ from ssecore.log import Cursor, Gap, Log, Row, framed, new_epoch
 from ssecore.log.memory import MemoryLog
 from ssecore.log.tail import Reader, Tails
 from ssecore.settings import Settings
-from ssecore.testing import Exchange, VirtualClockLoop
+from ssecore.testing import Exchange
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import Event, encode
 from tests.clients import stand_still
+from tests.house import Backend, in_virtual_time, settle
 from tests.lines import is_parked, lines_offered
 
 App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Any]
@@ -70,7 +70,7 @@ WAYS: Final = {
     "parked-sqlite": Way(True, "sqlite", "asyncio"),
 }
 
-in_virtual_time = pytest.mark.parametrize("way", ["task-asyncio", "task-trio", "parked"], indirect=True)
+on_memory = pytest.mark.parametrize("way", ["task-asyncio", "task-trio", "parked"], indirect=True)
 on_lines = pytest.mark.parametrize("way", ["parked"], indirect=True)
 
 
@@ -80,12 +80,8 @@ def way(request: pytest.FixtureRequest) -> Way:
 
 
 @pytest.fixture
-def anyio_backend(way: Way) -> tuple[str, dict[str, Any]]:
-    if not way.virtual:
-        return "asyncio", {}
-    if way.backend == "trio":
-        return "trio", {"clock": MockClock(autojump_threshold=0)}
-    return "asyncio", {"loop_factory": VirtualClockLoop}
+def anyio_backend(way: Way) -> Backend:
+    return in_virtual_time(way.backend) if way.virtual else ("asyncio", {})
 
 
 async def news(request: Request) -> Subscription:
@@ -240,7 +236,7 @@ class House:
         """Nothing is held for readers that are gone."""
         assert self.topics.subscribers(TOPIC) == 0
         assert self.tails.get(STREAM) is None
-        assert self.log.store._watchers._streams == {}  # type: ignore[attr-defined]
+        assert self.log._watchers._streams == {}  # type: ignore[attr-defined]
         assert self.app._streams == set()
 
 
@@ -256,11 +252,6 @@ async def house(way: Way, folder: Path, **values: Any) -> AsyncIterator[House]:
 async def batch_of(reader: Reader) -> bytes:
     batch = reader.ready()
     return await reader.from_log() if batch is None else batch
-
-
-async def settle() -> None:
-    """In virtual time: let everybody work until all wait for something."""
-    await anyio.sleep(1e-6)
 
 
 @pytest.fixture
@@ -318,7 +309,7 @@ async def test_everybody_gets_everything_in_order_and_as_the_same_bytes(way: Way
         assert late.seqs == [*range(16, 66)]
 
 
-@in_virtual_time
+@on_memory
 async def test_what_is_appended_together_travels_in_one_write(way: Way, tmp_path: Path) -> None:
     async with house(way, tmp_path) as service:
         client = await service.subscribe()
@@ -378,7 +369,7 @@ async def test_a_resumed_reader_gets_the_rest_from_the_log_and_then_what_is_new(
         assert client.seqs == [*range(2, 62)]
 
 
-@in_virtual_time
+@on_memory
 async def test_readers_behind_at_the_same_place_share_one_reading_of_the_log(
     way: Way, tmp_path: Path, small_tail: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,7 +407,7 @@ async def test_a_reader_behind_the_retention_is_told_and_goes_on_from_the_oldest
         assert not other.gaps and other.seqs == [*range(1, 52)]
 
 
-@in_virtual_time
+@on_memory
 async def test_on_a_data_only_route_a_later_gap_is_data_too(way: Way, tmp_path: Path, small_tail: None) -> None:
     async with house(way, tmp_path, retention_events=10) as service:
         slow = await service.subscribe(target="/data")
@@ -428,7 +419,7 @@ async def test_on_a_data_only_route_a_later_gap_is_data_too(way: Way, tmp_path: 
         assert orjson.loads(gap) | {"from": 0} == {"type": "gap", "reason": "trimmed", "from": 0, "to": 40}
 
 
-@in_virtual_time
+@on_memory
 async def test_a_reader_behind_a_topic_that_age_has_emptied_is_told_and_goes_on(
     way: Way, tmp_path: Path, small_tail: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,11 +483,11 @@ async def test_an_end_that_comes_while_slices_are_on_their_way_reaches_everybody
         assert stat is not None
         epoch = stat.epochs[-1][0]
         row = Row(epoch, 1, encode(Event("one")), (len(encode(Event("one"))),))
-        tail._changed(row, None)
+        tail._on_append(row, None)
         for _ in range(4):  # a slice each
             await checkpoint()
         assert 0 < sum(bool(client.seqs) for client in clients) < 10
-        tail._changed(None, "deleted")
+        tail._on_append(None, "deleted")
         for client in clients:
             await client.ended()
             assert client.seqs == [1]
@@ -609,7 +600,7 @@ async def test_a_reader_whose_task_the_server_cancels_is_let_go(way: Way, tmp_pa
         service.assert_left()
 
 
-@in_virtual_time
+@on_memory
 async def test_a_reader_that_stays_blocked_is_dropped_after_the_send_timeout(way: Way, tmp_path: Path) -> None:
     async with house(way, tmp_path, send_timeout_s=8.0) as service:
         reads_on, frozen, pauses = await service.audience(3)
@@ -655,7 +646,7 @@ async def test_a_log_that_cannot_be_read_ends_those_that_need_it_and_nobody_else
         await other.reached(51)
 
 
-@in_virtual_time
+@on_memory
 async def test_a_log_that_cannot_be_read_at_the_beginning_is_an_honest_refusal(
     way: Way, tmp_path: Path, small_tail: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -672,7 +663,7 @@ async def test_a_log_that_cannot_be_read_at_the_beginning_is_an_honest_refusal(
 # Signs of life, and the end
 
 
-@in_virtual_time
+@on_memory
 async def test_a_heartbeat_comes_after_each_idle_time_and_only_then(way: Way, tmp_path: Path) -> None:
     async with house(way, tmp_path, heartbeat_s=8.0) as service:
         client = await service.subscribe()
@@ -687,7 +678,7 @@ async def test_a_heartbeat_comes_after_each_idle_time_and_only_then(way: Way, tm
         assert client.seqs == [*range(1, 31)]
 
 
-@in_virtual_time
+@on_memory
 async def test_a_heartbeat_never_comes_between_the_lines_of_what_is_being_sent(way: Way, tmp_path: Path) -> None:
     async with house(way, tmp_path, heartbeat_s=1.0) as service:
         client = await service.subscribe()
@@ -699,7 +690,7 @@ async def test_a_heartbeat_never_comes_between_the_lines_of_what_is_being_sent(w
         assert b":\n" not in client.chunks
 
 
-@in_virtual_time
+@on_memory
 async def test_a_pulse_is_sent_each_5_s_without_an_id(way: Way, tmp_path: Path) -> None:
     async with house(way, tmp_path, heartbeat_s=100.0) as service:
         plain = await service.subscribe()
@@ -717,7 +708,7 @@ async def test_a_pulse_is_sent_each_5_s_without_an_id(way: Way, tmp_path: Path) 
         assert b"pulse" not in plain.body
 
 
-@in_virtual_time
+@on_memory
 async def test_pulses_that_were_missed_while_the_server_stood_still_are_not_made_up_for(
     way: Way, tmp_path: Path
 ) -> None:
@@ -731,7 +722,7 @@ async def test_pulses_that_were_missed_while_the_server_stood_still_are_not_made
         assert 2 + 4 <= client.body.count(b"event: pulse\n") <= 2 + 5
 
 
-@in_virtual_time
+@on_memory
 async def test_pulses_to_a_blocked_reader_come_when_it_reads_again(way: Way, tmp_path: Path) -> None:
     async with house(way, tmp_path, send_timeout_s=100.0) as service:
         client = await service.subscribe(target="/pulsing")
@@ -774,7 +765,7 @@ async def test_a_drain_ends_readers_at_once_with_a_retry_and_a_proper_end(way: W
         assert late.exchange.status == 503
 
 
-@in_virtual_time
+@on_memory
 async def test_a_drain_does_not_wait_for_a_blocked_reader(way: Way, tmp_path: Path) -> None:
     async with house(way, tmp_path) as service:
         client, frozen = await service.audience(2)
@@ -787,7 +778,7 @@ async def test_a_drain_does_not_wait_for_a_blocked_reader(way: Way, tmp_path: Pa
         assert client.exchange.complete and not frozen.exchange.complete
 
 
-@in_virtual_time
+@on_memory
 async def test_the_longest_life_of_a_reader_ends_it_between_events(way: Way, tmp_path: Path) -> None:
     async with house(way, tmp_path, max_stream_s=10.0) as service:
         client = await service.subscribe()
@@ -953,54 +944,54 @@ async def test_a_subscription_that_fails_halfway_leaves_nothing_and_takes_nothin
         service.assert_left()
 
 
-@in_virtual_time
+@on_memory
 async def test_a_reader_of_a_tail_that_has_ended_gets_what_is_there_and_the_end(way: Way) -> None:
     log = MemoryLog()
     async with log.running():
         tails, epoch = Tails(log), new_epoch()
         await log.create("run", epoch=epoch)
         await log.append("run", [encode(Event("one"))], epoch=epoch)
-        tail = tails.enter("run")
+        tail = tails.acquire("run")
         await log.append("run", [encode(Event("two"))], epoch=epoch, close=True)
         assert tail.ended == "closed" and tail.top == 2
         reader = Reader(tail, 0, dialect=NAMED)
-        tails.leave(tail)
+        tails.release(tail)
         batches = [await batch_of(reader)]
         while not reader.finished:
             batches.append(await batch_of(reader))
         assert re.findall(rb"data: (\w+)\n", b"".join(batches)) == [b"one", b"two"]
 
 
-@in_virtual_time
+@on_memory
 async def test_a_stream_that_was_closed_before_anybody_watched_ends_its_reader(way: Way) -> None:
     log = MemoryLog()
     async with log.running():
         tails, epoch = Tails(log), new_epoch()
         await log.create("run", epoch=epoch)
         await log.append("run", [encode(Event("one"))], epoch=epoch, close=True)
-        tail = tails.enter("run")
+        tail = tails.acquire("run")
         stat = await log.stat("run")
         assert stat is not None
-        tail.settle(stat)
+        tail.apply(stat)
         reader = Reader(tail, 0, dialect=NAMED)
-        tails.leave(tail)
+        tails.release(tail)
         assert b"data: one\n" in await batch_of(reader)
         assert reader.ready() == b"" and reader.finished
 
 
-@in_virtual_time
+@on_memory
 async def test_the_end_comes_after_what_was_committed_and_not_yet_announced(way: Way) -> None:
     log = MemoryLog()
     async with log.running():
         tails, epoch = Tails(log), new_epoch()
         await log.create("run", epoch=epoch)
-        tail = tails.enter("run")
+        tail = tails.acquire("run")
         await log.append("run", [encode(Event("one"))], epoch=epoch)
         tail.close()  # the announcements are late
         await log.append("run", [encode(Event("two")), encode(Event("three"))], epoch=epoch, close=True)
         stat = await log.stat("run")
         assert stat is not None
-        tail.settle(stat)
+        tail.apply(stat)
         reader = Reader(tail, 0, dialect=NAMED)
         batches = [await batch_of(reader)]
         while not reader.finished:
@@ -1008,23 +999,23 @@ async def test_the_end_comes_after_what_was_committed_and_not_yet_announced(way:
         assert re.findall(rb"data: (\w+)\n", b"".join(batches)) == [b"one", b"two", b"three"]
 
 
-@in_virtual_time
+@on_memory
 async def test_a_tail_that_has_ended_is_replaced_and_its_last_readers_do_not_take_the_new_one_away(way: Way) -> None:
     log = MemoryLog()
     async with log.running():
         tails = Tails(log)
         await log.create("topic", epoch=new_epoch(), kind="topic")
-        old = tails.enter("topic")
+        old = tails.acquire("topic")
         reader = Reader(old, 0, dialect=NAMED)
-        reader.on_close = lambda: tails.leave(old)
-        tails.leave(old)
+        reader.on_close = lambda: tails.release(old)
+        tails.release(old)
         await log.delete("topic")
         await log.create("topic", epoch=(epoch := new_epoch()), kind="topic")
-        new = tails.enter("topic")
+        new = tails.acquire("topic")
         assert new is not old
         second = Reader(new, 0, dialect=NAMED)
-        second.on_close = lambda: tails.leave(new)
-        tails.leave(new)
+        second.on_close = lambda: tails.release(new)
+        tails.release(new)
         assert tails.subscribers("topic") == 1
         reader.close()
         reader.close()  # does nothing
@@ -1032,10 +1023,10 @@ async def test_a_tail_that_has_ended_is_replaced_and_its_last_readers_do_not_tak
         await log.append("topic", [encode(Event("one"))], epoch=epoch)
         assert b"data: one\n" in (second.ready() or b"")
         second.close()
-        assert tails.get("topic") is None and log.store._watchers._streams == {}  # type: ignore[attr-defined]
+        assert tails.get("topic") is None and log._watchers._streams == {}
 
 
-@in_virtual_time
+@on_memory
 async def test_a_gap_is_announced_without_an_id_in_the_way_that_the_route_speaks(way: Way) -> None:
     gap = Gap("trimmed", 3, 7)
     named = ssecore.log.tail.gap_frames(gap, NAMED)

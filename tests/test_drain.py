@@ -10,7 +10,10 @@ from typing import Any, Final
 
 import pytest
 
+from tests.needs import needs
 from tests.serving import Server, is_clean, serve
+
+pytestmark = needs("time")
 
 STREAMS: Final = 1000
 DRAIN_S: Final = 2.0

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import anyio
 import httpx
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from ssecore.testing import Transport
 from ssecore.wire import Decoder
 
 JSON: Final = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
@@ -34,7 +35,7 @@ ROLES: Final = st.sampled_from(["user", "assistant", "system", "tool", ""])
 def test_any_messages_are_a_question_with_a_history_or_refused(messages: list[tuple[str, str]]) -> None:
     questions = [text for role, text in messages if role == "user" and text.strip()]
     if not questions:
-        with pytest.raises(BadRequest, match="nothing in it is a user's text"):
+        with pytest.raises(BadRequest, match="at least one message must be a user's"):
             conversation(messages)
         return
     question, history = conversation(messages)
@@ -48,7 +49,7 @@ def test_a_history_is_bounded_and_a_long_question_refused() -> None:
     assert question == "now?"
     assert 1 <= len(history) <= MAX_SESSION_CHARS // 1000
     assert history[0] == Exchange("q" * 500, "a" * 500)
-    with pytest.raises(BadRequest, match="8000 characters at most"):
+    with pytest.raises(BadRequest, match="longer than 8000 characters"):
         conversation([("user", "q" * 8001)])
 
 
@@ -139,6 +140,15 @@ async def test_what_isnt_there_is_not_found(http: httpx.AsyncClient) -> None:
     for path in ("/v1/responses/resp_x", "/v1/responses/resp_x?stream=true"):
         assert (await http.get(path)).status_code == 404
     assert (await http.post("/v1/responses/resp_x/cancel")).status_code == 404
+
+
+async def test_ag_ui_is_told_in_events_that_a_run_is_no_longer_kept(http: httpx.AsyncClient) -> None:
+    """TanStack AI doesn't ask for an event stream, and shows no more of a 410 than its number."""
+    answer = await http.post("/ag-ui", json={**IDS, "messages": [USER]}, headers={"last-event-id": f"{'A' * 22}.7"})
+    gap, error = [msgspec.json.decode(event.data) for event in Decoder().feed(answer.content + b"\n")]
+    assert gap == {"type": "CUSTOM", "name": "gap", "value": {"reason": "expired", "from": 8, "to": None}}
+    assert (error["type"], error["code"]) == ("RUN_ERROR", "gone")
+    assert (await http.get("/runs")).json() == {"runs": []}  # nothing was started
 
 
 async def test_a_run_of_another_route_is_no_response_and_no_chat(http: httpx.AsyncClient) -> None:

@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import re
+import shutil
+import sqlite3
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any, Final
@@ -21,7 +24,7 @@ from tests import chromium, redis_server
 from tests import upstream as llm
 from tests.needs import needs
 from tests.relay import relay
-from tests.serving import Server, serve, wait_until
+from tests.serving import Server, free_port, serve, wait_until
 from tests.upstream import Upstream
 
 browser = chromium.browser
@@ -301,6 +304,108 @@ def test_tanstack_finds_the_run_that_is_at_work_on_a_thread(behind: Server, upst
     upstream.settle()
 
 
+@node_clients
+def test_a_tanstack_run_that_is_cancelled_or_fails_is_in_order(behind: Server, upstream: Upstream) -> None:
+    thread = fresh()
+    upstream.plan(llm.silent(llm.FIRST, *map(llm.token, WORDS)), broken)
+    asked = {"url": f"{behind.url}/ag-ui", "threadId": thread, "text": "hello"}
+    with at_work("tanstack", **asked, runId=fresh()) as client:
+        run = wait_for_run(behind, thread)
+        behind.client.delete(f"/runs/{run}")
+        cancelled = ended(client)
+    failed = node("tanstack", **asked, runId=fresh())
+    assert [event["type"] for event in cancelled.chunks[-2:]] == ["TEXT_MESSAGE_END", "RUN_FINISHED"]
+    assert cancelled.chunks[-1]["outcome"] == {"type": "cancelled"}
+    last = failed.chunks[-1]
+    assert (last["type"], last["message"], last["code"]) == ("RUN_ERROR", "the model failed", "upstream_error")
+    for events in (cancelled.chunks, failed.chunks):
+        check_ag_ui(events)
+    upstream.settle()
+
+
+# What the log no longer has, by AG-UI's clients
+
+AG_UI_CLIENTS: Final = {"ag-ui": {"resuming": True}, "tanstack": {}}
+#: In the second half of what `held` says.
+CUT: Final = re.compile(rb"word-7 .*\n\n")
+
+
+@node_clients
+@pytest.mark.parametrize("client", AG_UI_CLIENTS)
+def test_a_run_that_was_deleted_meanwhile_ends_in_an_error(tmp_path: Path, upstream: Upstream, client: str) -> None:
+    thread, go_on = fresh(), threading.Event()
+    upstream.plan(held(go_on))
+    env = {**ENV, "OPENAI_BASE_URL": upstream.url, "OPENAI_MODEL": "m", "SSEAPP_RETENTION_S": "0.2"}
+    with serve(tmp_path, env=env) as server, relay(server.port, [CUT]) as line:
+        asked = {"url": f"{line.url}/ag-ui", "threadId": thread, "runId": fresh(), "text": "hello"}
+        with at_work(client, **asked, **AG_UI_CLIENTS[client]) as process:
+            run = wait_for_run(server, thread)
+            line.gate.clear()
+            go_on.set()
+            wait_until(lambda: server.client.get(f"/runs/{run}").status_code == 404)
+            line.gate.set()
+            told = ended(process)
+    seen, last = told.chunks[:-2], told.chunks[-2:]
+    if client == "tanstack":  # it resumes by the route itself
+        gap = {"reason": "expired", "from": len(seen) + 1, "to": None}
+        assert last[0] == {"type": "CUSTOM", "name": "gap", "value": gap}
+        gone = {"message": "this answer is no longer kept by the server", "code": "gone"}
+        assert last[1] == {"type": "RUN_ERROR", **gone}
+        check_ag_ui(told.chunks)
+    else:
+        seen = told.chunks
+        assert told.rest["threw"] == "can't resume the stream: 410, this run is no longer stored, or never existed"
+        assert told.rest["messages"][-1]["content"] == "".join(WORDS[:8])
+    assert seen[-1]["delta"] == WORDS[7]
+    upstream.settle()
+
+
+@node_clients
+@pytest.mark.parametrize("client", AG_UI_CLIENTS)
+def test_a_run_that_has_lost_its_newest_events_tells_of_a_gap(tmp_path: Path, upstream: Upstream, client: str) -> None:
+    """The client has seen more than the log has: somebody put a backup of the log back."""
+    thread, go_on = fresh(), threading.Event()
+    upstream.plan(held(go_on))
+    env = {**ENV, "OPENAI_BASE_URL": upstream.url, "OPENAI_MODEL": "m", "SSEAPP_PORT": f"{free_port()}"}
+    asked = {"threadId": thread, "runId": fresh(), "text": "hello", **AG_UI_CLIENTS[client]}
+    data = tmp_path / "data"
+    with ExitStack() as stack:
+        with serve(data, env=env) as server:
+            line = stack.enter_context(relay(server.port, [CUT]))
+            process = stack.enter_context(at_work(client, url=f"{line.url}/ag-ui", **asked))
+            kept = 25
+            wait_for_run(server, thread, kept)  # all of the first half
+            backup(data, tmp_path / "backup")
+            line.gate.clear()
+            go_on.set()
+            wait_until(lambda: CUT.search(line.answers()[0]))
+            server.process.kill()
+        shutil.rmtree(data)
+        (tmp_path / "backup").rename(data)
+        with serve(data, env=env) as server:
+            line.gate.set()
+            told = ended(process)
+    # What the client has had stays, and nothing comes twice.
+    texts = [chunk["delta"] for chunk in told.chunks if chunk["type"] == "TEXT_MESSAGE_CONTENT"]
+    assert texts == WORDS[:8]
+    gap, error = told.chunks[-2:]
+    lost = {"reason": "diverged", "from": kept + 1, "to": len(told.chunks) - 2}
+    assert gap == {"type": "CUSTOM", "name": "gap", "value": lost}
+    assert (error["type"], error["code"]) == ("RUN_ERROR", "interrupted")
+    check_ag_ui(told.chunks)
+    if client == "ag-ui":
+        assert told.rest["error"] == error["message"]
+        assert told.rest["messages"][-1]["content"] == "".join(WORDS[:8])
+    upstream.settle()
+
+
+def backup(data: Path, to: Path) -> None:
+    to.mkdir()
+    for name in data.glob("*.db"):
+        with closing(sqlite3.connect(name)) as source, closing(sqlite3.connect(to / name.name)) as target:
+            source.backup(target)
+
+
 # OpenAI
 
 
@@ -374,8 +479,8 @@ def test_openai_python_resumes_a_response_by_its_last_number(server: Server, see
         client.close()
     assert numbers == list(range(len(numbers)))
     assert "42" in final.output_text
-    kept = openai.OpenAI(api_key="none", base_url=f"{server.url}/v1").responses.retrieve(id)
-    assert kept.output == final.output
+    with openai.OpenAI(api_key="none", base_url=f"{server.url}/v1") as client:
+        assert client.responses.retrieve(id).output == final.output
 
 
 def test_openai_python_cancels_a_response(behind: Server, upstream: Upstream) -> None:
@@ -386,6 +491,23 @@ def test_openai_python_cancels_a_response(behind: Server, upstream: Upstream) ->
         assert client.responses.retrieve(begun.id).status == "in_progress"
         assert client.responses.cancel(begun.id).status == "cancelled"
         assert client.responses.retrieve(begun.id).status == "cancelled"
+    upstream.settle()
+
+
+@node_clients
+def test_openai_node_cancels_a_response_that_it_reads(behind: Server, upstream: Upstream) -> None:
+    upstream.plan(llm.silent(llm.FIRST, *map(llm.token, WORDS)))
+    asked = {"url": f"{behind.url}/v1", "model": "m"}
+    with at_work("openai", **asked, responses=True, text="hello") as client:
+        upstream.wait_call()
+        events = 4 + len(WORDS)
+        [run] = behind.client.get("/runs?state=running").json()["runs"]
+        wait_until(lambda: behind.client.get(f"/runs/{run['run']}").json()["events"] >= events)
+        cancelled = node("openai", **asked, cancel=f"resp_{run['run']}").rest["final"]
+        told = ended(client)
+    assert cancelled["status"] == "cancelled"
+    assert told.chunks[-1]["type"] == "response.incomplete" and len(told.chunks) == events + 1
+    assert told.rest["final"]["status"] == "cancelled"
     upstream.settle()
 
 
@@ -429,7 +551,9 @@ def test_a_completion_is_handed_through_with_all_that_is_in_it(behind: Server, u
     assert message == {"role": "assistant", "tool_calls": [call], "x_extension": {"a": 1}}
     streamed = behind.client.post("/v1/chat/completions", json={**body, "stream": True})
     assert b"x_extension" in streamed.content and streamed.content.count(b"[DONE]") == 1
-    assert all({**call.json, "stream": None} == {**body, "stream": None} for call in upstream.calls)
+    first, second = [call.json for call in upstream.calls]
+    assert first.pop("stream_options") == {"include_usage": True}  # a whole answer has its usage
+    assert {**first, "stream": None} == {**second, "stream": None} == {**body, "stream": None}
     assert all(call.headers["authorization"] == "Bearer key" for call in upstream.calls)
     upstream.settle()
 
@@ -448,8 +572,10 @@ LETTERS: Final = [{"role": "assistant", "content": letter} for letter in "Hi"]
         [in_event(None, {"delta": HI}), in_event({"delta": {}, "finish_reason": "stop"})],
         [in_event({"message": HI, "finish_reason": "stop"})],
         [llm.chunk(LETTERS[0]), llm.chunk(LETTERS[1], "stop"), llm.USAGE],
+        [*(in_event({"delta": {"content": a, "x": b}}) for a, b in ("H\ud83d", "i\ude42")), llm.STOP],
+        [llm.chunk(HI, "stop").replace(b'"logprobs": null', b'"logprobs": [NaN]')],
     ],
-    ids=["no index", "a whole message", "a role each time"],
+    ids=["no index", "a whole message", "a role each time", "halves of characters", "not a number"],
 )
 def test_a_whole_completion_is_made_of_any_servers_chunks(
     behind: Server, upstream: Upstream, pieces: Sequence[bytes]
@@ -464,6 +590,7 @@ def test_a_whole_completion_is_made_of_any_servers_chunks(
     [choice] = behind.client.post("/v1/chat/completions", json=body).json()["choices"]
     assert choice["message"]["content"] == "Hi" and choice["finish_reason"] == "stop"
     assert choice["message"].get("role", "assistant") == "assistant"
+    assert choice["message"].get("x", "🙂") == "🙂"
     upstream.settle()
 
 
@@ -504,6 +631,77 @@ def test_a_completion_that_breaks_off_raises_in_openais_own_sdk(behind: Server, 
     upstream.settle()
 
 
+def test_reasoning_and_usage_are_in_a_response(behind: Server, upstream: Upstream) -> None:
+    counts = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+
+    def script(call: llm.Call) -> None:
+        call.head()
+        call.send(*(llm.chunk({"reasoning": text}) for text in ("I ", "think")), *map(llm.token, ("so", " I am")))
+        call.send(llm.STOP, b"data: %b\n\n" % json.dumps({"choices": [], "usage": counts}).encode(), llm.DONE)
+        call.end()
+
+    upstream.plan(script)
+    with openai.OpenAI(api_key="none", base_url=f"{behind.url}/v1", max_retries=0) as client:
+        with client.responses.stream(model="m", input="hello") as stream:
+            thought = [event.delta for event in stream if event.type == "response.reasoning_text.delta"]
+            final = stream.get_final_response()
+        kept: Any = client.responses.retrieve(final.id)
+    assert thought == ["I ", "think"] and final.output_text == "so I am"
+    assert [item.type for item in kept.output] == ["reasoning", "message"] and kept.output[0] == final.output[0]
+    assert kept.output[0].content[0].text == "I think"
+    assert (kept.usage.input_tokens, kept.usage.output_tokens, kept.usage.total_tokens) == (5, 2, 7)
+    upstream.settle()
+
+
+def test_an_upstream_that_refuses_to_tell_the_usage_is_asked_without(behind: Server, upstream: Upstream) -> None:
+    refusal = llm.refuse(422, b'{"detail": "stream_options: extra fields not permitted"}')
+    upstream.plan(refusal, llm.answer("Hi"), refusal, llm.answer("Hi"), llm.refuse(422), llm.refuse(422))
+    asked: Any = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+    with openai.OpenAI(api_key="none", base_url=f"{behind.url}/v1", max_retries=0) as client:
+        completion = client.chat.completions.create(**asked)
+        assert (completion.choices[0].message.content, completion.usage) == ("Hi", None)
+        response = client.responses.create(model="m", input="hello")
+        assert (response.output_text, response.usage) == ("Hi", None)
+        with pytest.raises(openai.InternalServerError, match="422"):
+            client.chat.completions.create(**asked)
+    assert ["stream_options" in call.json for call in upstream.calls] == [True, False] * 3
+    upstream.settle()
+
+
+def test_a_response_of_its_maximum_length_is_incomplete(behind: Server, upstream: Upstream) -> None:
+    def script(call: llm.Call) -> None:
+        call.head()
+        call.send(llm.token("half an "), llm.chunk({}, "length"), llm.DONE)
+        call.end()
+
+    upstream.plan(script)
+    with openai.OpenAI(api_key="none", base_url=f"{behind.url}/v1", max_retries=0) as client:
+        response: Any = client.responses.create(model="m", input="hello", max_output_tokens=16)
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert (response.output_text, response.output[0].status) == ("half an ", "incomplete")
+    upstream.settle()
+
+
+def test_the_agents_usage_is_in_its_completions_and_responses(behind: Server, upstream: Upstream) -> None:
+    def script(call: llm.Call) -> None:
+        call.head()
+        call.send(llm.token("Hi"), llm.STOP, llm.USAGE, llm.DONE)
+        call.end()
+
+    upstream.plan(*[script] * 4)
+    asked: Any = {"model": "agent", "messages": [{"role": "user", "content": "hello"}]}
+    with openai.OpenAI(api_key="none", base_url=f"{behind.url}/v1", max_retries=0) as client:
+        whole = client.chat.completions.create(**asked)
+        options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+        streamed: list[Any] = list(client.chat.completions.create(**asked, **options))
+        without: list[Any] = list(client.chat.completions.create(**asked, stream=True))
+        response: Any = client.responses.create(model="agent", input="hello")
+    usages = [whole.usage, streamed[-1].usage, response.usage]
+    assert [usage and usage.total_tokens for usage in usages] == [3, 3, 3]
+    assert not any(chunk.usage for chunk in [*streamed[:-1], *without])
+    upstream.settle()
+
+
 def test_a_function_of_the_clients_is_called_in_a_response(behind: Server, upstream: Upstream) -> None:
     tool: Any = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}
 
@@ -531,6 +729,27 @@ def test_a_function_of_the_clients_is_called_in_a_response(behind: Server, upstr
     ]
     assert upstream.calls[1].json["tools"][0]["function"]["name"] == "weather"
     upstream.settle()
+
+
+# In a list of runs
+
+
+def test_each_run_is_listed_by_what_its_user_asked(server: Server) -> None:
+    system, earlier = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}
+    last = {"role": "user", "content": [{"type": "text", "text": QUESTION}]}
+    parts = [{"role": "user", "parts": [{"type": "text", "text": text}]} for text in ("hello", QUESTION)]
+    messages = [system, earlier, {"role": "assistant", "content": "Hi"}, last]
+    for path, body in {
+        "/ai/chat": {"messages": parts},
+        "/ag-ui": {"threadId": fresh(), "runId": fresh(), "messages": messages},
+        "/v1/chat/completions": {"messages": messages},
+        "/v1/responses": {"input": messages},
+    }.items():
+        assert server.client.post(path, json=body).status_code == 200
+        listed = server.client.get("/runs").json()["runs"][0]
+        assert (listed["route"], listed["about"]) == (f"POST {path}", QUESTION)
+    server.client.post("/v1/responses", json={"input": "what is 6*7?"})
+    assert server.client.get("/runs").json()["runs"][0]["about"] == "what is 6*7?"
 
 
 # In a page
@@ -563,6 +782,7 @@ def test_a_page_posts_and_hears_every_event_once_over_cuts(server: Server, brows
 # Two replicas on one Redis
 
 
+@needs("valkey")
 @node_clients
 def test_every_client_goes_on_at_another_replica(tmp_path: Path, upstream: Upstream) -> None:
     """Each connection goes to the other one of the two."""

@@ -25,7 +25,10 @@ from ssecore.http.routes import DELETE, POST, Route, Upload
 from ssecore.http.tokens import add_token, session_of
 from ssecore.runs import ROUTES as RUN_ROUTES
 from ssecore.testing import connect
+from tests.needs import needs
 from tests.serving import wait_until
+
+pytestmark = needs("time")
 
 REQUESTS: Final = int(os.environ.get("SSEAPP_TEST_REQUESTS", "2000"))
 #: In one test, which has a limit of its own.

@@ -6,18 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.history import (
-    RETENTION_EVENTS,
-    SCENARIOS,
-    Block,
-    Connection,
-    History,
-    Publication,
-    Reader,
-    Script,
-    play,
-    violations,
-)
+from tests.history import RETENTION_EVENTS, Block, Connection, History, Publication, Reader, Script, violations
+from tests.history.scenario import SCENARIOS, play
 from tests.needs import needs
 from tests.redis_server import Kind, serving
 
@@ -26,6 +16,7 @@ RUN, TOPIC = "R" * 22, "T" * 22
 SCRIPT = Script("steady", seed=1, events=3, pause_ms=0)
 
 
+@needs("time")
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_reader_hears_every_event_once(name: str) -> None:
     history = play(SEED, 2, SCENARIOS[name])
@@ -36,8 +27,10 @@ def test_every_reader_hears_every_event_once(name: str) -> None:
     assert counts["restarts"] or SCENARIOS[name] is None, counts
 
 
+@needs("time")
 @pytest.mark.parametrize(
-    ("kind", "name"), [pytest.param("redis", "killed", marks=needs("redis")), ("valkey", "drained")]
+    ("kind", "name"),
+    [pytest.param("redis", "killed", marks=needs("redis")), pytest.param("valkey", "drained", marks=needs("valkey"))],
 )
 def test_every_reader_hears_every_event_once_from_redis(kind: Kind, name: str) -> None:
     with serving(kind) as server:

@@ -24,9 +24,8 @@ import pytest
 from anyio import to_thread
 
 from handlers import jobs
-from handlers.database import NewTask, Tasks
+from handlers.database import NewTask, Tasks, open_tasks
 from handlers.jobs import REPORT, ROUTES, SUMS, written_whole
-from handlers.tasks import open_tasks
 from sseapp import SSEApp
 from ssecore.errors import BadRequest, SSEAppError
 from ssecore.http.request import Request
@@ -43,7 +42,7 @@ KEY: Final = "job-0123456789-0123456789"
 #: Much more than can be hashed while a test runs, and no room on the disk.
 ENDLESS_BYTES: Final = 1 << 40
 DONE: Final = "[DONE]"
-WAITING: Final = ("pending", 0, "waiting for its turn")
+WAITING: Final = ("pending", 0, "waiting to start")
 
 TODAY: Final = datetime.now(UTC).date()
 ROWS: Final = [
@@ -411,11 +410,8 @@ async def held_report(folder: Path) -> AsyncIterator[tuple[SSEApp, Held]]:
                 yield app, held
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("target", ["/jobs", "/api/process/stream"])
-async def test_a_cancelled_report_ends_within_a_page_and_leaves_no_file(
-    tmp_path: Path, anyio_backend: str, target: str
-) -> None:
+async def test_a_cancelled_report_ends_within_a_page_and_leaves_no_file(tmp_path: Path, target: str) -> None:
     json_body = {"content-type": "application/json", "prefer": "respond-async"}
     method, body = ("POST", b'{"kind": "report"}') if target == "/jobs" else ("GET", b"")
     async with held_report(tmp_path) as (app, held):
@@ -451,7 +447,7 @@ def test_a_job_that_fails_says_so_in_its_last_state(server: Server, files: Path)
         (files / name / "in the way").touch()
         id = started(start(server, kind))
         *_, before, last = states(progress(server, id))
-        assert last == ("failed", before[1], f"{name} can't be written: Is a directory")
+        assert last == ("failed", before[1], f"can't write {name}: Is a directory")
         assert state(server, id) == "failed"
         assert not list(files.glob(".*"))
 
@@ -564,9 +560,9 @@ def test_the_report_is_told_as_it_is_made(server: Server, files: Path) -> None:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", entry.pop("timestamp"))
     size = (files / REPORT).stat().st_size
     assert [tuple(entry.values()) for entry in logs] == [
-        ("debug", "tasks are read", {"tasks": 5}),
+        ("debug", "tasks read", {"tasks": 5}),
         ("warning", "some tasks are overdue", {"overdue": 2}),
-        ("success", "the report is written", {"file": REPORT, "bytes": size}),
+        ("success", "report written", {"file": REPORT, "bytes": size}),
     ]
     result = told[-1][1]
     assert list(result) == ["success", "data"] and result["success"] is True
@@ -583,7 +579,7 @@ def test_a_report_that_fails_ends_with_an_error(server: Server, files: Path) -> 
     response = server.client.get("/api/process/stream")
     *_, last = events(response)
     assert last.event == "error"
-    assert json.loads(last.data) == {"error": f"{REPORT} can't be written: Is a directory", "code": "internal_error"}
+    assert json.loads(last.data) == {"error": f"can't write {REPORT}: Is a directory", "code": "internal_error"}
     assert state(server, response.headers["run-id"]) == "failed"
     assert os.listdir(files) == [REPORT]
 
@@ -604,7 +600,7 @@ def test_each_item_is_told_with_its_sum_and_length(server: Server) -> None:
         (None, "null"),
         ([], "an array"),
         ({}, "an object"),
-        (True, "a truth value"),
+        (True, "a boolean"),
     ]
     response = server.client.post("/process", json=[*texts, *[item for item, _ in others], "b"])
     told = [(event.event, json.loads(event.data)) for event in events(response)]
@@ -615,7 +611,7 @@ def test_each_item_is_told_with_its_sum_and_length(server: Server) -> None:
 
     expected: list[tuple[str, Any]] = [done(number, text) for number, text in enumerate(texts, 1)]
     for index, (_, kind) in enumerate(others, 4):
-        expected.append(("item_error", {"index": index, "error": f"a string is expected, not {kind}"}))
+        expected.append(("item_error", {"index": index, "error": f"expected a string, not {kind}"}))
     expected.append(done(11, "b"))
     assert told == [*expected, ("complete", {"status": "partial", "processed": 5, "failed": 6})]
     assert state(server, response.headers["run-id"]) == "completed"
@@ -644,7 +640,7 @@ def test_no_items_and_the_most_items(server: Server) -> None:
     assert len(told) == jobs.MAX_ITEMS + 1
 
 
-# Bad inputs
+# What is not there
 
 
 def refused(server: Server, response: httpx.Response, status: int, field: str | None = None) -> None:
@@ -653,76 +649,6 @@ def refused(server: Server, response: httpx.Response, status: int, field: str | 
     problem = response.json()
     assert (problem["status"], problem.get("field")) == (status, field)
     assert runs(server) == []
-
-
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [
-        ("", None),
-        ("{", None),
-        ("[]", None),
-        ('"digest"', None),
-        ("{}", "kind"),
-        ('{"input": {}}', "kind"),
-        ('{"kind": "mine"}', "kind"),
-        ('{"kind": ""}', "kind"),
-        ('{"kind": null}', "kind"),
-        ('{"kind": 1}', "kind"),
-        ('{"kind": "sleep", "inputs": {}}', "inputs"),
-        ('{"kind": "sleep", "input": null}', "input"),
-        ('{"kind": "sleep", "input": []}', "input"),
-        ('{"kind": "sleep", "input": {"steps": 0}}', "input.steps"),
-        ('{"kind": "sleep", "input": {"steps": 1001}}', "input.steps"),
-        ('{"kind": "sleep", "input": {"steps": 1.5}}', "input.steps"),
-        ('{"kind": "sleep", "input": {"steps": "1"}}', "input.steps"),
-        ('{"kind": "sleep", "input": {"steps": 1e400}}', "input.steps"),
-        ('{"kind": "sleep", "input": {"interval": -1}}', "input.interval"),
-        ('{"kind": "sleep", "input": {"interval": 60.1}}', "input.interval"),
-        ('{"kind": "sleep", "input": {"interval": "1"}}', "input.interval"),
-        ('{"kind": "sleep", "input": {"pause": 1}}', "input.pause"),
-        ('{"kind": "sleep", "input": {"steps": 1000, "interval": 0.61}}', "input"),
-        ('{"kind": "sleep", "input": {"steps": 11, "interval": 60}}', "input"),
-        ('{"kind": "digest", "input": {"folder": "/etc"}}', "input.folder"),
-        ('{"kind": "report", "input": {"steps": 1}}', "input.steps"),
-        ('{"kind": "report", "input": "x"}', "input"),
-    ],
-)
-def test_a_bad_job_is_a_400(unused: Server, body: str, field: str | None) -> None:
-    headers = {"content-type": "application/json"}
-    refused(unused, unused.client.post("/jobs", content=body, headers=headers), 400, field)
-
-
-@pytest.mark.parametrize("body", ["", "{", "{}", '"a"', "null", json.dumps([0] * (jobs.MAX_ITEMS + 1)), '["\\ud800"]'])
-def test_bad_items_are_a_400(unused: Server, body: str) -> None:
-    refused(unused, unused.client.post("/process", content=body, headers={"content-type": "application/json"}), 400)
-
-
-@pytest.mark.parametrize(("path", "body"), [("/jobs", '{"kind": "sleep"}'), ("/process", '["a"]')])
-def test_another_media_type_is_a_415_too_large_a_body_a_413_and_a_bad_key_a_400(
-    unused: Server, path: str, body: str
-) -> None:
-    for headers in ({}, {"content-type": "text/plain"}):
-        refused(unused, unused.client.post(path, content=body, headers=headers), 415)
-    json_body = {"content-type": "application/json"}
-    refused(unused, unused.client.post(path, content=body + " " * 2 * 1024 * 1024, headers=json_body), 413)
-    refused(unused, unused.client.post(path, content=body, headers=json_body | {"idempotency-key": "x"}), 400, "key")
-
-
-@pytest.mark.parametrize(
-    ("path", "allow"),
-    [
-        ("/jobs", "POST"),
-        ("/jobs/x/progress", "GET, HEAD"),
-        ("/api/process/stream", "GET, HEAD"),
-        ("/process", "POST"),
-    ],
-)
-def test_another_method_is_a_405(unused: Server, path: str, allow: str) -> None:
-    for method in {"GET", "POST", "PUT", "DELETE"} - set(allow.split(", ")):
-        response = unused.client.request(method, path)
-        assert (response.status_code, response.headers["allow"]) == (405, allow)
-    assert unused.client.head("/api/process/stream").status_code == 200
-    assert runs(unused) == []
 
 
 def test_an_unknown_job_is_a_404(unused: Server) -> None:
@@ -761,8 +687,7 @@ async def posting(body: str) -> AsyncIterator[Any]:
             yield app, await ask(app, "/detached", "POST", headers=headers, body=json.dumps(body).encode())
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
-async def test_a_detached_route_answers_with_its_own_words_and_the_runs_id(anyio_backend: str) -> None:
+async def test_a_detached_route_answers_with_its_own_words_and_the_runs_id() -> None:
     for body, end in (("good", "completed"), ("failed", "failed")):
         async with posting(body) as (app, answer):
             run = answer.headers["run-id"]
@@ -772,14 +697,13 @@ async def test_a_detached_route_answers_with_its_own_words_and_the_runs_id(anyio
             assert (await ask(app, f"/runs/{run}")).json["state"] == end
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
-async def test_a_detached_run_that_fails_at_once_is_none(anyio_backend: str) -> None:
+async def test_a_detached_run_that_fails_at_once_is_none() -> None:
     async with posting("bad") as (app, answer):
         assert answer.problem == (400, "bad_request")
         assert (await ask(app, "/runs")).json == {"runs": []}
 
 
-async def test_a_detached_run_is_accepted_before_its_first_event(anyio_backend: str) -> None:
+async def test_a_detached_run_is_accepted_before_its_first_event() -> None:
     async with posting("slow") as (app, answer):
         assert answer.status == 202
         async with listening(app, f"/runs/{answer.json['mine']}/events") as reading:

@@ -15,7 +15,7 @@ import pytest
 
 from ssecore.server.cli import main
 from tests import serving, upstream
-from tests.serving import Server, run_sseapp, written_on
+from tests.serving import Server, call_sseapp, written_on
 from tests.test_client import cut, numbered, over, quick, stream
 from tests.upstream import Upstream
 
@@ -123,7 +123,7 @@ def test_a_file_that_is_complete_already_is_said_to_be(foreign: Upstream, tmp_pa
     assert "complete" not in capfd.readouterr().err
     foreign.plan(over)
     assert main(listening) == 0
-    assert "events.jsonl is complete already" in capfd.readouterr().err
+    assert "events.jsonl is complete" in capfd.readouterr().err
 
 
 def test_a_token_that_no_header_can_hold_is_not_tried_again(server: Server, capfd: Any) -> None:
@@ -186,5 +186,5 @@ def test_a_reader_that_has_enough_and_ctrl_c(server: Server) -> None:
 
 
 def test_its_help_tells_the_exit_codes() -> None:
-    done = run_sseapp("listen", "--help")
+    done = call_sseapp("listen", "--help")
     assert "130  Ctrl-C" in done.stdout and "SSEAPP_TOKEN" in done.stdout

@@ -35,21 +35,22 @@ from ssecore.log import (
     Row,
     Stat,
     framed,
-    joined,
     locate,
     new_epoch,
     parse_cursor,
 )
+from ssecore.log.facts import joined
 from ssecore.log.memory import MemoryLog
 from ssecore.log.redis import RedisLog
 from ssecore.log.sqlite import SqliteLog
 from ssecore.log.writer import Batch
 from ssecore.wire import Decoder, Event, encode, encode_json
 from tests.needs import needs
-from tests.redis_server import Kind, serving
+from tests.redis_server import KINDS, Kind, serving
 
-ALONE: Final = ("memory-asyncio", "memory-trio", "sqlite-asyncio", "sqlite-trio")
-ENGINES: Final = (*ALONE, pytest.param("redis-asyncio", marks=needs("redis")), "valkey-asyncio")
+ALONE: Final = ("memory", "sqlite")
+SHARED: Final = [pytest.param(kind, marks=needs(kind)) for kind in KINDS]
+ENGINES: Final = (*ALONE, *SHARED)
 START: Final = 1_700_000_000.0
 NEVER_S: Final = 3600.0
 
@@ -71,11 +72,6 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def anyio_backend(engine: str) -> str:
-    return engine.partition("-")[2]
-
-
-@pytest.fixture
 def clock() -> Clock:
     return Clock()
 
@@ -91,10 +87,10 @@ def make(request: pytest.FixtureRequest, engine: str, tmp_path: Path, clock: Clo
     """Makes a log; a second one is on the same data."""
 
     def make(upkeep_s: float = NEVER_S, max_bytes: int | None = None) -> Log:
-        if engine.startswith("memory"):
+        if engine == "memory":
             return MemoryLog(clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
-        if engine.startswith(("redis", "valkey")):
-            url = request.getfixturevalue("redis_urls")(engine.partition("-")[0])
+        if engine in KINDS:
+            url = request.getfixturevalue("redis_urls")(engine)
             return RedisLog(url, prefix=str(tmp_path), clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
         return SqliteLog(tmp_path / "log.sqlite", clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
 
@@ -745,20 +741,20 @@ async def test_a_deleted_stream_is_gone_and_its_name_free(log: Log) -> None:
 
 async def test_a_stream_is_deleted_unless_another_process_was_told_of_it(log: Log) -> None:
     await run(log)
-    assert await log.delete("run", unless_told=True)
+    assert await log.delete("run", unless_answered=True)
     assert await log.stat("run") is None
-    assert await log.delete("run", unless_told=True), "a call may be made again"
+    assert await log.delete("run", unless_answered=True), "a call may be made again"
 
     epoch = await run(log)  # under its name: what was told before is forgotten
     if log.peers is not None:
-        await log.peers.tell("run")
+        await log.peers.mark_answered("run")
     # Where there is one process alone, that one knows whom it has told.
-    assert await log.delete("run", unless_told=True) == (not log.shared)
-    if log.shared:
+    assert await log.delete("run", unless_answered=True) == (not (log.peers is not None))
+    if log.peers is not None:
         assert await log.append("run", [frame("a")], epoch=epoch, close=True) == 1
         assert await log.delete("run")
         await run(log)
-        assert await log.delete("run", unless_told=True)
+        assert await log.delete("run", unless_answered=True)
 
 
 async def test_what_measures_the_log_hears_of_each_commit_and_its_failure_harms_nobody(
@@ -863,8 +859,8 @@ async def test_each_process_opens_an_epoch_of_its_own_unless_they_share_the_log(
             return  # in memory
         after = await two.publish("topic", [frame(2)], retention=Retention(events=1))
         stat = await facts(two, "topic")
-        assert (after.epoch == before.epoch) == two.shared
-        assert stat.retention.events == (None if two.shared else 1)
+        assert (after.epoch == before.epoch) == (two.peers is not None)
+        assert stat.retention.events == (None if (two.peers is not None) else 1)
         assert after.seq == 2 and locate(stat, before) == (1, None)
         assert (await two.publish("topic", [frame(3)], retention=Retention())).epoch == after.epoch
 
@@ -874,7 +870,7 @@ async def test_publishers_go_on_where_another_has_opened_or_deleted_the_topic(lo
     await log.open("topic", other := new_epoch())
     await log.append("topic", [frame("other")], epoch=other)
     after = await log.publish("topic", [frame(2)], retention=Retention())
-    assert after.seq == 3 and after.epoch != before.epoch and (after.epoch == other) == log.shared
+    assert after.seq == 3 and after.epoch != before.epoch and (after.epoch == other) == (log.peers is not None)
     await log.delete("topic")
     assert (await log.publish("topic", [frame(1)], retention=Retention())).seq == 1
 
@@ -963,7 +959,7 @@ async def test_a_topic_drops_what_is_older_than_its_age_and_keeps_its_numbers(lo
 async def test_a_topic_without_events_is_deleted_when_it_has_not_been_written_to_for_a_while(
     log: Log, clock: Clock
 ) -> None:
-    kept_s = ssecore.log.EMPTY_TOPIC_S
+    kept_s = ssecore.log.facts.EMPTY_TOPIC_S
     epoch, old = await topic(log), await topic(log, "old", age_s=60.0)
     await log.append("old", [frame("a")], epoch=old)
     forever = await topic(log, "forever")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tests.needs import needs
 from tests.redis_server import serving
 from tests.serving import Server, serve, wait_until
 
@@ -38,6 +39,7 @@ def test_small_requests_fill_no_disk(tmp_path: Path) -> None:
     assert (tmp_path / "log.db").stat().st_size < 1.5 * BOUND
 
 
+@needs("valkey")
 def test_small_requests_fill_no_redis(tmp_path: Path) -> None:
     with serving("valkey") as redis:
 

@@ -35,7 +35,7 @@ from tests.serving import free_port, wait_until
 
 T = TypeVar("T")
 
-KINDS = [pytest.param("redis", marks=needs("redis")), "valkey"]
+KINDS = [pytest.param(kind, marks=needs(kind)) for kind in ("redis", "valkey")]
 
 
 @pytest.fixture(params=KINDS)
@@ -56,7 +56,7 @@ def keeping(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
 @asynccontextmanager
 async def logs(server: RedisServer, count: int = 2, **options: Any) -> AsyncIterator[list[RedisLog]]:
     """So many processes' logs, as far as Redis can tell."""
-    options = {"look_s": 0.05} | options
+    options = {"poll_s": 0.05} | options
     with anyio.fail_after(30):
         async with AsyncExitStack() as stack:
             yield [await stack.enter_async_context(_running(RedisLog(server.url, **options))) for _ in range(count)]
@@ -153,8 +153,8 @@ async def test_a_publication_goes_in_however_often_others_delete_the_topic_withi
         return result
 
     async with logs(server, 2) as (one, two):
-        create = one.store.create
-        monkeypatch.setattr(one.store, "create", created_and_deleted)
+        create = one._create
+        monkeypatch.setattr(one, "_create", created_and_deleted)
         for number in range(4):
             times = number
             await one.delete("topic")
@@ -173,7 +173,7 @@ async def test_a_process_is_told_of_a_run_or_the_run_is_deleted_and_never_both(s
 
         async def tell(id: str) -> None:
             try:
-                await two.store.tell(id)
+                await two.mark_answered(id)
             except NotFound:
                 told.append(False)
             else:
@@ -184,7 +184,7 @@ async def test_a_process_is_told_of_a_run_or_the_run_is_deleted_and_never_both(s
             deleted: list[bool] = []
 
             async def delete(id: str, deleted: list[bool] = deleted) -> None:
-                deleted.append(await one.delete(id, unless_told=True))
+                deleted.append(await one.delete(id, unless_answered=True))
 
             async with anyio.create_task_group() as tasks:
                 for task in (tell, delete)[:: 1 if number % 2 else -1]:
@@ -192,7 +192,7 @@ async def test_a_process_is_told_of_a_run_or_the_run_is_deleted_and_never_both(s
             assert told[-1] != deleted[0]
             assert (await one.stat(id) is not None) == told[-1]
         with pytest.raises(NotFound):
-            await two.store.tell("nothing")
+            await two.mark_answered("nothing")
 
 
 async def test_a_run_whose_facts_are_not_legible_hides_no_other(server: RedisServer) -> None:
@@ -200,7 +200,7 @@ async def test_a_run_whose_facts_are_not_legible_hides_no_other(server: RedisSer
         runs = [await run(one) for _ in range(3)]
         server.call("HDEL", f"{{sseapp}}:facts:{runs[0]}", "first")
         server.call("HSET", f"{{sseapp}}:facts:{runs[1]}", "meta", "{")
-        one.store._tops.clear()  # nobody works on them
+        one._tops.clear()  # nobody works on them
 
         async def left() -> list[str]:
             return [stat.stream for stat in await one.unfinished()]
@@ -274,7 +274,7 @@ async def test_a_last_message_that_was_lost_is_found_by_looking(server: RedisSer
         await one.append("topic", frames("first"), epoch=epoch)
         await heard.until("first")
         deafened: list[bytes] = []
-        two.store._heard = lambda stream, data: deafened.append(data)  # type: ignore[method-assign]
+        two._on_message = lambda stream, data: deafened.append(data)  # type: ignore[method-assign]
         await one.append("topic", frames("second"), epoch=epoch)
         await heard.until("second")
         await one.append("topic", [], epoch=epoch, close=True)
@@ -282,16 +282,16 @@ async def test_a_last_message_that_was_lost_is_found_by_looking(server: RedisSer
 
 
 async def test_an_end_is_not_told_before_what_was_lost_on_the_way_to_it(server: RedisServer) -> None:
-    async with logs(server, look_s=60) as (one, two):
+    async with logs(server, poll_s=60) as (one, two):
         id = await run(one)
         heard = Heard(two, id)
         await two.stat(id)
-        real = two.store._heard
-        two.store._heard = lambda stream, data: None  # type: ignore[method-assign]
+        real = two._on_message
+        two._on_message = lambda stream, data: None  # type: ignore[method-assign]
         await one.append(id, frames("lost"), epoch=id)
-        await two.store.call(id, "read")  # a turn of the connection that listens
+        await two.send_command(id, "read")  # a turn of the connection that listens
         await anyio.sleep(0.05)
-        two.store._heard = real  # type: ignore[method-assign]
+        two._on_message = real  # type: ignore[method-assign]
         await one.append(id, [], epoch=id, close=True)
         assert await heard.end() == "closed"
         assert heard.texts == ["lost"]
@@ -517,30 +517,30 @@ async def test_a_call_reaches_whoever_works_on_the_run(server: RedisServer) -> N
         arrived = anyio.Event()
 
         def listener(name: str) -> Callable[[str, str], None]:
-            def on_call(stream: str, word: str) -> None:
+            def on_command(stream: str, word: str) -> None:
                 heard.append((name, stream, word))
                 if len(heard) == 2:
                     arrived.set()
 
-            return on_call
+            return on_command
 
-        one.store.on_call, two.store.on_call = listener("one"), listener("two")
+        one.on_command, two.on_command = listener("one"), listener("two")
         first, second = await run(one), await run(two)
-        await three.store.call(first, "cancel")
-        await three.store.call(second, "read")
+        await three.send_command(first, "cancel")
+        await three.send_command(second, "read")
         await arrived.wait()
         assert sorted(heard) == [("one", first, "cancel"), ("two", second, "read")]
         with pytest.raises(NotFound):
-            await three.store.call("nothing", "cancel")
+            await three.send_command("nothing", "cancel")
 
 
 async def test_who_is_interested_is_known_for_a_while(server: RedisServer) -> None:
     async with logs(server) as (one, two):
         id = await run(one)
-        assert not await one.store.touched(id)
-        await two.store.touch(id, 0.05)
-        assert await one.store.touched(id)
-        await until(lambda: one.store.touched(id), lambda touched: not touched)
+        assert not await one.touched(id)
+        await two.touch(id, 0.05)
+        assert await one.touched(id)
+        await until(lambda: one.touched(id), lambda touched: not touched)
 
 
 def evalsha_calls(server: RedisServer) -> int:
@@ -550,7 +550,7 @@ def evalsha_calls(server: RedisServer) -> int:
 
 async def test_appends_that_meet_are_one_call(server: RedisServer) -> None:
     """Of one stream: one row. Of several: one call, a row each."""
-    async with logs(server, 1, look_s=60, lease_s=60) as (log,):
+    async with logs(server, 1, poll_s=60, lease_s=60) as (log,):
         ids = [await run(log) for _ in range(20)]
 
         async def append(id: str) -> None:
@@ -611,12 +611,12 @@ async def test_a_caller_that_is_cancelled_breaks_nobody(server: RedisServer) -> 
 
 async def test_facts_that_are_older_than_what_was_told_are_no_loss(server: RedisServer) -> None:
     """A look at a stream that grows meanwhile: its readers are not sent away."""
-    async with logs(server, look_s=0.0001) as (one, two):
+    async with logs(server, poll_s=0.0001) as (one, two):
         epoch = await topic(one)
         heard = Heard(two, "topic")
         await two.stat("topic")
         for number in range(300):
-            two.store._suspect("topic")
+            two._mark_dirty("topic")
             await one.append("topic", frames(number), epoch=epoch)
         await heard.until(299)
         assert heard.ended is None
@@ -627,10 +627,10 @@ async def test_a_reader_slower_than_trimming_is_told_what_it_missed(server: Redi
     async with logs(server) as (one, two):
         epoch = await topic(one, events=30)
         tails = Tails(two)
-        tail = tails.enter("topic")
+        tail = tails.acquire("topic")
         stat = await two.stat("topic")
         assert stat is not None
-        tail.settle(stat)
+        tail.apply(stat)
         reader = Reader(tail, 0, dialect=NAMED)
         at, decoder, gaps = 0, Decoder(), 0
         for number in range(1, 2001):
@@ -648,7 +648,7 @@ async def test_a_reader_slower_than_trimming_is_told_what_it_missed(server: Redi
                         at += 1
         assert gaps > 10
         reader.close()
-        tails.leave(tail)
+        tails.release(tail)
 
 
 async def test_nothing_is_left_of_what_retention_has_taken(server: RedisServer) -> None:
@@ -659,8 +659,8 @@ async def test_nothing_is_left_of_what_retention_has_taken(server: RedisServer) 
             id = await run(log, owner=f"owner {number}", key=f"key {number}", retention=Retention(age_s=60))
             await log.append(id, frames("a"), epoch=id)
             await log.open(id, epoch := new_epoch())
-            await log.store.touch(id, 60)
-            await log.store.call(id, "read")
+            await log.touch(id, 60)
+            await log.send_command(id, "read")
             await log.append(id, frames("b"), epoch=epoch, close=True)
             epoch = await topic(log, f"topic {number}", age_s=60)
             await log.append(f"topic {number}", frames("a"), epoch=epoch, close=True)
@@ -694,7 +694,7 @@ async def test_a_full_redis_refuses_and_goes_on_when_there_is_room(server: Redis
         with pytest.raises(LogUnavailable, match="Redis is full"):
             await run(log)
         assert await whole(log, id) == ["a"]
-        log.store._back_at -= 60
+        log._reconnected_at -= 60
         assert await log.unfinished() == []  # somebody works on it here, still
         server.call("CONFIG", "SET", "maxmemory", "0")
         assert await log.append(id, frames("b"), epoch=id) == 2
@@ -725,7 +725,7 @@ ACL = "~{sseapp}:* &{sseapp}:* +@read +@write +@pubsub +@connection +@scripting 
 async def test_a_user_of_its_own_is_enough(server: RedisServer) -> None:
     server.call("ACL", "SETUSER", "app", "on", ">pass word", *ACL.split())
     async with anyio.create_task_group(), AsyncExitStack() as stack:
-        log = RedisLog(f"unix://app:pass%20word@{server.path}", look_s=0.05)
+        log = RedisLog(f"unix://app:pass%20word@{server.path}", poll_s=0.05)
         await stack.enter_async_context(_running(log))
         epoch = await topic(log, events=2, age_s=60)
         heard = Heard(log, "topic")
@@ -735,8 +735,8 @@ async def test_a_user_of_its_own_is_enough(server: RedisServer) -> None:
         await heard.until(4)
         id = await run(log, key="key", owner="ann")
         assert await log.find(key="key") == (await log.runs("ann", 1))[0]
-        await log.store.call(id, "read")
-        await log.store.touch(id, 1)
+        await log.send_command(id, "read")
+        await log.touch(id, 1)
         await log.open(id, new_epoch())
         await log.upkeep()
         await log.delete(id)
@@ -749,9 +749,9 @@ async def test_a_user_that_may_not_is_told_apart_from_a_redis_that_is_away(serve
     server.call("ACL", "SETUSER", "app", "on", ">secret", *ACL.split(), "-xadd")
     async with _running(RedisLog(f"unix://app:secret@{server.path}")) as log:
         id = await run(log)
-        with pytest.raises(LogUnavailable, match="Redis refuses it"):
+        with pytest.raises(LogUnavailable, match="Redis returned an error"):
             await log.append(id, frames("a"), epoch=id)
-        assert not log.away
+        assert not log.unavailable
 
 
 @needs("redis")
@@ -841,7 +841,7 @@ async def test_a_message_alone_delivers_nothing(server: RedisServer) -> None:
 )
 def test_whatever_is_published_on_its_channels_the_log_goes_on(server: RedisServer, messages: list[bytes]) -> None:
     async def play() -> None:
-        async with logs(server, look_s=60) as (one, two):
+        async with logs(server, poll_s=60) as (one, two):
             await one.delete("topic")
             epoch = await topic(one)
             heard, own = Heard(two, "topic"), Heard(one, "topic")
@@ -854,7 +854,7 @@ def test_whatever_is_published_on_its_channels_the_log_goes_on(server: RedisServ
                     for channel in channels:
                         redis.publish(channel, message)
                     await one.append("topic", frames("a"), epoch=epoch)
-                    redis.rpush(key(f"calls:{two.store._process}"), message)
+                    redis.rpush(key(f"calls:{two._process}"), message)
             await one.append("topic", frames("z"), epoch=epoch)
             await heard.until("z")
             assert heard.texts == own.texts == ["a"] * len(messages) + ["z"]
@@ -948,7 +948,7 @@ async def test_a_foreign_key_in_the_place_of_a_streams_is_an_error_of_that_strea
         assert [stat.stream for stat in await two.runs(None, 10)] == [good] if part == "facts" else [good, bad]
         await until(two.unfinished, lambda found: True)
         for log in (one, two):
-            log.store._clock = lambda: 2_000_000_000.0
+            log._clock = lambda: 2_000_000_000.0
             await log.upkeep()
             await log.upkeep()
         await one.append(good, frames("b"), epoch=good)
@@ -1026,7 +1026,7 @@ async def test_a_stream_whose_facts_alone_are_lost_is_gone_and_can_begin_anew(se
         epoch = await topic(two)
         assert await two.append("topic", frames("new"), epoch=epoch) == 1
         assert await whole(one, "topic") == ["new"]
-        one.store._back_at -= 60
+        one._reconnected_at -= 60
         assert await one.unfinished() == []
         assert "0" in server.call("EXISTS", key(f"rows:{id}"))  # nor is anything left of it
 
@@ -1034,7 +1034,7 @@ async def test_a_stream_whose_facts_alone_are_lost_is_gone_and_can_begin_anew(se
 async def test_a_full_redis_is_not_asked_without_a_pause(server: RedisServer) -> None:
     async with logs(server, 1) as (log,):
         server.call("CONFIG", "SET", "maxmemory", "1")
-        log.store._called.set()
+        log._command_signal.set()
         with pytest.raises(LogUnavailable):
             await run(log)
         server.call("CONFIG", "RESETSTAT")

@@ -305,7 +305,7 @@ async def test_topics_without_events_of_a_file_that_kept_them_for_ever_are_forgo
         await run(log)
     with closing(sqlite3.connect(path)) as db:
         db.executescript("UPDATE streams SET due = NULL; DROP TABLE accounts; PRAGMA user_version = 1")
-    clock.now += ssecore.log.EMPTY_TOPIC_S
+    clock.now += ssecore.log.facts.EMPTY_TOPIC_S
     async with log.running():
         await log.upkeep()
         assert [await log.stat(name) is not None for name in ("empty", "kept", "run")] == [False, True, True]
@@ -469,8 +469,8 @@ async def test_an_appended_row_reads_the_same_however_it_is_looked_up(
 async def test_full_sync_is_said_to_sqlite(path: Path) -> None:
     log = SqliteLog(path, full_sync=True)
     async with log.running():
-        assert log.store.writer
-        assert log.store.writer.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert log.connection
+        assert log.connection.execute("PRAGMA synchronous").fetchone() == (2,)
         epoch = await run(log)
         assert await log.append("run", [frame("a")], epoch=epoch) == 1
 
@@ -479,7 +479,7 @@ async def test_full_sync_is_said_to_sqlite(path: Path) -> None:
 def statements(log: SqliteLog, delay_s: float = 0.0) -> Iterator[list[tuple[str, bool]]]:
     """What the writer executes, by its first word or pragma, and whether on the event loop. Each takes `delay_s`."""
     found: list[tuple[str, bool]] = []
-    loop, writer = threading.get_ident(), log.store.writer
+    loop, writer = threading.get_ident(), log.connection
     assert writer
 
     def trace(statement: str) -> None:
@@ -525,6 +525,7 @@ async def test_a_checkpoint_and_the_commit_behind_it_are_not_made_on_the_loop(
 ) -> None:
     """Both sync a file."""
     monkeypatch.setattr(ssecore.log.sqlite, "_SLOW_S", math.inf)
+    monkeypatch.setattr(ssecore.log.sqlite, "_CHECKPOINT_PAGES", 500)
     log = SqliteLog(path, upkeep_s=3600)
     async with log.running():
         epoch = await run(log)
@@ -579,8 +580,8 @@ async def test_a_failing_transaction_fails_its_appends_and_nothing_else(
         epoch = await run(log)
         watched = Watched(log, "run")
         await log.append("run", [frame("before")], epoch=epoch)
-        assert log.store.writer
-        log.store.writer.execute("PRAGMA query_only = ON")
+        assert log.connection
+        log.connection.execute("PRAGMA query_only = ON")
         async with anyio.create_task_group() as group:
             for _ in range(10):
                 group.start_soon(append, "lost")
@@ -596,7 +597,7 @@ async def test_a_failing_transaction_fails_its_appends_and_nothing_else(
         errors = [record for record in caplog.records if record.levelno == logging.ERROR]
         assert len(errors) == 1 and str(path) in errors[0].getMessage(), "said once, with the path"
 
-        log.store.writer.execute("PRAGMA query_only = OFF")
+        log.connection.execute("PRAGMA query_only = OFF")
         assert await log.append("run", [frame("after")], epoch=epoch) == 2
         assert "is written again" in caplog.text
         assert texts(watched.rows) == await written(log, "run") == ["before", "after"]
@@ -618,14 +619,14 @@ async def test_after_a_failed_transaction_nothing_that_was_posted_behind_it_is_s
         writer.post([frame("a")], 1)
         while not told:
             await checkpoint()
-        assert log.store.writer
-        log.store.writer.execute("PRAGMA query_only = ON")
+        assert log.connection
+        log.connection.execute("PRAGMA query_only = ON")
         writer.post([frame("b")], 2)
-        while not log._commits._under_way:
+        while not log._commits._in_flight:
             await checkpoint()
         writer.post([frame("c")], 4)
         await over.wait()
-        log.store.writer.execute("PRAGMA query_only = OFF")
+        log.connection.execute("PRAGMA query_only = OFF")
         assert told == [(1, True), (2, False), (4, False)]
         assert await log.append("run", [frame("end")], epoch=epoch, close=True) == 2
         assert await written(log, "run") == ["a", "end"]
@@ -653,7 +654,7 @@ async def test_a_reader_that_fails_says_so_and_the_next_one_works(path: Path) ->
         epoch = await run(log)
         await log.append("run", [frame("a")], epoch=epoch)
         assert await written(log, "run") == ["a"]
-        (reader,) = log.store._idle
+        (reader,) = log._idle
         reader.execute("ATTACH ':memory:' AS other")
         reader.execute("PRAGMA query_only = OFF")
         reader.execute("CREATE TEMP TABLE streams (n)")

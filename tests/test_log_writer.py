@@ -67,11 +67,6 @@ class Told:
         self.writer.post(list(frames), sum(map(len, frames)))
 
 
-@pytest.fixture(autouse=True)
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture
 async def engine() -> Engine:
     engine = Engine()
@@ -234,7 +229,7 @@ async def test_each_writer_stores_a_beginning_of_what_it_posted_and_hears_of_eve
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(engine.commits.close)
-            while engine.commits._queue or engine.commits._under_way:
+            while engine.commits._queue or engine.commits._in_flight:
                 await engine.next()
                 engine.finish(AWAY if chance.random() < failing else None)
     for writer, frames in zip(writers, posted, strict=True):
@@ -244,4 +239,4 @@ async def test_each_writer_stores_a_beginning_of_what_it_posted_and_hears_of_eve
         assert sum(size for size, _ in writer.told) == sum(map(len, frames))
         assert (writer.writer.failed is None) == (stored == frames)
     assert engine.stored["topic"] == [frame for frame, batch in awaited if batch.error is None]
-    assert all(batch.settled for _, batch in awaited) and engine.commits._queued_bytes == 0
+    assert all(batch.resolved for _, batch in awaited) and engine.commits._queued_bytes == 0

@@ -48,9 +48,16 @@ def test_system_packages_are_not_installed_unless_a_person_says_yes(bare: Path, 
     assert not (bare / "apt.log").exists()
 
 
-def test_the_tests_say_first_how_long_they_take() -> None:
-    done = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.index("ten minutes") < done.stdout.index("-m pytest")
+@pytest.mark.parametrize(("stage", "all_of_them"), [("test", False), ("test-all", True)])
+def test_the_first_stage_installs_nothing_of_the_system_and_runs_what_needs_nothing(
+    stage: str, all_of_them: bool
+) -> None:
+    command = ["make", "--dry-run", "--always-make", stage]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for more in ("system-packages.sh", "npm ci", "requirements-local-model.txt"):
+        assert (more in printed) == all_of_them
+    assert ("-m 'not needs'" in printed) != all_of_them
+    assert all(check in printed for check in ("ruff check", "ruff format --check", "bin/mypy"))
 
 
 def test_running_installs_no_tools_of_the_tests() -> None:

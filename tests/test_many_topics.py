@@ -8,7 +8,10 @@ from typing import Final
 
 import anyio
 
+from tests.needs import needs
 from tests.serving import Server, serve_uvicorn, wait_until
+
+pytestmark = needs("time")
 
 #: 30,000 for a long evening.
 USERS: Final = int(os.environ.get("SSEAPP_TEST_USERS", "1500"))

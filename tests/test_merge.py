@@ -11,10 +11,10 @@ import anyio.lowlevel
 import pytest
 import trio
 from anyio import CancelScope, current_time, get_cancelled_exc_class
-from trio.testing import MockClock
 
 from sseapp import GET, Event, Request, Settings, SSEApp, merge
-from ssecore.testing import VirtualClockLoop, connect
+from ssecore.testing import connect
+from tests.house import Backend, in_virtual_time
 from tests.raising_app import KINDS
 
 #: Seconds of virtual time after which a test has hung.
@@ -22,11 +22,8 @@ LIMIT_S: Final = 10_000
 
 
 @pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    """Both backends in virtual time, with a clock of its own for each test."""
-    if request.param == "asyncio":
-        return "asyncio", {"loop_factory": VirtualClockLoop}
-    return "trio", {"clock": MockClock(autojump_threshold=0)}
+def anyio_backend(request: pytest.FixtureRequest) -> Backend:
+    return in_virtual_time(request.param)
 
 
 class Sources:

@@ -386,6 +386,7 @@ def keep_publishing(url: str, topic: str, stop: threading.Event, acknowledged: l
                 acknowledged.append(answer.json()["id"])
 
 
+@needs("valkey")
 @needs("chromium")
 def test_an_event_source_goes_on_over_a_rolling_restart_of_all_replicas(page: Page, tmp_path: Path) -> None:
     ports = (free_port(), free_port())

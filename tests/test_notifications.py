@@ -17,15 +17,15 @@ import httpx
 import orjson
 import pytest
 from anyio import current_time
-from trio.testing import MockClock
 
 from handlers.notifications import MAX_GROWTH, MAX_NAME, ROUTES
 from sseapp import SSEApp
 from ssecore.http.tokens import add_token
 from ssecore.settings import Settings
-from ssecore.testing import VirtualClockLoop, connect
+from ssecore.testing import connect
 from ssecore.wire import Decoder, Event
 from tests import serving
+from tests.house import Backend, in_virtual_time
 from tests.lines import lines_offered
 from tests.serving import Server, serve
 
@@ -189,10 +189,8 @@ class TestInVirtualTime:
             yield
 
     @pytest.fixture
-    def anyio_backend(self, way: str) -> tuple[str, dict[str, Any]]:
-        if way == "task-trio":
-            return "trio", {"clock": MockClock(autojump_threshold=0)}
-        return "asyncio", {"loop_factory": VirtualClockLoop}
+    def anyio_backend(self, way: str) -> Backend:
+        return in_virtual_time("trio" if way == "task-trio" else "asyncio")
 
     async def test_a_user_stream_has_a_heartbeat_every_5_s_without_an_id(self, way: str) -> None:
         app = SSEApp(ROUTES, Settings(log="memory"))

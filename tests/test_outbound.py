@@ -34,11 +34,6 @@ ALL: Final = UNUSABLE | {"HTTP_PROXY": "http://127.0.0.1:9"}
 server = serving.server
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*UNUSABLE, "SSL_CERT_DIR"):

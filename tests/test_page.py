@@ -222,7 +222,7 @@ STREAMS: Final[list[tuple[str, str, dict[str, str], dict[str, str | re.Pattern[s
     ("Tasks", "Work on a task", {"operation": "analyze"}, {".bar .step": "done", ".log b >> nth=0": "count"}),
     ("Tasks", "Follow a task", {}, {".facts": "statuscompleted"}),
     ("Agent", "Steps and answer", {}, {".timeline li >> nth=0": "Reading the question", ".text": FOUND}),
-    ("Agent", "Thinking aloud", {}, {".timeline [data-kind=thought] >> nth=2": re.compile("2 of 2"), ".text": FOUND}),
+    ("Agent", "Thoughts", {}, {".timeline [data-kind=thought] >> nth=2": re.compile("2 of 2"), ".text": FOUND}),
     ("Agent", "Tool calls", {}, {".timeline [data-kind=tool] >> nth=1": re.compile("^search_tasks"), ".text": FOUND}),
     (
         "Agent",
@@ -232,7 +232,7 @@ STREAMS: Final[list[tuple[str, str, dict[str, str], dict[str, str | re.Pattern[s
     ),
     ("Chat", "One prompt", {"prompt": "one two"}, {".text": "This is a mock response to: one two"}),
     ("Chat", "Conversation", {"content": "three"}, {".text": "This is a mock response to: three"}),
-    ("Jobs", "Report, with its log", {}, {".log [data-level=success]": re.compile("the report is written")}),
+    ("Jobs", "Report with log", {}, {".log [data-level=success]": re.compile("report written")}),
     ("Jobs", "Job", {"steps": "4", **FAST}, {".bar .step": "4 steps", ".bar .percent": "100 %"}),
     ("Jobs", "Job", {"kind": "report"}, {".facts a": "tasks-report.json"}),
     ("Jobs", "Items", {}, {".bar .step": "3 of 3", ".log b >> nth=2": "5"}),
@@ -331,11 +331,11 @@ def test_an_export_is_saved_as_a_file(tab: Tab) -> None:
 #: What the service refuses: subject, stream, fields, the field to blame, and what is said there.
 REFUSED: Final = [
     ("Basics", "Counter", {"count": "-1"}, "count", "count"),
-    ("Basics", "Countdown", {"seconds": "9999"}, "seconds", "from 0 to 3600"),
+    ("Basics", "Countdown", {"seconds": "9999"}, "seconds", "must be from 0 to 3600"),
     ("Chat", "One prompt", {"prompt": ""}, "prompt", "prompt"),
     ("Chat", "Conversation", {"content": "x" * 100_001}, "content", "100000"),
     ("Agent", "Conversation", {"session_id": "short"}, "session_id", "at least 22"),
-    ("Tasks", "List", {"q": "!?"}, "q", "there is no word in it"),
+    ("Tasks", "List", {"q": "!?"}, "q", "must contain a word"),
     ("Tasks", "Work on a task", {"task_id": "0"}, "task_id", "task_id"),
     ("Jobs", "Job", {"steps": "0"}, "steps", ">= 1"),
 ]
@@ -413,13 +413,13 @@ def test_the_page_at_work_wide_and_narrow_light_and_dark(browser: Browser, slow:
         notifications.get_by_label("Text or JSON to publish").fill(said)
         notifications.get_by_role("button", name="Publish").click()
         expect(notifications.get_by_label("Text or JSON to publish")).to_have_value("")
-    ends(tab.start("Jobs", "Report, with its log"))
+    ends(tab.start("Jobs", "Report with log"))
     prompt = "what comes over this line is kept, so that a page which loses it goes on where it was"
     chat = tab.start("Chat", "One prompt", prompt=" and ".join([prompt] * 8))
     talk = tab.start("Agent", "Conversation")
     ends(talk)
-    talk.get_by_label("Your answer").fill("Which of them have priority 5?")
-    talk.get_by_label("Your answer").press("Enter")
+    talk.get_by_label("Your reply").fill("Which of them have priority 5?")
+    talk.get_by_label("Your reply").press("Enter")
     talk.locator(".sources").wait_for()
     job = tab.start("Jobs", "Job", steps="90", interval="0.1")
     job.locator(".log li").nth(2).wait_for()
@@ -472,7 +472,7 @@ def test_a_conversation_remembers_what_was_said(tab: Tab) -> None:
 def test_a_conversation_goes_on_in_its_view_and_after_a_reload(tab: Tab, server: Server) -> None:
     """Each turn is a run of its own, which is told all that was said before; the instruction stays."""
     view = tab.start("Chat", "Conversation", system="Be brief.", content="one")
-    answer = view.get_by_label("Your answer")
+    answer = view.get_by_label("Your reply")
     for said in ("two", "three"):
         ends(view)
         answer.fill("first line")
@@ -505,7 +505,7 @@ def test_a_conversation_goes_on_in_its_view_and_after_a_reload(tab: Tab, server:
 def test_what_is_said_back_and_refused_can_be_said_again(tab: Tab) -> None:
     view = tab.start("Agent", "Conversation", message="How many tasks are there?")
     ends(view)
-    answer = view.get_by_label("Your answer")
+    answer = view.get_by_label("Your reply")
     answer.fill("x" * 8001)
     answer.press("Enter")
     expect(view.get_by_role("alert")).to_contain_text("8000")
@@ -952,7 +952,7 @@ def test_signing_in_and_out(shared: BrowserContext, tmp_path: Path) -> None:
         assert not tab.page.get_by_text("for ann only").count()
         tab.sign_in(bob)
         expect(who).to_contain_text("Signed in as bob")
-        expect(tab.page.locator("#runs .hint")).to_have_text(re.compile("None yet"))
+        expect(tab.page.locator("#runs .hint")).to_have_text(re.compile("No runs yet"))
         tab.page.evaluate(
             "(token) => fetch('/session', {method: 'POST', headers: {authorization: `Bearer ${token}`}})", ann
         )

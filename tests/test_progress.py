@@ -18,7 +18,6 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio import CapacityLimiter
-from trio.testing import MockClock
 
 from sseapp import GET, Run, Settings, SSEApp
 from ssecore.errors import BadRequest
@@ -34,29 +33,22 @@ from ssecore.streaming.progress import (
     from_thread,
 )
 from ssecore.streaming.pump import CLOSE_S
-from ssecore.testing import VirtualClockLoop
 from ssecore.wire import Event
 from tests.clients import ask, listening
+from tests.house import Backend, in_virtual_time
 
 #: After so many seconds a test has hung.
 LIMIT_S: Final = 30
 
 virtual_time = pytest.mark.parametrize(
-    "anyio_backend",
-    [
-        pytest.param(("asyncio", {"loop_factory": VirtualClockLoop}), id="asyncio"),
-        pytest.param(("trio", {"clock": lambda: MockClock(autojump_threshold=0)}), id="trio"),
-    ],
-    indirect=True,
+    "anyio_backend", [("asyncio",), ("trio",)], ids=["asyncio", "trio"], indirect=True
 )
 
 
 @pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    if isinstance(request.param, str):
-        return request.param, {}
-    name, options = request.param
-    return name, {key: value() if key == "clock" else value for key, value in options.items()}
+def anyio_backend(request: pytest.FixtureRequest) -> Backend:
+    """In real time, since threads work here, unless the test asks for virtual time."""
+    return (request.param, {}) if isinstance(request.param, str) else in_virtual_time(*request.param)
 
 
 class Work:
@@ -467,7 +459,7 @@ async def test_work_that_does_not_notice_is_complained_of_and_waited_for(
     finally:
         logging.getLogger("sseapp").removeHandler(listener)
     (record,) = caplog.records
-    assert "deaf works on in its thread 5.0 s after it was cancelled" in record.getMessage()
+    assert "deaf still runs in its thread 5.0 s after it was cancelled" in record.getMessage()
 
 
 async def test_nothing_is_left_of_it(work: Work) -> None:
@@ -676,7 +668,7 @@ def test_before_the_first_step_nothing_is_told() -> None:
 def test_a_step_that_is_none_is_refused_and_changes_nothing(n: int) -> None:
     told = Told(3)
     told.progress.set_step(2, "two")
-    with pytest.raises(ValueError, match=f"there is no step {n}: they go from 1 to 3"):
+    with pytest.raises(ValueError, match=f"there is no step {n}: steps go from 1 to 3"):
         told.progress.set_step(n, "none")
     assert told.progress.state == ProgressState(2, 3, "two", 33)
     assert len(told.states) == 1
@@ -685,7 +677,7 @@ def test_a_step_that_is_none_is_refused_and_changes_nothing(n: int) -> None:
 def test_there_is_no_step_after_the_last() -> None:
     told = Told(1)
     told.progress.next_step("all")
-    with pytest.raises(ValueError, match="there is no step 2: they go from 1 to 1"):
+    with pytest.raises(ValueError, match="there is no step 2: steps go from 1 to 1"):
         told.progress.next_step("more")
 
 

@@ -32,11 +32,6 @@ START: Final = {"type": "http.response.start", "status": 200, "headers": []}
 LAST: Final = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One that answers HTTP/1.0 as well, which a private one takes for a proxy's."""

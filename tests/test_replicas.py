@@ -22,8 +22,11 @@ from ssecore.errors import UpstreamError
 from ssecore.wire import Decoder, Event
 from tests import redis_server
 from tests.clients import ask, listening
+from tests.needs import needs
 from tests.redis_server import RedisServer
 from tests.serving import Server, run_sseapp, serve, wait_until
+
+pytestmark = needs("valkey")
 
 KEY: Final = "0123456789abcdef0123456789"
 LEASE_S: Final = 1.0
@@ -412,14 +415,14 @@ async def test_who_finds_a_run_elsewhere_just_before_it_is_deleted_is_not_told_o
         two.fail.set()
         peers = two.app._services.runs.log.peers  # type: ignore[union-attr]
         assert peers is not None
-        tell = peers.tell
+        tell = peers.mark_answered
 
         async def too_late(stream: str) -> None:
             one.fail.set()
             await failed.wait()
             await tell(stream)
 
-        monkeypatch.setattr(peers, "tell", too_late)
+        monkeypatch.setattr(peers, "mark_answered", too_late)
         if place == "view":
             assert (await ask(two.app, f"/runs/{run}/events")).problem == (404, "not_found")
         else:

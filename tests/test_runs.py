@@ -19,7 +19,6 @@ import anyio.lowlevel
 import msgspec
 import pytest
 from anyio import CancelScope, current_time
-from trio.testing import MockClock
 
 import sseapp
 import ssecore.log
@@ -36,10 +35,11 @@ from ssecore.log.writer import Posted
 from ssecore.runs import DRAIN_CLOSE_S
 from ssecore.settings import Settings
 from ssecore.streaming.pump import CLOSE_S, FIRST_ITEM_S
-from ssecore.testing import VirtualClockLoop, connect
+from ssecore.testing import connect
 from ssecore.topics import Subscription
 from ssecore.wire import Decoder, Event
 from tests.clients import BROWSER, Answer, AppWithCallers, ask, listen_like_a_browser, listening, stand_still
+from tests.house import Backend, Work, in_virtual_time, settle
 from tests.lines import lines_offered
 
 START: Final = 1_700_000_000.0
@@ -55,7 +55,7 @@ ASYNC: Final = {"prefer": "respond-async"}
 
 @dataclass(frozen=True)
 class Mode:
-    """An engine of the log, a backend, and whether streams are parked on lines."""
+    """An engine of the log, and whether streams are parked on lines."""
 
     name: str
     parked: bool = False
@@ -69,17 +69,11 @@ class Mode:
         """After so long a test has hung."""
         return 100_000 if self.virtual else 30
 
-    @property
-    def backend(self) -> tuple[str, dict[str, Any]]:
-        if self.name == "trio":
-            return "trio", {"clock": MockClock(autojump_threshold=0)}
-        return "asyncio", {"loop_factory": VirtualClockLoop} if self.virtual else {}
-
     def __str__(self) -> str:
         return f"{self.name}-parked" if self.parked else self.name
 
 
-MEMORY: Final = [Mode("memory"), Mode("memory", parked=True), Mode("trio")]
+MEMORY: Final = [Mode("memory"), Mode("memory", parked=True)]
 SQLITE: Final = [Mode("sqlite"), Mode("sqlite", parked=True)]
 
 #: For tests of what has to do with time, and of what needs none of the engines in particular.
@@ -93,15 +87,15 @@ on_lines = pytest.mark.parametrize("mode", MEMORY[1:2], ids=str, indirect=True)
 both_ways = pytest.mark.parametrize("data_only", [False, True], ids=["named", "data-only"])
 
 
-@pytest.fixture(params=[*MEMORY, *SQLITE], ids=str)
+@pytest.fixture(params=[*MEMORY, SQLITE[0]], ids=str)
 def mode(request: pytest.FixtureRequest) -> Mode:
     mode: Mode = request.param
     return mode
 
 
 @pytest.fixture
-def anyio_backend(mode: Mode) -> tuple[str, dict[str, Any]]:
-    return mode.backend
+def anyio_backend(mode: Mode) -> Backend:
+    return in_virtual_time() if mode.virtual else ("asyncio", {})
 
 
 class House:
@@ -140,38 +134,6 @@ def house(mode: Mode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     house = House(mode, tmp_path)
     monkeypatch.setattr(sseapp, "open_log", house.open_log)
     return house
-
-
-class Work:
-    """A handler that does what the test says, when it says so: gives an event, raises, or ends (`None`)."""
-
-    def __init__(self, *orders: Event | Exception | None) -> None:
-        self.started = 0
-        self.reasons: list[EndReason] = []  #: what each knew in its `finally`
-        self.ended_at: list[float] = []
-        self._orders, self._to_do = anyio.create_memory_object_stream[Event | Exception | None](1000)
-        self.say(*orders)
-
-    def say(self, *orders: Event | Exception | None) -> None:
-        for order in orders:
-            self._orders.send_nowait(order)
-
-    def close(self) -> None:
-        self._orders.close()
-        self._to_do.close()
-
-    async def handler(self, request: Request) -> AsyncIterator[Event]:
-        self.started += 1
-        try:
-            async for order in self._to_do:
-                if order is None:
-                    return
-                if isinstance(order, Exception):
-                    raise order
-                yield order
-        finally:
-            self.reasons.append(request.end_reason)
-            self.ended_at.append(current_time())
 
 
 @pytest.fixture
@@ -228,11 +190,6 @@ def ids(events: Sequence[Event]) -> list[str | None]:
 
 def numbered(run: str, first: int, last: int) -> list[str]:
     return [f"{run}.{number}" for number in range(first, last + 1)]
-
-
-async def settle() -> None:
-    """In virtual time: let everybody work until all wait. The clock stays where it is, to a microsecond."""
-    await anyio.sleep(1e-6)
 
 
 async def turns(until: Callable[[], bool]) -> None:
@@ -302,6 +259,7 @@ def resuming(id: str, **headers: str) -> dict[str, str]:
 # The first request
 
 
+@engines
 async def test_a_run_tells_its_caller_what_it_is_about(house: House) -> None:
     """In one line of a bounded length; somebody else's run is told of to nobody."""
     about = Run(about=lambda request: request.query_params.get("said", ""))
@@ -315,6 +273,7 @@ async def test_a_run_tells_its_caller_what_it_is_about(house: House) -> None:
         assert (await ask(app, "/runs", headers=bob)).json == {"runs": []}
 
 
+@engines
 async def test_the_first_request_starts_a_run_and_streams_it_from_its_start(house: House) -> None:
     async with house.open(COUNT) as app:
         answer = await ask(app, "/count")
@@ -330,6 +289,7 @@ async def test_the_first_request_starts_a_run_and_streams_it_from_its_start(hous
         assert again.headers["run-id"] != run, "without a key or an id it is another run"
 
 
+@engines
 async def test_what_gives_no_text_starts_nothing(house: House) -> None:
     with pytest.raises(TypeError, match="plain function"):
         Run(about=anyio.sleep)  # type: ignore[arg-type]
@@ -371,12 +331,14 @@ async def test_with_respond_async_a_run_is_started_and_its_place_is_told(house: 
         assert work.started == 1
 
 
+@engines
 async def test_other_preferences_are_no_wish_for_a_202(house: House) -> None:
     async with house.open(COUNT) as app:
         answer = await ask(app, "/count", headers={"prefer": "return=minimal"})
         assert answer.status == 200 and data(answer.events) == COUNTED
 
 
+@engines
 async def test_head_answers_the_headers_and_starts_nothing(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=Run())) as app:
         answer = await ask(app, "/work", "HEAD")
@@ -414,6 +376,7 @@ async def test_a_reader_that_was_cut_goes_on_right_after_its_last_id_and_live(
         assert work.started == 1
 
 
+@engines
 async def test_the_header_wins_over_the_query(house: House) -> None:
     async with house.open(COUNT) as app:
         run = await start(app, "/count")
@@ -423,6 +386,7 @@ async def test_the_header_wins_over_the_query(house: House) -> None:
             assert (await ask(app, f"{target}&", headers=resuming("+"))).problem == (400, "bad_request")
 
 
+@engines
 async def test_an_empty_id_is_none(house: House) -> None:
     async with house.open(COUNT) as app:
         run = await start(app, "/count")
@@ -441,6 +405,7 @@ async def test_an_empty_id_is_none(house: House) -> None:
         assert ids(answer.events) == numbered(run, 1, 4)
 
 
+@engines
 async def test_after_everything_was_delivered_a_browser_is_told_to_stop(house: House) -> None:
     async with house.open(COUNT) as app:
         run = (await ask(app, "/count")).headers["run-id"]
@@ -463,6 +428,7 @@ async def test_a_reader_of_all_there_is_waits_while_the_run_goes_on(house: House
                 assert data(await other.rest()) == data(await reading.rest()) == ["2"]
 
 
+@engines
 @both_ways
 @pytest.mark.parametrize("place", ["route", "view"])
 async def test_an_unknown_run_is_gone_or_for_an_event_source_a_gap_and_the_end(
@@ -483,6 +449,7 @@ async def test_an_unknown_run_is_gone_or_for_an_event_source_a_gap_and_the_end(
         assert (await ask(app, target, headers=resuming("end", **EVENTS))).status == 204
 
 
+@engines
 @pytest.mark.parametrize("place", ["route", "view"])
 async def test_a_run_that_age_has_taken_is_expired(house: House, place: str) -> None:
     async with house.open(COUNT, retention_s=60) as app:
@@ -514,6 +481,7 @@ async def test_a_running_run_does_not_age(house: House, work: Work) -> None:
             assert data(answer.events) == ["1", "2"]
 
 
+@engines
 @both_ways
 async def test_somebody_elses_run_is_as_one_that_never_was(house: House, data_only: bool) -> None:
     ann, bob = {"x-caller": "ann"}, {"x-caller": "bob"}
@@ -582,6 +550,7 @@ async def test_a_malformed_id_is_a_400_and_never_a_full_replay(house: House, wro
         assert len((await ask(app, "/runs")).json["runs"]) == 1, "and starts nothing"
 
 
+@engines
 async def test_an_id_of_another_route_or_other_parameters_is_a_conflict(house: House) -> None:
     routes = [COUNT, GET("/other", count, run=Run()), POST("/count", count, run=Run())]
     async with house.open(*routes, GET("/items/{item}", named_item, run=Run())) as app:
@@ -608,6 +577,7 @@ async def named_item(request: Request, item: str) -> AsyncIterator[Event]:
     yield Event(item)
 
 
+@engines
 async def test_a_view_with_an_id_of_another_run_is_a_conflict(house: House) -> None:
     async with house.open(COUNT) as app:
         one, other = [await start(app, "/count") for _ in range(2)]
@@ -661,6 +631,7 @@ async def test_the_same_key_is_the_same_run(house: House, work: Work, finished: 
         assert work.started == 1
 
 
+@engines
 async def test_on_a_get_the_key_may_stand_in_the_query(house: House) -> None:
     async with house.open(COUNT) as app:
         run = (await ask(app, f"/count?key={KEY}&a=1")).headers["run-id"]
@@ -671,6 +642,7 @@ async def test_on_a_get_the_key_may_stand_in_the_query(house: House) -> None:
         assert other.headers["run-id"] != run, "the header wins"
 
 
+@engines
 async def test_on_a_post_the_key_in_the_query_is_none(house: House) -> None:
     async with house.open(POST("/count", count, run=Run())) as app:
         one, other = [await ask(app, f"/count?key={KEY}", "POST") for _ in range(2)]
@@ -678,6 +650,7 @@ async def test_on_a_post_the_key_in_the_query_is_none(house: House) -> None:
         assert (await ask(app, "/count?key=short", "POST")).status == 200
 
 
+@engines
 async def test_the_same_key_with_another_request_is_refused(house: House) -> None:
     async with house.open(POST("/count", count, body=list[int], run=Run()), GET("/count", count, run=Run())) as app:
         run = await start(app, "/count?a=1", "POST", headers=posting(KEY), body=b"[1]")
@@ -700,6 +673,7 @@ async def test_the_same_key_with_another_request_is_refused(house: House) -> Non
         assert await refused(app, f"/count?a=2&key={KEY}") == (422, "unprocessable_content")
 
 
+@engines
 async def test_a_key_is_of_its_caller_method_and_path(house: House) -> None:
     ann, bob = {"x-caller": "ann"}, {"x-caller": "bob"}
     routes = [COUNT, POST("/count", count, run=Run()), GET("/items/{item}", named_item, run=Run())]
@@ -712,6 +686,7 @@ async def test_a_key_is_of_its_caller_method_and_path(house: House) -> None:
         assert len(set(runs)) == 12
 
 
+@engines
 async def test_without_credentials_a_key_has_128_bits(house: House) -> None:
     async with house.open(COUNT) as app:
         for key in ("a", KEY[1:], f'"{KEY[1:]}"'):
@@ -723,6 +698,7 @@ async def test_without_credentials_a_key_has_128_bits(house: House) -> None:
         assert await start(app, "/count", headers=headers) == await start(app, "/count", headers=headers)
 
 
+@engines
 async def test_a_key_has_an_upper_limit(house: House) -> None:
     async with house.open(COUNT) as app:
         for caller in ({}, {"x-caller": "ann"}):
@@ -733,6 +709,7 @@ async def test_a_key_has_an_upper_limit(house: House) -> None:
             )
 
 
+@engines
 async def test_an_empty_key_is_none(house: House) -> None:
     async with house.open(COUNT) as app:
         runs = {
@@ -742,6 +719,7 @@ async def test_an_empty_key_is_none(house: House) -> None:
         assert len(runs) == 3
 
 
+@engines
 async def test_with_a_key_and_an_id_the_id_counts(house: House) -> None:
     """As a page does it: `?key=` stands in its address, and the browser adds the id."""
     async with house.open(COUNT) as app:
@@ -794,6 +772,7 @@ async def test_of_many_at_the_same_moment_all_get_the_problem_and_the_key_is_fre
         assert answer.status == 200 and data(answer.events) == ["1"]
 
 
+@engines
 async def test_the_key_of_a_run_that_was_deleted_is_free_again(house: House) -> None:
     async with house.open(COUNT) as app:
         run = (await ask(app, f"/count?key={KEY}")).headers["run-id"]
@@ -834,6 +813,7 @@ async def test_the_state_of_a_run(house: House, work: Work) -> None:
         assert (await ask(app, f"/runs/{run}")).json["route"] == "GET /items/{item}"
 
 
+@engines
 async def test_the_state_of_a_run_without_events_names_its_beginning(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=Run())) as app:
         work.say(None)
@@ -882,6 +862,7 @@ async def test_what_the_engine_says_last_is_said_in_the_routes_way(house: House,
 # The list
 
 
+@engines
 async def test_the_list_has_the_callers_runs_newest_first(house: House) -> None:
     ann, bob = {"x-caller": "ann"}, {"x-caller": "bob"}
     async with house.open(COUNT) as app:
@@ -897,12 +878,14 @@ async def test_the_list_has_the_callers_runs_newest_first(house: House) -> None:
         assert (await ask(app, "/runs")).json == {"runs": []}
 
 
+@engines
 async def test_a_private_service_lists_its_runs(house: House) -> None:
     async with house.open(COUNT) as app:
         runs = [await start(app, "/count") for _ in range(3)]
         assert [run["run"] for run in (await ask(app, "/runs")).json["runs"]] == runs[::-1]
 
 
+@engines
 async def test_where_nobody_is_asked_who_he_is_there_is_no_list(house: House) -> None:
     async with house.open(COUNT, auth="off") as app:
         run = await start(app, "/count")
@@ -939,7 +922,7 @@ async def test_a_run_may_be_cancelled_twice(house: House) -> None:
             yield Event("1")
             await anyio.sleep_forever()
         finally:
-            with CancelScope(shield=True):  # trio would cancel it again
+            with CancelScope(shield=True):
                 closing.set()
                 await closed.wait()
 
@@ -953,6 +936,7 @@ async def test_a_run_may_be_cancelled_twice(house: House) -> None:
         assert plainly(await reading.rest()) == [("cancelled", {"reason": "asked"})]
 
 
+@engines
 async def test_a_finished_run_is_deleted_with_its_events(house: House) -> None:
     async with house.open(COUNT) as app:
         answer = await ask(app, "/count")
@@ -992,6 +976,7 @@ async def test_an_unknown_run_is_not_found(house: House) -> None:
                     assert await refused(app, target, method) == (404, "not_found")
 
 
+@engines
 async def test_a_view_never_starts_a_run(house: House, work: Work) -> None:
     async def progress(request: Request, id: str) -> Any:
         return await request.runs.view(request, id)
@@ -1017,6 +1002,7 @@ async def test_a_view_never_starts_a_run(house: House, work: Work) -> None:
 # Cursors
 
 
+@engines
 async def test_the_cursor_before_the_first_event_gets_all_of_it(house: House) -> None:
     async with house.open(COUNT) as app:
         run = await start(app, "/count")
@@ -1043,6 +1029,7 @@ async def test_a_number_above_the_top_of_a_running_run_is_announced_and_the_rest
                 assert ids(await ahead.rest()) == [f"{reading.run}.3"]
 
 
+@engines
 @both_ways
 async def test_a_number_above_the_top_of_a_finished_run_is_announced_and_that_is_the_end(
     house: House, data_only: bool
@@ -1099,6 +1086,7 @@ async def test_after_an_older_copy_was_put_back_a_reader_is_told_where_they_part
 # As a browser does it: it comes back until it is told not to
 
 
+@engines
 @pytest.mark.parametrize("cuts", [(), (0, 40, 41, 90), tuple(range(1, 18)), (200,)])
 @both_ways
 async def test_a_browser_gets_each_event_of_a_run_once_and_stops(
@@ -1150,6 +1138,7 @@ async def test_a_browser_that_reads_along_stops_at_the_end(
         assert work.started == 1
 
 
+@engines
 @both_ways
 @pytest.mark.parametrize("place", ["route", "view"])
 async def test_a_browser_whose_run_is_gone_stops(house: House, place: str, data_only: bool) -> None:
@@ -1163,6 +1152,7 @@ async def test_a_browser_whose_run_is_gone_stops(house: House, place: str, data_
         assert (await ask(app, "/runs")).json == {"runs": []}, "nothing was started"
 
 
+@engines
 @both_ways
 async def test_a_browser_that_is_ahead_of_a_finished_run_stops(house: House, data_only: bool) -> None:
     async with house.open(counting(data_only=data_only)) as app:
@@ -1256,7 +1246,7 @@ async def test_a_browser_that_is_cut_again_and_again_before_a_late_first_event_s
         assert data(seen) == ["1", "2"] and work.started == 1
 
 
-@virtual
+@once
 async def test_a_view_of_a_run_that_fails_in_its_first_second_gets_the_problem_too(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=Run())) as app, anyio.create_task_group() as tasks:
         tasks.start_soon(refused, app, "/work")
@@ -1322,7 +1312,7 @@ async def test_a_run_that_fails_at_once_is_none(house: House, work: Work, header
         assert answer.status == 200 and data(answer.events) == ["1"], "the key is free"
 
 
-@virtual
+@once
 @pytest.mark.parametrize("headers", [{}, ASYNC], ids=["plain", "respond-async"])
 async def test_a_run_that_fails_just_before_the_second_is_over_is_none(
     house: House, work: Work, headers: dict[str, str]
@@ -1408,7 +1398,7 @@ async def test_who_comes_with_the_key_while_it_is_deleted_gets_a_run_of_its_own(
         assert work.started == 2
 
 
-@virtual
+@once
 async def test_a_request_that_is_given_up_while_its_run_is_created_leaves_a_run_that_works(
     house: House, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1430,7 +1420,7 @@ async def test_a_request_that_is_given_up_while_its_run_is_created_leaves_a_run_
         assert work.started == 1
 
 
-@virtual
+@once
 async def test_a_run_without_any_event_is_completed(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=Run())) as app:
         work.say(None)
@@ -1487,7 +1477,7 @@ async def test_the_cancelled_event_and_the_close_are_one_append(
         assert frame == b'event: cancelled\ndata: {"reason":"asked"}\n\n'
 
 
-@virtual
+@once
 @pytest.mark.usefixtures("long_turns")
 async def test_events_that_are_ready_together_are_one_append(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     async def handler(request: Request) -> AsyncIterator[Event]:
@@ -1588,6 +1578,7 @@ async def test_a_run_over_its_limit_keeps_what_fits_and_ends(
         assert await state_of(app, run) == "failed"
 
 
+@engines
 async def test_a_run_as_large_as_the_log_keeps_is_not_too_large(house: House) -> None:
     async with house.open(COUNT, retention_events=4) as app:
         answer = await ask(app, "/count")
@@ -1859,7 +1850,7 @@ async def test_with_respond_async_a_run_waits_for_its_first_reader_without_a_lim
         assert work.ended_at == [pytest.approx(left + 60, abs=1e-9)]
 
 
-@virtual
+@once
 async def test_a_client_that_leaves_within_the_first_second_was_a_reader(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=LINGERING)) as app:
         began = current_time()
@@ -1872,7 +1863,7 @@ async def test_a_client_that_leaves_within_the_first_second_was_a_reader(house: 
         assert await state_of(app, run["run"]) == "cancelled"
 
 
-@virtual
+@once
 async def test_where_a_route_does_not_linger_a_run_goes_on(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=Run()), linger_s=1) as app:
         async with connect(app, "GET", "/work"):
@@ -1934,10 +1925,8 @@ async def test_a_handler_that_holds_something_gives_it_back_before_its_run_is_ca
         assert given_back == [current_time()] == [pytest.approx(asked + 0.3)]
 
 
-@pytest.mark.parametrize("mode", MEMORY[:2], ids=str, indirect=True)
+@virtual
 async def test_a_handler_that_does_not_close_is_cancelled_again(house: House, caplog: pytest.LogCaptureFixture) -> None:
-    """Not on trio, where it is cancelled again at once."""
-
     async def handler(request: Request) -> AsyncIterator[Event]:
         try:
             yield Event("1")
@@ -2014,7 +2003,7 @@ async def test_a_handler_that_goes_on_after_its_cancellation_is_ended(house: Hou
         assert await state_of(app, reading.run) == "cancelled"
 
 
-@virtual
+@once
 @pytest.mark.parametrize("headers", [{}, ASYNC], ids=["plain", "respond-async"])
 async def test_a_run_may_be_cancelled_before_its_first_event(house: House, work: Work, headers: dict[str, str]) -> None:
     async with house.open(GET("/work", work.handler, run=Run())) as app, anyio.create_task_group() as tasks:
@@ -2124,6 +2113,7 @@ async def until_idle(app: SSEApp) -> None:
     await turns(lambda: not app._services or not app._services.runs._workers)
 
 
+@engines
 async def test_an_upload_is_given_back_where_its_run_is_none(house: House, work: Work) -> None:
     files = []
 
@@ -2163,7 +2153,7 @@ async def test_a_run_knows_its_request_but_has_no_connection(house: House) -> No
 # Limits
 
 
-@virtual
+@once
 async def test_over_the_limit_of_runs_one_is_told_to_come_back(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=Run()), max_runs=2) as app:
         runs = [await start(app, f"/work?key={KEY}{number}") for number in range(2)]
@@ -2184,7 +2174,7 @@ async def test_over_the_limit_of_runs_one_is_told_to_come_back(house: House, wor
         assert work.started == 3
 
 
-@virtual
+@once
 async def test_a_caller_over_its_own_limit_is_refused_and_never_softly(house: House, work: Work) -> None:
     ann, bob = {"x-caller": "ann"}, {"x-caller": "bob"}
     async with house.open(GET("/work", work.handler, run=Run()), max_runs_per_caller=2) as app:
@@ -2200,7 +2190,7 @@ async def test_a_caller_over_its_own_limit_is_refused_and_never_softly(house: Ho
         await start(app, "/work", headers=ann)
 
 
-@virtual
+@once
 async def test_a_run_that_failed_at_once_makes_room(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=Run()), max_runs=1) as app:
         for _ in range(3):
@@ -2265,7 +2255,7 @@ async def test_a_run_that_does_not_finish_in_a_drain_is_interrupted(house: House
         assert state["state"] == "interrupted" and state["events"] == 1 + len(expected)
 
 
-@virtual
+@once
 async def test_a_drain_without_time_interrupts_at_once(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=Run())) as app:
         run = await start(app, "/work")
@@ -2275,7 +2265,7 @@ async def test_a_drain_without_time_interrupts_at_once(house: House, work: Work)
         assert await state_of(app, run) == "interrupted" and work.reasons == ["drain"]
 
 
-@virtual
+@once
 async def test_in_a_drain_a_handler_may_clean_up(house: House) -> None:
     reasons: list[EndReason] = []
 
@@ -2309,8 +2299,7 @@ class Stubborn:
         self.ended.set()
 
 
-# Not on trio, where a task can't be left behind, and each wait after a cancellation is cancelled.
-@pytest.mark.parametrize("mode", MEMORY[:2], ids=str, indirect=True)
+@once
 @pytest.mark.parametrize("grace_s", [0, 8])
 async def test_a_drain_ends_although_a_handler_swallows_its_cancellation(
     house: House, grace_s: float, caplog: pytest.LogCaptureFixture
@@ -2329,7 +2318,7 @@ async def test_a_drain_ends_although_a_handler_swallows_its_cancellation(
         stubborn.over = True
 
 
-@pytest.mark.parametrize("mode", [MEMORY[0], *SQLITE], ids=str, indirect=True)
+@engines
 async def test_an_app_ends_although_a_handler_swallows_its_cancellation(house: House) -> None:
     stubborn = Stubborn()
     async with house.open(GET("/work", stubborn.handler, run=Run())) as app:
@@ -2342,7 +2331,7 @@ async def test_an_app_ends_although_a_handler_swallows_its_cancellation(house: H
     await stubborn.ended.wait()
 
 
-@pytest.mark.parametrize("mode", MEMORY[:2], ids=str, indirect=True)
+@once
 async def test_a_host_that_is_cancelled_interrupts_its_runs(house: House, work: Work) -> None:
     with CancelScope() as scope:
         async with house.open(GET("/work", work.handler, run=Run())) as app:
@@ -2366,7 +2355,7 @@ async def test_a_run_that_can_not_be_made_leaves_nothing_that_a_drain_would_wait
         assert current_time() == began
 
 
-@virtual
+@once
 async def test_a_run_that_fails_in_a_drain_has_failed(house: House, work: Work) -> None:
     async with house.open(GET("/work", work.handler, run=Run())) as app, anyio.create_task_group() as tasks:
         run = await start(app, "/work")
@@ -2399,7 +2388,7 @@ async def test_after_a_restart_an_interrupted_run_is_read_to_its_end(house: Hous
         assert work.started == 1
 
 
-@on_sqlite
+@pytest.mark.parametrize("mode", SQLITE[:1], ids=str, indirect=True)
 async def test_after_a_restart_a_finished_run_is_there_with_all_of_it(house: House) -> None:
     async with house.open(COUNT) as app:
         before = await ask(app, f"/count?key={KEY}")
@@ -2586,7 +2575,7 @@ async def test_a_run_that_is_cancelled_while_the_log_is_away_ends(house: House, 
         assert work.reasons == ["cancelled"]
 
 
-@virtual
+@once
 async def test_a_reader_that_can_not_read_the_log_is_sent_away_to_come_back(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -2604,7 +2593,7 @@ async def test_a_reader_that_can_not_read_the_log_is_sent_away_to_come_back(
         assert data((await ask(app, f"/runs/{run}/events")).events) == COUNTED
 
 
-@virtual
+@once
 async def test_a_log_that_can_not_be_written_starts_no_run(
     house: House, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -2618,7 +2607,7 @@ async def test_a_log_that_can_not_be_written_starts_no_run(
         assert work.started == 0
 
 
-@virtual
+@once
 async def test_an_embedding_program_that_forgot_to_run_the_app_is_told(work: Work) -> None:
     app = SSEApp([GET("/work", work.handler, run=Run())], Settings(log="memory"))
     answer = await ask(app, "/work")

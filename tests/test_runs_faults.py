@@ -17,12 +17,13 @@ import pytest
 
 import sseapp
 import ssecore.runs
-from sseapp import GET, Event, Request, Run, Settings, SSEApp
+from sseapp import GET, Event, Run, Settings, SSEApp
 from ssecore.dialects import DATA_ONLY, NAMED
 from ssecore.errors import LogError
 from ssecore.log.sqlite import SqliteLog
 from ssecore.wire import Decoder
 from tests.clients import BROWSER, Answer, ask, listen_like_a_browser, listening
+from tests.house import Work
 from tests.needs import needs
 from tests.serving import Server, serve_module, serve_uvicorn, wait_until
 
@@ -168,6 +169,7 @@ def test_one_sigterm_ends_the_app_although_a_run_swallows_its_cancellation(tmp_p
         assert state(server, run) == "interrupted"
 
 
+@needs("time")
 def test_after_a_kill_a_run_with_a_very_large_last_event_is_closed_like_the_others(tmp_path: Path) -> None:
     """Of 20 MiB: the log takes more, and the decoder by itself less."""
     targets = {"open": "/named/open", "large": "/large/open", "large and complete": "/large/complete"}
@@ -222,31 +224,6 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssecore.runs, "RETRY_S", (0.01,))
 
 
-class Work:
-    """A handler that gives what it is told to, for as long as the app lives."""
-
-    def __init__(self) -> None:
-        self.reasons: list[str] = []
-        self._orders, self._to_do = anyio.create_memory_object_stream[Event](100)
-
-    def say(self, *texts: str) -> None:
-        for text in texts:
-            self._orders.send_nowait(Event(text))
-
-    async def handler(self, request: Request) -> AsyncIterator[Event]:
-        try:
-            async for event in self._to_do:
-                yield event
-                if event.data == "end":
-                    return
-        finally:
-            self.reasons.append(request.end_reason)
-
-    def close(self) -> None:
-        self._orders.close()
-        self._to_do.close()
-
-
 @pytest.fixture
 def work() -> Iterator[Work]:
     work = Work()
@@ -266,7 +243,7 @@ async def opened(folder: Path, work: Work, *, data_only: bool = False) -> AsyncI
 
 async def finished(app: SSEApp, work: Work) -> Answer:
     """A run whose events have been acknowledged."""
-    work.say("1", "2", "end")
+    work.say(*map(Event, ("1", "2", "end")), None)
     answer = await ask(app, f"/work?key={KEY}")
     assert [event.data for event in answer.events] == ["1", "2", "end"]
     return answer
@@ -302,12 +279,12 @@ def fill(folder: Path) -> Path:
 async def assert_the_run_fails_and_the_service_goes_on(
     app: SSEApp, work: Work, before: Answer, text: str, data_only: bool, trouble: Any, mend: Any
 ) -> None:
-    work.say("1")
+    work.say(Event("1"))
     async with listening(app, "/work") as reading, listening(app, f"/runs/{reading.run}/events") as other:
         first = await reading.event()
         assert await other.event() == first
         trouble()
-        work.say("x" * 50_000)
+        work.say(Event("x" * 50_000))
         events = await reading.rest()
         assert_the_end(events, text, data_only)
         assert_the_end(await other.rest(), text, data_only)
@@ -325,7 +302,7 @@ async def assert_the_run_fails_and_the_service_goes_on(
         assert (await again.event()).id == first.id
 
         # New work is refused, and a browser is sent away to come back.
-        work.say("y" * 50_000, "y" * 50_000)
+        work.say(*[Event("y" * 50_000)] * 2)
         refused = await ask(app, "/work")
         assert refused.problem == (503, "log_unavailable") and int(refused.headers["retry-after"]) > 0
         soft = await ask(app, "/work", headers=BROWSER)
@@ -367,8 +344,8 @@ async def test_when_the_log_becomes_read_only_a_run_fails_and_the_service_goes_o
     monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
 
     def switch(to: str) -> None:
-        assert log.store.writer
-        log.store.writer.execute(f"PRAGMA query_only = {to}")
+        assert log.connection
+        log.connection.execute(f"PRAGMA query_only = {to}")
 
     async with opened(tmp_path, work, data_only=data_only) as app:
         before = await finished(app, work)
@@ -408,11 +385,11 @@ async def test_a_run_that_could_not_be_closed_before_the_end_is_interrupted_at_t
     small_disk: Path, work: Work
 ) -> None:
     async with opened(small_disk, work) as app:
-        work.say("1")
+        work.say(Event("1"))
         async with listening(app, "/work") as reading:
             await reading.event()
             fill(small_disk)
-            work.say("x" * 50_000)
+            work.say(Event("x" * 50_000))
             assert len(await reading.rest()) == 1
     os.unlink(small_disk / "ballast")
     async with opened(small_disk, work) as app:

@@ -291,7 +291,7 @@ def test_an_address_for_all_is_refused_without_saying_so_aloud(host: str, tmp_pa
     ):
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr.count("\n") == 1
-        assert result.stderr.startswith(f"sseapp: {host} is not a loopback address")
+        assert result.stderr.startswith(f"sseapp: can't listen on {host}: it is not a loopback address")
         assert "SSEAPP_AUTH=off" in result.stderr
 
 
@@ -354,6 +354,7 @@ def stalled(server: Server, route: str) -> bool:
     return found is not None and float(found[1]) > 0
 
 
+@needs("time")
 @linux
 def test_a_stop_of_the_process_drops_only_the_client_that_does_not_read(tmp_path: Path) -> None:
     with serve(tmp_path, env={"SSEAPP_SEND_TIMEOUT_S": "2"}) as server, ExitStack() as stack:
@@ -374,6 +375,7 @@ def test_a_stop_of_the_process_drops_only_the_client_that_does_not_read(tmp_path
     assert is_clean(server.log())
 
 
+@needs("time")
 def test_a_stop_of_the_process_is_not_part_of_a_streams_life(tmp_path: Path) -> None:
     with serve(tmp_path, env={"SSEAPP_MAX_STREAM_S": "3"}) as server:
         with reading(server, "/countdown/2?interval=0.5") as stream:
@@ -499,6 +501,7 @@ PUBLISH = (
 )
 
 
+@needs("time")
 @linux
 @pytest.mark.parametrize(
     ("before", "meanwhile", "status"),

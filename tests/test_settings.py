@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sseapp import SSEApp
 from ssecore.errors import SettingsError
 from ssecore.settings import Settings
-from tests.serving import free_port, is_clean, run_sseapp, serve
+from tests.serving import call_sseapp, free_port, is_clean, run_sseapp, serve
 
 #: Variables, as the field's metadata or the prefix have them.
 VARIABLES = {
@@ -216,11 +216,11 @@ def test_the_service_starts_where_kubernetes_has_a_service_of_its_name(tmp_path:
 @pytest.mark.parametrize("port", ["tcp://10.96.0.10:8000", "wrong"])
 def test_the_tokens_are_at_hand_whatever_other_variables_say(port: str, tmp_path: Path) -> None:
     env = OF_A_SERVICE | {"SSEAPP_PORT": port, "SSEAPP_TOKENS_FILE": str(tmp_path / "tokens")}
-    assert run_sseapp("token", "add", "ann", env=env).returncode == 0
-    listed = run_sseapp("token", "list", env=env)
+    assert call_sseapp("token", "add", "ann", env=env).returncode == 0
+    listed = call_sseapp("token", "list", env=env)
     assert (listed.returncode, listed.stderr, listed.stdout.split("\t")[1]) == (0, "", "ann")
     for none in ("", "none"):
-        assert run_sseapp("token", "list", env=env | {"SSEAPP_TOKENS_FILE": none}).returncode == 2
+        assert call_sseapp("token", "list", env=env | {"SSEAPP_TOKENS_FILE": none}).returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ CUT_URLS = [
     ("variable", "scheme"), [("SSEAPP_LOG", "redis"), ("SSEAPP_LOG", "rediss"), ("OPENAI_BASE_URL", "https")]
 )
 def test_a_password_that_ends_too_early_is_refused_and_no_part_of_it_said(variable: str, scheme: str, url: str) -> None:
-    result = run_sseapp("serve", "--port", "0", env={variable: url.format(scheme=scheme)})
+    result = call_sseapp("serve", "--port", "0", env={variable: url.format(scheme=scheme)})
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"sseapp: {variable}: ")
     assert not re.search("S3cret|W0rd|1234", result.stderr)
@@ -314,7 +314,7 @@ def test_a_password_is_taken_whole_or_refused_and_never_shown(middle: str) -> No
 
 
 def test_help_lists_every_setting_with_its_default() -> None:
-    result = run_sseapp("serve", "--help")
+    result = call_sseapp("serve", "--help")
     assert result.returncode == 0
     assert result.stderr == ""
     for field in dataclasses.fields(Settings):
@@ -326,13 +326,13 @@ def test_help_lists_every_setting_with_its_default() -> None:
 
 
 def test_the_command_says_what_is_wrong_with_a_variable() -> None:
-    result = run_sseapp("serve", env={"SSEAPP_PORT": "http"})
+    result = call_sseapp("serve", env={"SSEAPP_PORT": "http"})
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(r"sseapp: SSEAPP_PORT='http': .*\bint.*\n", result.stderr)
 
 
 def test_the_command_says_what_is_wrong_with_an_option() -> None:
-    result = run_sseapp("serve", "--port", "99999")
+    result = call_sseapp("serve", "--port", "99999")
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(r"sseapp: --port='99999': .*65535\n", result.stderr)
 

@@ -5,8 +5,9 @@ import sys
 import pytest
 
 from benchmarks import frozen, soak
+from tests.needs import needs
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+pytestmark = [needs("time"), pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
 
 
 def test_what_mixed_traffic_takes_is_given_back() -> None:

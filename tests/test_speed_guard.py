@@ -27,6 +27,7 @@ from ssecore.http.routes import GET
 from ssecore.settings import Settings
 from ssecore.topics import Subscription
 from ssecore.wire import Event
+from tests.needs import needs
 from tests.protocol import Wire, connected
 from tests.upstream import DONE, FIRST, STOP, Call, token
 from tests.upstream import serve as serve_upstream
@@ -36,11 +37,6 @@ READERS: Final = 100
 REQUEST: Final = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 #: What uvicorn, asyncio and this test's own waiting take around a stream, whatever its length.
 AROUND: Final = 40
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture
@@ -197,6 +193,7 @@ async def test_a_stream_whose_client_left_leaves_nothing_to_the_garbage_collecto
                 gc.enable()
 
 
+@needs("time")
 @pytest.mark.parametrize("size", [20, 10_000], ids=["small events", "large events"])
 async def test_idle_readers_keep_nothing_of_what_they_read_from_the_log(
     size: int, monkeypatch: pytest.MonkeyPatch

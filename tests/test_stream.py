@@ -23,7 +23,6 @@ import trio
 from anyio import CancelScope, current_time, get_cancelled_exc_class
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trio.testing import MockClock
 
 from sseapp import SSEApp
 from ssecore.dialects import DATA_ONLY, NAMED
@@ -33,9 +32,10 @@ from ssecore.http.responses import ByteStream, Response
 from ssecore.http.routes import GET, POST, Route
 from ssecore.settings import Settings
 from ssecore.streaming.pump import CLOSE_S, FIRST_ITEM_S
-from ssecore.testing import Exchange, VirtualClockLoop, connect
+from ssecore.testing import Exchange, connect
 from ssecore.wire import HEARTBEAT, Decoder, Event, encode
 from tests.clients import stand_still
+from tests.house import Backend, in_virtual_time, settle
 from tests.lines import is_parked, lines_offered
 from tests.raising_app import KINDS
 
@@ -50,17 +50,10 @@ RETRY: Final = b"retry: 2000\n"
 REFERENCE: Final = rb"internal error \(reference ([0-9a-f]{12})\)"
 
 
-def backend(name: str) -> tuple[str, dict[str, Any]]:
-    """A backend in virtual time, with a clock of its own."""
-    if name == "asyncio":
-        return name, {"loop_factory": VirtualClockLoop}
-    return name, {"clock": MockClock(autojump_threshold=0)}
-
-
 @pytest.fixture(params=["asyncio", "trio", "parked"])
-def anyio_backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, Any]]]:
+def anyio_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with lines_offered(request.param == "parked"):
-        yield backend("trio" if request.param == "trio" else "asyncio")
+        yield in_virtual_time("trio" if request.param == "trio" else "asyncio")
 
 
 def app_of(handler: Callable[..., Any], method: str = "GET", *, data_only: bool = False, **values: Any) -> SSEApp:
@@ -115,11 +108,6 @@ async def rest(exchange: Exchange) -> Answer:
 async def ask(app: SSEApp, *args: Any, **options: Any) -> Answer:
     async with opened(app, *args, **options) as exchange:
         return await rest(exchange)
-
-
-async def settle() -> None:
-    """Let everybody work until all wait for something. The clock stays where it is, to a microsecond."""
-    await anyio.sleep(1e-6)
 
 
 class Trace:
@@ -1780,7 +1768,7 @@ async def test_a_stream_that_lives_too_long_is_told_so(data_only: bool, method: 
     answer = await ask(app, method)
     assert answer.complete and 10 <= answer.times[-1] <= 11 + 1e-6
     end = b"id: end\n\n" if method == "GET" else b"\n"
-    error = b'"error":"the stream\'s longest life is over","code":"timeout"}\n'
+    error = b'"error":"the stream reached its longest duration","code":"timeout"}\n'
     if data_only:
         assert answer.body.endswith(b'\n\ndata: {"type":"error",' + error + b"\ndata: [DONE]\n" + end)
     else:
@@ -2319,7 +2307,7 @@ def test_one_app_runs_in_one_loop_after_the_other(name: str) -> None:
 
     app = app_of(handler)
     for _ in range(2):
-        kind, options = backend(name)
+        kind, options = in_virtual_time(name)
         answer = anyio.run(ask, app, backend=kind, backend_options=options)
         assert answer.chunks == [RETRY + b"data: one\n\n", HEARTBEAT, b"id: end\n\n"]
 
@@ -2426,7 +2414,7 @@ async def act(step: str, amount: int) -> None:
 @given(plan=PLANS)
 @settings(max_examples=150, deadline=None)
 def test_whatever_befalls_a_stream_its_generator_is_closed_and_what_came_is_in_order(name: str, plan: Plan) -> None:
-    kind, options = backend(name)
+    kind, options = in_virtual_time(name)
     anyio.run(follow, plan, backend=kind, backend_options=options)
 
 

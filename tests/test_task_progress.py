@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import accumulate
@@ -27,10 +27,10 @@ from ssecore.http.routes import GET, Run
 from ssecore.log import Row, framed
 from ssecore.log.tail import Translate
 from ssecore.settings import Settings
-from ssecore.testing import VirtualClockLoop
 from ssecore.wire import Decoder, Event, encode
 from tests import serving
 from tests.clients import BROWSER, AppWithCallers, Reading, ask, listen_like_a_browser, listening
+from tests.house import Backend, virtual_time
 from tests.lines import lines_offered
 from tests.serving import Server
 
@@ -42,27 +42,7 @@ STEPS: Final = ("one", "two", "three")
 ASYNC: Final = {"prefer": "respond-async"}
 
 
-class Way(NamedTuple):
-    parked: bool = False
-    backend: str = "asyncio"
-
-    def __str__(self) -> str:
-        return "parked" if self.parked else f"task-{self.backend}"
-
-
-WAYS: Final = [Way(), Way(backend="trio"), Way(parked=True)]
-parked_or_not = pytest.mark.parametrize("way", [WAYS[0], WAYS[2]], ids=str, indirect=True)
-
-
-@pytest.fixture(params=WAYS, ids=str)
-def way(request: pytest.FixtureRequest) -> Way:
-    way: Way = request.param
-    return way
-
-
-@pytest.fixture
-def anyio_backend(way: Way) -> str:
-    return way.backend
+once = pytest.mark.parametrize("parked", [False], ids=["waiting"], indirect=True)
 
 
 @pytest.fixture
@@ -107,13 +87,13 @@ class House(NamedTuple):
 
 
 @pytest.fixture
-async def house(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
-    async with a_house(way, tmp_path, monkeypatch) as house:
+async def house(parked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    async with a_house(parked, tmp_path, monkeypatch) as house:
         yield house
 
 
 @asynccontextmanager
-async def a_house(way: Way, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> AsyncIterator[House]:
+async def a_house(parked: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> AsyncIterator[House]:
     work = Work()
     monkeypatch.setattr(tasks, "OPERATIONS", {"finish": work.steps})
 
@@ -124,7 +104,7 @@ async def a_house(way: Way, folder: Path, monkeypatch: pytest.MonkeyPatch, **set
             yield SimpleNamespace(tasks=tasks)
 
     app = AppWithCallers(ROUTES, Settings(log="memory", data_dir=folder, **settings), lifespan=resources)
-    with lines_offered(way.parked), anyio.fail_after(LIMIT_S):
+    with lines_offered(parked), anyio.fail_after(LIMIT_S):
         async with app.running():
             yield House(app, work)
 
@@ -195,6 +175,7 @@ async def test_every_end_is_told(house: House, code: str) -> None:
 # Cuts
 
 
+@once
 async def test_a_cut_anywhere_loses_nothing_and_repeats_nothing(house: House, small_tail: None) -> None:
     run = await house.execute()
     for _ in range(3):
@@ -211,12 +192,11 @@ async def test_a_cut_anywhere_loses_nothing_and_repeats_nothing(house: House, sm
     assert malformed.problem == (400, "bad_request")
 
 
-@parked_or_not
 async def test_a_browser_is_told_to_stop_wherever_it_was_cut(
-    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A browser has no header to say who it is.
-    async with a_house(way, tmp_path, monkeypatch) as house:
+    async with a_house(parked, tmp_path, monkeypatch) as house:
         answer = await ask(house.app, "/tasks/1/execute/stream?operation=finish", "POST", headers=ASYNC)
         for _ in range(3):
             house.work.go_on()
@@ -292,6 +272,7 @@ async def test_an_execution_that_the_log_forgot_makes_way_for_the_one_before_it(
     assert (await ask(house.app, TARGET, headers=ann | {"last-event-id": "end"})).status == 204
 
 
+@once
 async def test_retention_takes_the_newest_executions_progress_as_well(house: House) -> None:
     assert house.app._services is not None
     run = await house.execute()
@@ -299,8 +280,7 @@ async def test_retention_takes_the_newest_executions_progress_as_well(house: Hou
     assert (await ask(house.app, TARGET, headers={"x-caller": "ann"})).problem == (404, "not_found")
 
 
-@parked_or_not
-async def test_executions_that_are_remembered_are_bounded_for_each_caller_and_task(way: Way, tmp_path: Path) -> None:
+async def test_executions_that_are_remembered_are_bounded_for_each_caller_and_task(tmp_path: Path) -> None:
     kept = database.MAX_EXECUTIONS
     async with open_tasks(tmp_path) as tasks:
         await tasks.begin_execution("ben's", 1, "ben")
@@ -315,11 +295,11 @@ async def test_executions_that_are_remembered_are_bounded_for_each_caller_and_ta
         assert await tasks.executions(3, "ann") == []
 
 
-@parked_or_not
+@once
 async def test_where_nobody_has_a_name_nobodys_executions_are_shown(
-    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with a_house(way, tmp_path, monkeypatch, auth="off") as house:
+    async with a_house(parked, tmp_path, monkeypatch, auth="off") as house:
         assert (await ask(house.app, TARGET)).problem == (403, "forbidden")
 
 
@@ -341,10 +321,8 @@ async def view(request: Request, run: str) -> Any:
     return await request.runs.view(request, run, translate=ends)
 
 
-@pytest.mark.parametrize("anyio_backend", [("asyncio", {"loop_factory": VirtualClockLoop})], ids=["virtual"])
-async def test_what_is_left_out_sends_nothing_and_holds_up_no_heartbeat(
-    parked: bool, anyio_backend: tuple[str, Mapping[str, Any]]
-) -> None:
+@virtual_time
+async def test_what_is_left_out_sends_nothing_and_holds_up_no_heartbeat(parked: bool, anyio_backend: Backend) -> None:
     app = SSEApp([GET("/quiet", quiet, run=Run()), GET("/view/{run}", view)], Settings(log="memory", heartbeat_s=15))
     async with app.running():
         run = (await ask(app, "/quiet", headers=ASYNC)).headers["run-id"]
@@ -373,7 +351,7 @@ def test_a_translation_that_says_the_same_changes_no_byte(events: list[Event]) -
 
 
 def translated(frames: bytes, translate: Translate) -> bytes:
-    return b"".join(ssecore.log.tail._translated(frames, translate))
+    return b"".join(ssecore.log.tail._translate_all(frames, translate, False))
 
 
 # Against a real server

@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers import database
-from handlers.database import NewTask
+from handlers.database import NewTask, open_tasks
 from handlers.task_file import MAX_ROW_BYTES, TaskFile
-from handlers.tasks import ROUTES, open_tasks
+from handlers.tasks import ROUTES
 from sseapp import SSEApp
 from ssecore.errors import SSEAppError
 from ssecore.settings import Settings
@@ -39,11 +39,6 @@ from tests.serving import serve
 ROOT: Final = Path(__file__).parent.parent
 CSV: Final = {"content-type": "text/csv"}
 LIMIT_S: Final = 60
-
-
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 class Service:
@@ -192,7 +187,7 @@ async def test_thousands_of_blank_lines_are_passed_over(tmp_path: Path) -> None:
     async with service(tmp_path) as s:
         events = await s.import_csv("title\nA\n" + "\n" * 5000 + "B\n" + "\r\n" * 5000 + "\0\n" + "\n" * 5000)
         assert [name for name, _ in events] == ["item_error", "progress", "complete"]
-        assert errors_of(events) == [(10004, "title: holds a NUL character")]
+        assert errors_of(events) == [(10004, "title: contains a NUL character")]
         assert events[-2][1] == {"current": 3, "total": None, "percent": 100.0}
 
 
@@ -312,19 +307,19 @@ HEADER: Final = "title,description,status,priority,due\n"
 @pytest.mark.parametrize(
     ("row", "text"),
     [
-        (b",a,open,1,", "title: is empty"),
-        (b'" ",a,open,1,', "title: is empty"),
-        (b"t" * 501 + b",a,open,1,", "title: 501 characters, 500 at most"),
-        (b"t," + b"d" * 10_001 + b",open,1,", "description: 10001 characters, 10000 at most"),
+        (b",a,open,1,", "title: must not be empty"),
+        (b'" ",a,open,1,', "title: must not be empty"),
+        (b"t" * 501 + b",a,open,1,", "title: has 501 characters, and at most 500 are allowed"),
+        (b"t," + b"d" * 10_001 + b",open,1,", "description: has 10001 characters, and at most 10000 are allowed"),
         (b"t,a,closed,1,", "status: must be open, doing or done, not 'closed'"),
         (b"t,a,Open,1,", "status: must be open, doing or done, not 'Open'"),
         (b"t,a,open,0,", "priority: must be a whole number from 1 to 5, not '0'"),
         (b"t,a,open,1.0,", "priority: must be a whole number from 1 to 5, not '1.0'"),
         ("t,a,open,\u0663,".encode(), "priority: must be a whole number from 1 to 5, not '\u0663'"),
-        (b"t,a,open,1,2026-02-29", "due: must be a date as 2026-12-31, not '2026-02-29'"),
-        (b"t,a,open,1,20260228", "due: must be a date as 2026-12-31, not '20260228'"),
-        (b"t,a,open,1,2026-W01-1", "due: must be a date as 2026-12-31, not '2026-W01-1'"),
-        (b"t,a,open,1,31.12.2026", "due: must be a date as 2026-12-31, not '31.12.2026'"),
+        (b"t,a,open,1,2026-02-29", "due: must be a date such as 2026-12-31, not '2026-02-29'"),
+        (b"t,a,open,1,20260228", "due: must be a date such as 2026-12-31, not '20260228'"),
+        (b"t,a,open,1,2026-W01-1", "due: must be a date such as 2026-12-31, not '2026-W01-1'"),
+        (b"t,a,open,1,31.12.2026", "due: must be a date such as 2026-12-31, not '31.12.2026'"),
         (b"t,a,open,1", "4 fields where 5 are expected (title,description,status,priority,due)"),
         (b"t,a,open,1,,", "6 fields where 5 are expected (title,description,status,priority,due)"),
         (b"   ", "1 fields where 5 are expected (title,description,status,priority,due)"),
@@ -332,8 +327,8 @@ HEADER: Final = "title,description,status,priority,due\n"
         (b"t,\xff\xfe,open,1,", "description: is not UTF-8"),
         (b"t,\xed\xa0\x80,open,1,", "description: is not UTF-8"),
         (b"t,a,\xff,1,", r"status: must be open, doing or done, not '\udcff'"),
-        (b"t\0,a,open,1,", "title: holds a NUL character"),
-        (b"t,\0,open,1,", "description: holds a NUL character"),
+        (b"t\0,a,open,1,", "title: contains a NUL character"),
+        (b"t,\0,open,1,", "description: contains a NUL character"),
         (b'"t"x,a,open,1,', "',' expected after '\"'"),
         (b"t,a\rb,open,1,", "new-line character seen in unquoted field"),
     ],
@@ -360,7 +355,7 @@ async def test_lines_are_counted_as_an_editor_counts_them(tmp_path: Path) -> Non
         assert errors_of(await s.import_csv(body)) == [
             (6, "priority: must be a whole number from 1 to 5, not '9'"),
             (7, "priority: must be a whole number from 1 to 5, not '9' (lines 7 to 8)"),
-            (10, "title: is empty"),
+            (10, "title: must not be empty"),
         ]
         assert await s.titles() == ["three\nlines\r\nhere", "good"]
 
@@ -459,20 +454,20 @@ def test_a_quote_that_is_still_open_at_the_end_is_no_row() -> None:
 @pytest.mark.parametrize(
     ("body", "detail", "field"),
     [
-        (b"", "there is no header: the first line must name the columns", None),
-        (b"\xef\xbb\xbf", "there is no header: the first line must name the columns", None),
-        (b"\ntitle\nA\n", "there is no header: the first line must name the columns", None),
-        (b"description\nA\n", "there is no column title", "title"),
-        (b"title,titel\nA,B\n", "unknown column 'titel': there are id, title, description, status", "titel"),
+        (b"", "the header is missing: the first line must name the columns", None),
+        (b"\xef\xbb\xbf", "the header is missing: the first line must name the columns", None),
+        (b"\ntitle\nA\n", "the header is missing: the first line must name the columns", None),
+        (b"description\nA\n", "the column title is missing", "title"),
+        (b"title,titel\nA,B\n", "unknown column 'titel': the columns are id, title, description, status", "titel"),
         (b"title,\nA,\n", "unknown column ''", ""),
         (b"Title\nA\n", "unknown column 'Title'", "Title"),
-        (b"title,due,title\nA,,B\n", "the column title is there twice", "title"),
-        (b"title;due\nA;\n", "the columns are separated by semicolons: this takes commas", "title;due"),
+        (b"title,due,title\nA,,B\n", "the header has the column title twice", "title"),
+        (b"title;due\nA;\n", "the columns are separated by semicolons: use commas", "title;due"),
         (b"titl\xe9\nA\n", "the header is not UTF-8", None),
         ("title\nA\n".encode("utf-16"), "the header is not UTF-8", None),
         (b'"title\nA\n', "the header can't be read: unexpected end of data", None),
         (b"title\rA\rB\r", "the header can't be read: new-line character seen in unquoted field", None),
-        (b"title," * 100_000, "the header can't be read: line too long", None),
+        (b"title," * 100_000, "the header can't be read: a line is too long", None),
     ],
 )
 async def test_a_file_without_a_good_header_is_a_400_and_starts_nothing(
@@ -752,7 +747,7 @@ async def test_a_full_disk_in_the_middle_ends_the_import_and_keeps_what_was_stor
     limited(monkeypatch, "PRAGMA max_page_count = 50")
     async with service(tmp_path) as s:
         *progress, end = await s.import_csv(numbered(5000))
-        told = "the tasks database can't be used now: database or disk is full"
+        told = "can't use the tasks database at the moment: database or disk is full"
         assert end == ("error", {"error": told, "code": "unavailable"})
         assert {name for name, _ in progress} == {"progress"}
         assert len(await s.rows()) == progress[-1][1]["current"] > 0
@@ -768,7 +763,7 @@ async def test_a_locked_database_is_a_503_to_who_writes_and_nothing_to_who_reads
             other.execute("BEGIN IMMEDIATE")
             answer = await s.post(numbered(5))
             told = problem(answer, 503)
-            assert told["detail"] == "the tasks database can't be used now: database is locked"
+            assert told["detail"] == "can't use the tasks database at the moment: database is locked"
             assert answer.headers["retry-after"] == "5"
             assert len(await s.rows()) == 5
         assert (await s.import_csv(numbered(5)))[-1][0] == "complete"
@@ -806,7 +801,7 @@ def make_newer(path: Path) -> None:
     ("make", "told"),
     [
         (make_foreign, "it is the database of another program"),
-        (make_newer, "it has version 99 and this program knows version 3: update it"),
+        (make_newer, "it has version 99, and sseapp supports version 3: update sseapp"),
         (lambda path: path.write_bytes(b"no database at all, but long enough " * 100), "file is not a database"),
         (lambda path: path.write_bytes(b"SQLite format 3\0" + b"\xff" * 8000), "file is not a database"),
         (lambda path: path.mkdir(), "unable to open database file"),
@@ -820,7 +815,7 @@ def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(tmp_path: Path, ma
     path = tmp_path / "tasks.db"
     make(path)
     before = path.read_bytes() if path.is_file() else b""
-    with pytest.raises(SSEAppError, match=re.escape(f"{path} can't be used as the tasks database: {told}")):
+    with pytest.raises(SSEAppError, match=re.escape(f"can't use {path} as the tasks database: {told}")):
         anyio.run(start)
     assert (path.read_bytes() if path.is_file() else b"") == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["tasks.db"]
@@ -828,7 +823,7 @@ def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(tmp_path: Path, ma
 
 async def test_a_folder_that_can_t_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SSEAppError, match="can't be used as the tasks database"):
+    with pytest.raises(SSEAppError, match="as the tasks database"):
         async with open_tasks(tmp_path / "file" / "data"):
             pytest.fail("it was opened")
 

@@ -11,23 +11,21 @@ import anyio.lowlevel
 import httpx
 import pytest
 from anyio import current_time
-from trio.testing import MockClock
 
 from sseapp import GET, POST, Event, Request, Settings, SSEApp, Upload
 from ssecore.testing import Transport, VirtualClockLoop, connect
 from ssecore.wire import HEARTBEAT
+from tests.house import Backend, in_virtual_time
 
 #: Seconds of virtual time after which a test has hung.
 LIMIT_S: Final = 10_000
 START: Final = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
 
 
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    """Both backends in virtual time, with a clock of its own for each test."""
-    if request.param == "asyncio":
-        return "asyncio", {"loop_factory": VirtualClockLoop}
-    return "trio", {"clock": MockClock(autojump_threshold=0)}
+@pytest.fixture
+def anyio_backend() -> Backend:
+    """test_stream.py uses all of this on trio too."""
+    return in_virtual_time()
 
 
 def part(body: bytes, *, more: bool = True) -> dict[str, Any]:
@@ -381,8 +379,6 @@ async def test_an_app_that_is_mounted_finds_its_path() -> None:
 # Transport
 
 
-# httpx wraps one generator into another, and who stops early can't close the inner ones: trio complains.
-@pytest.mark.filterwarnings("ignore:Exception ignored .*async_generator:pytest.PytestUnraisableExceptionWarning")
 async def test_httpx_streams_an_endless_answer() -> None:
     app = Ticker()
     async with client_of(app) as client:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any
 from unittest.mock import ANY
 
 import anyio
@@ -18,13 +18,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ssecore.client import connect as follow
-from ssecore.testing import Transport, VirtualClockLoop, assert_stream, lifespan
+from ssecore.testing import Transport, assert_stream, lifespan
 from ssecore.testing.fixtures import OpenStream, open_stream
 from ssecore.wire import HEARTBEAT, Event
+from tests.house import virtual_time
 
 __all__ = ["open_stream"]
-
-VIRTUAL: Final = pytest.mark.parametrize("anyio_backend", [("asyncio", {"loop_factory": VirtualClockLoop})])
 
 
 class Host:
@@ -82,7 +81,7 @@ def host(request: pytest.FixtureRequest) -> Host:
     return Host(request.param)
 
 
-@VIRTUAL
+@virtual_time
 async def test_an_endless_stream_is_read_and_left(host: Host, open_stream: OpenStream, anyio_backend: Any) -> None:
     stream = open_stream(host.app, "GET", "/count")
     await assert_stream(stream, ("count", {"n": 1}), ("count", {"n": 2}), Event(ANY, "count", "3"), ends=False)
@@ -92,7 +91,7 @@ async def test_an_endless_stream_is_read_and_left(host: Host, open_stream: OpenS
     assert not stream.complete
 
 
-@VIRTUAL
+@virtual_time
 async def test_heartbeats_are_seen_without_waiting_for_them(
     host: Host, open_stream: OpenStream, anyio_backend: Any
 ) -> None:
@@ -103,7 +102,7 @@ async def test_heartbeats_are_seen_without_waiting_for_them(
     assert HEARTBEAT not in chunks, "theirs have words, and a blank line"
 
 
-@VIRTUAL
+@virtual_time
 @pytest.mark.parametrize("kind", [FastAPI, Starlette])
 async def test_a_client_whose_window_is_shut_holds_the_app_back(
     kind: Any, open_stream: OpenStream, anyio_backend: Any
@@ -132,7 +131,7 @@ async def test_a_client_whose_window_is_shut_holds_the_app_back(
     await assert_stream(stream, Event("2"), Event("3"), ends=False)
 
 
-@VIRTUAL
+@virtual_time
 async def test_httpx_streams_and_a_cut_is_a_cut(host: Host, anyio_backend: Any) -> None:
     async with httpx.AsyncClient(transport=Transport(host.app, cuts=[20]), base_url="http://localhost") as client:
         async with client.stream("GET", "/count") as response:
@@ -142,7 +141,7 @@ async def test_httpx_streams_and_a_cut_is_a_cut(host: Host, anyio_backend: Any) 
             await assert_stream(response, ..., ("count", {"n": 3}), ends=False)
 
 
-@VIRTUAL
+@virtual_time
 async def test_a_client_that_resumes_is_tried_with_scripted_cuts(anyio_backend: Any) -> None:
     transport = Transport(Host("starlette").app, cuts=[100, 150, 120])
     async with (

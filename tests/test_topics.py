@@ -9,14 +9,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from itertools import count
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from urllib.parse import quote
 
 import anyio
 import orjson
 import pytest
 from anyio.lowlevel import checkpoint
-from trio.testing import MockClock
 
 import sseapp
 import ssecore.log
@@ -29,9 +28,10 @@ from ssecore.log import Cursor, Stat, new_epoch
 from ssecore.log.memory import MemoryLog
 from ssecore.log.writer import Batch
 from ssecore.settings import Settings
-from ssecore.testing import Exchange, VirtualClockLoop, connect
+from ssecore.testing import Exchange, connect
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import Event
+from tests.house import Backend, in_virtual_time
 from tests.lines import lines_offered
 
 #: Seconds after which a test has hung: virtual ones but with SQLite.
@@ -39,24 +39,7 @@ LIMIT_S: Final = 30
 EPOCH: Final = "A" * 22
 
 
-class Way(NamedTuple):
-    parked: bool
-    backend: str
-
-
-WAYS: Final = {
-    "task-asyncio": Way(False, "asyncio"),
-    "task-trio": Way(False, "trio"),
-    "parked": Way(True, "asyncio"),
-}
-
-on_asyncio = pytest.mark.parametrize("way", ["task-asyncio", "parked"], indirect=True)
-once = pytest.mark.parametrize("way", ["task-asyncio"], indirect=True)
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> Way:
-    return WAYS[request.param]
+once = pytest.mark.parametrize("parked", [False], ids=["waiting"], indirect=True)
 
 
 @pytest.fixture
@@ -66,10 +49,8 @@ def virtual() -> bool:
 
 
 @pytest.fixture
-def anyio_backend(way: Way, virtual: bool) -> tuple[str, dict[str, Any]]:
-    if way.backend == "trio":
-        return "trio", {"clock": MockClock(autojump_threshold=0)}
-    return "asyncio", {"loop_factory": VirtualClockLoop} if virtual else {}
+def anyio_backend(virtual: bool) -> Backend:
+    return in_virtual_time() if virtual else ("asyncio", {})
 
 
 with_sqlite = pytest.mark.parametrize("virtual", [False], ids=["sqlite"])
@@ -83,9 +64,9 @@ ROUTES: Final = [GET("/data/{name}", topic, dialect=DATA_ONLY), GET("/{name}", t
 
 
 @asynccontextmanager
-async def running(way: Way, **values: Any) -> AsyncIterator[SSEApp]:
+async def running(parked: bool, **values: Any) -> AsyncIterator[SSEApp]:
     app = SSEApp(ROUTES, Settings(**({"log": "memory"} | values)))
-    with lines_offered(way.parked), anyio.fail_after(LIMIT_S):
+    with lines_offered(parked), anyio.fail_after(LIMIT_S):
         async with app.running():
             yield app
 
@@ -141,8 +122,8 @@ async def refusal(app: SSEApp, target: str = "/news", **headers: str) -> tuple[E
 # Where a subscription begins
 
 
-async def test_a_fresh_subscription_begins_with_init_whose_id_is_the_top(way: Way) -> None:
-    async with running(way) as app:
+async def test_a_fresh_subscription_begins_with_init_whose_id_is_the_top(parked: bool) -> None:
+    async with running(parked) as app:
         await publish(app, 2)
         top = await publish(app)
         async with connect(app, "GET", "/news") as exchange:
@@ -153,31 +134,31 @@ async def test_a_fresh_subscription_begins_with_init_whose_id_is_the_top(way: Wa
             assert new == Cursor(top.epoch, 4)
 
 
-async def test_the_first_subscription_of_all_begins_before_the_first_event(way: Way) -> None:
-    async with running(way) as app:
+async def test_the_first_subscription_of_all_begins_before_the_first_event(parked: bool) -> None:
+    async with running(parked) as app:
         async with connect(app, "GET", "/news") as exchange:
             (init,) = await take(exchange, 1)
             epoch, _, seq = str(init.id).partition(".")
             assert seq == "0" and await publish(app) == Cursor(epoch, 1)
 
 
-async def test_an_answer_opens_with_the_normal_retry_and_the_headers_of_an_event_stream(way: Way) -> None:
-    async with running(way, retry_ms=1234) as app, connect(app, "GET", "/news") as exchange:
+async def test_an_answer_opens_with_the_normal_retry_and_the_headers_of_an_event_stream(parked: bool) -> None:
+    async with running(parked, retry_ms=1234) as app, connect(app, "GET", "/news") as exchange:
         assert (await exchange.chunk() or b"").startswith(b"retry: 1234\nevent: init\n")
         assert exchange.headers["content-type"] == "text/event-stream"
         assert exchange.headers["cache-control"] == "no-cache, no-transform"
 
 
-async def test_a_cut_before_the_first_event_loses_nothing(way: Way) -> None:
-    async with running(way) as app:
+async def test_a_cut_before_the_first_event_loses_nothing(parked: bool) -> None:
+    async with running(parked) as app:
         await publish(app, 3)
         (init,) = await read(app, 1)
         await publish(app, 4)
         assert sequences(await read(app, 4, init.id)) == [4, 5, 6, 7]
 
 
-async def test_a_resumed_subscription_has_no_init(way: Way) -> None:
-    async with running(way) as app:
+async def test_a_resumed_subscription_has_no_init(parked: bool) -> None:
+    async with running(parked) as app:
         first = await publish(app)
         await publish(app, 3)
         events = await read(app, 3, first)
@@ -185,8 +166,8 @@ async def test_a_resumed_subscription_has_no_init(way: Way) -> None:
         assert sequences(events) == [2, 3, 4]
 
 
-async def test_one_that_has_everything_waits_for_what_is_new(way: Way) -> None:
-    async with running(way) as app:
+async def test_one_that_has_everything_waits_for_what_is_new(parked: bool) -> None:
+    async with running(parked) as app:
         top = await publish(app, 5)
         async with connect(app, "GET", "/news", headers={"last-event-id": str(top)}) as exchange:
             assert await exchange.chunk() == b"retry: 2000\n"
@@ -194,8 +175,8 @@ async def test_one_that_has_everything_waits_for_what_is_new(way: Way) -> None:
             assert sequences(await take(exchange, 1)) == [6]
 
 
-async def test_a_cursor_may_stand_in_the_query_and_the_header_wins(way: Way) -> None:
-    async with running(way) as app:
+async def test_a_cursor_may_stand_in_the_query_and_the_header_wins(parked: bool) -> None:
+    async with running(parked) as app:
         one = await publish(app)
         two = await publish(app)
         await publish(app, 2)
@@ -204,8 +185,9 @@ async def test_a_cursor_may_stand_in_the_query_and_the_header_wins(way: Way) -> 
         assert (await read(app, 1, target="/news?last_event_id="))[0].event == "init"
 
 
-async def test_head_answers_the_headers_and_subscribes_nobody(way: Way) -> None:
-    async with running(way) as app:
+@once
+async def test_head_answers_the_headers_and_subscribes_nobody(parked: bool) -> None:
+    async with running(parked) as app:
         async with connect(app, "HEAD", "/news") as exchange:
             assert await exchange.body() == b""
         assert exchange.status == 200 and exchange.headers["content-type"] == "text/event-stream"
@@ -230,11 +212,11 @@ class MeddlingLog(MemoryLog):
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "resumed"])
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside others"])
 async def test_what_is_published_while_somebody_subscribes_comes_once(
-    way: Way, monkeypatch: pytest.MonkeyPatch, fresh: bool, alone: bool
+    parked: bool, monkeypatch: pytest.MonkeyPatch, fresh: bool, alone: bool
 ) -> None:
     log = MeddlingLog()
     monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
-    async with running(way) as app:
+    async with running(parked) as app:
         log.app = app
         cursor = await publish(app, 3)
         async with connect(app, "GET", "/news") as other:
@@ -287,23 +269,22 @@ async def subscribe_beside_a_publisher(app: SSEApp) -> None:
     assert topics_of(app).subscribers("news") == 0
 
 
-async def test_many_that_subscribe_beside_a_publisher_each_get_a_contiguous_sequence(way: Way) -> None:
-    async with running(way) as app:
+async def test_many_that_subscribe_beside_a_publisher_each_get_a_contiguous_sequence(parked: bool) -> None:
+    async with running(parked) as app:
         await subscribe_beside_a_publisher(app)
 
 
 @with_sqlite
-@on_asyncio
-async def test_the_same_with_sqlite(way: Way, tmp_path: Path) -> None:
-    async with running(way, log="sqlite", data_dir=tmp_path) as app:
+async def test_the_same_with_sqlite(parked: bool, tmp_path: Path) -> None:
+    async with running(parked, log="sqlite", data_dir=tmp_path) as app:
         await subscribe_beside_a_publisher(app)
 
 
 # What can't be given is announced
 
 
-async def test_a_cursor_behind_the_retention_is_told_what_is_trimmed(way: Way) -> None:
-    async with running(way, retention_events=5) as app:
+async def test_a_cursor_behind_the_retention_is_told_what_is_trimmed(parked: bool) -> None:
+    async with running(parked, retention_events=5) as app:
         first = await publish(app, 2)
         await publish(app, 18)
         gap, *events = await read(app, 6, first)
@@ -312,15 +293,15 @@ async def test_a_cursor_behind_the_retention_is_told_what_is_trimmed(way: Way) -
         assert sequences(events) == [16, 17, 18, 19, 20]
 
 
-async def test_a_cursor_just_before_the_oldest_kept_has_lost_nothing(way: Way) -> None:
-    async with running(way, retention_events=5) as app:
+async def test_a_cursor_just_before_the_oldest_kept_has_lost_nothing(parked: bool) -> None:
+    async with running(parked, retention_events=5) as app:
         cursor = await publish(app, 15)
         await publish(app, 5)
         assert sequences(await read(app, 5, cursor)) == [16, 17, 18, 19, 20]
 
 
-async def test_a_cursor_beyond_the_top_is_diverged_and_goes_on_from_where_they_part(way: Way) -> None:
-    async with running(way) as app:
+async def test_a_cursor_beyond_the_top_is_diverged_and_goes_on_from_where_they_part(parked: bool) -> None:
+    async with running(parked) as app:
         top = await publish(app, 5)
         async with connect(app, "GET", "/news", headers={"last-event-id": f"{top.epoch}.8"}) as exchange:
             (gap,) = await take(exchange, 1)
@@ -329,8 +310,8 @@ async def test_a_cursor_beyond_the_top_is_diverged_and_goes_on_from_where_they_p
             assert sequences(await take(exchange, 1)) == [6]
 
 
-async def test_a_cursor_that_the_log_does_not_know_is_expired_and_gets_all_that_is_kept(way: Way) -> None:
-    async with running(way, retention_events=3) as app:
+async def test_a_cursor_that_the_log_does_not_know_is_expired_and_gets_all_that_is_kept(parked: bool) -> None:
+    async with running(parked, retention_events=3) as app:
         await publish(app, 5)
         async with connect(app, "GET", "/news", headers={"last-event-id": f"{EPOCH}.7"}) as exchange:
             gap, *events = await take(exchange, 4)
@@ -340,26 +321,26 @@ async def test_a_cursor_that_the_log_does_not_know_is_expired_and_gets_all_that_
             assert sequences(await take(exchange, 1)) == [6]
 
 
-async def test_a_cursor_of_another_topic_is_expired_too(way: Way) -> None:
-    async with running(way) as app:
+async def test_a_cursor_of_another_topic_is_expired_too(parked: bool) -> None:
+    async with running(parked) as app:
         other = await publish(app, 3, "weather")
         await publish(app)
         gap, event = await read(app, 2, other)
         assert gap_of(gap)["reason"] == "expired" and sequences([event]) == [1]
 
 
-async def test_a_log_that_is_lost_with_its_process_is_announced(way: Way) -> None:
-    async with running(way) as app:
+async def test_a_log_that_is_lost_with_its_process_is_announced(parked: bool) -> None:
+    async with running(parked) as app:
         before = await publish(app, 9)
-    async with running(way) as app:
+    async with running(parked) as app:
         await publish(app, 2)
         gap, *events = await read(app, 3, before)
         assert gap_of(gap) == {"reason": "expired", "from": 10, "to": None}
         assert sequences(events) == [1, 2]
 
 
-async def test_on_a_data_only_route_a_gap_is_data(way: Way) -> None:
-    async with running(way, retention_events=2) as app:
+async def test_on_a_data_only_route_a_gap_is_data(parked: bool) -> None:
+    async with running(parked, retention_events=2) as app:
         first = await publish(app)
         await publish(app, 5)
         gap, *events = await read(app, 3, first, target="/data/news")
@@ -393,8 +374,8 @@ async def test_on_a_data_only_route_a_gap_is_data(way: Way) -> None:
     ],
 )
 @once
-async def test_a_malformed_cursor_is_refused_and_nothing_is_replayed(way: Way, cursor: str) -> None:
-    async with running(way) as app:
+async def test_a_malformed_cursor_is_refused_and_nothing_is_replayed(parked: bool, cursor: str) -> None:
+    async with running(parked) as app:
         await publish(app, 3)
         exchange, problem = await refusal(app, f"/news?last_event_id={quote(cursor)}")
         assert (exchange.status, problem["field"]) == (400, "last_event_id")
@@ -405,12 +386,11 @@ async def test_a_malformed_cursor_is_refused_and_nothing_is_replayed(way: Way, c
 
 
 @with_sqlite
-@on_asyncio
-async def test_a_subscriber_goes_on_after_a_restart(way: Way, tmp_path: Path) -> None:
-    async with running(way, log="sqlite", data_dir=tmp_path) as app:
+async def test_a_subscriber_goes_on_after_a_restart(parked: bool, tmp_path: Path) -> None:
+    async with running(parked, log="sqlite", data_dir=tmp_path) as app:
         (init,) = await read(app, 1)
         before = await publish(app, 3)
-    async with running(way, log="sqlite", data_dir=tmp_path) as app:
+    async with running(parked, log="sqlite", data_dir=tmp_path) as app:
         async with connect(app, "GET", "/news", headers={"last-event-id": str(init.id)}) as exchange:
             assert sequences(await take(exchange, 3)) == [1, 2, 3]
             after = await publish(app)
@@ -424,15 +404,15 @@ async def test_a_subscriber_goes_on_after_a_restart(way: Way, tmp_path: Path) ->
 
 @with_sqlite
 @once
-async def test_a_copy_of_the_file_put_back_is_announced_to_those_who_saw_more(way: Way, tmp_path: Path) -> None:
-    async with running(way, log="sqlite", data_dir=tmp_path / "data") as app:
+async def test_a_copy_of_the_file_put_back_is_announced_to_those_who_saw_more(parked: bool, tmp_path: Path) -> None:
+    async with running(parked, log="sqlite", data_dir=tmp_path / "data") as app:
         await publish(app, 5)
         (file,) = (tmp_path / "data").glob("*.db")
         with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(tmp_path / "copy")) as copy:
             source.backup(copy)
         seen = await publish(app, 3)
     shutil.copyfile(tmp_path / "copy", file)
-    async with running(way, log="sqlite", data_dir=tmp_path / "data") as app:
+    async with running(parked, log="sqlite", data_dir=tmp_path / "data") as app:
         await publish(app, 2)
         gap, *events = await read(app, 3, seen)
         assert gap_of(gap) == {"reason": "diverged", "from": 6, "to": 8}
@@ -441,16 +421,16 @@ async def test_a_copy_of_the_file_put_back_is_announced_to_those_who_saw_more(wa
 
 @with_sqlite
 @once
-async def test_a_second_app_on_the_same_file_is_refused(way: Way, tmp_path: Path) -> None:
-    async with running(way, log="sqlite", data_dir=tmp_path) as app:
+async def test_a_second_app_on_the_same_file_is_refused(parked: bool, tmp_path: Path) -> None:
+    async with running(parked, log="sqlite", data_dir=tmp_path) as app:
         with pytest.raises(LogError, match="in use"):
-            async with running(way, log="sqlite", data_dir=tmp_path, drain_s=0.0):
+            async with running(parked, log="sqlite", data_dir=tmp_path, drain_s=0.0):
                 pass
         await publish(app)
 
 
-async def test_two_apps_in_one_process_do_not_meet(way: Way) -> None:
-    async with running(way) as app, running(way) as other:
+async def test_two_apps_in_one_process_do_not_meet(parked: bool) -> None:
+    async with running(parked) as app, running(parked) as other:
         async with connect(app, "GET", "/news") as exchange:
             await take(exchange, 1)
             assert (await publish(other, 2)).seq == 2
@@ -462,8 +442,8 @@ async def test_two_apps_in_one_process_do_not_meet(way: Way) -> None:
 # Publishing
 
 
-async def test_publishing_gives_the_id_of_the_last_event(way: Way) -> None:
-    async with running(way) as app:
+async def test_publishing_gives_the_id_of_the_last_event(parked: bool) -> None:
+    async with running(parked) as app:
         async with connect(app, "GET", "/news") as exchange:
             await take(exchange, 1)
             cursor = await topics_of(app).publish("news", Event("a"), Event("b", "named"), Event({"c": 1}, retry=5))
@@ -472,25 +452,27 @@ async def test_publishing_gives_the_id_of_the_last_event(way: Way) -> None:
             assert c.id == str(cursor)
 
 
-async def test_an_event_that_cannot_be_encoded_keeps_all_of_them_out(way: Way) -> None:
-    async with running(way) as app:
+@once
+async def test_an_event_that_cannot_be_encoded_keeps_all_of_them_out(parked: bool) -> None:
+    async with running(parked) as app:
         await publish(app)
         with pytest.raises(EncodeError):
             await topics_of(app).publish("news", Event("good"), Event("bad", "a\nb"))
         assert (await publish(app)).seq == 2
 
 
-async def test_an_id_of_the_publishers_own_is_refused(way: Way) -> None:
+@once
+async def test_an_id_of_the_publishers_own_is_refused(parked: bool) -> None:
     """A client would send it back as its cursor, which then means nothing."""
-    async with running(way) as app:
+    async with running(parked) as app:
         with pytest.raises(EncodeError, match="id must be left out") as refusal:
             await topics_of(app).publish("news", Event("x", id="msg-1"))
         assert refusal.value.field == "id"
         assert (await publish(app)).seq == 1
 
 
-async def test_the_order_of_one_publisher_is_the_order_of_the_log(way: Way) -> None:
-    async with running(way) as app:
+async def test_the_order_of_one_publisher_is_the_order_of_the_log(parked: bool) -> None:
+    async with running(parked) as app:
         ids: dict[str, list[int]] = {}
 
         async def publisher(name: str) -> None:
@@ -513,8 +495,8 @@ async def test_the_order_of_one_publisher_is_the_order_of_the_log(way: Way) -> N
             assert sequences(own) == seqs
 
 
-async def test_topics_are_separate_whatever_their_names(way: Way) -> None:
-    async with running(way) as app:
+async def test_topics_are_separate_whatever_their_names(parked: bool) -> None:
+    async with running(parked) as app:
         names = ["news", "News", "topic:news", "a b", "ключ", "%2F"]
         async with connect(app, "GET", "/news") as exchange:
             await take(exchange, 1)
@@ -524,8 +506,9 @@ async def test_topics_are_separate_whatever_their_names(way: Way) -> None:
             assert sequences(await take(exchange, 1)) == [1]
 
 
-async def test_a_topic_is_never_taken_for_a_run(way: Way) -> None:
-    async with running(way) as app:
+@once
+async def test_a_topic_is_never_taken_for_a_run(parked: bool) -> None:
+    async with running(parked) as app:
         cursor = await publish(app)
         exchange, _ = await refusal(app, "/runs/topic:news")
         assert exchange.status == 404
@@ -534,11 +517,11 @@ async def test_a_topic_is_never_taken_for_a_run(way: Way) -> None:
 
 
 async def test_publishers_go_on_when_another_process_has_opened_the_topic(
-    way: Way, monkeypatch: pytest.MonkeyPatch
+    parked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = MemoryLog()
     monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
-    async with running(way) as app:
+    async with running(parked) as app:
         await publish(app)
         async with connect(app, "GET", "/news") as exchange:
             await take(exchange, 1)
@@ -566,12 +549,13 @@ class AwayLog(MemoryLog):
         return await super().stat(stream)
 
 
+@once
 async def test_a_reader_who_waits_for_the_log_while_the_drain_begins_is_sent_away(
-    way: Way, monkeypatch: pytest.MonkeyPatch
+    parked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = AwayLog()
     monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
-    async with running(way) as app:
+    async with running(parked) as app:
         await publish(app)
         log.back = anyio.Event()
         async with connect(app, "GET", "/news") as exchange:
@@ -581,8 +565,8 @@ async def test_a_reader_who_waits_for_the_log_while_the_drain_begins_is_sent_awa
             assert b"retry: " in await exchange.body() and exchange.complete
 
 
-async def test_a_deleted_topic_begins_anew(way: Way) -> None:
-    async with running(way) as app:
+async def test_a_deleted_topic_begins_anew(parked: bool) -> None:
+    async with running(parked) as app:
         before = await publish(app, 3)
         await topics_of(app)._log.delete("topic:news")
         assert (await publish(app)).seq == 1
@@ -590,8 +574,8 @@ async def test_a_deleted_topic_begins_anew(way: Way) -> None:
         assert gap_of(gap)["reason"] == "expired" and sequences([event]) == [1]
 
 
-async def test_a_topic_deleted_under_its_readers_is_there_again_for_whoever_comes(way: Way) -> None:
-    async with running(way) as app:
+async def test_a_topic_deleted_under_its_readers_is_there_again_for_whoever_comes(parked: bool) -> None:
+    async with running(parked) as app:
         await publish(app, 3)
         async with connect(app, "GET", "/news") as exchange:
             await take(exchange, 1)
@@ -603,8 +587,8 @@ async def test_a_topic_deleted_under_its_readers_is_there_again_for_whoever_come
 # How many
 
 
-async def test_subscribers_are_counted_for_each_topic(way: Way) -> None:
-    async with running(way) as app:
+async def test_subscribers_are_counted_for_each_topic(parked: bool) -> None:
+    async with running(parked) as app:
         topics = topics_of(app)
         assert topics.subscribers("news") == 0
         async with connect(app, "GET", "/news") as one, connect(app, "GET", "/weather") as other:
@@ -617,8 +601,8 @@ async def test_subscribers_are_counted_for_each_topic(way: Way) -> None:
         assert topics.subscribers("news") == topics.subscribers("weather") == 0
 
 
-async def test_subscribers_over_the_limit_are_refused_for_the_moment(way: Way) -> None:
-    async with running(way, max_subscribers=2) as app:
+async def test_subscribers_over_the_limit_are_refused_for_the_moment(parked: bool) -> None:
+    async with running(parked, max_subscribers=2) as app:
         async with connect(app, "GET", "/news") as one:
             await take(one, 1)
             async with connect(app, "GET", "/news") as two:
@@ -638,8 +622,8 @@ async def test_subscribers_over_the_limit_are_refused_for_the_moment(way: Way) -
             await read(app, 1)
 
 
-async def test_the_limit_holds_for_those_who_come_at_the_same_moment(way: Way) -> None:
-    async with running(way, max_subscribers=3) as app:
+async def test_the_limit_holds_for_those_who_come_at_the_same_moment(parked: bool) -> None:
+    async with running(parked, max_subscribers=3) as app:
         statuses: list[int] = []
         everybody, hold = anyio.Event(), anyio.Event()
 
@@ -661,8 +645,8 @@ async def test_the_limit_holds_for_those_who_come_at_the_same_moment(way: Way) -
 
 
 @once
-async def test_any_number_of_topics_can_be_used_one_after_another(way: Way) -> None:
-    async with running(way) as app:
+async def test_any_number_of_topics_can_be_used_one_after_another(parked: bool) -> None:
+    async with running(parked) as app:
         first = await publish(app, name="one")
         async with connect(app, target="/two") as reader:
             await take(reader, 1)
@@ -679,10 +663,10 @@ async def test_any_number_of_topics_can_be_used_one_after_another(way: Way) -> N
 @with_sqlite
 @once
 async def test_a_topic_without_events_is_deleted_unless_somebody_reads_it(
-    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ssecore.log.facts, "EMPTY_TOPIC_S", 1.5)
-    async with running(way, log="sqlite", data_dir=tmp_path) as app:
+    async with running(parked, log="sqlite", data_dir=tmp_path) as app:
         log = topics_of(app)._log
         async with connect(app, target="/read") as reader:
             (init,) = await take(reader, 1)
@@ -706,7 +690,7 @@ async def test_a_topic_without_events_is_deleted_unless_somebody_reads_it(
 
 
 async def test_a_topic_that_cant_be_stored_fails_all_who_wait_for_it_and_is_tried_again(
-    way: Way, monkeypatch: pytest.MonkeyPatch
+    parked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = MemoryLog()
     monkeypatch.setattr(sseapp, "open_log", lambda settings: log)
@@ -726,7 +710,7 @@ async def test_a_topic_that_cant_be_stored_fails_all_who_wait_for_it_and_is_trie
             await publish(app)
         failed.append(0)
 
-    async with running(way) as app:
+    async with running(parked) as app:
         with monkeypatch.context() as patch:
             patch.setattr(log._commits, "_commit", refuse)
             async with anyio.create_task_group() as tasks:
@@ -740,8 +724,8 @@ async def test_a_topic_that_cant_be_stored_fails_all_who_wait_for_it_and_is_trie
 
 @with_sqlite
 @once
-async def test_a_publisher_who_leaves_while_it_opens_the_topic_fails_nobody_else(way: Way, tmp_path: Path) -> None:
-    async with running(way, log="sqlite", data_dir=tmp_path) as app:
+async def test_a_publisher_who_leaves_while_it_opens_the_topic_fails_nobody_else(parked: bool, tmp_path: Path) -> None:
+    async with running(parked, log="sqlite", data_dir=tmp_path) as app:
         cursors: list[Cursor] = []
 
         async def publisher() -> None:

@@ -126,6 +126,7 @@ def hosted_program() -> str:
     return page.partition("# with_depends.py\n")[2].partition("```")[0]
 
 
+@needs("time")
 def test_mypy_knows_the_types(folder: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", ".venv/bin/python", *FILES]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -25,11 +25,6 @@ from tests.nginx import make_certificate
 from tests.upstream import DONE, LIMIT_S, STOP, Call, Script, answer, refuse, serve, token
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"):

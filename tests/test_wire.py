@@ -862,7 +862,7 @@ class TestRefused:
 
     def test_error_can_be_shown_to_a_client(self) -> None:
         error = refused(Event("x", "a\nb"), "event")
-        assert (error.status, error.code, error.detail) == (500, "encode_error", "event must not hold CR, LF or NUL")
+        assert (error.status, error.code, error.detail) == (500, "encode_error", "event must not contain CR, LF or NUL")
 
 
 #: Text of all of Unicode, and much of what means something to a parser.

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from ssecore import workers
+from tests.needs import needs
 from tests.serving import free_port, wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,7 @@ def ended(process: "subprocess.Popen[bytes]") -> None:
         process.kill()
 
 
+@needs("time")
 def test_workers_with_sqlite_end_in_words_that_say_what_to_do(tmp_path: Path) -> None:
     process = workers_of_uvicorn(tmp_path, "--workers", "2", SSEAPP_DRAIN_S="0.1")
     try:
@@ -55,6 +57,7 @@ def test_workers_with_memory_logs_are_warned_about(more: Sequence[str], told: in
     assert not list(tmp_path.glob("sseapp-worker-of-*"))
 
 
+@needs("time")
 def test_gunicorns_workers_are_warned_about_too_and_say_farewell(tmp_path: Path) -> None:
     port = free_port()
     command = [

@@ -1,8 +1,6 @@
-"""The page at `/`: every kind of stream of the service, to start and to watch; and the docs at `/docs`.
+"""The page at `/`, to start and read every kind of stream, and the docs at `/docs`.
 
-Plain HTML, CSS and JavaScript modules, as they lie in this folder, and the Markdown files of the folder `docs`. They
-are read once, when the service starts; a request's path is looked up among their names and never reaches the file
-system.
+All files are read at the start: a request's path never reaches the file system.
 """
 
 import hashlib
@@ -18,20 +16,19 @@ from ssecore.wire import encode_json
 
 __all__ = ["ROUTES"]
 
-#: What streams say is only ever text on the page. Should that fail: no inline script, nothing from elsewhere, nothing
-#: sent elsewhere, and (Trusted Types) no string that is parsed as HTML.
+#: A second defence, since the page shows data as text only.
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
-#: A suffix that isn't here isn't served.
+#: Other suffixes are not served.
 MEDIA_TYPES: Final = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
-    ".md": "text/plain; charset=utf-8",  # browsers save a text/markdown
+    ".md": "text/plain; charset=utf-8",  # browsers download text/markdown
     ".svg": "image/svg+xml",
-    ".ts": "text/plain; charset=utf-8",  # types, beside their module
+    ".ts": "text/plain; charset=utf-8",  # a module's types
 }
 
 
@@ -50,7 +47,7 @@ def _read(path: Path) -> _File:
 
 
 def _with_list(docs: dict[str, _File]) -> dict[str, _File]:
-    """And `pages.json`: their names and first headings, in the order in which one reads them."""
+    """Add `pages.json`: names and titles, in reading order."""
     names = sorted(docs, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
     titles = {name: docs[name].body.decode().partition("\n")[0].lstrip("# ") for name in names}
     pages = [{"name": name.removesuffix(".md"), "title": title} for name, title in titles.items()]
@@ -63,7 +60,7 @@ _STATIC: Final[Mapping[str, _File]] = {
     path.name: _read(path) for path in (_FOLDER / "static").iterdir() if path.suffix in MEDIA_TYPES
 }
 _DOCS_PAGE: Final = _read(_FOLDER / "docs.html")
-#: Where one begins; the others follow by name.
+#: First in the list; the others follow by name.
 _FIRST: Final = ("quickstart.md", "handlers.md", "runs.md")
 _DOCS: Final = _with_list({path.name: _read(path) for path in (_FOLDER.parent.parent / "docs").glob("*.md")})
 
@@ -84,7 +81,7 @@ async def doc(request: Request, name: str) -> Response:
 
 
 async def session(request: Request) -> Response:
-    """Who asks, for the page's head: 401 where somebody has to sign in, and no name where nobody has to."""
+    """The caller's name: 401 if a login is required, null if authentication is off."""
     credential = request.credential
     expires = credential.entry.expires if credential is not None else None
     return JSON({"caller": request.caller, "expires": expires}, headers={"cache-control": "no-store"})
@@ -100,7 +97,7 @@ async def static(request: Request, name: str) -> Response:
 def _answer(request: Request, file: _File) -> Response:
     headers = {
         "etag": file.etag,
-        # Asked for again each time: the modules of a page must be of one version. A 304 is cheap.
+        # All modules of a page must have one version, and a 304 is cheap.
         "cache-control": "no-cache",
         "content-security-policy": POLICY,
         "x-content-type-options": "nosniff",
@@ -108,7 +105,7 @@ def _answer(request: Request, file: _File) -> Response:
         "cross-origin-opener-policy": "same-origin",
         "cross-origin-resource-policy": "same-origin",
     }
-    # Weak comparison (RFC 9110, 13.1.2): a proxy that compresses makes our tags weak.
+    # Weak comparison (RFC 9110, 13.1.2): a compressing proxy makes tags weak.
     known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
     if file.etag in known or "*" in known:
         return Response(status=304, headers=headers)

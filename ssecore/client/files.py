@@ -17,31 +17,27 @@ from ssecore.wire import Event
 
 __all__ = ["json_line", "to_file"]
 
-#: Events in one write, at most.
+#: In one write.
 MAX_LINES: Final = 1000
 
 
 class _Line(msgspec.Struct):
-    """One event in the file. `data` is always a string, whatever it holds: a reader needn't guess."""
-
     id: str | None
     event: str | None
     data: str
 
 
-#: What each file of ours begins with.
 _BEGINNING: Final = b'{"id":'
 
 
 async def to_file(source: Source, path: str | os.PathLike[str]) -> int:
-    """Write a stream's events into a file, one JSON object `{"id", "event", "data"}` a line; the number written.
+    """Append a stream's events to a file, one JSON object `{"id", "event", "data"}` a line. Returns their number.
 
-    Each is in the file (not in a buffer of ours) before the next is waited for. Started again, with a new source of the
-    same stream, it goes on after the last complete line: nothing is missing and nothing there twice. A half line is cut
-    off first, and so is the announcement of a gap that nothing followed: it will be made again.
+    Called again it resumes after the last complete line. An incomplete line at the end is cut off, and so are `gap`
+    events, which the server will send again.
 
-    Raises `SourceError` where the file is somebody else's, is being written, or ends with an event without an id; and
-    what `Source` raises. `OSError` where it can't be written.
+    Raises `SourceError` if the file has other content, another writer, or no id in its last event; and what `Source`
+    raises; and `OSError`.
     """
     file = await anyio.to_thread.run_sync(_take, Path(path))
     try:
@@ -60,12 +56,11 @@ async def to_file(source: Source, path: str | os.PathLike[str]) -> int:
 
 
 def json_line(event: Event) -> bytes:
-    """An event as a line of JSON Lines."""
+    """JSON Lines: `{"id", "event", "data"}`, with `data` always a string."""
     return orjson.dumps({"id": event.id, "event": event.event, "data": event.data}) + b"\n"
 
 
 def _take(path: Path) -> int:
-    """Open the file, for this process alone."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -79,16 +74,13 @@ def _take(path: Path) -> int:
 
 
 def _mend(file: int) -> tuple[str | None, str]:
-    """Cut off what is not complete. The first event's id and the last one's, "" where there is none.
-
-    Nothing is cut off from a file that isn't ours.
-    """
+    """Cut off what is incomplete. Returns the first and the last id."""
     size = os.fstat(file).st_size
     if not size:
         return None, ""
     with mmap.mmap(file, size, access=mmap.ACCESS_READ) as content:
         if content[: len(_BEGINNING)] != _BEGINNING[:size]:
-            raise SourceError("the file holds something else than events: name another")
+            raise SourceError("the file has other content than events: choose another file")
         end = content.rfind(b"\n") + 1
         last: _Line | None = None
         while end:
@@ -99,7 +91,7 @@ def _mend(file: int) -> tuple[str | None, str]:
             end, last = begin, None
         first = _parse(content[: content.find(b"\n") + 1]) if end else None
     if last is not None and not last.id:
-        raise SourceError("the file's last event has no id, so nothing can go on from there: name another")
+        raise SourceError("can't resume after the file's last event, which has no id: choose another file")
     os.ftruncate(file, end)
     return (first.id if first else None), (last.id or "" if last else "")
 
@@ -108,7 +100,7 @@ def _parse(content: bytes) -> _Line:
     try:
         return msgspec.json.decode(content, type=_Line)
     except msgspec.DecodeError as error:
-        raise SourceError(f"the file has a line that is no event of ours ({error}): name another") from error
+        raise SourceError(f"a line of the file is not an event ({error}): choose another file") from error
 
 
 def _append(file: int, content: bytes) -> None:

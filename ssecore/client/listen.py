@@ -1,6 +1,6 @@
-"""The command `sseapp listen`: a stream on a terminal, in a pipe, or into a file.
+"""The command `sseapp listen`.
 
-A boundary of trust, too: on a terminal no control character of the server's is printed.
+Boundary of trust: control characters that the server sends are never printed to a terminal.
 """
 
 import argparse
@@ -34,49 +34,49 @@ __all__ = ["ENDS", "configure", "listen"]
 TOKEN: Final = "SSEAPP_TOKEN"
 #: Exit codes, for --help.
 ENDS: Final = {
-    0: "the stream came to its end",
-    1: "it ended with an `error` or `cancelled` event",
-    2: "the command, the address or the file can't be used",
-    3: "the server refused (its words are on stderr)",
-    4: "the stream broke off and can't be resumed, or wasn't there for too long",
+    0: "the stream has ended",
+    1: "the stream has ended with an `error` or `cancelled` event",
+    2: "the command, the URL or the file can't be used",
+    3: "the server refused the request; its reason is on stderr",
+    4: "the stream broke off and can't be resumed, or was unavailable for too long",
     130: "Ctrl-C",
 }
-#: How late an event may be in `--batch`.
+#: For `--batch`.
 WITHIN_S: Final = 1.0
 BAR: Final = 30
-#: Members of a progress event that say what is being done, and how much of it fits behind the bar.
+#: The first member of a progress event that is set is the bar's label.
 LABELS: Final = ("message", "step_name", "step", "status")
 MAX_LABEL: Final = 40
-#: A token of RFC 9110, 5.6.2: the name of a header, or a method.
+#: A token of RFC 9110, 5.6.2: a header's name, or a method.
 _NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-#: C0, C1, and what turns the direction of writing: a server must not steer a terminal. Lines and tabs stay.
+#: C0, C1 and changes of the writing direction, but not line breaks and tabs.
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Give the command its options."""
+    """The command's options."""
     codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in ENDS.items())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "Reads a stream to its end, over lost connections. On a terminal progress is a bar, and tokens are text.\n"
-        'Elsewhere each event is a line of JSON, {"id", "event", "data"}.'
+        "Read a stream to its end; lost connections are reopened and resumed. A terminal shows progress as a bar\n"
+        'and tokens as text. Otherwise each event is printed as a line of JSON, {"id", "event", "data"}.'
     )
-    parser.epilog = f"variables:\n  {TOKEN}  the token, where no other user's `ps` shows it\n\nexit codes:\n{codes}"
+    parser.epilog = f"environment variables:\n  {TOKEN}  the token, hidden from `ps`\n\nexit codes:\n{codes}"
     parser.add_argument("url", metavar="URL")
-    parser.add_argument("--post", metavar="JSON", help="ask by POST, with this body; @FILE reads it, @- from stdin")
-    parser.add_argument("--method", help="ask by another method than GET, or POST with --post")
+    parser.add_argument("--post", metavar="JSON", help="send a POST with this body; @FILE reads a file, @- stdin")
+    parser.add_argument("--method", help="HTTP method; default: GET, or POST with --post")
     parser.add_argument(
-        "--header", metavar="NAME:VALUE", action="append", default=[], help="send this one too; several add up"
+        "--header", metavar="NAME:VALUE", action="append", default=[], help="send this header; can be repeated"
     )
-    parser.add_argument("--token", help=f"sent as `Authorization: Bearer`; better set the variable {TOKEN}")
+    parser.add_argument("--token", help=f"send `Authorization: Bearer TOKEN`; the variable {TOKEN} is safer")
     parser.add_argument(
-        "--to", metavar="FILE", help="write JSON Lines into this file; started again, go on after its last event"
+        "--to", metavar="FILE", help="append JSON Lines to this file; if it has events, resume after the last one"
     )
-    parser.add_argument("--batch", metavar="N", type=int, help="print JSON arrays of up to N events, each second")
+    parser.add_argument("--batch", metavar="N", type=int, help="print JSON arrays of up to N events, one a second")
 
 
 def listen(options: argparse.Namespace) -> int:
-    """Run the command. Returns the exit code."""
+    """Returns the exit code."""
     logging.basicConfig(format="sseapp: %(message)s", stream=sys.stderr)
     logging.getLogger("sseapp").setLevel(logging.INFO)
     try:
@@ -90,24 +90,24 @@ def listen(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except Refused as error:
-        return _say(error, 3)
+        return _fail(error, 3)
     except (SourceError, httpx.InvalidURL, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # `| head`: whoever read has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        if isinstance(error, BrokenPipeError):  # such as `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports an error at exit
             return 0
-        return _say(error, 4 if isinstance(error, Broken | GaveUp) else 2)
+        return _fail(error, 4 if isinstance(error, Broken | GaveUp) else 2)
     finally:
         screen.close()
 
 
-def _say(error: Exception, code: int) -> int:
+def _fail(error: Exception, code: int) -> int:
     print(f"sseapp: {_safe(str(error))}", file=sys.stderr)
     return code
 
 
 def _source(options: argparse.Namespace) -> Source:
     if options.batch is not None and (options.batch < 1 or options.to):
-        raise ValueError("--batch: at least 1, and not together with --to")
+        raise ValueError("--batch must be at least 1, and can't be combined with --to")
     content = None if options.post is None else json_argument(options.post, "--post")
     headers = {} if content is None else {"content-type": "application/json"}
     token = options.token or os.environ.get(TOKEN)
@@ -116,10 +116,10 @@ def _source(options: argparse.Namespace) -> Source:
     for header in options.header:
         name, colon, value = header.partition(":")
         if not colon or not _NAME.fullmatch(name):
-            raise ValueError(f"--header: {name!r:.60} is not a header's name and a colon, as in 'X-Name: value'")
+            raise ValueError(f"--header: {name!r:.60} is not a header name with a colon: write 'X-Name: value'")
         headers[name.lower()] = value.strip()
     if options.method is not None and not _NAME.fullmatch(options.method):
-        raise ValueError(f"--method: {options.method!r:.60} is not a method")
+        raise ValueError(f"--method: {options.method!r:.60} is not an HTTP method")
     method = options.method.upper() if options.method else None
     return connect(options.url, method=method, content=content, headers=headers, gaps="yield")
 
@@ -128,7 +128,7 @@ async def _listen(source: Source, options: argparse.Namespace, screen: "Screen")
     async with source:
         if options.to:
             if not await to_file(source, options.to) and source.last_event_id:
-                print(f"sseapp: {options.to} is complete already: the stream has nothing more", file=sys.stderr)
+                print(f"sseapp: {options.to} is complete: the stream has no more events", file=sys.stderr)
         elif options.batch:
             async with aclosing(batches(source, options.batch, WITHIN_S)) as groups:  # type: ignore[type-var]
                 async for group in groups:
@@ -140,20 +140,16 @@ async def _listen(source: Source, options: argparse.Namespace, screen: "Screen")
 
 
 class Screen:
-    """Where events are shown: lines of JSON, or on a terminal what a person wants to see."""
-
     def __init__(self, output: TextIO) -> None:
         self._output = output
         self._shows = output.isatty()
-        self._open: Literal["", "bar", "text"] = ""  # what stands in the unfinished line
+        self._open: Literal["", "bar", "text"] = ""  # kind of the unfinished line
 
     def write(self, content: bytes) -> None:
-        """Bytes as they are, at once."""
         self._output.buffer.write(content)
         self._output.buffer.flush()
 
     def take(self, event: Event) -> None:
-        """One event."""
         if self._shows:
             self._output.write(self._shown(event))
             self._output.flush()
@@ -161,7 +157,6 @@ class Screen:
             self.write(json_line(event))
 
     def close(self) -> None:
-        """End the line that is open."""
         if self._open:
             self._output.write(self._begin(""))
             self._output.flush()
@@ -180,7 +175,7 @@ class Screen:
         return f"{self._begin('')}{_safe(event.event or 'message')}: {_safe(event.data)}\n"
 
     def _begin(self, kind: Literal["", "bar", "text"]) -> str:
-        """What has to be written before something of this kind: a bar takes the place of the last one."""
+        """Text to print before output of this kind: a bar replaces the last bar."""
         before, self._open = self._open, kind
         if not before or before == kind == "text":
             return ""
@@ -188,7 +183,7 @@ class Screen:
 
 
 def _token(event: Event, data: dict[str, Any]) -> str | None:
-    """A piece of a model's answer, in one of the service's vocabularies."""
+    """A model's token, from any of the service's routes."""
     if event.event == "token":
         return str(data.get("token", event.data))
     if event.event is None and isinstance(data.get("content"), str) and data.get("type", "chunk") == "chunk":
@@ -197,7 +192,7 @@ def _token(event: Event, data: dict[str, Any]) -> str | None:
 
 
 def _share(data: dict[str, Any]) -> float | None:
-    """How much is done, 0 to 1, of an event that tells progress."""
+    """The progress, 0 to 1."""
     done, total = data.get("percent", data.get("progress")), 100
     if done is None:
         done, total = data.get("current"), data.get("total", 0)

@@ -1,7 +1,7 @@
-"""HTTP clients of ours: httpx's, with what the environment says of proxies and certificates as far as it can be used.
+"""Makes httpx clients that ignore unusable environment variables for proxies and certificates.
 
-httpx alone raises for `NO_PROXY=[::1]`, for a proxy of a kind that isn't installed (`ALL_PROXY=socks5://…`) and for a
-certificate file that doesn't exist: a service that asks nothing but this machine would not start.
+httpx itself raises for `NO_PROXY=[::1]`, `ALL_PROXY=socks5://…` and a missing certificate file, so the service would
+not start.
 """
 
 import logging
@@ -17,19 +17,17 @@ __all__ = ["http_client"]
 
 logger = logging.getLogger("sseapp")
 
-#: Programs of this machine are not behind a proxy.
 LOOPBACK: Final = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 DEFAULT_LIMITS: Final = httpx.Limits(max_connections=100, max_keepalive_connections=20)  # httpx's own
 
-
-#: Makes what carries the requests that go to no proxy.
+#: Makes the transport for requests without a proxy.
 Transport = Callable[[ssl.SSLContext, httpx.Limits], httpx.AsyncBaseTransport]
 
 
 def http_client(
     *, limits: httpx.Limits = DEFAULT_LIMITS, transport: Transport | None = None, **options: Any
 ) -> httpx.AsyncClient:
-    """A client; `options` are httpx's. A variable that can't be used is ignored, and one line of the log names it."""
+    """`options` are httpx's. Logs one line for each ignored variable."""
     certificates = _certificates()
     mounts: dict[str, httpx.AsyncBaseTransport | None] = {}
     proxies = getproxies()
@@ -39,7 +37,7 @@ def http_client(
             try:
                 proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
                 mounts[f"{scheme}://"] = httpx.AsyncHTTPTransport(verify=certificates, limits=limits, proxy=proxy)
-            except (ValueError, ImportError, httpx.InvalidURL) as error:  # the address may hold a password
+            except (ValueError, ImportError, httpx.InvalidURL) as error:  # the URL may contain a password
                 _ignored(f"{scheme}_proxy", f"httpx can't use this proxy ({type(error).__name__})")
     if mounts:
         mounts.update(dict.fromkeys(_exempt(hosts)))
@@ -50,7 +48,7 @@ def http_client(
 
 
 def _exempt(hosts: list[str]) -> Iterator[str]:
-    """The patterns of httpx that stand for NO_PROXY. As with httpx, `example.com` is all of its subdomains too."""
+    """httpx's URL patterns for NO_PROXY. As in httpx, `example.com` includes its subdomains."""
     for host in filter(None, hosts):
         address = host.strip("[]")
         if "://" in host:
@@ -64,7 +62,7 @@ def _exempt(hosts: list[str]) -> Iterator[str]:
         try:
             httpx.URL(pattern)
         except httpx.InvalidURL:
-            _ignored("no_proxy", f"{host!r:.60} can't be read; its other entries are used")
+            _ignored("no_proxy", f"can't parse the entry {host!r:.60}; the other entries are used")
         else:
             yield pattern
 
@@ -74,11 +72,11 @@ def _certificates() -> ssl.SSLContext:
         return httpx.create_ssl_context()
     except OSError as error:
         reason = f"{error.strerror or error}; the system's own certificates are used"
-        if error.filename is None:  # which is given for the other file alone
+        if error.filename is None:  # set only for the other file
             _ignored("SSL_CERT_FILE", reason)
         if os.environ.get("SSLKEYLOGFILE"):
             _ignored("SSLKEYLOGFILE", reason)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which checks certificates and host names
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks certificates and host names
         context.load_default_certs()
         return context
 

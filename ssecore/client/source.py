@@ -1,28 +1,13 @@
-"""The client: a stream that survives its connection, seen from the other end.
+"""A client for event streams that reconnects and resumes. docs/clients.md describes its behaviour.
 
-    async with connect("https://example.org/chat?prompt=hi") as source:
-        async for event in source:
-            ...
+1.  The stream ends at a 204, at the id `end`, and after a complete response without ids: another request would repeat
+    the work. After any other response the client reconnects, like `EventSource`.
+2.  Only GET, a resume from an id and a request with an `Idempotency-Key` are sent twice; any other request only if the
+    server did not process it: no connection, 425, 429, 503.
+3.  The reader has its own task, so cancelling a wait for an event loses neither an event nor the connection.
 
-1.  **When it goes on.** A connection that was lost is opened again with the last id (`Last-Event-ID`), after the
-    server's `retry:` or `Retry-After`, and a random share of a time that doubles with each failure. A stream's proper
-    end is no reason to stop, as with `EventSource`: the answer to the reconnect says whether there is more.
-2.  **When it ends.** 204; or the last event's id is `end`; or the answer came to its proper end and there is no id to
-    go on from (asking again would only run the work again). With `once` any proper end.
-3.  **When it fails.** A refusal (`Refused`), what is no event stream (`SourceError`), too long without a stream
-    (`GaveUp`), and a stream that broke off and can't be resumed (`Broken`): its events have no ids, or the request
-    may not be sent twice. An end is never mistaken for success: a loss is never silent.
-4.  **What may be sent twice.** GET; anything that goes on from an id; anything with an `Idempotency-Key`. Another
-    request is sent again only where it surely wasn't carried out: no connection, 425, 429, 503. After a POST that
-    started a run the client goes on by GET at the run's `Content-Location`; where there is none, by the same POST with
-    `Last-Event-ID`.
-5.  **The reader is a task of its own**, in the source's task group. So whoever waits for an event can be cancelled, by
-    a time limit for instance, and neither an event nor the connection is lost. It reads on when all that it has read
-    was taken: what is held is one chunk and one unfinished event.
-
-Boundary of trust: the server. What it sends is bounded: an event, the headers (100 KiB, h11's own limit), redirects,
-the text of a refusal, the time that it makes us wait. Headers of the caller's, credentials above all, go to no other
-origin.
+Boundary of trust: the server. Limits apply to events, headers (100 KiB, h11's own), redirects, refusals and pauses. The
+caller's headers, such as credentials, are sent to no other origin.
 """
 
 import logging
@@ -62,55 +47,55 @@ __all__ = [
 
 logger = logging.getLogger("sseapp")
 
-#: Four of our server's heartbeats (15 s): one that is late or lost isn't taken for the end of the line.
+#: Four of our server's heartbeats (15 s): one may be lost.
 IDLE_TIMEOUT_S: Final = 60.0
-#: Longer than a restart of a service behind a proxy takes; a program that waits for ever tells nobody.
+#: Longer than a restart of a service behind a proxy.
 GIVE_UP_S: Final = 300.0
 CONNECT_TIMEOUT_S: Final = 10.0
-#: A server that doesn't answer TLS's goodbye keeps nobody.
+#: Some servers don't answer TLS's close_notify.
 CLOSE_TIMEOUT_S: Final = 2.0
-#: The random share of the first pause, and of the longest.
+#: Random part of a pause: the first one, minimum, maximum.
 BACKOFF_S: Final = 1.0
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.05, 30.0
-#: A `retry:` or `Retry-After` beyond it counts as this: a server must not put a client to sleep for years.
+#: Limit for `retry:` and `Retry-After`.
 MAX_ASKED_S: Final = 3600.0
-#: A connection that stood for so long was a good one, though no event came: the next failure is a first one again.
+#: Resets the backoff even without an event.
 STEADY_S: Final = 10.0
 #: Browsers follow 20.
 MAX_REDIRECTS: Final = 10
-#: Of a refusal's body: a problem has some hundred bytes. And the time it may take to come.
+#: A problem has some hundred bytes.
 MAX_PROBLEM_BYTES, PROBLEM_TIMEOUT_S = 64 * 1024, 5.0
 MAX_TEXT: Final = 1000
-#: Servers refuse header blocks of more than 8 to 16 KiB.
+#: Servers refuse heads above 8 to 16 KiB.
 MAX_ID_BYTES: Final = 4096
 
 _REPEATABLE: Final = frozenset(["GET", "HEAD", "OPTIONS", "PUT", "DELETE"])
-#: What may pass, or be meant for somebody else than us; of these the request wasn't carried out:
+#: The request was not processed.
 _NOT_DONE: Final = frozenset([425, 429, 503])
-_PASSING: Final = _NOT_DONE | {408}
+_TRANSIENT: Final = _NOT_DONE | {408}
 _FROM_PROXIES: Final = frozenset([502, 504])
-#: What h11 refuses in a header's value, and what it and servers strip.
+#: In a header h11 refuses control characters, and strips white space.
 _UNSENDABLE: Final = re.compile(r"[\x00-\x1f\x7f]|^\s|\s$")
 _FAILURES: Final = ("error", "cancelled")
 _RUN_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_OF_THE_BODY: Final = ("content-type", "content-length", "transfer-encoding", "idempotency-key")
+_BODY_HEADERS: Final = ("content-type", "content-length", "transfer-encoding", "idempotency-key")
 
 
 class SourceError(UpstreamError):
-    """The stream can't be read; raised by `Source`. The root of what stands below. Texts never hold the URL."""
+    """Base class. Texts never contain the URL."""
 
     code = "source_error"
 
 
 class Refused(SourceError):
-    """The server said no, for good: a 4xx or 5xx that won't pass. The text has the problem's `detail`."""
+    """A 4xx or 5xx that a retry won't change."""
 
     code = "refused"
 
     def __init__(self, upstream_status: int, problem: Mapping[str, Any]) -> None:
-        #: The answer's status; `status` is what it means for a service of ours that asked.
+        #: The server's; `status` is what our service answers in turn.
         self.upstream_status = upstream_status
-        #: The members of its problem (RFC 9457), if it was one.
+        #: Its members (RFC 9457), if the body was one.
         self.problem = dict(problem)
         text = self.problem.get("detail") or self.problem.get("title")
         phrase = httpx.codes.get_reason_phrase(upstream_status)
@@ -118,31 +103,29 @@ class Refused(SourceError):
 
 
 class Broken(SourceError):
-    """It broke off and can't be resumed. What came before was handed over; more may have been lost."""
+    """It can't be resumed: no ids, or a request that may not be repeated."""
 
     code = "broken"
 
 
 class GaveUp(SourceError):
-    """For `give_up_s` no stream could be had. Try later, with `last_event_id`."""
+    """No stream for `give_up_s`. Try again later with `last_event_id`."""
 
     code = "gave_up"
 
 
 class GapError(SourceError):
-    """The server announced a loss. Iterate on, and the stream goes on behind the gap."""
+    """Iterate again to continue after the gap."""
 
     code = "gap"
 
     def __init__(self, event: Event) -> None:
-        #: The announcement; its data is `{"reason", "from", "to"}`.
+        #: Its data is `{"reason", "from", "to"}`.
         self.event = event
         super().__init__(f"events were lost: {event.data}")
 
 
 class _Lost(Exception):
-    """This connection is over, and another may follow."""
-
     def __init__(self, text: str, *, after_s: float = 0, at_once: bool = False) -> None:
         super().__init__(text)
         self.after_s = after_s
@@ -150,21 +133,14 @@ class _Lost(Exception):
 
 
 class Source:
-    """A stream under way: an async iterator of its events, for one task at a time. To be entered by `async with`.
+    """A stream's events, for `async with` and `async for` in one task at a time. Raises `SourceError`.
 
-    Nothing is asked for before the first event is. A wait for an event may be cancelled and done again: nothing is
-    lost. Raises `SourceError`; after a `GapError` the iteration can go on.
+    `client`: an httpx client, which is not closed.
+    `gaps`: raise `GapError` for a `gap` event, or yield the event.
+    `once`: for servers that send ids but can't resume.
+    `idle_timeout_s`: limit without a byte. `give_up_s`: limit without a stream. `None` turns a limit off.
 
-    `method` is GET, or POST where there is a body (`json` or `content`). `client` is used instead of one of its own,
-    for proxies, certificates or an app in-process; it stays open.
-
-    `last_event_id`: begin after this event. `gaps`: an announced loss raises `GapError`, or is an event like others.
-    `once`: the proper end of an answer is the end of the stream; for servers that give ids and can't resume.
-    `idle_timeout_s`: a connection is given up after so long without a byte (heartbeats are bytes); default 60.
-    `give_up_s`: how long to try without success before `GaveUp`; default 300. `max_event_bytes`: default 16 MiB.
-    `None` turns these limits off.
-
-    A handler may yield inside of its block, although a task group is: no failure of the reader's ever cancels it.
+    A handler may yield inside the block: a failure of the reader never cancels it.
     """
 
     def __init__(
@@ -183,9 +159,9 @@ class Source:
         give_up_s: float | None = GIVE_UP_S,
         max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES,
     ) -> None:
-        #: The id of the last event that was handed over: what to go on from another time. "" is none.
+        #: Of the last event delivered.
         self.last_event_id = last_event_id
-        #: Of a run on our server, once its first answer is there.
+        #: Set by the first response of a run on our server.
         self.run_id: str | None = None
         self._gaps = gaps
         self._once = once
@@ -197,10 +173,10 @@ class Source:
         self._request: dict[str, Any] = {"method": method, "url": url, "headers": httpx.Headers(headers), **body}
         self._decoder = Decoder(max_event_bytes=max_event_bytes)
         self._last_two: deque[Event] = deque(maxlen=2)
-        self._first_id: str | None = None  # of the whole stream, to see that a server begins anew
-        self._heard = False  # an event came by this connection
-        self._heard_ever = False
-        # Between the reader's task and whoever iterates: rule 5.
+        self._first_id: str | None = None  # to detect a server that restarts the stream
+        self._received = False  # an event, on this connection
+        self._received_ever = False
+        # Between the reader's task and the iterating one (rule 3).
         self._ready: deque[Event] = deque()
         self._arrived = anyio.Event()
         self._wanted = anyio.Event()
@@ -225,14 +201,14 @@ class Source:
             await self._tasks.__aexit__(None, None, None)  # without the error, which the group would wrap
         finally:
             if self._given_client is None:
-                with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):  # its sockets are freed, whatever ends us
+                with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                     await self._client.aclose()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Event:
-        """Hot path: where an event is there already, one look at it and no wait."""
+        # Hot path.
         if not self._ready:
             await self._wait()
         event = self._ready.popleft()
@@ -263,17 +239,14 @@ class Source:
             self._waiting = False
 
     def resume_from(self, last_event_id: str, first_event_id: str | None = None) -> None:
-        """Go on after this event. `first_event_id`: the stream's first, to see that a server begins it anew.
-
-        Before the first event was asked for; else raises `RuntimeError`.
-        """
+        """Begin after this event. `first_event_id`, the stream's first, is for detecting a server that restarts it."""
         if self._started:
-            raise RuntimeError("the source is being read already: give it away before its first event")
+            raise RuntimeError("the source is being read already: call this before its first event")
         self.last_event_id, self._first_id = last_event_id, first_event_id
 
     @property
     def failed(self) -> bool:
-        """At its end: whether the stream's last word (but for `[DONE]`) was our server's `error` or `cancelled`."""
+        """Whether the last event before `[DONE]` was our server's `error` or `cancelled`."""
         words = [event for event in self._last_two if event.data != "[DONE]"]
         if not words:
             return False
@@ -286,24 +259,23 @@ class Source:
 
     async def _read(self) -> None:
         try:
-            await self._follow()
+            await self._read_connections()
         except Exception as error:
             self._failure = error
         finally:
             self._over = True
             self._arrived.set()
 
-    async def _follow(self) -> None:
-        """One connection after the other, until the stream has ended."""
+    async def _read_connections(self) -> None:
         attempt, lost_at = 0, current_time()
         while True:
-            began, self._heard = current_time(), False
+            began, self._received = current_time(), False
             try:
                 await self._connection()
                 return
             except _Lost as error:
                 lost = error
-            if self._heard or current_time() - began > STEADY_S:
+            if self._received or current_time() - began > STEADY_S:
                 attempt, lost_at = 0, current_time()
             pause_s = self._pause_s(lost, attempt)
             if self._give_up_s is not None and current_time() + pause_s - lost_at > self._give_up_s:
@@ -313,7 +285,7 @@ class Source:
             await anyio.sleep(pause_s)
 
     def _pause_s(self, lost: _Lost, attempt: int) -> float:
-        """What the server asked for, and on top a random share of a time that doubles: full jitter."""
+        """The server's pause plus full jitter."""
         if lost.at_once and not attempt:
             return 0
         retry_ms = self._decoder.retry_ms
@@ -323,7 +295,6 @@ class Source:
         return max(retry_s, lost.after_s) + random.uniform(0, most_s)
 
     async def _connection(self) -> None:
-        """Returns when the stream has ended for good."""
         resumed_from = self._decoder.last_event_id
         response = await self._open()
         if response is None:
@@ -335,14 +306,14 @@ class Source:
         if self._decoder.last_event_id == "end":
             return
         clean, farewell = lost is None, self._decoder.farewell
-        text = lost or ("the server asks to come back" if farewell else "the answer has ended")
+        text = lost or ("the server asked to reconnect" if farewell else "the response has ended")
         if clean and self._once and not farewell:
             return
         if self._resumable():
             raise _Lost(text, at_once=clean and not farewell and self.run_id is not None)
         if clean and not farewell:
             return
-        if not self._heard_ever and self._may_repeat():
+        if not self._received_ever and self._may_repeat():
             raise _Lost(text)
         raise Broken(f"{text}, and the stream can't be resumed: {self._why_not()}. Start it again.")
 
@@ -350,7 +321,7 @@ class Source:
         return bool(self._decoder.last_event_id) and _sendable(self._decoder.last_event_id) and self._may_repeat()
 
     def _may_repeat(self) -> bool:
-        """Rule 4."""
+        """Rule 2."""
         headers, goes_on = self._request["headers"], self.run_id is not None and bool(self._decoder.last_event_id)
         return self._request["method"] in _REPEATABLE or "idempotency-key" in headers or goes_on
 
@@ -360,33 +331,33 @@ class Source:
         return "its id can't be sent back" if self._decoder.last_event_id else "its events have no ids"
 
     async def _receive(self, response: httpx.Response, resumed_from: str) -> str | None:
-        """Hand over the events of an answer. `None` at its proper end, else what broke it."""
+        """Returns `None` for a complete response, else what ended it."""
         self._decoder.reset()
         try:
             async with _chunks(response) as chunks:
                 while True:
                     with anyio.fail_after(self._idle_timeout_s):
                         chunk = await anext(chunks, None)
-                    if events := self._decoder.feed(chunk or b""):  # with nothing it only says what is too large
-                        await self._hand_over(events, resumed_from)
+                    if events := self._decoder.feed(chunk or b""):  # b"" only raises `TooLarge`
+                        await self._deliver(events, resumed_from)
                     if chunk is None:
                         break
         except TooLarge as error:
-            raise SourceError(f"{error}: raise max_event_bytes if that is right") from error
+            raise SourceError(f"{error}: raise max_event_bytes if such events are expected") from error
         except TimeoutError:
             return f"no byte for {self._idle_timeout_s:g} s"
         except httpx.TransportError as error:
             return f"the connection broke: {error or type(error).__name__}"
-        return "the answer ended within an event" if self._decoder.unfinished else None
+        return "the response ended within an event" if self._decoder.unfinished else None
 
-    async def _hand_over(self, events: list[Event], resumed_from: str) -> None:
+    async def _deliver(self, events: list[Event], resumed_from: str) -> None:
         first = events[0].id
         if self._first_id is None:
             if self._decoder.last_event_id:
                 self._first_id = next((event.id for event in events if event.id), None)
-        elif not self._heard and first == self._first_id != resumed_from:
-            raise SourceError("the server began the stream anew instead of going on: it doesn't heed Last-Event-ID")
-        self._heard = self._heard_ever = True
+        elif not self._received and first == self._first_id != resumed_from:
+            raise SourceError("the server restarted the stream instead of resuming it: it ignores Last-Event-ID")
+        self._received = self._received_ever = True
         self._last_two.extend(events[-2:])
         self._ready.extend(events)
         self._arrived.set()
@@ -394,15 +365,14 @@ class Source:
             self._wanted = anyio.Event()
             await self._wanted.wait()
 
-    # A request and the head of its answer
+    # Requests and response heads
 
     async def _open(self) -> httpx.Response | None:
-        """The answer that is an event stream; `None` where the stream is over."""
         request = self._next_request()
         for _ in range(MAX_REDIRECTS + 1):
             response = await self._send(request)
             try:
-                following = await self._judge(response)
+                following = await self._classify(response)
             except BaseException:
                 with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                     await response.aclose()
@@ -418,13 +388,13 @@ class Source:
 
     def _next_request(self) -> httpx.Request:
         headers = httpx.Headers(self._request["headers"])
-        # No `cache-control: no-cache`: with it our server takes us for a browser, and refuses softly.
+        # No `cache-control: no-cache`: our server would answer as to a browser.
         headers.setdefault("accept", CONTENT_TYPE)
         headers["accept-encoding"] = "identity"
         last = self._decoder.last_event_id
         if last and _sendable(last):
             headers = httpx.Headers([*headers.raw, (b"last-event-id", last.encode())])
-        # No time limit but for connecting: those of ours count bytes, and hold with any transport.
+        # Our own limits count bytes, with any transport.
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         return self._client.build_request(**{**self._request, "headers": headers, "timeout": timeout})
 
@@ -433,97 +403,95 @@ class Source:
             with anyio.fail_after(self._idle_timeout_s):
                 return await self._client.send(request, stream=True, follow_redirects=False)
         except httpx.UnsupportedProtocol as error:
-            raise SourceError("the address must begin with http:// or https://") from error
-        except httpx.LocalProtocolError as error:
-            raise SourceError("the request can't be sent: a header holds what none may hold") from error  # say no token
+            raise SourceError("the URL must begin with http:// or https://") from error
+        except httpx.LocalProtocolError as error:  # its text may contain the token
+            raise SourceError("the request can't be sent: a header has an invalid character") from error
         except (TimeoutError, httpx.TransportError) as error:
             causes = list(_causes(error))
             if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
-                raise SourceError(f"the server's certificate isn't good: {error}") from error
+                raise SourceError(f"can't verify the server's certificate: {error}") from error
             if isinstance(error, httpx.RemoteProtocolError) and len(causes) > 2:  # h11 refused it: not just an end
-                raise SourceError(f"the server's answer can't be read: {error}") from error
-            text = f"no answer: {error or type(error).__name__}"
+                raise SourceError(f"the server's response can't be read: {error}") from error
+            text = f"no response: {error or type(error).__name__}"
             if isinstance(error, TimeoutError):
-                text = f"no answer within {self._idle_timeout_s:g} s"
-            # A time limit of our own may have come before there was a connection; nobody can tell.
+                text = f"no response within {self._idle_timeout_s:g} s"
             unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
             raise self._lost(text, done=not unsent) from error
 
     def _lost(self, text: str, *, done: bool, after_s: float = 0) -> Exception:
-        """`done`: the request may have been carried out."""
+        """`done`: the server may have processed the request."""
         if done and not self._may_repeat() and not self._decoder.last_event_id:
-            return Broken(f"{text}; whether it was carried out isn't known, and {self._why_not()}")
+            return Broken(f"{text}; the server may have processed the request, and {self._why_not()}")
         return _Lost(text, after_s=after_s)
 
-    async def _judge(self, response: httpx.Response) -> httpx.Response | httpx.Request | None:
-        """The response itself where it is the stream, the request that takes its place, or `None`: it is over."""
+    async def _classify(self, response: httpx.Response) -> httpx.Response | httpx.Request | None:
+        """The stream's response, the next request, or `None` at the end."""
         status = response.status_code
         if status == 204:
             return None
         if response.next_request is not None:
             return self._redirected(response, response.next_request)
         if status == 202 and "location" in response.headers:
-            self._go_on_at(response, response.headers["location"])
+            self._continue_at(response, response.headers["location"])
             return self._next_request()
         if status != 200:
             raise await self._refusal(response)
         media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != CONTENT_TYPE:
-            raise SourceError(f"the answer is {media_type or 'without a type'}, not {CONTENT_TYPE}")
+            raise SourceError(f"the response's Content-Type is {media_type or 'missing'}, not {CONTENT_TYPE}")
         if response.headers.get("content-encoding", "identity").lower() != "identity":
-            raise SourceError("the answer is compressed, though it was asked not to be")
+            raise SourceError("the response is compressed, though the request asked for no compression")
         run = response.headers.get("run-id", "")
         if _RUN_ID.fullmatch(run):
             self.run_id = run
             if self._request["method"] != "GET" and "content-location" in response.headers:
-                self._go_on_at(response, response.headers["content-location"])
+                self._continue_at(response, response.headers["content-location"])
         return response
 
     def _redirected(self, response: httpx.Response, request: httpx.Request) -> httpx.Request:
         if not _same_origin(response.url, request.url):
-            # httpx removes `Authorization`; an API key may stand in any other.
+            # httpx removes only `Authorization`.
             for name in self._request["headers"]:
                 if name not in ("accept", "content-type"):
                     request.headers.pop(name, None)
         return request
 
-    def _go_on_at(self, response: httpx.Response, location: str) -> None:
-        """From the next request on: GET, there."""
+    def _continue_at(self, response: httpx.Response, location: str) -> None:
         url = response.url.join(location)
         if not _same_origin(response.url, url):
-            raise SourceError("the server names another server for the run's events: connect there yourself")
+            raise SourceError("the run's events are on another server: connect there yourself")
         headers = self._request["headers"].copy()
-        for name in _OF_THE_BODY:
+        for name in _BODY_HEADERS:
             headers.pop(name, None)
         self._request = {"method": "GET", "url": url, "headers": headers}
 
     async def _refusal(self, response: httpx.Response) -> Exception:
         status, after_s = response.status_code, _retry_after_s(response)
         problem = await _problem(response)
-        passing = (
-            status in _PASSING
+        transient = (
+            status in _TRANSIENT
             or (status in _FROM_PROXIES and "problem+json" not in response.headers.get("content-type", ""))
             or (status >= 500 and after_s is not None)
         )
         refused = Refused(status, problem)
-        if not passing:
+        if not transient:
             return refused
         return self._lost(str(refused), done=status not in _NOT_DONE, after_s=after_s or 0)
 
 
-#: `async with connect(url) as source`: it reads better so.
+#: Alias for `async with connect(url)`.
 connect = Source
 
 
 def is_gap(event: Event) -> bool:
-    """Whether it is our server's announcement that events were lost, named or (on a data-only stream) by its `type`."""
+    """Whether it is our server's `gap`: by name, or by `type` on a data-only stream."""
     if event.event != "gap" and not (event.event is None and event.data.startswith('{"type":"gap"')):
         return False
     return json_object(event.data).get("reason") in ("trimmed", "diverged", "expired")
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
-    """The object; for anything else an empty one."""
+    """`{}` for anything else."""
     try:
         data = orjson.loads(text)
     except ValueError:
@@ -532,10 +500,9 @@ def json_object(text: str | bytes) -> dict[str, Any]:
 
 
 async def batches(source: Source, size: int, within_s: float) -> AsyncIterator[list[Event]]:
-    """Lists of up to `size` events, each handed over when it is full or `within_s` after its first event.
+    """Yield lists of up to `size` events, each when it is full or `within_s` after its first event.
 
-    What has come is handed over before an error is raised. Closing the iterator loses at most an unfinished batch:
-    `source.last_event_id` is the last one's that was put into a batch.
+    Closing the iterator loses an unfinished batch.
     """
     if size < 1:
         raise ValueError(f"size is {size}: a batch has at least one event")
@@ -555,16 +522,10 @@ async def batches(source: Source, size: int, within_s: float) -> AsyncIterator[l
         raise ended
 
 
-# What a server says
-
-
 @asynccontextmanager
 async def _chunks(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The body's bytes.
-
-    httpx nests generators, and `aclose` of the outermost leaves the others to the collector (which trio complains of).
-    A cancellation ends them from the innermost on: what is in a buffer comes, and the first wait for more ends all.
-    """
+    """The body. `aclose` of httpx's outermost generator leaves the inner ones to the garbage collector (an error under
+    trio); a cancellation ends all of them."""
     chunks = response.aiter_raw()
     try:
         yield chunks
@@ -576,7 +537,7 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes
 
 
 async def _problem(response: httpx.Response) -> Mapping[str, Any]:
-    """What a refusal says of itself; without a problem, a plain text's first line as `detail`."""
+    """A problem's members; of a plain text, the first line as `detail`."""
     body = b""
     with suppress(httpx.TransportError), anyio.move_on_after(PROBLEM_TIMEOUT_S):
         async with _chunks(response) as chunks:
@@ -593,7 +554,7 @@ async def _problem(response: httpx.Response) -> Mapping[str, Any]:
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
-    """RFC 9110, 10.2.3: "The Retry-After field value can be either an HTTP-date or a number of seconds"."""
+    """A date or a number of seconds (RFC 9110, 10.2.3)."""
     text = response.headers.get("retry-after", "").strip()
     if re.fullmatch(r"[0-9]+", text):
         return min(float(text[:9]), MAX_ASKED_S)

@@ -1,1 +1,1 @@
-"""A request and its answer: routes, bodies, who may enter."""
+"""Requests, responses, routes, authentication."""

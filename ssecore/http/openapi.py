@@ -1,10 +1,6 @@
-"""An app's table as an OpenAPI document, at `GET /openapi.json`.
+"""`GET /openapi.json`: an app's routes as an OpenAPI document, with their authentication.
 
-OpenAPI 3.2 has `itemSchema` for what a stream is made of: the schema of one event, an object with `event`, `data` and
-so on, as the specification does it. 3.1 is what most tools read. It has no such keyword; there it stands beside the
-schema of the whole body all the same, as FastAPI has it, and tools that don't know it leave it out.
-
-Who may read the document: whoever may use the app. It is no more open than the routes that it tells of.
+3.2 has `itemSchema`, the schema of one event. 3.1, which most tools read, ignores it beside the body's schema.
 """
 
 import inspect
@@ -33,13 +29,12 @@ _PATH_TYPES: Final[Mapping[str, dict[str, Any]]] = {
     "path": {"type": "string", "minLength": 1},
 }
 _TEXT: Final = {"type": "string"}
-#: What the engine sends by itself, wherever it may.
 _FAILURE: Final = {
     "type": "object",
     "properties": {"error": _TEXT, "code": _TEXT},
     "required": ["error", "code"],
 }
-_OF_RUNS: Final = {
+_RUN_EVENTS: Final = {
     "cancelled": {"type": "object", "properties": {"reason": _TEXT}, "required": ["reason"]},
     "gap": {
         "type": "object",
@@ -56,15 +51,15 @@ _PROBLEM: Final = {
         "status": {"type": "integer"},
         "detail": _TEXT,
         "code": _TEXT,
-        "field": {**_TEXT, "description": "The parameter or member that is to blame"},
-        "reference": {**_TEXT, "description": "Finds the failure in the server's log"},
+        "field": {**_TEXT, "description": "The wrong parameter or member"},
+        "reference": {**_TEXT, "description": "Identifies the failure in the server's log"},
     },
     "required": ["type", "title", "status", "detail", "code"],
 }
 _RUN_PARAMETERS: Final = (
-    ("header", "Last-Event-ID", "Go on after this event; nothing new is started"),
-    ("header", "Idempotency-Key", "A second request with this key reads the run that the first one started"),
-    ("header", "Prefer", "`respond-async`: answer 202 at once, with the run's location"),
+    ("header", "Last-Event-ID", "Resume after this event"),
+    ("header", "Idempotency-Key", "A request with the same key reads the run that the first one started"),
+    ("header", "Prefer", "`respond-async`: respond 202 at once, with the run's location"),
 )
 
 
@@ -73,7 +68,7 @@ class _Query(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class OpenAPI:
-    """The route of one app's document."""
+    """The document's route."""
 
     def __init__(self, routes: Iterable[Route], guard: Guard) -> None:
         self.route = GET("/openapi.json", self._answer, query=_Query)
@@ -90,7 +85,7 @@ class OpenAPI:
 
 
 def document(routes: Iterable[Route], guard: Guard, version: Version) -> dict[str, Any]:
-    """The OpenAPI document of a table. Of paths that differ in their parameters' names only the first is in it."""
+    """Paths that differ only in parameter names stand once."""
     routes = list(routes)
     schemas = _Schemas(routes)
     paths: dict[str, dict[str, Any]] = {}
@@ -116,8 +111,6 @@ def document(routes: Iterable[Route], guard: Guard, version: Version) -> dict[st
 
 
 class _Schemas:
-    """The schemas of all types that the routes name."""
-
     def __init__(self, routes: Iterable[Route]) -> None:
         kinds: list[Any] = []
         for route in routes:
@@ -131,7 +124,6 @@ class _Schemas:
         self._of = list(zip(kinds, found, strict=True))
 
     def _lift(self, schema: Any) -> None:
-        """Move what a model of pydantic's brings along to the others."""
         if isinstance(schema, dict):
             brought = schema.pop("$defs", {})
             self.components |= brought
@@ -145,7 +137,7 @@ class _Schemas:
         return next(schema for known, schema in self._of if known is kind)
 
     def fields(self, kind: Any) -> dict[str, Any]:
-        """The schema of an object, itself."""
+        """An object's schema, with references resolved."""
         schema = self.of(kind)
         while "$ref" in schema:
             schema = self.components[schema["$ref"].rpartition("/")[2]]
@@ -169,7 +161,7 @@ def _operation(route: Route, guard: Guard, schemas: _Schemas, version: Version) 
         operation["summary"] = first.rstrip(".")
     if any(described):
         operation["description"] = "\n\n".join(filter(None, described))
-    if parameters := [*_path_parameters(route), *_query_parameters(route, schemas), *_engines_parameters(route)]:
+    if parameters := [*_path_parameters(route), *_query_parameters(route, schemas), *_engine_parameters(route)]:
         operation["parameters"] = parameters
     if isinstance(route.body, Upload):
         operation["requestBody"] = {"required": True, "content": {route.body.media_type: {}}}
@@ -185,7 +177,7 @@ def _path_parameters(route: Route) -> Iterable[dict[str, Any]]:
     for name, kind in PARAMETER.findall(route.path):
         parameter: dict[str, Any] = {"name": name, "in": "path", "required": True, "schema": _PATH_TYPES[kind]}
         if kind == "path":
-            parameter["description"] = "With its slashes"
+            parameter["description"] = "May contain slashes"
         yield parameter
 
 
@@ -198,7 +190,7 @@ def _query_parameters(route: Route, schemas: _Schemas) -> Iterable[dict[str, Any
         yield parameter
 
 
-def _engines_parameters(route: Route) -> Iterable[dict[str, Any]]:
+def _engine_parameters(route: Route) -> Iterable[dict[str, Any]]:
     for place, name, description in _RUN_PARAMETERS if route.run is not None else ():
         yield {"name": name, "in": place, "description": description, "schema": _TEXT}
     if route.run is not None and route.method == "GET":
@@ -208,14 +200,14 @@ def _engines_parameters(route: Route) -> Iterable[dict[str, Any]]:
 
 def _responses(route: Route, schemas: _Schemas, version: Version) -> dict[str, Any]:
     problem = {
-        "description": "What is wrong",
+        "description": "The problem",
         "content": {"application/problem+json": {"schema": {"$ref": _REF.format(name="Problem")}}},
     }
     responses: dict[str, Any] = {"4XX": problem, "5XX": problem}
     if not route.streams and route.events is None:
-        return {"2XX": {"description": "The answer"}, **responses}
+        return {"2XX": {"description": "Success"}, **responses}
     if route.run is not None:
-        responses["202"] = {"description": "The run was started, and goes on by itself"}
+        responses["202"] = {"description": "The run was started"}
     if route.run is None or route.run.accepted is None:
         stream: dict[str, Any] = {"itemSchema": _item(route, schemas)}
         if version == "3.1":
@@ -223,24 +215,23 @@ def _responses(route: Route, schemas: _Schemas, version: Version) -> dict[str, A
         names = ", ".join(f"`{name}`" for name in route.events or ())
         description = f"An event stream of {names}" if names else "An event stream"
         responses["200"] = {"description": description, "content": {CONTENT_TYPE: stream}}
-        responses["204"] = {"description": "After the last event: there is no more, and a browser stops asking"}
+        responses["204"] = {"description": "There are no more events; a browser doesn't reconnect"}
     return responses
 
 
 def _item(route: Route, schemas: _Schemas) -> dict[str, Any]:
-    """The schema of one event."""
     fields: dict[str, Any] = {
         "event": _TEXT,
         "data": _TEXT,
-        "id": {**_TEXT, "description": "To go on after it"},
-        "retry": {"type": "integer", "minimum": 0, "description": "Milliseconds until a client asks again"},
+        "id": {**_TEXT, "description": "Resume after it"},
+        "retry": {"type": "integer", "minimum": 0, "description": "Reconnection time in milliseconds"},
     }
     item: dict[str, Any] = {"type": "object", "properties": fields}
     if route.events:
         known = {name: None if kind is None else schemas.of(kind) for name, kind in route.events.items()}
         if route.dialect is NAMED:
-            of_ours = {"error": _FAILURE, **(_OF_RUNS if route.run is not None else {})}
-            known = {**of_ours, **known}
+            engine_events = {"error": _FAILURE, **(_RUN_EVENTS if route.run is not None else {})}
+            known = {**engine_events, **known}
         item["anyOf"] = [_event(name, schema) for name, schema in known.items()]
     return item
 

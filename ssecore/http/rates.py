@@ -1,4 +1,4 @@
-"""How often a caller may publish."""
+"""Limits the rate of publications."""
 
 import math
 from typing import Final
@@ -9,19 +9,19 @@ from ssecore.errors import TooManyRequests
 
 __all__ = ["PublishRate"]
 
-#: Callers with a rate in memory. Above this number, those that published nothing in the last second are dropped.
+#: Beyond it, callers with a full bucket are dropped.
 MAX_CALLERS: Final = 10_000
 
 
 class PublishRate:
-    """A token bucket for each caller, which holds one second's worth, stored as the time at which it is full again."""
+    """Token buckets: for each caller when it is full again."""
 
     def __init__(self, per_s: float | None) -> None:
         self._per_s = per_s
         self._full_at: dict[str, float] = {}
 
     def spend(self, caller: str | None) -> None:
-        """Count one publication. Raises `TooManyRequests`. Without a caller, or a limit, nothing is counted."""
+        """Count one publication. Raises `TooManyRequests`."""
         per_s = self._per_s
         if per_s is None or caller is None:
             return

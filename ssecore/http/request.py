@@ -1,10 +1,6 @@
-"""The request: a read-only view of the scope, and the only one who calls `receive`.
+"""The request. It alone calls `receive`: for the whole body, then for the disconnect.
 
-Order matters with `receive`: the body is read first, to its end; then the watcher waits for the disconnect. A watcher
-that starts earlier takes the body's parts away from whoever wants them.
-
-Boundary of trust: all that a request holds comes from outside. The query and the body are bounded and decoded into the
-types that the route declares before a handler sees them; `BadRequest` names the field that is to blame.
+Boundary of trust: query and body are bounded, and decoded to the route's types before a handler gets them.
 """
 
 import codecs
@@ -62,31 +58,26 @@ T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 EndReason = Literal["client", "timeout", "slow", "drain", "finished", "failed", "cancelled", "unauthorized"]
 
-#: How long a client may pause within its body, if it was fast enough before. nginx's client_body_timeout is 60.
+#: The longest pause within a body; nginx's client_body_timeout is 60.
 BODY_TIMEOUT_S: Final = 30.0
-#: What a body must bring on average: one as slow as this has no second to spare. Apache's MinRate is 500, too.
+#: On average; Apache's MinRate.
 MIN_BODY_BYTES_PER_S: Final = 500
-#: A timer that fires so late means that the process stood still; what has come meanwhile is not read yet.
+#: If a timer is this late, the process stood still, with unread data.
 LATE_S: Final = 1.0
-#: What may come of a body that no handler reads. A client that sends more is disconnected.
+#: Of a body that no handler reads; then the client is disconnected.
 MAX_UNREAD_BYTES: Final = 1024 * 1024
-#: Where a cursor may stand in the query. event-source-polyfill adds `lastEventId` at each reconnect, so it wins over
-#: `last_event_id`, which may be the page's own, from before.
+#: event-source-polyfill adds `lastEventId` at each reconnect, so it precedes the page's older `last_event_id`.
 CURSOR_PARAMETERS: Final = ("lastEventId", "last_event_id")
-#: More names than any form of ours has; each one costs memory before it is looked at.
 MAX_QUERY_FIELDS: Final = 100
-#: Of what is told about a value that can't be used, and quotes it.
 MAX_ERROR_CHARS: Final = 200
-#: An upload smaller than this never touches the disk.
 SPOOL_BYTES: Final = 1024 * 1024
 
 _MISSING_FIELD: Final = re.compile(r"Object (?:missing required|contains unknown) field `(.+)`", re.DOTALL)
-#: The escape of half of a character; in JSON that is right the other half stands beside it.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 class Room:
-    """How much of something (`what`, in the plural) requests may hold at once: in all, and those of one caller."""
+    """A limit of `what` (plural), in total and by caller."""
 
     def __init__(self, what: str, limit: int, limit_per_caller: int) -> None:
         self._what = what
@@ -96,13 +87,13 @@ class Room:
         self._taken_by: Counter[str] = Counter()
 
     def take(self, caller: str | None, amount: int) -> None:
-        """Raises `TooManyRequests` if the caller would have more than its share, `Unavailable` if there is no more."""
+        """Raises `TooManyRequests` over the caller's limit, `Unavailable` over the total."""
         wait_s = random.randint(1, 5)
         if self._taken + amount > self._limit:
             raise Unavailable(f"too many {self._what} at once; try again", retry_after_s=wait_s)
         if caller is not None:
             if self._taken_by[caller] + amount > self._limit_per_caller:
-                raise TooManyRequests(f"too many {self._what} of yours at once; try again", retry_after_s=wait_s)
+                raise TooManyRequests(f"you have too many {self._what} at once; try again", retry_after_s=wait_s)
             self._taken_by[caller] += amount
         self._taken += amount
 
@@ -115,7 +106,7 @@ class Room:
 
 
 class Services(NamedTuple):
-    """What of the engine a handler finds in its request. (`runs` and `topics` import this module, not the reverse.)"""
+    """For handlers."""
 
     runs: "Runs"
     topics: "Topics"
@@ -123,7 +114,7 @@ class Services(NamedTuple):
 
 
 class Headers(dict[str, str]):
-    """Headers by their names in lower case, found by a name in any case."""
+    """Keys in lower case, lookups in any case."""
 
     def __missing__(self, name: str) -> str:
         if name == (lower := name.lower()):
@@ -144,54 +135,49 @@ class Headers(dict[str, str]):
 
 
 class RequestFacts:
-    """What of a request is still needed when only its stream is left."""
+    """What a stream needs without its request."""
 
     __slots__ = ("caller", "credential", "ended_for", "has_place", "method", "route")
 
     def __init__(self, method: str) -> None:
         self.method = method
         self.route: Route | None = None
-        self.caller: str | None = None  #: the name of whoever asks; `None` where nobody has one
-        self.credential: Credential | None = None  #: what it showed, where that may end before the request does
-        self.has_place = False  #: counted as a stream
-        self.ended_for: EndReason | None = None  #: why the stream ends; see `end_for`
+        self.caller: str | None = None
+        self.credential: Credential | None = None  #: if it can expire
+        self.has_place = False
+        self.ended_for: EndReason | None = None
 
     @property
     def dialect(self) -> Dialect:
-        """The route's."""
         return self.route.dialect if self.route is not None else NAMED
 
     def end_for(self, reason: EndReason) -> None:
-        """Note why the stream ends. The first reason is the one that counts."""
+        """The first reason counts."""
         if self.ended_for is None:
             self.ended_for = reason
 
     @property
     def end_reason(self) -> EndReason:
-        """Why the stream ended, for the `finally` of its generator.
+        """For the `finally` of a stream's generator.
 
-        `client` it left, `timeout` its longest life is over, `slow` it stopped reading, `drain` the service stops,
-        `cancelled` somebody cancelled it, `unauthorized` the caller's token has ended. Where it was none of these the
-        generator ends by itself: `failed` while an exception goes through it, else `finished`.
+        `client`: disconnected. `timeout`: `max_stream_s`. `slow`: read too slowly. `drain`: shutdown. `cancelled`: by a
+        request. `unauthorized`: token revoked or expired. Otherwise `failed` during an exception, else `finished`.
         """
         if self.ended_for is not None:
             return self.ended_for
         return "finished" if sys.exc_info()[0] in (None, GeneratorExit) else "failed"
 
     def close(self) -> None:
-        """Give back what the request holds."""
+        """Release what it uses."""
 
 
 class Request(RequestFacts):
-    """What a handler gets as its first argument.
+    """A handler's first argument. `state` is from the lifespan; `query` and `body` have the route's types."""
 
-    `state` is what the app's lifespan made (database, model, …); `query` and `body` are decoded as the route declares.
-    """
-
-    # In the class: most requests leave them as they are.
-    answer_headers: Sequence[tuple[bytes, bytes]] = ()  #: what every answer to it carries besides its own headers
-    _room: Room | None = None  # where its body is counted, until `close`
-    _held = 0  # how much of it
+    # On the class, because few requests set them.
+    answer_headers: Sequence[tuple[bytes, bytes]] = ()
+    _room: Room | None = None
+    _held = 0
 
     def __init__(
         self,
@@ -205,38 +191,34 @@ class Request(RequestFacts):
         super().__init__(scope["method"])
         self.scope = scope
         self.state = state
-        self.draining = draining  #: the service is about to stop
+        self.draining = draining
         self.root_path: str = scope.get("root_path", "")
         self.path_params: Mapping[str, Any] = {}
         self.query: Any = None
         self.body: Any = None
-        self.raw_body = b""  #: a JSON body as it came, without a byte order mark
+        self.raw_body = b""
         self._receive = receive
-        self.body_digest = ""  #: SHA-256 of the body as it came, where the route declares one
-        self.run_id: str | None = None  #: the run's, in the handler of one
-        #: Set by the handler of a run that tells of its failure in words of its own: the run's state is `failed` then.
+        self.body_digest = ""  #: SHA-256
+        self.run_id: str | None = None  #: for the handler of a run
+        #: Set by a run's handler that yields its own error event: the run has failed.
         self.failed = False
         self._services = services
         self._upload: SpooledTemporaryFile[bytes] | None = None
 
     @property
     def running(self) -> bool:
-        """Whether the app ran when the request came."""
         return self._services is not None
 
     @property
     def runs(self) -> "Runs":
-        """The app's `Runs`."""
         return self._running().runs
 
     @property
     def topics(self) -> "Topics":
-        """The app's `Topics`."""
         return self._running().topics
 
     @property
     def metrics(self) -> "Metrics":
-        """The app's `Metrics`."""
         return self._running().metrics
 
     def _running(self) -> "Services":
@@ -246,30 +228,27 @@ class Request(RequestFacts):
 
     @cached_property
     def path(self) -> str:
-        """The path below the mount point. Servers and hosts put `root_path` into `path` too; older ones don't."""
+        """Below the mount point. Older servers leave `root_path` out of `path`."""
         path: str = self.scope["path"]
         root = self.root_path
-        if root.endswith("/") and not path.startswith(f"{root}/"):  # uvicorn joins `--root-path /api/` and the path
+        if root.endswith("/") and not path.startswith(f"{root}/"):  # uvicorn joins `--root-path /api/` and path
             root = root.rstrip("/")
         if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
             path = path[len(root) :]
         raw: bytes = self.scope.get("raw_path") or b""
         if path.endswith("/") and raw and not raw.lower().endswith((b"/", b"%2f")):
-            path = path.removesuffix("/")  # a mount of Litestar's adds it
+            path = path.removesuffix("/")  # Litestar's mounts add it
         return path or "/"
 
     def reference(self, target: str) -> str:
-        """A relative reference (RFC 3986, 4.2) from the request's own URL to `target`, a path of this app.
-
-        It leads there behind a proxy that strips a prefix too, which the app can't know.
-        """
+        """A relative URL (RFC 3986, 4.2): a proxy may strip a prefix."""
         raw: bytes = self.scope.get("raw_path") or b""
-        depth = self.path.count("/") - 1 - raw.lower().count(b"%2f")  # an encoded slash is no level of the URL
+        depth = self.path.count("/") - 1 - raw.lower().count(b"%2f")  # an encoded slash is not a level
         return "../" * depth + target.removeprefix("/")
 
     @cached_property
     def headers(self) -> Headers:
-        """By names in any case; several headers of one name are joined by a comma (RFC 9110, 5.2)."""
+        """Repeated ones are joined by commas (RFC 9110, 5.2)."""
         values: dict[str, list[str]] = {}
         for name, value in self.scope["headers"]:
             values.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
@@ -277,9 +256,9 @@ class Request(RequestFacts):
 
     @property
     def cookies(self) -> dict[str, str]:
-        """By name, without the quotes that may stand around a value. Of two of one name the first, the closest one.
+        """Without quotes. Of two with one name the first:
 
-        RFC 6265, 5.4: "Cookies with longer paths are listed before cookies with shorter paths."
+        "Cookies with longer paths are listed before cookies with shorter paths" (RFC 6265, 5.4).
         """
         lines = [value.decode("latin-1") for name, value in self.scope["headers"] if name.lower() == b"cookie"]
         found: dict[str, str] = {}
@@ -293,10 +272,7 @@ class Request(RequestFacts):
 
     @cached_property
     def query_params(self) -> Mapping[str, str]:
-        """The query as it came, of a list its first value.
-
-        Raises `BadRequest` for what is not UTF-8, and for a name given twice where the route has no list of this name.
-        """
+        """The first value of each name. Raises `BadRequest` for repeated names, except the route's lists."""
         params: dict[str, str] = {}
         for name, value in self.query_pairs():
             if name not in params:
@@ -306,7 +282,6 @@ class Request(RequestFacts):
         return params
 
     def query_pairs(self) -> list[tuple[str, str]]:
-        """All names and values of the query, in their order. Raises `BadRequest` for what is not UTF-8."""
         try:
             text = self.scope.get("query_string", b"").decode("ascii")
             return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY_FIELDS)
@@ -314,7 +289,6 @@ class Request(RequestFacts):
             raise BadRequest(f"the query can't be read: {error}") from None
 
     def _query_values(self, route: Route) -> dict[str, Any]:
-        """The query without what is the engine's own, lists as lists."""
         own = (*CURSOR_PARAMETERS, "key") if route.run is not None else CURSOR_PARAMETERS
         values: dict[str, Any] = {name: value for name, value in self.query_params.items() if name not in own}
         for name in route.lists:
@@ -324,7 +298,7 @@ class Request(RequestFacts):
 
     @cached_property
     def last_event_id(self) -> str:
-        """The client's cursor, without white space around it; "" if there is none. The header wins."""
+        """The client's cursor, or ""; the header precedes the query."""
         cursor = self.headers.get("last-event-id", "")
         with suppress(UnicodeDecodeError):  # browsers send UTF-8, some clients latin-1
             cursor = cursor.encode("latin-1").decode()
@@ -339,37 +313,25 @@ class Request(RequestFacts):
 
     @property
     def like_event_source(self) -> bool:
-        """Whether the client sends what a browser's `EventSource` sends, which gives up for good at a 503.
-
-        So do many libraries, some of which don't reconnect: it is no proof of a browser.
-        """
-        headers = self.headers
-        return (
-            self.method == "GET"
-            and "text/event-stream" in headers.get("accept", "")
-            and "no-cache" in headers.get("cache-control", "")
-        )
+        """Whether it looks like an `EventSource`, which never reconnects after a 503."""
+        return self.method == "GET" and self.wants_event_stream and "no-cache" in self.headers.get("cache-control", "")
 
     @property
     def from_browser(self) -> bool:
-        """Whether a browser's `EventSource` sent it, as far as headers tell.
-
-        Libraries outside of a browser have other names. A page's `fetch` with `cache: "no-store"` looks the same.
-        """
+        """Whether it looks like a browser's. So does `fetch` with `cache: "no-store"`."""
         return self.like_event_source and self.headers.get("user-agent", "").startswith("Mozilla/")
 
     @property
     def preamble(self) -> bytes:
-        """What an event stream begins with for a client that keeps half an event over a reset: see `wire.cut`.
+        """`wire.cut` for WebKit and npm's `eventsource` 2, which sends no `User-Agent`.
 
-        WebKit does, and npm's `eventsource` 2, which is recognized by sending no `User-Agent`. b"" for other clients:
-        some (httpx-sse, sseclient) hand over an event that has a name and no data.
+        httpx-sse and sseclient would dispatch an event without data.
         """
         if not self.like_event_source or not self.headers.get("user-agent", "Mozilla/").startswith("Mozilla/"):
             return b""
         try:
             return cut(self.last_event_id)
-        except BadRequest:  # the query can't be read, and the request is being refused for another reason
+        except BadRequest:  # invalid, and refused elsewhere
             return cut("")
 
     async def decode(
@@ -381,10 +343,7 @@ class Request(RequestFacts):
         body_bytes: Room,
         uploads: Room,
     ) -> None:
-        """Take the route's path parameters, and read query and body as it declares. Raises the 4xx that fits.
-
-        The body is counted in its `Room` before it is read: an upload as one, of another the bytes as they come.
-        """
+        """Raises a 4xx. In its `Room` an upload counts as one, others by bytes."""
         self.route, self.path_params = route, params
         if route.query is not None:
             self.query = _convert(self._query_values(route), route.query)
@@ -392,13 +351,13 @@ class Request(RequestFacts):
             self._check_media_type([route.body.media_type])
             self._room = uploads
             self._hold(1)
-            # Without a name: gone with the last who holds it, after a crash too.
+            # Without a name: deleted when closed, even by a crash.
             self.body = self._upload = SpooledTemporaryFile(SPOOL_BYTES)
             try:
                 await self._read(route.body.max_bytes or max_upload_bytes, self._upload)
             except OSError as error:
                 raise Unavailable(
-                    f"the upload can't be stored ({error.strerror}) and was not used: free space in the server's "
+                    f"the upload can't be stored ({error.strerror}) and was dropped: free space in the server's "
                     "folder for temporary files (TMPDIR), then send it again"
                 ) from error
         elif route.body is not None:
@@ -406,13 +365,13 @@ class Request(RequestFacts):
             self._room = body_bytes
             body = BytesIO()
             await self._read(max_body_bytes, body)
-            self.raw_body = body.getvalue().removeprefix(codecs.BOM_UTF8)  # RFC 8259, 8.1: it may be ignored
+            self.raw_body = body.getvalue().removeprefix(codecs.BOM_UTF8)  # RFC 8259, 8.1
             self.body = _decode_json(self.raw_body, route.body)
 
     def _check_media_type(self, expected: Sequence[str]) -> None:
         given = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if given not in expected:
-            raise UnsupportedMediaType(f"the body must be {expected[0]}, not {given or 'without a content-type'}")
+            raise UnsupportedMediaType(f"Content-Type must be {expected[0]}; {given or 'none'} was sent")
         encoding = self.headers.get("content-encoding", "").strip().lower()
         if encoding not in ("", "identity"):
             raise UnsupportedMediaType(
@@ -426,7 +385,7 @@ class Request(RequestFacts):
             self._held += amount
 
     async def _part(self, wait_s: float) -> tuple[bytes, bool, float]:
-        """The body's next part, whether more follows, and how long that may take: only waiting for it counts."""
+        """The next part, whether more follow, and the wait allowed for it."""
         message = None
         while message is None:
             began = anyio.current_time()
@@ -435,38 +394,37 @@ class Request(RequestFacts):
             waited_s = anyio.current_time() - began
             if message is None:
                 if waited_s < wait_s + LATE_S:
-                    raise RequestTimeout("the body stopped coming, or came too slowly")
+                    raise RequestTimeout("the body arrived too slowly or not at all")
                 wait_s = LATE_S
         if message["type"] == "http.disconnect":
-            raise ClientGone("the client left before its request was complete")
+            raise ClientGone("the client disconnected before its request was complete")
         body: bytes = message.get("body", b"")
         wait_s = min(max(wait_s - waited_s, 0) + len(body) / MIN_BODY_BYTES_PER_S, BODY_TIMEOUT_S)
         return body, message.get("more_body", False), wait_s
 
     async def _read(self, limit: int, file: IO[bytes]) -> None:
-        """Write the body into `file`, at most `limit` bytes of it; off the loop where that may mean the disk."""
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and len(declared) < 20 and int(declared) > limit:
-            raise TooLarge(f"the body may have {limit} bytes at most")
+            raise TooLarge(f"the body is larger than {limit} bytes")
         size, more, wait_s, digest = 0, True, BODY_TIMEOUT_S, hashlib.sha256()
         while more:
             part, more, wait_s = await self._part(wait_s)
             size += len(part)
             digest.update(part)
             if size > limit:
-                raise TooLarge(f"the body may have {limit} bytes at most")
+                raise TooLarge(f"the body is larger than {limit} bytes")
             if self._upload is None:
                 self._hold(len(part))
             if self._upload is None or size <= SPOOL_BYTES:
                 file.write(part)
             else:
                 await anyio.to_thread.run_sync(file.write, part)
-            del part  # not for as long as the next one takes
+            del part  # before waiting for the next
         file.seek(0)
         self.body_digest = digest.hexdigest()
 
     def for_run(self, id: str) -> "Request":
-        """A copy for the handler of a run, without the connection: what ends a reader says nothing about the run."""
+        """A copy without the connection, whose end doesn't end the run."""
         request = copy.copy(self)
         request.forget()
         request.run_id = id
@@ -474,14 +432,13 @@ class Request(RequestFacts):
         return request
 
     def hand_over(self) -> None:
-        """A run has taken what the request holds: its own copy of it will give it back."""
+        """The run's copy will release what this one uses."""
         self._upload = self._room = None
 
     def outlive(self, *, whole: bool) -> RequestFacts:
-        """What is left when the server's call has returned, in which nothing is received any more."""
         if whole:
             self.forget()
-            self.scope = {**self.scope, "extensions": {}}  # which keep the connection
+            self.scope = {**self.scope, "extensions": {}}
             self._receive = no_connection
             return self
         self.close()
@@ -491,37 +448,31 @@ class Request(RequestFacts):
         return facts
 
     def forget(self) -> None:
-        """What was decoded of the head is decoded again if somebody asks: 0.5 KiB for each connection that stays."""
+        """Drop decoded headers: saves 0.5 KiB for each open connection."""
         for name in ("headers", "query_params", "last_event_id"):
             self.__dict__.pop(name, None)
 
     def close(self) -> None:
-        """Give back what the request holds: the spooled body, and its body's room."""
         if self._upload is not None:
-            with suppress(OSError):  # of a full disk: it writes what is still buffered
+            with suppress(OSError):  # a full disk: closing flushes
                 self._upload.close()
         if self._room is not None:
             self._room.give_back(self.caller, self._held)
             self._room = None
 
     async def disconnect(self) -> None:
-        """Wait until the client has left, or has sent more than `MAX_UNREAD_BYTES`, which are thrown away.
-
-        Only after the body's end.
-        """
+        """Wait, after the body's end, for the disconnect or `MAX_UNREAD_BYTES` more."""
         unread = 0
         while unread <= MAX_UNREAD_BYTES and (message := await self._receive())["type"] != "http.disconnect":
             unread += len(message.get("body", b""))
 
 
 async def no_connection() -> Any:
-    """What a request without a connection receives."""
+    """`receive` without a connection."""
     raise RuntimeError("this request has no connection any more: its body was read before")
 
 
-class _Unfit(ValueError):
-    """What a model of pydantic's says of its first mistake, and where it is, below the model."""
-
+class _ModelError(ValueError):
     def __init__(self, error: Any) -> None:
         first = error.errors(include_url=False)[0]
         super().__init__(first["msg"])
@@ -529,37 +480,36 @@ class _Unfit(ValueError):
 
 
 def _model(kind: Any, value: Any, *, json: bool) -> Any:
-    """A model of pydantic's out of what JSON gave, or out of a query's strings."""
     try:
         return kind.model_validate_json(msgspec.json.encode(value)) if json else kind.model_validate(value)
     except ValueError as error:
         if not hasattr(error, "errors"):
             raise
-        raise _Unfit(error) from None
+        raise _ModelError(error) from None
 
 
 def _convert(values: Mapping[str, Any], kind: Any) -> Any:
     try:
         return msgspec.convert(values, kind, strict=False, dec_hook=partial(_model, json=False))
     except msgspec.ValidationError as error:
-        raise _bad(error, kind) from None
+        raise _bad_request(error, kind) from None
 
 
 def _decode_json(body: bytes, kind: Any) -> Any:
     try:
         return msgspec.json.decode(body, type=kind, dec_hook=partial(_model, json=True))
     except msgspec.ValidationError as error:
-        raise _bad(error, kind) from None
+        raise _bad_request(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        what = "it has half of a surrogate pair: a character was cut in two" if _has_half(body) else str(error)
+        half = "it has half of a surrogate pair: a character was cut in two"
+        what = half if _has_lone_surrogate(body) else str(error)
         raise BadRequest(f"the body is not JSON: {what}") from None
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None
 
 
-def _has_half(body: bytes) -> bool:
-    """Whether half of a surrogate pair is all that is wrong: JavaScript's `slice` cuts an emoji so, and msgspec calls
-    the input "truncated" then."""
+def _has_lone_surrogate(body: bytes) -> bool:
+    """JavaScript's `slice` can cut an emoji in two; msgspec then reports "truncated" input."""
     if not _SURROGATE.search(body):
         return False
     with suppress(ValueError, RecursionError):
@@ -568,12 +518,11 @@ def _has_half(body: bytes) -> bool:
     return False
 
 
-def _bad(error: msgspec.ValidationError, kind: Any) -> BadRequest:
-    """What msgspec says, with the field to blame.
+def _bad_request(error: msgspec.ValidationError, kind: Any) -> BadRequest:
+    """msgspec's forms:
 
-    It says "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", or of a key
-    "Expected `int`, got `str` - at `key` in `$.by_number`". Of a word out of a list it quotes the value as it came,
-    however long, whatever stands in it: "Invalid enum value 'x' - at `$.status`". It doesn't say what the list is.
+    "Expected `int` >= 0 - at `$.count`", "Object missing required field `title` - at `$[0]`", "Expected `int`, got
+    `str` - at `key` in `$.by_number`", "Invalid enum value 'x' - at `$.status`" (whole value, no choices)
     """
     whole = str(error)
     text, _, place = whole.rpartition(" - at ") if " - at " in whole else (whole, "", "")
@@ -582,7 +531,7 @@ def _bad(error: msgspec.ValidationError, kind: Any) -> BadRequest:
         text = f"expected {' or '.join(choices)}"
     if missing := _MISSING_FIELD.fullmatch(text):
         path += f".{missing[1]}"
-    if isinstance(error.__cause__, _Unfit):
+    if isinstance(error.__cause__, _ModelError):
         path += error.__cause__.place
     field = path.removeprefix(".") or None
     if len(text) > MAX_ERROR_CHARS:
@@ -591,7 +540,7 @@ def _bad(error: msgspec.ValidationError, kind: Any) -> BadRequest:
 
 
 def _choices(info: Any, path: str) -> list[str]:
-    """The words that may stand at a place of msgspec's within a type: `.status`, `[...].kind`."""
+    """The valid words at a path such as `.status` or `[...].kind`."""
     if isinstance(info, types.UnionType):
         return [choice for part in info.types for choice in _choices(part, path)]
     if not path:

@@ -1,8 +1,4 @@
-"""What a unary handler may return, and how an error looks as an HTTP answer.
-
-A `Response` is whole; a `ByteStream` is sent as its chunks come, by the same sender as an event stream. Errors are
-problems, `application/problem+json` (RFC 9457).
-"""
+"""What unary handlers return, and problem documents (RFC 9457)."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -30,7 +26,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A whole answer. `headers` are sent as given, besides `content-type` and `content-length`."""
+    """A whole response; `content-type` and `content-length` are added."""
 
     body: bytes = b""
     status: int = 200
@@ -39,17 +35,16 @@ class Response:
 
 
 def JSON(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer; `data` as in `wire.encode_json`."""
+    """See `wire.encode_json`."""
     return Response(encode_json(data), status, "application/json", headers or {})
 
 
 @dataclass(frozen=True, slots=True)
 class ByteStream:
-    """A body sent chunk by chunk in constant memory: at most `buffer_bytes` and one chunk ahead of the client.
+    """A body in chunks, of which memory holds `buffer_bytes` and one.
 
-    `chunks` is closed (its `aclose`, if it has one) when the response ends, whatever ended it: before its first chunk
-    too, and for HEAD. When it fails in the middle the connection is cut, so that the client can tell a part from the
-    whole. `headers` may hold a `content-length`, where the chunks are known to make it: the server cuts what differs.
+    `chunks` is closed at the end, also unread and for HEAD. If it fails, the connection is cut, which the client
+    detects. A `content-length` in `headers` must be exact; the server cuts the rest.
     """
 
     chunks: AsyncIterator[bytes]
@@ -59,7 +54,7 @@ class ByteStream:
 
 
 def problem(error: SSEAppError, reference: str | None = None, dialect: Dialect = NAMED) -> Response:
-    """The answer to a request that failed before its first byte. `reference` finds it in the log."""
+    """For a failure before the first byte. `reference` is the log's."""
     data = {"type": "about:blank", "title": HTTPStatus(error.status).phrase, "status": error.status}
     data |= {"detail": error.detail, "code": error.code}
     if error.field is not None:
@@ -71,16 +66,16 @@ def problem(error: SSEAppError, reference: str | None = None, dialect: Dialect =
 
 
 def raw_headers(media_type: str | None, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Headers as ASGI wants them: lower-case names. A CR, LF or NUL in one is a `ValueError`, never a second header."""
+    """Raises `ValueError` for CR, LF or NUL: they could forge a header."""
     items = [*headers.items(), *([("content-type", media_type)] if media_type else [])]
     for name, value in items:
         if any(char in name + value for char in "\r\n\0"):
-            raise ValueError(f"the header {name!r:.60} holds CR, LF or NUL")
+            raise ValueError(f"the header {name!r:.60} contains CR, LF or NUL")
     return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in items]
 
 
 def response_start(response: Response) -> MutableMapping[str, Any]:
-    """The message that begins a whole answer. Raises `ValueError` for headers that can't be sent."""
+    """The first message. Raises `ValueError` for invalid headers."""
     headers = raw_headers(response.media_type, response.headers)
     if response.status not in (204, 304):
         headers.append((b"content-length", b"%d" % len(response.body)))
@@ -88,20 +83,17 @@ def response_start(response: Response) -> MutableMapping[str, Any]:
 
 
 async def send_response(response: Response, start: MutableMapping[str, Any], send: Send, *, head: bool = False) -> None:
-    """Send a whole answer; for HEAD its headers alone, with the length that GET would have."""
+    """For HEAD without the body."""
     await send(start)
     await send({"type": "http.response.body", "body": b"" if head else response.body, "more_body": False})
 
 
 def http_error(error: Exception) -> SSEAppError | None:
-    """An `HTTPException` of a framework (FastAPI's, Starlette's, Litestar's) as one of ours; `None`: it is not one.
-
-    It is known by its `status_code`, 400 to 599, and its `detail`, which is meant for the client.
-    """
+    """The `HTTPException` of FastAPI, Starlette or Litestar, known by `status_code` (400 to 599) and `detail`."""
     status, detail = getattr(error, "status_code", None), getattr(error, "detail", None)
     if isinstance(error, SSEAppError) or not isinstance(status, int) or detail is None or status not in _ERRORS:
         return None
-    status = int(status)  # an HTTPStatus, maybe
+    status = int(status)  # it may be an HTTPStatus
     kinds = {kind.status: kind for kind in reversed([*_kinds(SSEAppError)])}
     code = kinds[status].code if status in kinds else HTTPStatus(status).name.lower()
     given = getattr(error, "headers", None)

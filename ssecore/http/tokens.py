@@ -1,19 +1,13 @@
-"""API tokens: a file that holds their hashes, and is read again when it has changed.
+"""API tokens: their hashes in a file.
 
-A token is `<id>.<secret>`. The id finds the entry, the secret (256 random bits) is compared by its SHA-256, in constant
-time. What a browser keeps in its cookie is another secret, made of the token's: it opens the same doors and dies with
-its token, but the token can't be had from it. The file holds hashes only, so whoever reads it gets neither.
+A token is `<id>.<secret>`. The SHA-256 of the secret (256 random bits) is compared in constant time. A browser's cookie
+has a secret derived from it. The file contains neither.
 
-The file has one JSON object a line, mode 0600, and is replaced as a whole. A token that is no longer in it is revoked.
+The file has one JSON object a line, mode 0600, and is replaced as a whole. An editor or a copy may truncate it first,
+so `sseapp token` marks a complete file by an empty last line: tokens missing from it are revoked at once, from others
+after `GRACE_S`. Files with an invalid line are ignored.
 
-An editor, a copy or a volume's update may truncate the file, or move it out of the way, before it writes the new one.
-So a file that `sseapp token` writes ends with an empty line, which says that it is complete: what it lacks is revoked
-at once. What any other file lacks (one that is missing, empty, cut or edited by hand) is revoked after `GRACE_S`. A
-file with a line that is not a token changes nothing, until it is mended.
-
-A token has rights: `publish` and `subscribe` for every topic, `publish:PATTERN` and `subscribe:PATTERN` for the topics
-whose names match (`*` stands for any characters), `metrics`. They add up. Every token, also one without rights, starts
-work and reads what is its caller's own. What a route needs is declared in the table (`Route.may`).
+The rights are in docs/operating.md.
 """
 
 import hashlib
@@ -52,18 +46,16 @@ __all__ = [
 
 logger = logging.getLogger("sseapp")
 
-#: A name goes into paths (`/users/<name>/stream`), into the log and into lists.
+#: It appears in paths (`/users/<name>/stream`).
 MAX_NAME: Final = 200
 REFRESH_S: Final = 1.0
-#: How long a token stays valid that is missing from a file which may not be complete. An editor writes within
-#: milliseconds; a slow copy over a network takes seconds.
+#: An editor writes within milliseconds, a slow copy over a network within seconds.
 GRACE_S: Final = 5.0
-#: Rights of one token: each request of it is compared with all of them.
 MAX_RIGHTS: Final = 50
-#: The longest name of a topic (200) with `publish:topics/` before it, and room for stars.
+#: `publish:topics/`, the longest name of a topic (200), and stars.
 MAX_RIGHT_CHARS: Final = 250
-#: Compared with where there is no such id, so that this takes as long.
-_NOBODY: Final = "0" * 64
+#: Compared for an unknown id, to take as long.
+_UNKNOWN: Final = "0" * 64
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _RIGHT: Final = re.compile("metrics|(publish|subscribe)(:.+)?")
 
@@ -71,10 +63,7 @@ _Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One line of the file. Several may have one name: they are the same caller's.
-
-    Raises `ValueError`, which is a `ValidationError` where the line is decoded.
-    """
+    """One line of the file; a caller may have several. Raises `ValueError`."""
 
     id: str
     name: str
@@ -82,25 +71,24 @@ class Entry(msgspec.Struct, frozen=True):
     session: _Sha256
     created: datetime
     expires: datetime | None = None
-    #: `None`: made before tokens had rights.
+    #: `None`: older than rights; may publish and subscribe.
     may: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name)
         _check_rights(self.may or ())
-        if self.expires is not None and self.expires.tzinfo is None:  # written by hand
+        if self.expires is not None and self.expires.tzinfo is None:
             msgspec.structs.force_setattr(self, "expires", self.expires.replace(tzinfo=UTC))
 
     @property
     def rights(self) -> tuple[str, ...]:
-        """What it may besides starting work. Before tokens had rights, every token could publish and subscribe."""
         if self.may is not None:
             return self.may
         return ("publish", "subscribe", "metrics") if self.name == "metrics" else ("publish", "subscribe")
 
 
 class Credential:
-    """A token that was shown, as long as it holds. Streams keep it, and ask it now and then."""
+    """A token that was sent. Its stream checks `refusal`."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -111,14 +99,12 @@ class Credential:
         return self.entry.name
 
     def may(self, right: str) -> bool:
-        """Whether it has this right: `metrics`, or `publish:` and `subscribe:` with the name of a topic."""
         action = right.partition(":")[0]
-        # Of the shell's patterns only the star: the others are characters of a name.
         patterns = (re.sub(r"([?[])", r"[\1]", given) for given in self.entry.rights)
         return any(pattern == action or fnmatchcase(right, pattern) for pattern in patterns)
 
     def refusal(self) -> Unauthorized | None:
-        """Why it holds no longer."""
+        """The error if it is revoked or expired."""
         if self.revoked:
             return _unauthorized("this token was revoked or changed", "token_revoked")
         if self.entry.expires is not None and datetime.now(UTC) >= self.entry.expires:
@@ -127,51 +113,51 @@ class Credential:
 
 
 class Tokens:
-    """The file's tokens. Raises `SettingsError` where it can't be read; one that isn't there yet holds none."""
+    """Raises `SettingsError`; a missing file has none."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, Credential] = {}
         self._seen: object = ...
-        self._grace_until: float | None = None  # tokens are known that the file lacks; by `time.monotonic`
+        self._grace_until: float | None = None
         self._read(_signature(path))
         if not self._known:
-            logger.warning("%s holds no token: everybody is refused; `sseapp token add NAME` makes one", path)
+            logger.warning("%s has no tokens, so every request is refused: `sseapp token add NAME` creates one", path)
         old = sum(credential.entry.may is None for credential in self._known.values())
         if old:
             logger.warning(
-                "%s: tokens made before tokens had rights (%d) may publish and subscribe to every topic; "
-                "`sseapp token list` shows them, `sseapp token set NAME --may RIGHT` says what one may from now on",
+                "%s: tokens created before tokens had rights (%d) may publish and subscribe to every topic; "
+                "`sseapp token list` shows them, `sseapp token set NAME --may RIGHT` restricts one",
                 path,
                 old,
             )
 
     def find(self, token: str, kind: Literal["hash", "session"] = "hash") -> Credential:
-        """Who shows this token, or this cookie's value. Raises `Unauthorized`."""
+        """By a token or a cookie's value. Raises `Unauthorized`."""
         self.refresh()
         id, _, secret = token.partition(".")
         credential = self._known.get(id)
-        expected = _NOBODY if credential is None else getattr(credential.entry, kind)
+        expected = _UNKNOWN if credential is None else getattr(credential.entry, kind)
         right = hmac.compare_digest(_sha256(secret), expected)
         if credential is None or not right:
-            raise _unauthorized("this token is not one of this service's", "unauthorized")
+            raise _unauthorized("unknown token", "unauthorized")
         if refusal := credential.refusal():
             raise refusal
         return credential
 
     def refresh(self) -> None:
-        """Read the file again if it has changed. Costs one `stat`: a token is known, or revoked, at once."""
+        """Read the file if it has changed; costs one `stat`."""
         signature = _signature(self._path)
         grace_over = self._grace_until is not None and time.monotonic() >= self._grace_until
         if signature != self._seen or grace_over:
             try:
                 self._read(signature)
-            except SettingsError as error:  # half an edit must not shut everybody out, nor let anybody in
+            except SettingsError as error:  # half an edit must not revoke tokens
                 self._grace_until = None
                 logger.error("%s; the tokens stay as they were", error)
 
     async def watch(self) -> None:
-        """Notice what has been revoked while no request comes: streams are ended by it."""
+        """Detect revocations without requests, to end streams."""
         while True:
             await anyio.sleep(REFRESH_S)
             self.refresh()
@@ -187,7 +173,7 @@ class Tokens:
         until = self._grace_until
         if missing and until is None:
             until = time.monotonic() + GRACE_S
-            text = "%s may not be complete: tokens that it lacks now (%d) are revoked in %g s"
+            text = "%s may be incomplete: tokens missing from it (%d) are revoked in %g s"
             logger.warning(text, self._path, len(missing), GRACE_S)
         if missing and until is not None and time.monotonic() < until:
             known |= missing
@@ -216,18 +202,18 @@ def _sha256(text: str) -> str:
 
 
 def session_of(token: str) -> str:
-    """What the browser's cookie holds in the token's place."""
+    """The cookie's value for a token."""
     id, _, secret = token.partition(".")
     return f"{id}.{hmac.digest(secret.encode(), b'sseapp session', 'sha256').hex()}"
 
 
 def read_tokens(path: Path) -> list[Entry]:
-    """All entries. Raises `SettingsError`; a file that isn't there has none."""
+    """See `Tokens`."""
     return _read_file(path)[0]
 
 
 def _read_file(path: Path) -> tuple[list[Entry], bool]:
-    """All entries, and whether the file is complete for sure."""
+    """The entries, and whether it is complete."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -241,7 +227,6 @@ def _read_file(path: Path) -> tuple[list[Entry], bool]:
                 entries.append(msgspec.json.decode(line, type=Entry))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise SettingsError(f"{path}, line {number} is not a token: {error}", field="tokens_file") from None
-    # After the last line end stands nothing; before it, in a complete file, an empty line.
     return entries, lines[-1] == b"" and lines[-2:-1] == [b""]
 
 
@@ -252,7 +237,7 @@ def _check_name(name: str) -> None:
 
 def _check_rights(rights: Sequence[str]) -> None:
     if len(rights) > MAX_RIGHTS:
-        raise SettingsError(f"a token has {MAX_RIGHTS} rights at most; use patterns with *", field="may")
+        raise SettingsError(f"a token can't have more than {MAX_RIGHTS} rights; use patterns with *", field="may")
     for right in rights:
         if len(right) > MAX_RIGHT_CHARS or not right.isprintable() or not _RIGHT.fullmatch(right):
             raise SettingsError(
@@ -264,7 +249,7 @@ def _check_rights(rights: Sequence[str]) -> None:
 
 
 def add_token(path: Path, name: str, expires: datetime | None = None, may: Sequence[str] = ()) -> str:
-    """Make a token with these rights, keep its hash, and give it: this once. Raises `SettingsError`."""
+    """Returns the token. Raises `SettingsError`."""
     id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     token = f"{id}.{secret}"
     session = session_of(token).partition(".")[2]
@@ -276,7 +261,7 @@ def add_token(path: Path, name: str, expires: datetime | None = None, may: Seque
 
 
 def revoke_tokens(path: Path, which: str) -> list[Entry]:
-    """Take out all tokens of this name, or the one with this id; gives what was taken out."""
+    """By id or name; returns them."""
     with _locked(path):
         entries = read_tokens(path)
         revoked = [entry for entry in entries if which in (entry.name, entry.id)]
@@ -286,10 +271,7 @@ def revoke_tokens(path: Path, which: str) -> list[Entry]:
 
 
 def set_rights(path: Path, which: str, may: Sequence[str]) -> list[Entry]:
-    """Give all tokens of this name, or the one with this id, these rights in place of theirs; gives the changed ones.
-
-    Their open streams end, as they were allowed by the rights of before. Raises `SettingsError`.
-    """
+    """By id or name; returns them. Their open streams end. Raises `SettingsError`."""
     with _locked(path):
         entries = read_tokens(path)
         changed = {
@@ -303,7 +285,7 @@ def set_rights(path: Path, which: str, may: Sequence[str]) -> list[Entry]:
 
 
 def parse_expiry(text: str) -> datetime:
-    """`90d`, `12h`, `30m` from now on, or an ISO 8601 date (midnight, UTC). Raises `SettingsError`."""
+    """`90d`, `12h`, `30m`, or an ISO 8601 date (midnight, UTC). Raises `SettingsError`."""
     now = datetime.now(UTC).replace(microsecond=0)
     try:
         if match := re.fullmatch(r"([0-9]{1,9})([smhd])", text):
@@ -316,13 +298,13 @@ def parse_expiry(text: str) -> datetime:
             f"{text!r:.40}: expected a time such as 90d, 12h, 30m, or a date such as 2030-12-31", field="expires"
         ) from None
     if expires <= now:
-        raise SettingsError(f"{text}: the token would never be valid, this time is in the past", field="expires")
+        raise SettingsError(f"{text}: this time is in the past, so the token would never be valid", field="expires")
     return expires
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One writer at a time. The folder is locked, since the file itself gets replaced; on Windows a file beside it."""
+    """Locks the folder, because the file is replaced; on Windows another file."""
     place, flags = os.path.realpath(path.parent), os.O_RDONLY
     if not FOLDERS:
         place, flags = os.path.join(place, f".{path.name}.lock"), os.O_RDWR | os.O_CREAT
@@ -338,13 +320,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, entries: list[Entry]) -> None:
-    """All or nothing, whoever reads meanwhile."""
     target = os.path.realpath(path)
     new = None
     try:
         file, new = mkstemp(dir=os.path.dirname(target), prefix=".tokens-")  # mode 0600
         with open(file, "wb") as output:
-            with suppress(OSError, AttributeError):  # the service may run as another user than who adds tokens
+            with suppress(OSError, AttributeError):  # the service may run as another user
                 owner = os.stat(target)
                 os.fchown(output.fileno(), owner.st_uid, owner.st_gid)
             output.write(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries) + b"\n")

@@ -1,7 +1,4 @@
-"""What the log and its engines speak of: rows, facts, cursors, retention; and how facts change, as pure functions.
-
-The rules stand on top of `ssecore.log`, and are cited here by number.
-"""
+"""Rows, facts, cursors, retention, and how facts change. The rules are those of `ssecore.log`."""
 
 import logging
 import re
@@ -15,8 +12,8 @@ import msgspec
 import orjson
 from msgspec.structs import replace
 
-from ssecore.errors import BadRequest, LogUnavailable, TooLarge, TooManyRequests, WriterFenced
-from ssecore.wire import encode_json
+from ssecore.errors import BadRequest, EncodeError, LogUnavailable, TooLarge, TooManyRequests, WriterFenced
+from ssecore.wire import Event, encode, encode_json
 
 __all__ = [
     "EMPTY_TOPIC_S",
@@ -39,18 +36,19 @@ __all__ = [
     "cost",
     "deleted_at",
     "due",
+    "encoded",
     "framed",
-    "full",
+    "has_expired",
+    "is_full",
     "joined",
-    "legible",
+    "json_copy",
     "locate",
+    "log_full",
     "new_epoch",
     "opened",
-    "outlived",
-    "over",
     "packed",
     "parse_cursor",
-    "plain",
+    "readable",
     "share_full",
     "unpacked",
 ]
@@ -59,44 +57,37 @@ logger = logging.getLogger("sseapp")
 S = TypeVar("S")
 T = TypeVar("T")
 
-#: One append at most. It is held in memory as a whole, and SQLite stores no blob beyond 1 GB. An append over it is a
-#: bug of a source that doesn't bound its buffer (64 KiB by default).
+#: It is in memory as a whole, and SQLite's blobs are bounded by 1 GB.
 MAX_APPEND_BYTES: Final = 64 * 1024 * 1024
-#: What merging appends makes of a row at most; one append of more is one row. A reader's step is as fine as that.
+#: Appends are merged into rows up to this size.
 MAX_ROW_BYTES: Final = 64 * 1024
-#: Epochs that a stream remembers beyond those of the events it keeps. A topic gets one more with each start of the
-#: process; a cursor of a forgotten one is answered `expired`.
+#: Epochs kept beyond those of the events. A topic gets one at each start of the process.
 MAX_EPOCHS: Final = 1000
 
-#: How long an open topic without events is kept: somebody who subscribed may have been disconnected, and resume. The
-#: app writes to the topics that have readers more often than that.
+#: For subscribers to resume an open topic without events.
 EMPTY_TOPIC_S: Final = 900.0
 
-#: What a stream, and an event, count besides the bodies: facts, names, indexes, rows (rule 7). Measured: a chat's run
-#: of ten words is 6 KB in Redis (a stream's first node alone is 4) and 0.9 KB in SQLite's file. There the pages in use
-#: count in all, and only an owner's share is counted by these.
+#: Besides the bodies (rule 7). Measured: a run of ten words takes 6 KB in Redis (a stream's first node alone 4), and
+#: 0.9 KB in SQLite.
 STREAM_BYTES: Final = 6144
 EVENT_BYTES: Final = 64
-#: So many owners can fill the log.
+#: An owner's share is `max_bytes` divided by this.
 OWNERS: Final = 10
-#: A retention without an age, in seconds: what is kept for ever still has an order in which it goes (rule 7).
+#: Instead of no `age_s`, to order deletions (rule 7).
 FOREVER_S: Final = 1e10
 
 Kind = Literal["run", "topic"]
-#: What ended a stream for its watchers.
 Ended = Literal["closed", "deleted"]
 
 
-# The memory engine keeps many, and nothing in them can point back: they are no work for the garbage collector.
 class Row(msgspec.Struct, frozen=True, gc=False):
-    """What went in as one: several events of one epoch. Engines may put appends that meet into one row."""
+    """Events of one epoch: an append, or several."""
 
     epoch: str
-    #: Sequence of the first event.
     first: int
-    #: The frames one behind the other, each with the blank line that ends it.
+    #: The frames.
     body: bytes
-    #: Where each event ends in `body`.
+    #: The end of each event in `body`.
     ends: tuple[int, ...]
 
     @property
@@ -105,42 +96,39 @@ class Row(msgspec.Struct, frozen=True, gc=False):
 
 
 class Retention(msgspec.Struct, frozen=True):
-    """What a stream keeps (rule 6). `None`: no limit."""
+    """Limits of a stream (rule 6). `None`: no limit."""
 
     events: int | None = None
-    #: Of bodies; an engine's own overhead comes on top.
+    #: Of bodies, without the store's overhead.
     bytes: int | None = None
-    #: Seconds.
     age_s: float | None = None
 
 
 class Stat(msgspec.Struct, frozen=True):
-    """The facts of a stream at one moment. Don't change its `meta`: it is shared."""
+    """A stream's facts. Don't change `meta`: it is shared."""
 
     stream: str
     kind: Kind
     #: (epoch, its first sequence), oldest first.
     epochs: tuple[tuple[str, int], ...]
-    #: When it was created, and when something was last appended, opened, set or closed, or an open topic's last event
-    #: was trimmed; Unix time.
+    #: Unix times. `updated`: by an append, open, new `meta`, close, or trim to zero events.
     created: float
     updated: float
-    #: Oldest sequence kept; `last + 1` when nothing is.
+    #: Oldest sequence kept, or `last + 1`.
     first: int = 1
-    #: The top; 0 when nothing was ever appended.
+    #: Newest sequence, or 0.
     last: int = 0
-    #: Bytes of the bodies of the rows kept.
+    #: Bytes of the kept bodies.
     size: int = 0
     closed: bool = False
     owner: str | None = None
-    #: Small JSON of the stream's owner.
     meta: dict[str, Any] = {}
     key: str | None = None
     retention: Retention = Retention()
 
 
 class Cursor(NamedTuple):
-    """A place in a stream, as a client has it: `str()` of it is the `id` on the wire."""
+    """`str()` gives the `id` on the wire."""
 
     epoch: str
     seq: int
@@ -150,11 +138,10 @@ class Cursor(NamedTuple):
 
 
 class Gap(msgspec.Struct, frozen=True, rename={"from_": "from"}):
-    """What a reader has to be told before it goes on; the `data` of the event `gap`.
+    """The `data` of a `gap` event: where the reader's history and the log's differ.
 
-    `from` and `to` are the first and the last sequence at which its history and the log's differ as far as it is
-    concerned: `trimmed`, events that it hasn't seen and won't; `diverged`, events that it has seen and the log hasn't
-    (what it gets from `from` on are others by the same numbers). `None`: not known.
+    `from`, `to`: the first and last sequence. `trimmed`: it will never get these. `diverged`: it has them, and the log
+    lost them. `None`: not known.
     """
 
     reason: Literal["trimmed", "diverged", "expired"]
@@ -162,20 +149,20 @@ class Gap(msgspec.Struct, frozen=True, rename={"from_": "from"}):
     to: int | None = None
 
 
-#: Called in the event loop: the row, and the end if the stream ended with it. One of the two is there.
+#: Called in the event loop with a row, the end, or both.
 Watcher = Callable[[Row | None, Ended | None], None]
 
 
 def framed(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
-    """The row's events after sequence `after`, each with its `id:` line, as they go over the wire.
+    """The row's events after `after`, each with its `id:` line.
 
     The id is the last line of its block: some clients (`@microsoft/fetch-event-source` 2.0.1, npm `eventsource` 2.0.2)
-    take an id as soon as its line is complete. If the connection is cut between such an id and its data, they resume
-    behind an event that they never got. `id_first` is for a dialect whose clients pair an id with the data behind it.
+    take an id as soon as its line is complete: cut before the data, they would miss it. `id_first`: some dialects'
+    clients pair an id with the data after it.
 
-    Hot path, once for each row and process: one slice and one format an event, one join a row; 0.2 µs an event.
+    Hot path, once per row and process; 0.2 µs an event.
     """
-    if len(row.ends) == 1 and after < row.first and not id_first:  # as tokens come
+    if len(row.ends) == 1 and after < row.first and not id_first:  # tokens
         return b"%bid: %b.%d\n\n" % (row.body[:-1], row.epoch.encode(), row.first)
     skipped = min(max(after + 1 - row.first, 0), len(row.ends))
     ends = row.ends[skipped:]
@@ -190,7 +177,7 @@ def framed(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
 
 
 def new_epoch() -> str:
-    """128 random bits: whoever has no credentials reads a run by knowing its epoch."""
+    """128 random bits: they may be the only right to read a run."""
     return secrets.token_urlsafe(16)
 
 
@@ -198,9 +185,9 @@ _CURSOR: Final = re.compile(r"([A-Za-z0-9_-]{22})\.(0|[1-9][0-9]{0,15})")
 
 
 def parse_cursor(text: str) -> Cursor:
-    """`<22 characters of base64url>.<0 to 2^53-1>`, in one spelling only: no signs, no zeros in front.
+    """`<22 characters of base64url>.<0 to 2^53-1>`, no leading zeros.
 
-    Boundary of trust: the text comes from outside. Raises `BadRequest`.
+    Boundary of trust. Raises `BadRequest`.
     """
     match = _CURSOR.fullmatch(text)
     if match is None or (seq := int(match[2])) >= 2**53:
@@ -209,9 +196,9 @@ def parse_cursor(text: str) -> Cursor:
 
 
 def locate(stat: Stat, cursor: Cursor) -> tuple[int, Gap | None]:
-    """The sequence after which the holder of the cursor reads on, and the gap to be announced first (rule 4).
+    """The sequence to read after, and the gap to announce first (rule 4).
 
-    `expired` gives the place before the oldest event kept; whether one goes on from there is the caller's to say.
+    After `expired`, the caller may continue with the oldest event kept.
     """
     epoch, seq = cursor
     kept = stat.first - 1
@@ -226,29 +213,32 @@ def locate(stat: Stat, cursor: Cursor) -> tuple[int, Gap | None]:
     return seq, None
 
 
-# What the engines share: how facts change, as pure functions.
-
-
 def joined(frames: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
-    """The body and the ends of a row. Raises `TooLarge`."""
+    """A row's body and ends. Raises `TooLarge`."""
     body = frames[0] if len(frames) == 1 else b"".join(frames)
     if len(body) > MAX_APPEND_BYTES:
         raise TooLarge(f"an append of {len(body)} bytes; the event log takes {MAX_APPEND_BYTES} at once")
     return body, tuple(accumulate(map(len, frames)))
 
 
+def encoded(event: Event) -> bytes:
+    """An event's frame. Raises `EncodeError`."""
+    if event.id is not None:
+        raise EncodeError("id must be left out here: the event log assigns ids", field="id")
+    return encode(event)
+
+
 def packed(ends: tuple[int, ...]) -> bytes:
-    """A row's `ends` as they are stored."""
     return struct.pack(f"<{len(ends)}I", *ends)
 
 
 def unpacked(ends: bytes) -> tuple[int, ...]:
-    """What `packed` gave."""
+    """The inverse of `packed`."""
     return struct.unpack(f"<{len(ends) // 4}I", ends)
 
 
-def legible(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
-    """What `read` makes of each: one that another version, or a bad disk, has written is logged and left out."""
+def readable(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
+    """`read` each; log and leave out those that can't be."""
     found = []
     for one in stored:
         try:
@@ -258,8 +248,8 @@ def legible(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
     return found
 
 
-def plain(meta: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A copy as JSON has it, so that no engine keeps more than another. Raises `EncodeError`."""
+def json_copy(meta: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A copy by way of JSON. Raises `EncodeError`."""
     if meta is None:
         return None
     copy: dict[str, Any] = orjson.loads(encode_json(meta))
@@ -267,11 +257,11 @@ def plain(meta: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def opened(stat: Stat, epoch: str, retention: Retention | None, now: float) -> Stat:
-    """With the epoch opened after the top. Raises `WriterFenced` where it is closed."""
+    """With a new epoch. Raises `WriterFenced`."""
     if stat.closed:
         raise WriterFenced("the stream is closed")
     epochs = (*stat.epochs, (epoch, stat.last + 1))
-    while len(epochs) > MAX_EPOCHS and epochs[1][1] <= stat.first:  # nothing that is kept is of the oldest
+    while len(epochs) > MAX_EPOCHS and epochs[1][1] <= stat.first:  # the oldest has no events
         epochs = epochs[1:]
     stat = replace(stat, epochs=epochs, retention=retention or stat.retention, updated=now)
     return replace(stat, first=_first(stat, stat.last))
@@ -280,7 +270,7 @@ def opened(stat: Stat, epoch: str, retention: Retention | None, now: float) -> S
 def appended(
     stat: Stat, epoch: str, events: int, size: int, close: bool, meta: dict[str, Any] | None, now: float
 ) -> Stat:
-    """With so many events more. Raises `WriterFenced` (rule 3)."""
+    """With an append. Raises `WriterFenced` (rule 3)."""
     if stat.closed:
         raise WriterFenced("the stream is closed")
     if stat.epochs[-1][0] != epoch:
@@ -300,16 +290,13 @@ def appended(
 
 
 def _first(stat: Stat, last: int) -> int:
-    """The oldest to be kept by count, with `last` at the top."""
+    """The oldest sequence kept by count."""
     limit = stat.retention.events
     return stat.first if limit is None or stat.kind == "run" else max(stat.first, last - limit + 1)
 
 
-def outlived(stat: Stat, last: int, at: float, now: float) -> bool:
-    """Whether the oldest row kept, which ends at `last` and was appended `at`, has to go (rule 6).
-
-    Asked again with the new `first` and `size` until the answer is no.
-    """
+def has_expired(stat: Stat, last: int, at: float, now: float) -> bool:
+    """Whether the oldest row, up to `last` and appended `at`, has expired (rule 6)."""
     if stat.kind != "topic" or stat.closed:
         return False
     max_bytes, age_s = stat.retention.bytes, stat.retention.age_s
@@ -321,32 +308,29 @@ def outlived(stat: Stat, last: int, at: float, now: float) -> bool:
 
 
 def deleted_at(stat: Stat) -> float | None:
-    """When the upkeep deletes the whole stream, if it stays as it is (rule 6)."""
+    """When the stream is deleted as it is (rule 6)."""
     if stat.closed:
         return due(stat, stat.updated)
     return stat.updated + EMPTY_TOPIC_S if stat.kind == "topic" and stat.first > stat.last else None
 
 
 def due(stat: Stat, at: float) -> float:
-    """When retention takes what was appended, or closed, `at`."""
     return at + (FOREVER_S if stat.retention.age_s is None else stat.retention.age_s)
 
 
 def cost(stat: Stat) -> int:
-    """The bytes that count for a stream (rule 7)."""
+    """A stream's bytes (rule 7)."""
     return STREAM_BYTES + stat.size + EVENT_BYTES * (stat.last - stat.first + 1)
 
 
-def over(bytes: int, bound: int) -> bool:
-    """Whether nothing new is taken (rule 7)."""
+def is_full(bytes: int, bound: int) -> bool:
+    """Whether appends are refused (rule 7)."""
     return bytes > bound + bound // 10
 
 
-def full() -> LogUnavailable:
-    """Rule 7, for all."""
+def log_full() -> LogUnavailable:
     return LogUnavailable("the event log is full; try again later")
 
 
 def share_full() -> TooManyRequests:
-    """Rule 7, for an owner."""
     return TooManyRequests("your runs fill your share of the event log; delete some, or wait until some have ended")

@@ -1,19 +1,19 @@
-"""The rules of `ssecore.log` over streams that one process keeps by itself: the memory log and the SQLite log.
+"""The rules of `ssecore.log` for engines of one process. A `Ledger` decides; its subclass stores.
 
-A `Ledger` is what a commit works on. It decides; an engine keeps. An operation is refused before it has changed
-anything, so one that is refused fails no other of the same commit.
+A refused operation has changed nothing, so it fails no other of its commit.
 """
 
 import logging
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeVar
 
 from msgspec.structs import replace
 
 from ssecore.errors import Conflict, NotFound, SSEAppError
-from ssecore.log import Peers, facts
+from ssecore.log import Log, facts
 from ssecore.log.facts import (
     OWNERS,
     Ended,
@@ -25,61 +25,59 @@ from ssecore.log.facts import (
     cost,
     deleted_at,
     due,
-    full,
+    has_expired,
+    is_full,
     joined,
+    log_full,
     opened,
-    outlived,
-    over,
     share_full,
 )
 from ssecore.log.watchers import Watchers
 from ssecore.log.writer import Batch
 
-__all__ = ["Entry", "Ledger", "LocalStore"]
+__all__ = ["Entry", "Ledger", "LocalLog"]
 
 logger: Final = logging.getLogger("sseapp")
 T = TypeVar("T")
 
 
+@dataclass(eq=False, slots=True)
 class Entry:
-    """A stream's facts, and when the upkeep has to look at it. What else it has is the engine's."""
+    """A stream's facts. `id`, `epoch` and `rows` are the engine's."""
 
-    __slots__ = ("charged", "due", "epoch", "id", "rows", "saved", "stat")
-
-    def __init__(self, stat: Stat, due: float | None, charged: int = 0, id: int = 0, epoch: int = 0) -> None:
-        self.stat = stat
-        self.due = due
-        self.charged = charged  #: in the accounts (rule 7)
-        self.id = id
-        self.epoch = epoch  #: the id of the newest
-        self.saved = True  #: False: the facts have changed, and have to be written
-        self.rows: Any = None
+    stat: Stat
+    due: float | None
+    charged: int = 0  #: bytes in the owner's account (rule 7)
+    id: int = 0
+    epoch: int = 0  #: the newest one's id
+    saved: bool = True  #: False: the facts must be written
+    rows: Any = None
 
 
 class Ledger(ABC):
-    """Streams, and what may be done to them. `now` is Unix time, `max_bytes` the bound of rule 7."""
+    """All streams, in one commit at `now` (Unix time)."""
 
     now: float
     max_bytes: int
-    #: Rows, and streams, that one step of the upkeep looks at.
+    #: Rows, and streams, in one step of upkeep.
     step_rows: ClassVar[int] = 32
     step_streams: ClassVar[int] = 64
 
     def __init__(self, process: str) -> None:
-        #: What the epochs begin with that this process opens on topics.
+        #: Prefix of this process's epochs on topics.
         self.process = process
-        self.crowded = False
-        #: What watchers will be told.
+        self.over_bound = False
+        #: For the watchers, after the commit.
         self.notices: list[tuple[str, Row | None, Ended | None]] = []
 
-    # What is asked for
+    # Operations
 
     def create(self, stat: Stat) -> tuple[Stat, bool]:
         there = self.look_up((stat.key and self.by_key(stat.key)) or stat.stream)
         if there is not None:
             return there.stat, False
         self.check_room()
-        if stat.owner is not None and over(self.account(stat.owner), self.max_bytes // OWNERS):
+        if stat.owner is not None and is_full(self.account(stat.owner), self.max_bytes // OWNERS):
             raise share_full()
         self._check_new(stat.epochs[0][0])
         self.insert(stat, deleted_at(stat))
@@ -105,7 +103,7 @@ class Ledger(ABC):
             self.notices.append((stream, None, "deleted"))
 
     def upkeep(self) -> bool:
-        """One step. False where there was nothing to do."""
+        """One step. False if there was nothing to do."""
         overdue = self.due_until(self.now)
         for stream in overdue:
             entry = self._entry(stream)
@@ -117,7 +115,7 @@ class Ledger(ABC):
         swept = self.sweep()
         return bool(overdue) or swept or self._make_room() or self.give_back()
 
-    # How
+    # Their parts
 
     def _append(self, batch: Batch) -> None:
         entry = self.look_up(batch.stream)
@@ -156,7 +154,7 @@ class Ledger(ABC):
             self.grew(entry)
 
     def _may_trim(self, entry: Entry, before: Stat) -> bool:
-        """Whether an append to a topic can have made a row go, or the first one come."""
+        """Whether an append may have expired a row, or added the first."""
         stat = entry.stat
         limit = stat.retention.bytes
         return (
@@ -176,13 +174,13 @@ class Ledger(ABC):
         self.save(entry)
 
     def _trim(self, entry: Entry, *, forced: bool = False) -> None:
-        """Takes the oldest rows that have to go, or all (`forced`), at most a step; `due` says when to look again."""
+        """One step of dropping the oldest rows that have expired, or any (`forced`)."""
         stat = entry.stat
         entry.due = deleted_at(stat)
         if stat.kind == "topic" and not stat.closed:
             count = gone = 0
             for last, at, size in self.oldest(entry):
-                if not forced and not outlived(stat, last, at, self.now):
+                if not forced and not has_expired(stat, last, at, self.now):
                     entry.due = due(stat, at)
                     break
                 stat = replace(stat, first=max(stat.first, last + 1), size=stat.size - size)
@@ -198,7 +196,7 @@ class Ledger(ABC):
         self.save(entry)
 
     def _make_room(self) -> bool:
-        """One step of what a bound asks for. False where there was nothing to do, or nothing can be done."""
+        """One step of rule 7. False if nothing can be done."""
         share = self.max_bytes // OWNERS
         for owner, used in self.accounts_over(share):
             if self._take(self.closed_runs(owner), used - share):
@@ -207,7 +205,7 @@ class Ledger(ABC):
         return excess > 0 and self._take(self.due_after(self.now + facts.EMPTY_TOPIC_S), excess)
 
     def _take(self, streams: Sequence[str], excess: int) -> bool:
-        """Deletes these, or of topics the oldest rows, until so much is gone."""
+        """Delete closed streams, or rows of topics, until `excess` bytes are free."""
         for stream in streams:
             entry = self._entry(stream)
             before = cost(entry.stat)
@@ -222,12 +220,12 @@ class Ledger(ABC):
         return bool(streams)
 
     def check_room(self) -> None:
-        """Raises `LogUnavailable` where nothing new is taken (rule 7)."""
+        """Raises `LogUnavailable` (rule 7)."""
         used = self.used()
         if used > self.max_bytes:
-            self.crowded = True
-            if over(used, self.max_bytes):
-                raise full()
+            self.over_bound = True
+            if is_full(used, self.max_bytes):
+                raise log_full()
 
     def _entry(self, stream: str) -> Entry:
         entry = self.look_up(stream)
@@ -239,122 +237,111 @@ class Ledger(ABC):
         if self.has_epoch(epoch):
             raise Conflict("this epoch has been opened before")
 
-    # What an engine keeps
+    # What an engine implements
 
     @abstractmethod
     def look_up(self, stream: str) -> Entry | None:
-        """The stream, to be changed by this commit."""
+        """The stream, for this commit to change."""
 
     @abstractmethod
-    def by_key(self, key: str) -> str | None:
-        """The stream that was created with this key."""
+    def by_key(self, key: str) -> str | None: ...
 
     @abstractmethod
     def has_epoch(self, epoch: str) -> bool: ...
 
     @abstractmethod
     def insert(self, stat: Stat, due: float | None) -> Entry:
-        """A new stream, with its key, its epoch and its charge."""
+        """With its key, epoch and charge."""
 
     @abstractmethod
     def insert_epoch(self, entry: Entry, epoch: str, first: int, forgotten: list[str]) -> None:
-        """A further epoch; the oldest ones are forgotten."""
+        """And delete the `forgotten` ones."""
 
     @abstractmethod
     def insert_row(self, entry: Entry, row: Row) -> None:
-        """A row, appended now. The facts have changed already."""
+        """The facts have changed already."""
 
     @abstractmethod
     def save(self, entry: Entry) -> None:
-        """The facts have changed, or will until the commit is over."""
+        """The facts must be written with this commit."""
 
     def grew(self, entry: Entry) -> None:
-        """As `save`, where nothing has changed but what a run's rows say themselves."""
+        """As `save`, if a run's rows contain it."""
         self.save(entry)
 
     @abstractmethod
     def oldest(self, entry: Entry) -> Iterable[tuple[int, float, int]]:
-        """Of the oldest rows, `step_rows` at most: last sequence, when it was appended, bytes."""
+        """At most `step_rows`: last sequence, time of the append, bytes."""
 
     @abstractmethod
     def drop(self, entry: Entry, last: int) -> None:
-        """The rows up to this sequence go."""
+        """The rows up to this sequence."""
 
     @abstractmethod
     def remove(self, entry: Entry) -> None:
-        """The stream goes, with its rows, key and epochs."""
+        """With its rows, key and epochs."""
 
     @abstractmethod
     def charge(self, entry: Entry, bytes: int) -> None:
-        """The stream's owner pays so much for it from now on."""
+        """Charge the owner so much for the stream."""
 
     @abstractmethod
     def used(self) -> int:
         """The bytes that count against `max_bytes`."""
 
     @abstractmethod
-    def account(self, owner: str) -> int:
-        """What the owner's streams cost."""
+    def account(self, owner: str) -> int: ...
 
     @abstractmethod
     def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
-        """The owners that use more, and how much."""
+        """And how much they use."""
 
     @abstractmethod
     def closed_runs(self, owner: str) -> Sequence[str]:
-        """The owner's oldest closed runs, a step of them."""
+        """The oldest, one step."""
 
     @abstractmethod
     def due_until(self, at: float) -> Sequence[str]:
-        """The streams that the upkeep has to look at by then, the most overdue first, a step of them."""
+        """The earliest first, one step."""
 
     @abstractmethod
     def due_after(self, at: float) -> Sequence[str]:
-        """The streams that retention takes next, of those that it takes later than that."""
+        """The earliest first, one step."""
 
     def sweep(self) -> bool:
-        """A step of what deletions have left to do. False where there is nothing."""
+        """One step of deleting rows of deleted streams."""
         return False
 
     def give_back(self) -> bool:
-        """A step of giving room back to the system. False where there is nothing."""
+        """One step of returning space to the system."""
         return False
 
 
-class LocalStore(ABC):
-    """What a store for one process is besides its ledger. See `ssecore.log.Store`."""
+class LocalLog(Log):
+    """A log of one process, on its ledger."""
 
-    away = False
-    crowded = False
-    closing = False
-    gap_s: float | None = None
-    peers: Peers | None = None
-
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float], upkeep_s: float) -> None:
+        super().__init__(clock, upkeep_s)
         self._watchers = Watchers()
-        #: The first half of the epochs that this process opens on topics: in the log it recognizes them again.
         self._process = secrets.token_urlsafe(8)
 
     @abstractmethod
-    async def apply(self, work: Callable[[Ledger], T]) -> T:
-        """Do this to the ledger, in a commit."""
+    async def _apply(self, work: Callable[[Ledger], T]) -> T:
+        """Run `work` on the ledger, in a commit."""
 
-    async def create(self, stat: Stat) -> tuple[Stat, bool]:
-        return await self.apply(lambda ledger: ledger.create(stat))
+    async def _create(self, stat: Stat) -> tuple[Stat, bool]:
+        return await self._apply(lambda ledger: ledger.create(stat))
 
-    async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
-        return await self.apply(lambda ledger: ledger.open(stream, epoch, retention))
+    async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
+        return await self._apply(lambda ledger: ledger.open(stream, epoch, retention))
 
-    async def delete(self, stream: str, unless_told: bool) -> bool:
-        """Whoever reads it is known here, and whoever works on it: nobody else has been told of it."""
-        await self.apply(lambda ledger: ledger.delete(stream))
+    async def delete(self, stream: str, *, unless_answered: bool = False) -> bool:
+        """`unless_answered` has no effect: no other process answers requests."""
+        await self._apply(lambda ledger: ledger.delete(stream))
         return True
 
-    async def upkeep(self) -> bool:
-        return await self.apply(lambda ledger: ledger.upkeep())
+    async def _upkeep(self) -> bool:
+        return await self._apply(lambda ledger: ledger.upkeep())
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         return self._watchers.add(stream, watcher)
-
-    def opened_here(self, epoch: str) -> bool:
-        return epoch.startswith(self._process)

@@ -1,4 +1,4 @@
-"""Appends to a log, measured, and runs that end with one, counted: for any engine."""
+"""Metrics of a log's appends and of the runs that end with them."""
 
 from ssecore.errors import LogError, LogUnavailable
 from ssecore.log import Log
@@ -9,7 +9,7 @@ __all__ = ["measured"]
 
 
 def measured(log: Log, metrics: Metrics) -> Log:
-    """The log itself; from now on what is appended to it is in the metrics. They are told once a commit."""
+    """Count commits in the metrics. Returns the log."""
 
     def committed(batches: list[Batch], seconds: float) -> None:
         events = 0

@@ -1,8 +1,7 @@
-"""The event log in memory: nothing outlives the process. On asyncio and on trio.
+"""The event log in memory, for one process; it ends with the process. On asyncio and on trio.
 
-It keeps the rules of `ssecore.log` without locks and threads: between two awaits nobody else works, and each call
-changes everything in one such step. The step comes after the call's only await, a turn for the loop (so that a source
-that never waits lets the others run); who is cancelled there has changed nothing.
+It needs no locks: each call changes everything in one step without an await. The one await, a checkpoint, comes before
+it (so that a source which never waits lets others run); a call cancelled there has changed nothing.
 """
 
 import sys
@@ -13,62 +12,44 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from heapq import nsmallest
 from itertools import islice
-from operator import attrgetter
-from typing import Final, NamedTuple, TypeVar
+from typing import TypeVar
 
 from anyio.lowlevel import checkpoint
 
 from ssecore.errors import LogUnavailable
-from ssecore.log import Log
 from ssecore.log.facts import Row, Stat, cost
-from ssecore.log.ledger import Entry, Ledger, LocalStore, logger
+from ssecore.log.ledger import Entry, Ledger, LocalLog, logger
 from ssecore.log.writer import Batch
 from ssecore.workers import SEVERAL, only_worker
 
 __all__ = ["MemoryLog"]
 
 T = TypeVar("T")
-_last: Final = attrgetter("row.last")
 
 
-class MemoryLog(Log):
-    """`Log` in memory. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what age has ended, and
-    `max_bytes` a bound in all (rule 7 of `ssecore.log`)."""
+class MemoryLog(LocalLog):
+    """`Log` in memory. Arguments as for `Log`; `max_bytes` is the bound of rule 7 of `ssecore.log`."""
+
+    gap_s = None
 
     def __init__(
         self, *, clock: Callable[[], float] = time.time, upkeep_s: float = 5.0, max_bytes: int | None = None
     ) -> None:
-        super().__init__(_Store(clock, max_bytes), clock=clock, upkeep_s=upkeep_s)
-
-
-class _Kept(NamedTuple):
-    """A row and when it was appended."""
-
-    row: Row
-    at: float
-
-
-class _Store(LocalStore):
-    def __init__(self, clock: Callable[[], float], max_bytes: int | None) -> None:
-        super().__init__()
-        self._clock = clock
+        super().__init__(clock, upkeep_s)
         self._ledger = _Streams(self._process, sys.maxsize if max_bytes is None else max_bytes)
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def _opened(self) -> AsyncIterator[None]:
         with only_worker() as alone:
             if not alone:
                 logger.warning(
-                    "this server has several workers, each with a memory log of its own: a client that comes back may "
-                    "reach one that doesn't know its run or topic; %s. (Streams without run= are not concerned.)",
+                    "this server has several workers, each with a memory log of its own: a client that reconnects may "
+                    "reach a worker that doesn't have its run or topic; %s. (Streams without run= aren't affected.)",
                     SEVERAL,
                 )
             yield
 
-    def give_up(self) -> None:
-        """Nothing waits for what is in this process."""
-
-    async def apply(self, work: Callable[[Ledger], T]) -> T:
+    async def _apply(self, work: Callable[[Ledger], T]) -> T:
         await checkpoint()
         self._ledger.now = self._clock()
         try:
@@ -76,7 +57,7 @@ class _Store(LocalStore):
         finally:
             self._notify()
 
-    def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
+    def _commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
         self._ledger.now = self._clock()
         try:
             self._ledger.commit(batches)
@@ -89,7 +70,7 @@ class _Store(LocalStore):
 
     def _notify(self) -> None:
         ledger = self._ledger
-        self.crowded, ledger.crowded = ledger.crowded, False
+        self._over_bound, ledger.over_bound = ledger.over_bound, False
         notices, ledger.notices = ledger.notices, []
         for notice in notices:
             self._watchers.notify(*notice)
@@ -100,16 +81,16 @@ class _Store(LocalStore):
         size = 0
         entry = self._ledger.streams.get(stream)
         if entry:
-            start = bisect_right(entry.rows, max(after, entry.stat.first - 1), key=_last)
+            start = bisect_right(entry.rows, max(after, entry.stat.first - 1), key=lambda kept: kept[0].last)
             for index in range(start, len(entry.rows)):
-                row = entry.rows[index].row
+                row = entry.rows[index][0]
                 found.append(row)
                 size += len(row.body)
                 if size >= max_bytes:
                     break
         return found
 
-    async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
+    async def _find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
         await checkpoint()
         if epoch is not None:
             name = self._ledger.epochs.get(epoch)
@@ -152,7 +133,7 @@ class _Streams(Ledger):
 
     def insert(self, stat: Stat, due: float | None) -> Entry:
         entry = self.streams[stat.stream] = Entry(stat, due)
-        entry.rows = deque()
+        entry.rows = deque()  # of rows, each with the time of its append
         self.epochs[stat.epochs[0][0]] = stat.stream
         if stat.key is not None:
             self.keys[stat.key] = stat.stream
@@ -165,7 +146,7 @@ class _Streams(Ledger):
             del self.epochs[name]
 
     def insert_row(self, entry: Entry, row: Row) -> None:
-        entry.rows.append(_Kept(row, self.now))
+        entry.rows.append((row, self.now))
 
     def save(self, entry: Entry) -> None:
         self.charge(entry, cost(entry.stat))
@@ -174,7 +155,7 @@ class _Streams(Ledger):
         return [(row.last, at, len(row.body)) for row, at in islice(entry.rows, self.step_rows)]
 
     def drop(self, entry: Entry, last: int) -> None:
-        while entry.rows and entry.rows[0].row.last <= last:
+        while entry.rows and entry.rows[0][0].last <= last:
             entry.rows.popleft()
 
     def remove(self, entry: Entry) -> None:

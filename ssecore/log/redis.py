@@ -1,39 +1,22 @@
 """The event log in Redis Streams, for any number of processes. Redis 7.0 and later, and Valkey.
 
-What a finished call says withstands what Redis is configured to withstand. Where it lost something (a restart without
-its file, a failover), that is noticed, and said.
+A finished call survives what Redis is configured to survive. Each process has three connections, each used by one task,
+so a cancelled caller leaves none half read: two *lines* for calls, and one subscribed to the watched streams.
+ARCHITECTURE.md draws it.
 
-Theory of operation. Each process has three connections, each with a task of its own that alone touches it, so a caller
-that is cancelled breaks nothing. Two *lines* answer calls: what is asked for while one pipeline is under way goes into
-the next. What is appended meanwhile is one call, with a batch for each stream (`writer`). The third connection hears
-that somebody appended to a stream that is watched here, and then it is read:
-
-    append   ──► Commits: a batch a stream ──► line: EVALSHA ──► answers ──► watchers, callers ──► …
-    others   ──► line: EVALSHA, EVALSHA, … ──► callers
-    Redis    facts (hash) + rows (stream, the id is the last sequence) ──PUBLISH "more"──► every process
-    listener ──► line: one call for all streams that have more ──► rows, in sequence ──► watchers
-
-1.  A script changes all or nothing: it checks the writer, gives the sequence, trims, publishes. All keys have one hash
-    tag: several streams, and the index of them, change in one step.
-2.  Any call may be made again after its answer was lost. Of appends, Redis remembers the last answer that it gave to
-    each process: a process has one call under way, and makes the next when it has heard of that one, or given it up.
-3.  A connection knows its instance (the run id), and the scripts hold it: where it is another than the one that
-    appended to a stream last (a restart, a failover), the stream gets an epoch first. What the old instance had and
-    this one lacks was seen by somebody, and its numbers must not be given again in silence. Before anything is read
-    from another instance the watchers of what it lacks are told.
-4.  A run whose writer knows of more events than Redis has lost some: it is told so (`LogError`), and fails its run.
-5.  Pub/sub promises nothing, and carries nothing: a message of another process, a second subscribe frame, and a look
-    from time to time (the last message may be the lost one) each mean "read on from what the watchers have". Redis may
-    send a message before it has synced the append (`appendfsync always`: to a subscriber whose socket is full). It
-    answers a call only after the sync. So watchers get what a call has answered: the append itself, or a later read.
-6.  Each process has a lease, and each run a holder, the process that created it. `unfinished` are the open runs whose
-    holder's lease has run out. Whoever was cut off from Redis doesn't look before a whole lease has passed: the others
-    may have been cut off too. It is the epoch that fences a holder that comes back, not the lease.
-7.  While Redis can't be reached, calls wait: `wait_s` each, however many wait, and reads for as long as their reader
-    likes. After `give_up` no call waits.
-8.  Redis may hold, and send, what this version can't read: another version's in a rolling deploy, foreign keys, a part
-    of our own keys. Whoever asks for that stream gets `LogError`, and its watchers are sent to ask. It is logged, and
-    everything else goes on.
+1.  Scripts are atomic. All keys have one hash tag.
+2.  A call whose answer was lost is repeated. Redis keeps each process's last append answer, by the call's number, and
+    returns it instead of appending twice.
+3.  Facts name the instance (Redis' run id) that appended last. On another one a stream first gets a new epoch: clients
+    may have seen sequences that it lost and will assign again. Watchers of streams that lost events are notified first.
+4.  If a run's writer knows of more events than Redis has, its append raises `LogError` and the run fails.
+5.  Messages may be lost, or arrive before the sync (`appendfsync always`), so they carry no data: they, resubscriptions
+    and a regular poll mean "read on". Watchers get only what a call returned.
+6.  A run's holder is the process that created it. `unfinished` are open runs whose holder's lease has expired; after a
+    lost connection a process waits a whole lease first, since others may have lost theirs.
+7.  If Redis is unreachable, a call waits `wait_s`, a read as long as its reader, and after `give_up` none.
+8.  If Redis has data of another version, or foreign or partly deleted keys, calls for that stream raise `LogError` and
+    its watchers are ended; everything else continues.
 """
 
 import asyncio
@@ -60,7 +43,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, Unavailable, WriterFenced
-from ssecore.log import Log, Peers, facts
+from ssecore.log import Log, facts
 from ssecore.log.facts import (
     EVENT_BYTES,
     FOREVER_S,
@@ -73,9 +56,9 @@ from ssecore.log.facts import (
     Row,
     Stat,
     Watcher,
-    full,
     joined,
     locate,
+    log_full,
     new_epoch,
     packed,
     share_full,
@@ -83,77 +66,66 @@ from ssecore.log.facts import (
 )
 from ssecore.log.scripts import COMMON, SCRIPTS
 from ssecore.log.watchers import Watchers
-from ssecore.log.writer import GAP_S, Batch
+from ssecore.log.writer import Batch
 from ssecore.wire import encode_json
 
 __all__ = ["RedisLog"]
 
 logger = logging.getLogger("sseapp")
 
-#: How often an append is tried whose stream needs an epoch first, or is a topic that others delete each time. Seen
-#: twice in a row: Redis was restarted twice.
+#: Of an append: Redis may restart twice.
 _TRIES: Final = 5
 #: Calls in one pipeline.
 _MAX_PIPELINE: Final = 64
-#: What is left for a call once the service is about to stop: its caller is cancelled soon after.
+#: For calls once the service is stopping.
 _LAST_S: Final = 0.4
-#: How long Redis remembers its last answer to a process, and the calls to one that is gone.
 _REMEMBER_S: Final = 3600
-#: What breaks a connection, and passes. RuntimeError: uvloop's, about a transport that is closed.
+#: Temporary errors (RuntimeError: uvloop's, of a closed transport).
 _BROKEN: Final = (RedisError, OSError, RuntimeError)
-#: How often the connection that listens is asked for a sign of life, and how long it may give none.
+#: Of the subscribed connection.
 _PING_S: Final = 2.0
 _SILENCE_S: Final = 5.0
-#: Pauses between attempts to connect.
+#: Shortest and longest pause before reconnecting.
 _PAUSES_S: Final = (0.02, 1.0)
-#: Streams that the upkeep looks at in one turn.
 _STEP_STREAMS: Final = 64
-#: Watched streams that one call looks at, and those that one call reads on: some MiB.
-_LOOK_STREAMS: Final = 1000
+#: In one call.
+_POLL_STREAMS: Final = 1000
 _MORE_STREAMS: Final = 64
-#: The same complaint about Redis is logged at most once in this time.
-_COMPLAIN_S: Final = 10.0
+_LOG_S: Final = 10.0
 
 
 class _Session(NamedTuple):
-    """A connection to one instance, that has the scripts."""
+    """A connection with the scripts loaded."""
 
     connection: Any
     instance: str
     shas: dict[str, str]
 
-    async def drop(self) -> None:
-        await _disconnect(self.connection)
-
 
 class _Call(NamedTuple):
-    """A script by its name, or a command, with what it is given. The answer may be an exception."""
-
     command: tuple[Any, ...]
     until: float
     answer: "asyncio.Future[Any]"
 
-    def say(self, answer: Any) -> None:
-        if not self.answer.done():  # nobody waits any more, or it has been answered
+    def resolve(self, answer: Any) -> None:
+        if not self.answer.done():  # cancelled, or already resolved
             self.answer.set_result(answer)
 
 
 class _Line:
-    """A connection, and the one task that talks on it."""
-
-    def __init__(self, log: "RedisStore") -> None:
+    def __init__(self, log: "RedisLog") -> None:
         self._log = log
         self._calls: deque[_Call] = deque()
-        self._asked: list[_Call] = []  # of these, those that are under way
+        self._in_flight: list[_Call] = []  # in flight
         self._wake = anyio.Event()
         self._scope = CancelScope(shield=True)
         self._closed = False
-        self._stopping = False  # `give_up` was called …
+        self._stopping = False  # `give_up` was called
         self._stuck = False  # … and Redis hasn't answered since
-        self._failure: Exception | None = None  # of the last attempt
+        self._failure: Exception | None = None  # the last attempt's
 
     async def ask(self, *command: Any, wait_s: float | None = None) -> Any:
-        """`wait_s`: how long to wait for the answer, if not as the engine is set; 0 tries once."""
+        """`wait_s`: instead of the log's; 0 makes one attempt."""
         if self._closed or self._stuck:
             await checkpoint()
             raise LogUnavailable("the event log is closed") if self._closed else _stopping()
@@ -162,36 +134,36 @@ class _Line:
         call = _Call(command, current_time() + wait_s, loop.create_future())
         self._calls.append(call)
         self._wake.set()
-        # By the clock: a call in the queue must not wait for those before it to fail, and then for its own failure.
+        # Else it would wait for earlier ones to fail.
         if self._stopping:
             wait_s = _LAST_S
         timer = loop.call_later(wait_s, self._overdue, call, wait_s) if 0 < wait_s < math.inf else None
         try:
-            said = await call.answer
+            answer = await call.answer
         finally:
             if timer is not None:
                 timer.cancel()
-        if isinstance(said, Exception):
-            raise said
-        return said
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def _overdue(self, call: _Call, wait_s: float) -> None:
         error = self._failure or RedisConnectionError(f"no answer within {wait_s:g} s")
-        self._log.heard_of(error)
-        call.say(_away(error))
+        self._log.note_reachable(error)
+        call.resolve(_unavailable(error))
 
     def give_up(self) -> None:
         self._stopping = True
-        self._stuck = bool(self._asked or self._calls)
-        for call in (*self._asked, *self._calls):
-            call.say(_stopping())
+        self._stuck = bool(self._in_flight or self._calls)
+        for call in (*self._in_flight, *self._calls):
+            call.resolve(_stopping())
 
     def close(self) -> None:
         self._closed = True
         self._scope.cancel()
 
     async def run(self) -> None:
-        """Until it is closed, whatever is cancelled around it: somebody may have something to finish."""
+        """Shielded: callers may have calls to finish."""
         session: _Session | None = None
         pause = _PAUSES_S[0]
         try:
@@ -200,59 +172,58 @@ class _Line:
                     if not self._calls:
                         await self._wake.wait()
                     self._wake = anyio.Event()
-                    self._asked = self._take()
-                    if not self._asked:
+                    self._in_flight = self._take()
+                    if not self._in_flight:
                         continue
                     try:
                         if session is not None and session.instance != self._log.instance:
-                            await session.drop()
+                            await _disconnect(session.connection)
                             session = None
                         session = session or await self._log.connect()
-                        await _talk(session, self._asked, self._log.complain)
-                        self._log.heard_of(None)
-                        self._asked, self._stuck, self._failure = [], False, None
+                        await _send_pipeline(session, self._in_flight, self._log.log_error)
+                        self._log.note_reachable(None)
+                        self._in_flight, self._stuck, self._failure = [], False, None
                         pause = _PAUSES_S[0]
                     except Exception as error:
                         if session is not None:
-                            await session.drop()
+                            await _disconnect(session.connection)
                         session = None
                         self._stuck = self._stopping
-                        self._lost(error, pause)
+                        self._retry(error, pause)
                         await anyio.sleep(pause * random.uniform(0.5, 1))
                         pause = min(2 * pause, _PAUSES_S[1])
         finally:
             self._closed = True
             if session is not None:
-                await session.drop()
-            for call in (*self._asked, *self._calls):
-                call.say(LogUnavailable("the event log is closed"))
+                await _disconnect(session.connection)
+            for call in (*self._in_flight, *self._calls):
+                call.resolve(LogUnavailable("the event log is closed"))
 
     def _take(self) -> list[_Call]:
         calls: list[_Call] = []
         while self._calls and len(calls) < _MAX_PIPELINE:
-            if not (call := self._calls.popleft()).answer.done():  # else nobody waits any more
+            if not (call := self._calls.popleft()).answer.done():
                 calls.append(call)
         return calls
 
-    def _lost(self, error: Exception, pause: float) -> None:
-        """Ask again (rule 2), unless it can't help, or has to end."""
+    def _retry(self, error: Exception, pause: float) -> None:
+        """Rule 2."""
         passing = isinstance(error, _BROKEN)
         if passing:
             self._failure = error
-            self._log.heard_of(error)
+            self._log.note_reachable(error)
         elif not isinstance(error, SSEAppError):
-            self._log.complain("the connection failed", error)
+            self._log.log_error("the connection failed", error)
         again = []
-        for call in self._asked:
+        for call in self._in_flight:
             if passing and call.until > current_time() + pause and not call.answer.done():
                 again.append(call)
             else:
-                call.say(error if isinstance(error, SSEAppError) else _away(error))
+                call.resolve(error if isinstance(error, SSEAppError) else _unavailable(error))
         self._calls.extendleft(reversed(again))
 
 
-async def _talk(session: _Session, calls: list[_Call], complain: Callable[[str, Exception], None]) -> None:
-    """One pipeline. Raises what breaks the connection, or is said by an instance that isn't ours any more."""
+async def _send_pipeline(session: _Session, calls: list[_Call], log_error: Callable[[str, Exception], None]) -> None:
     connection, shas = session.connection, session.shas
     commands = [
         ("EVALSHA", shas[name], 0, *values) if name in shas else (name, *values) for (name, *values), _, _ in calls
@@ -260,24 +231,20 @@ async def _talk(session: _Session, calls: list[_Call], complain: Callable[[str, 
     await connection.send_packed_command(connection.pack_commands(commands))
     for call in calls:
         try:
-            call.say(await connection.read_response())
+            call.resolve(await connection.read_response())
         except (NoScriptError, ReadOnlyError):
             raise
         except ResponseError as error:
-            complain(f"it refuses {call.command[0]}", error)
-            call.say(_away(error))
+            log_error(f"{call.command[0]} failed", error)
+            call.resolve(_unavailable(error))
 
 
 class RedisLog(Log):
-    """`Log` in the Redis that `url` names (`redis://`, `rediss://` for TLS, `unix://`; user and password in it).
+    """`Log` in the Redis at `url` (`redis://`, `rediss://` for TLS, `unix://`). On asyncio only.
 
-    `wait_s`: how long a call waits for a Redis that is away, half of `lease_s` at most. `lease_s`: how long a process
-    may be silent before its runs are closed. `clock` gives Unix time; `upkeep_s` is the pause between two looks at what
-    age has ended, and `look_s` that between two at the watched streams (rule 5). `prefix` begins the name of every key.
-    `max_bytes` is a bound in all (rule 7 of `ssecore.log`). On asyncio only.
+    `wait_s`: how long a call waits while Redis is unreachable, at most half of `lease_s`. `lease_s`: after how long
+    without contact a process's runs are closed. `poll_s`: the poll interval of rule 5. `prefix` starts every key.
     """
-
-    store: "RedisStore"
 
     def __init__(
         self,
@@ -288,67 +255,40 @@ class RedisLog(Log):
         prefix: str = "sseapp",
         clock: Callable[[], float] = time.time,
         upkeep_s: float = 5.0,
-        look_s: float = 2.0,
+        poll_s: float = 2.0,
         max_bytes: int | None = None,
     ) -> None:
-        store = RedisStore(url, wait_s, lease_s, prefix, clock, look_s, max_bytes)
-        super().__init__(store, clock=clock, upkeep_s=upkeep_s)
-
-
-class RedisStore:
-    """The store, and what its processes have to do with each other (`Peers`)."""
-
-    crowded = False
-    gap_s: float | None = GAP_S
-
-    def __init__(
-        self,
-        url: str,
-        wait_s: float,
-        lease_s: float,
-        prefix: str,
-        clock: Callable[[], float],
-        look_s: float,
-        max_bytes: int | None,
-    ) -> None:
-        self.peers: Peers | None = self
-        self.on_call: Callable[[str, str], None] | None = None
-        self.closing = False
-        self.away = False
-        self.wait_s = min(wait_s, lease_s / 2)  # a lease outlasts its holder's own waiting
+        super().__init__(clock, upkeep_s)
+        self.peers = self
+        self.on_command: Callable[[str, str], None] | None = None
+        self.wait_s = min(wait_s, lease_s / 2)  # the lease must outlast its holder's own waits
         self.instance = ""
         self._url = url
         self._lease_s = lease_s
         self._prefix = f"{{{prefix}}}:"  # one hash tag
-        self._clock = clock
-        self._look_s = look_s
+        self._poll_s = poll_s
         self._max_bytes = max_bytes
         self._process = new_epoch()
         self._watchers = Watchers()
-        #: Of each watched stream: what watchers were told last; else what somebody saw first; else what was before the
-        #: first message, of an epoch that isn't known (""); else None.
-        self._told: dict[str, Cursor | None] = {}
+        #: By watched stream: the last event that watchers got; else the top when its facts were first read; else the
+        #: event before the first published one, of epoch "" (unknown); else None.
+        self._notified: dict[str, Cursor | None] = {}
         self._subscribed: dict[str, anyio.Event] = {}
         self._dirty: dict[str, None] = {}
-        self._commits: deque[tuple[list[Batch], Callable[[], None]]] = deque()  # one at most
+        self._to_commit: deque[tuple[list[Batch], Callable[[], None]]] = deque()  # one at most
         self._number = 0
-        #: The top of the runs at work here (rules 4 and 6).
+        #: The last sequence of runs running here (rules 4 and 6).
         self._tops: dict[str, int] = {}
         self._stopping = False
-        self._back_at = self._held_at = 0.0
-        #: What has been complained about: when, and how often since.
-        self._complaints: dict[str, tuple[float, int]] = {}
+        self._reconnected_at = self._renewed_at = 0.0
+        #: When each was logged, and how often not since.
+        self._logged: dict[str, tuple[float, int]] = {}
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def _opened(self) -> AsyncIterator[None]:
         failure: Exception | None = None
-        self._make = self._connections()
-        self._wake, self._look, self._channels, self._called = (
-            anyio.Event(),
-            anyio.Event(),
-            anyio.Event(),
-            anyio.Event(),
-        )
+        self._make = self._connection_factory()
+        self._wake, self._dirtied, self._channels, self._command_signal = (anyio.Event() for _ in range(4))
         self._writing = CancelScope(shield=True)
         self._reads, self._writes = lines = _Line(self), _Line(self)
         async with anyio.create_task_group() as group:
@@ -359,13 +299,13 @@ class RedisStore:
                     await self._reads.ask("PING")
                 except LogUnavailable as error:
                     raise LogError(f"the event log's Redis can't be used: {error.__cause__}") from error
-                self._back_at = self._held_at = current_time()
-                for task in (self._listen, self._refill, self._hold):
-                    group.start_soon(self._go_on, task)
+                self._reconnected_at = self._renewed_at = current_time()
+                for task in (self._listen, self._read_dirty, self._renew_lease):
+                    group.start_soon(self._restarting, task)
                 group.start_soon(self._write)
                 try:
                     yield
-                except Exception as error:  # raised below: a task group would wrap it
+                except Exception as error:  # raised below, unwrapped
                     failure = error
                 with anyio.move_on_after(1, shield=True), suppress(LogUnavailable):
                     names = self._name(f"lease:{self._process}"), self._name(f"calls:{self._process}")
@@ -380,13 +320,12 @@ class RedisStore:
         if failure:
             raise failure
 
-    def _connections(self) -> Callable[[], Any]:
-        """What makes them, not connected yet."""
+    def _connection_factory(self) -> Callable[[], Any]:
         ours = {
             "protocol": 2,
             "socket_timeout": self.wait_s,
             "socket_connect_timeout": self.wait_s,
-            "retry": Retry(NoBackoff(), 0),  # the lines', which know what may be asked for twice
+            "retry": Retry(NoBackoff(), 0),  # `_Line` decides what may be repeated
         }
         try:
             options: dict[str, Any] = {**parse_url(self._url), **ours}
@@ -397,22 +336,25 @@ class RedisStore:
         return make
 
     async def connect(self) -> _Session:
-        """Raises `RedisError` and `OSError` for what may pass, `LogError` for what doesn't."""
+        """Raises `LogError` for what isn't temporary."""
         connection = self._make()
         try:
             await connection.connect()
-            (told,) = await _exchange(connection, ("INFO",))
-            info = dict(line.split(":", 1) for line in told.decode().splitlines() if ":" in line)
+            (reply,) = await _exchange(connection, ("INFO",))
+            info = dict(line.split(":", 1) for line in reply.decode().splitlines() if ":" in line)
             version, policy = info["redis_version"], info.get("maxmemory_policy", "noeviction")
             if tuple(map(int, version.split(".")[:2])) < (7, 0):
                 raise LogError(f"the event log needs Redis 7.0 or later; this is {version}")
             if info.get("redis_mode") == "cluster":
-                raise LogError("the event log needs one Redis with its replicas; this is a node of a Redis Cluster")
+                raise LogError("the event log can't use a Redis Cluster: use one Redis, with or without replicas")
             if info.get("role") != "master":
-                raise RedisConnectionError("it is a replica")
+                raise RedisConnectionError("this Redis is a replica; the event log needs its master")
             instance = info["run_id"]
             if policy != "noeviction" and not self.instance:
-                logger.warning("the event log's Redis drops data when it is full (maxmemory-policy %s)", policy)
+                logger.warning(
+                    "the event log's Redis evicts data when it is full (maxmemory-policy %s): set it to noeviction",
+                    policy,
+                )
             head = f"local instance, prefix = '{instance}', [==[{self._prefix}]==]\n{self._constants()}\n{COMMON}"
             shas = await _exchange(connection, *[("SCRIPT", "LOAD", head + text) for text in SCRIPTS.values()])
             session = _Session(connection, instance, dict(zip(SCRIPTS, map(bytes.decode, shas), strict=True)))
@@ -425,16 +367,15 @@ class RedisStore:
         return session
 
     def _constants(self) -> str:
-        """For the scripts."""
         bound = "math.huge" if self._max_bytes is None else self._max_bytes
         values = (STREAM_BYTES, EVENT_BYTES, OWNERS, FOREVER_S, facts.EMPTY_TOPIC_S, bound)
         return f"local stream_bytes, event_bytes, owners, forever_s, empty_s, bound = {', '.join(map(str, values))}"
 
     async def _check_all(self, session: _Session) -> None:
-        """Rule 3: before anybody can read from the new instance."""
-        told = [(stream, cursor) for stream, cursor in self._told.items() if cursor is not None]
-        for start in range(0, len(told), _LOOK_STREAMS):
-            some = told[start : start + _LOOK_STREAMS]
+        """Rule 3."""
+        known = [(stream, cursor) for stream, cursor in self._notified.items() if cursor is not None]
+        for start in range(0, len(known), _POLL_STREAMS):
+            some = known[start : start + _POLL_STREAMS]
             asked = [("EVALSHA", session.shas["stat"], "0", stream) for stream, _ in some]
             for (stream, cursor), found in zip(some, await _exchange(session.connection, *asked), strict=True):
                 self._check(stream, cursor, found)
@@ -446,82 +387,84 @@ class RedisStore:
             subscribed.set()
         for line in (self._reads, self._writes):
             line.give_up()
+        super().give_up()
 
-    def heard_of(self, error: Exception | None) -> None:
-        """Redis has answered, or not."""
-        if error is not None and not self.away:
-            logger.error("the event log's Redis is away: %s", error)
-        elif error is None and self.away:
-            logger.warning("the event log's Redis is back")
-        self.away = error is not None
+    def note_reachable(self, error: Exception | None) -> None:
+        if error is not None and not self.unavailable:
+            logger.error("can't reach the event log's Redis: %s", error)
+        elif error is None and self.unavailable:
+            logger.warning("the event log's Redis answers again")
+        self.unavailable = error is not None
 
-    def complain(self, what: str, error: object) -> None:
-        """Log something about Redis that a request, or another process, could cause many times a second."""
+    def log_error(self, what: str, error: object) -> None:
+        """Log at a limited rate: requests can cause many."""
         now = current_time()
-        last, times = self._complaints.get(what, (-math.inf, 0))
-        if now - last < _COMPLAIN_S:
-            self._complaints[what] = last, times + 1
+        last, times = self._logged.get(what, (-math.inf, 0))
+        if now - last < _LOG_S:
+            self._logged[what] = last, times + 1
             return
-        self._complaints[what] = now, 0
+        self._logged[what] = now, 0
         again = f" ({times} times more since this was last logged)" if times else ""
         trace = error if isinstance(error, Exception) and not isinstance(error, (*_BROKEN, SSEAppError)) else None
         logger.error("the event log's Redis: %s: %s%s", what, error, again, exc_info=trace)
 
-    async def _go_on(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Run one of the log's own tasks. If it fails it must not end the app (rule 8): it begins again."""
+    async def _restarting(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Restart failed tasks (rule 8)."""
         while True:
             try:
                 await task()
             except Exception as error:
-                self.complain("a task of the event log failed", error)
+                self.log_error("a task of the event log failed", error)
             await anyio.sleep(_PAUSES_S[1])
 
     # What callers ask for
 
-    async def create(self, stat: Stat) -> tuple[Stat, bool]:
+    async def _create(self, stat: Stat) -> tuple[Stat, bool]:
         stream, epoch = stat.stream, stat.epochs[0][0]
         at_work = stream in self._tops
         created = False
         if stat.kind == "run":
             self._tops.setdefault(stream, 0)
         try:
-            names = (stream, epoch, stat.kind, _maybe(stat.owner), _maybe(stat.key))
-            said = (repr(stat.created), encode_json(stat.meta), self._process, *_limits(stat.retention))
-            stat = _found(await self._writes.ask("create", *names, *said))
-            created = stat.stream == stream and stat.epochs[0][0] == epoch  # now, or by a try whose answer was lost
+            names = (stream, epoch, stat.kind, _optional(stat.owner), _optional(stat.key))
+            values = (repr(stat.created), encode_json(stat.meta), self._process, *_limits(stat.retention))
+            stat = _stat_or_refusal(await self._writes.ask("create", *names, *values))
+            created = (
+                stat.stream == stream and stat.epochs[0][0] == epoch
+            )  # by this attempt or one whose answer was lost
             return stat, created
         finally:
             if not created and not at_work:
                 self._tops.pop(stream, None)
 
-    async def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
+    async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
         limits = [] if retention is None else _limits(retention)
         return await self._open(stream, epoch, new_epoch(), *limits)
 
     async def _open(self, stream: str, epoch: str, mark: str, *limits: str) -> Stat:
         now, most = repr(self._clock()), facts.MAX_EPOCHS
-        return _found(await self._writes.ask("open", stream, epoch, now, mark, most, *limits))
+        return _stat_or_refusal(await self._writes.ask("open", stream, epoch, now, mark, most, *limits))
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
-        await self._watching(stream)
+        await self._await_subscription(stream)
         return _rows(await self._reads.ask("read", stream, after, max_bytes, wait_s=math.inf))
 
-    async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
+    async def _find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
         if name is not None:
-            await self._watching(name)
+            await self._await_subscription(name)
             stat = _stat(await self._reads.ask("stat", name))
-            if stat is not None and name in self._told and self._told[name] is None:
-                self._told[name] = Cursor(stat.epochs[-1][0], stat.last)
+            if stat is not None and name in self._notified and self._notified[name] is None:
+                self._notified[name] = Cursor(stat.epochs[-1][0], stat.last)
             return stat
         if epoch is not None:
             return _stat(await self._reads.ask("find", "epochs", epoch))
-        return _stat(await self._reads.ask("find", "keys", _maybe(key)))
+        return _stat(await self._reads.ask("find", "keys", _optional(key)))
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
-        return self._stats(await self._reads.ask("runs", _maybe(owner), limit - 1))
+        return self._stats(await self._reads.ask("runs", _optional(owner), limit - 1))
 
     async def unfinished(self) -> list[Stat]:
-        """Those whose holder's lease has run out, and those that are held here and nobody works on (rule 6)."""
+        """Rule 6; also those held here without a worker."""
         if self._cut_off():
             return []
         left = await self._reads.ask("left", self._process)
@@ -530,50 +473,49 @@ class RedisStore:
         return [stat for stat in self._stats(left) if stat.stream not in self._tops]
 
     def _stats(self, found: list[Any]) -> list[Stat]:
-        """Of several streams, those that can be read (rule 8)."""
+        """Rule 8."""
         stats = []
         for one in found:
             try:
                 stat = _stat(one)
             except LogError as error:
-                self.complain("a stream can't be read", error)
+                self.log_error("a stream can't be read", error)
             else:
                 stats += [stat] if stat is not None else []
         return stats
 
     def _cut_off(self) -> bool:
-        """Whether others may have been cut off from Redis for so long that they lost their leases."""
+        """Whether others may have lost their leases, too (rule 6)."""
         now = current_time()
-        return now - self._back_at < self._lease_s or now - self._held_at > self._lease_s / 2
+        return now - self._reconnected_at < self._lease_s or now - self._renewed_at > self._lease_s / 2
 
-    async def _hold(self) -> None:
-        """Keeps the lease, and answers calls."""
+    async def _renew_lease(self) -> None:
         lease, calls = self._name(f"lease:{self._process}"), self._name(f"calls:{self._process}")
         while True:
             try:
                 await self._writes.ask("SET", lease, "", "PX", int(self._lease_s * 1000))
                 now = current_time()
-                if now - self._held_at > self._lease_s / 2:
-                    self._back_at = now
-                self._held_at = now
+                if now - self._renewed_at > self._lease_s / 2:
+                    self._reconnected_at = now
+                self._renewed_at = now
                 while called := await self._writes.ask("LRANGE", calls, 0, 99):
-                    for said in called:
-                        word, _, stream = said.decode(errors="replace").partition(" ")
+                    for message in called:
+                        command, _, stream = message.decode(errors="replace").partition(" ")
                         try:
-                            if self.on_call is not None:
-                                self.on_call(stream, word)
+                            if self.on_command is not None:
+                                self.on_command(stream, command)
                         except Exception as error:
-                            self.complain("a call to this process failed", error)
+                            self.log_error("a call to this process failed", error)
                     await self._writes.ask("LTRIM", calls, len(called), -1)
-            except SSEAppError:  # it may be refused at once: by a Redis that is full
+            except SSEAppError:  # fails at once if Redis is full
                 await anyio.sleep(self._lease_s / 10)
                 continue
             with anyio.move_on_after(self._lease_s / 3):
-                await self._called.wait()
-            self._called = anyio.Event()
+                await self._command_signal.wait()
+            self._command_signal = anyio.Event()
 
-    async def call(self, stream: str, word: str) -> None:
-        if not await self._writes.ask("call", stream, word, _REMEMBER_S):
+    async def send_command(self, stream: str, command: str) -> None:
+        if not await self._writes.ask("call", stream, command, _REMEMBER_S):
             raise NotFound("no such stream")
 
     async def touch(self, stream: str, for_s: float) -> None:
@@ -582,22 +524,22 @@ class RedisStore:
     async def touched(self, stream: str) -> bool:
         return bool(await self._reads.ask("EXISTS", self._name(f"touched:{stream}")))
 
-    async def tell(self, stream: str) -> None:
-        if not await self._writes.ask("tell", stream):
+    async def mark_answered(self, stream: str) -> None:
+        if not await self._writes.ask("mark_answered", stream):
             raise NotFound("no such stream")
 
-    async def delete(self, stream: str, unless_told: bool) -> bool:
-        if not await self._writes.ask("delete", stream, int(unless_told)):
+    async def delete(self, stream: str, *, unless_answered: bool = False) -> bool:
+        if not await self._writes.ask("delete", stream, int(unless_answered)):
             return False
         self._tops.pop(stream, None)
-        self._tell(stream, None, "deleted")
+        self._notify(stream, None, "deleted")
         return True
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
-        stream.encode()  # a lone surrogate is the caller's mistake: it must not reach the connection for all
+        stream.encode()  # raises for a lone surrogate, before it breaks the connection
         unwatch = self._watchers.add(stream, watcher)
-        if stream not in self._told:
-            self._told[stream] = None
+        if stream not in self._notified:
+            self._notified[stream] = None
             self._subscribed[stream] = anyio.Event()
             self._channels.set()
 
@@ -608,28 +550,26 @@ class RedisStore:
 
         return done
 
-    async def upkeep(self) -> bool:
+    async def _upkeep(self) -> bool:
         looked_at: int = await self._writes.ask("upkeep", repr(self._clock()), _STEP_STREAMS)
         return looked_at >= _STEP_STREAMS
 
     # The writer
 
-    def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
-        self._commits.append((batches, done))
+    def _commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
+        self._to_commit.append((batches, done))
         self._wake.set()
 
     async def _write(self) -> None:
-        """Until the log is closed, whatever is cancelled around it."""
         with self._writing:
             while True:
                 await self._wake.wait()
                 self._wake = anyio.Event()
-                batches, done = self._commits.popleft()
+                batches, done = self._to_commit.popleft()
                 await self._send(batches)
                 done()
 
     async def _send(self, batches: list[Batch]) -> None:
-        """Until each has its answer, or Redis has been away for too long."""
         try:
             for _ in range(_TRIES):
                 batches = await self._call(batches)
@@ -638,24 +578,23 @@ class RedisStore:
                 for batch in batches:
                     with suppress(NotFound, WriterFenced):
                         await self._prepare(batch)
-            raise Unavailable("other processes open or delete this stream all the time; try again", retry_after_s=1)
-        except Exception as error:  # a bug of ours: nobody waits for ever
+            raise Unavailable("other processes keep opening or deleting this stream; try again", retry_after_s=1)
+        except Exception as error:  # nothing may wait forever
             if not isinstance(error, SSEAppError):
                 logger.exception("the event log can't be written")
             for batch in batches:
-                batch.error = error if isinstance(error, SSEAppError) else _away(error)
+                batch.error = error if isinstance(error, SSEAppError) else _unavailable(error)
 
     async def _prepare(self, batch: Batch) -> None:
-        """Open an epoch (rule 3), or create the topic."""
         if batch.last < 0 and batch.retention is not None:
             now = self._clock()
             epochs = ((new_epoch(), 1),)
-            await self.create(Stat(batch.stream, "topic", epochs, now, now, retention=batch.retention))
+            await self._create(Stat(batch.stream, "topic", epochs, now, now, retention=batch.retention))
         else:
             await self._open(batch.stream, new_epoch(), "")
 
     async def _call(self, batches: list[Batch]) -> list[Batch]:
-        """One call. Gives those that need an epoch first, or to be created (`last` is -1)."""
+        """Returns the batches that first need an epoch or, with `last` -1, their topic."""
         self._number += 1
         values: list[Any] = []
         rows = [joined(batch.frames) for batch in batches]
@@ -663,29 +602,29 @@ class RedisStore:
             meta = b"" if batch.meta is None else encode_json(batch.meta)
             least = self._tops.get(batch.stream, 0)
             values += (batch.stream, batch.epoch, int(batch.close), meta, len(ends), packed(ends), body, least)
-        wait_s = 0.0 if self.closing else self.wait_s
-        if self.away:  # what waited behind a call that failed has waited as long
+        wait_s = 0.0 if self._closing else self.wait_s
+        if self.unavailable:  # batches behind a failed call have waited as long
             wait_s += min(batch.since for batch in batches) - time.monotonic()
             if wait_s <= 0:
-                raise _away(RedisConnectionError())
+                raise _unavailable(RedisConnectionError())
         common = (self._process, self._number, repr(self._clock()), _REMEMBER_S)
         answers = await self._writes.ask("append", *common, *values, wait_s=wait_s)
         again = []
-        for batch, (body, ends), (said, *details) in zip(batches, rows, answers, strict=True):
-            if said == b"ok":
+        for batch, (body, ends), (status, *details) in zip(batches, rows, answers, strict=True):
+            if status == b"ok":
                 batch.last, batch.epoch = int(details[0]), details[1].decode()
                 self._appended(batch, Row(batch.epoch, batch.last - len(ends) + 1, body, ends) if ends else None)
-            elif said == b"instance" or (said == b"none" and batch.retention is not None):
-                batch.last = 0 if said == b"instance" else -1
+            elif status == b"instance" or (status == b"none" and batch.retention is not None):
+                batch.last = 0 if status == b"instance" else -1
                 again.append(batch)
             else:
-                if said == b"failed":
-                    self.complain("it refuses to append", details[0].decode(errors="replace"))
-                elif said == b"lost" and batch.stream in self._tops:
-                    self._tops[batch.stream] = 0  # it is at work still: with what it says of it
-                elif said != b"full":
+                if status == b"failed":
+                    self.log_error("append failed", details[0].decode(errors="replace"))
+                elif status == b"lost" and batch.stream in self._tops:
+                    self._tops[batch.stream] = 0  # its worker still has to append the failure
+                elif status != b"full":
                     self._tops.pop(batch.stream, None)
-                batch.error = _refusal(said, *details)
+                batch.error = _refusal(status, *details)
         return again
 
     def _appended(self, batch: Batch, row: Row | None) -> None:
@@ -695,73 +634,70 @@ class RedisStore:
             self._tops[batch.stream] = batch.last
         if row or batch.close:
             top = Cursor(batch.epoch, batch.last)
-            self._announce(batch.stream, top, row, "closed" if batch.close else None)
+            self._notify_append(batch.stream, top, row, "closed" if batch.close else None)
 
-    # What is heard of other processes
+    # What other processes append
 
-    def _announce(self, stream: str, top: Cursor, row: Row | None, ended: Ended | None) -> None:
-        """Tell the watchers what has been appended, and the end; read on from the log instead where something is
-        missing before it (rule 5)."""
-        told = self._told.get(stream)
-        if told is not None and ended != "deleted":
+    def _notify_append(self, stream: str, top: Cursor, row: Row | None, ended: Ended | None) -> None:
+        """Notify watchers of our own append, unless rows before it are missing (rule 5)."""
+        known = self._notified.get(stream)
+        if known is not None and ended != "deleted":
             first = top.seq + 1 if row is None else row.first
-            if top.epoch != told.epoch or first > told.seq + 1:
-                self._suspect(stream)
+            if top.epoch != known.epoch or first > known.seq + 1:
+                self._mark_dirty(stream)
                 return
-            if row is not None and row.last <= told.seq:
+            if row is not None and row.last <= known.seq:
                 row = None
-        self._tell(stream, row, ended)
+        self._notify(stream, row, ended)
 
-    def _tell(self, stream: str, row: Row | None, ended: Ended | None) -> None:
-        if stream not in self._told:
+    def _notify(self, stream: str, row: Row | None, ended: Ended | None) -> None:
+        if stream not in self._notified:
             return
         if row is not None:
-            self._told[stream] = Cursor(row.epoch, row.last)
+            self._notified[stream] = Cursor(row.epoch, row.last)
         if row is not None or ended is not None:
             self._watchers.notify(stream, row, ended)
         if ended is not None and not self._watchers.watched(stream):
             self._forget(stream)
 
-    def _check(self, stream: str, told: Cursor, found: Any) -> bool:
-        """Whether what watchers had been told, before the facts were asked for, is in the log. If not, the stream that
-        they know is gone: they are told so, and come back with their cursors."""
+    def _check(self, stream: str, known: Cursor, found: Any) -> bool:
+        """Whether the log still has what watchers got. If not, ends the stream: clients resume with a `gap`."""
         try:
             stat = _stat(found)
-            if stat is None or not told.epoch:
-                fine = stat is not None and told.seq <= stat.last
+            if stat is None or not known.epoch:
+                fine = stat is not None and known.seq <= stat.last
             else:
-                gap = locate(stat, told)[1]
+                gap = locate(stat, known)[1]
                 fine = gap is None or gap.reason == "trimmed"
         except LogError as error:
-            self.complain("a stream can't be read", error)
+            self.log_error("a stream can't be read", error)
             fine = False
         if not fine:
-            self._tell(stream, None, "deleted")
+            self._notify(stream, None, "deleted")
         return fine
 
-    def _suspect(self, stream: str) -> None:
-        if stream in self._told:
+    def _mark_dirty(self, stream: str) -> None:
+        if stream in self._notified:
             self._dirty[stream] = None
-            self._look.set()
+            self._dirtied.set()
 
     def _forget(self, stream: str) -> None:
-        self._told.pop(stream, None)
+        self._notified.pop(stream, None)
         self._dirty.pop(stream, None)
         self._subscribed.pop(stream, anyio.Event()).set()
         self._channels.set()
 
-    async def _watching(self, stream: str) -> None:
-        """Whoever watches first and then looks misses nothing: the look waits for the subscription."""
+    async def _await_subscription(self, stream: str) -> None:
+        """Rule 8 of `ssecore.log`: watch first."""
         if (subscribed := self._subscribed.get(stream)) is not None and not subscribed.is_set():
             with anyio.move_on_after(self.wait_s):
                 await subscribed.wait()
                 if self._stopping:
                     raise _stopping()
                 return
-            raise _away(RedisConnectionError())
+            raise _unavailable(RedisConnectionError())
 
     async def _listen(self) -> None:
-        """One connection after another: each is asked for all that is watched."""
         pause = _PAUSES_S[0]
         while True:
             try:
@@ -770,109 +706,104 @@ class RedisStore:
                 try:
                     async with anyio.create_task_group() as group:
                         group.start_soon(self._subscribe, session)
-                        await self._hear_all(session)
+                        await self._receive_all(session)
                         group.cancel_scope.cancel()
                 finally:
-                    await session.drop()
+                    await _disconnect(session.connection)
             except (*_BROKEN, LogError) as error:
-                self.heard_of(error)
+                self.note_reachable(error)
                 pause = min(2 * pause, _PAUSES_S[1])
             await anyio.sleep(pause)
 
     async def _subscribe(self, session: _Session) -> None:
-        """Asks the connection for what it hasn't been asked for, and now and then whether it is there."""
         send = session.connection.send_command
         asked: dict[str, anyio.Event] = {}
-        with suppress(*_BROKEN):  # who listens on it hears of that too
+        with suppress(*_BROKEN):  # `_receive_all` gets the error too
             await send("SUBSCRIBE", self._name(f"called:{self._process}"))
             while True:
                 self._channels = anyio.Event()
                 wanted = dict(self._subscribed)
                 new = [stream for stream, signal in wanted.items() if asked.get(stream) is not signal]
-                for word, streams in (("SUBSCRIBE", new), ("UNSUBSCRIBE", asked.keys() - wanted.keys())):
+                for verb, streams in (("SUBSCRIBE", new), ("UNSUBSCRIBE", asked.keys() - wanted.keys())):
                     if streams:
-                        await send(word, *[self._name(f"appended:{stream}") for stream in streams])
+                        await send(verb, *[self._name(f"appended:{stream}") for stream in streams])
                 asked = wanted
                 with anyio.move_on_after(_PING_S) as pause:
                     await self._channels.wait()
                 if pause.cancelled_caught:
                     await send("PING")
 
-    async def _hear_all(self, session: _Session) -> None:
-        """Until the connection breaks, is silent, or is not to the instance of the moment."""
+    async def _receive_all(self, session: _Session) -> None:
+        """Until the connection breaks or is silent, or the instance changes."""
         message: Any = []
         try:
             while message is not None and session.instance == self.instance:
                 message = await session.connection.read_response(timeout=_SILENCE_S, disconnect_on_error=False)
                 if isinstance(message, list):
-                    self._hear(*message)
-        except ResponseError as error:  # its user may not
-            self.complain("it refuses to be listened to", error)
+                    self._receive(*message)
+        except ResponseError as error:  # the user may lack the right
+            self.log_error("SUBSCRIBE failed", error)
             await anyio.sleep(_PAUSES_S[1])
         except _BROKEN:
             pass
 
-    def _hear(self, kind: bytes, name: bytes, data: Any = None) -> None:
+    def _receive(self, kind: bytes, name: bytes, data: Any = None) -> None:
         channel, _, stream = name.decode(errors="replace").removeprefix(self._prefix).partition(":")
         if channel == "called":
-            self._called.set()
+            self._command_signal.set()
         elif kind == b"message":
-            self._heard(stream, data)
+            self._on_message(stream, data)
         elif kind == b"subscribe" and (subscribed := self._subscribed.get(stream)) is not None:
             if subscribed.is_set():
-                self._suspect(stream)  # connected anew: what was published meanwhile is lost
+                self._mark_dirty(stream)  # reconnected: messages in between were lost
             subscribed.set()
 
-    def _heard(self, stream: str, data: bytes) -> None:
-        """Rule 5. Of its own appends this process has the answers; any other message means "more", whatever it holds:
-        another version's may hold something else."""
+    def _on_message(self, stream: str, data: bytes) -> None:
+        """Rule 5. Ignores our own appends."""
         first, *words = data.split(b" ", 4)
         if words[2:3] == [self._process.encode()]:
             return
-        if stream in self._told and self._told[stream] is None:  # watched, and no facts have been asked for yet
+        if stream in self._notified and self._notified[stream] is None:
             with suppress(ValueError):
-                self._told[stream] = Cursor("", int(first) - 1)
-        self._suspect(stream)
+                self._notified[stream] = Cursor("", int(first) - 1)
+        self._mark_dirty(stream)
 
-    async def _refill(self) -> None:
-        """Reads what watchers were not told, of streams that something was heard of; from time to time looks at all."""
-        look_at = current_time() + self._look_s
+    async def _read_dirty(self) -> None:
+        poll_at = current_time() + self._poll_s
         while True:
-            with CancelScope(deadline=look_at):
-                await self._look.wait()
-            self._look = anyio.Event()
-            with suppress(SSEAppError):  # then with the next look
-                if current_time() >= look_at:
-                    look_at = current_time() + self._look_s
-                    await self._look_at_all()
-                await self._read_on()
+            with CancelScope(deadline=poll_at):
+                await self._dirtied.wait()
+            self._dirtied = anyio.Event()
+            with suppress(SSEAppError):  # the next poll repeats it
+                if current_time() >= poll_at:
+                    poll_at = current_time() + self._poll_s
+                    await self._poll()
+                await self._read_all_dirty()
 
-    async def _look_at_all(self) -> None:
-        told = [(stream, *cursor) for stream, cursor in self._told.items() if cursor is not None]
-        for start in range(0, len(told), _LOOK_STREAMS):
-            asked = [value for facts in told[start : start + _LOOK_STREAMS] for value in facts]
+    async def _poll(self) -> None:
+        known = [(stream, *cursor) for stream, cursor in self._notified.items() if cursor is not None]
+        for start in range(0, len(known), _POLL_STREAMS):
+            asked = [value for facts in known[start : start + _POLL_STREAMS] for value in facts]
             for stream in await self._reads.ask("news", *asked):
-                self._suspect(stream.decode())
+                self._mark_dirty(stream.decode())
 
-    async def _read_on(self) -> None:
-        """Until nothing more is known of."""
-        while asked := dict(islice(self._more(), _MORE_STREAMS)):
+    async def _read_all_dirty(self) -> None:
+        while asked := dict(islice(self._dirty_cursors(), _MORE_STREAMS)):
             for stream in asked:
                 del self._dirty[stream]
-            facts = [value for stream, told in asked.items() for value in (stream, *told)]
+            facts = [value for stream, known in asked.items() for value in (stream, *known)]
             try:
                 news = await self._reads.ask("more", MAX_ROW_BYTES, *facts)
             except SSEAppError:
-                self._dirty.update(dict.fromkeys(stream for stream in asked if stream in self._told))
+                self._dirty.update(dict.fromkeys(stream for stream in asked if stream in self._notified))
                 raise
-            for (stream, told), one in zip(asked.items(), news, strict=True):
-                self._tell_more(stream, told, *one)
+            for (stream, known), one in zip(asked.items(), news, strict=True):
+                self._notify_rows(stream, known, *one)
 
-    def _more(self) -> Iterator[tuple[str, Cursor]]:
-        """The streams to be read on, each with what its watchers have."""
-        return ((stream, told) for stream in self._dirty if (told := self._told.get(stream)) is not None)
+    def _dirty_cursors(self) -> Iterator[tuple[str, Cursor]]:
+        return ((stream, known) for stream in self._dirty if (known := self._notified.get(stream)) is not None)
 
-    def _tell_more(
+    def _notify_rows(
         self, stream: str, asked: Cursor, name: bytes, last: bytes, closed: bytes, rows: Any, facts: Any
     ) -> None:
         if facts is not None and not self._check(stream, asked, [name, facts]):
@@ -880,23 +811,22 @@ class RedisStore:
         try:
             found, top = _rows(rows), int(last)
         except (LogError, ValueError) as error:
-            self.complain("a stream can't be read", error)
-            self._tell(stream, None, "deleted")
+            self.log_error("a stream can't be read", error)
+            self._notify(stream, None, "deleted")
             return
         for row in found:
-            told = self._told.get(stream)
-            if told is not None and row.last > told.seq:
-                self._tell(stream, row, "closed" if closed == b"1" and row.last >= top else None)
-        told = self._told.get(stream)
-        if told is None:
+            known = self._notified.get(stream)
+            if known is not None and row.last > known.seq:
+                self._notify(stream, row, "closed" if closed == b"1" and row.last >= top else None)
+        known = self._notified.get(stream)
+        if known is None:
             return
-        if found and told.seq < top:
-            self._suspect(stream)
+        if found and known.seq < top:
+            self._mark_dirty(stream)
         elif closed == b"1":
-            self._tell(stream, None, "closed")
+            self._notify(stream, None, "closed")
 
     def _name(self, name: str) -> str:
-        """Of a key or a channel."""
         return self._prefix + name
 
 
@@ -906,7 +836,6 @@ async def _disconnect(connection: Any) -> None:
 
 
 async def _exchange(connection: Any, *commands: tuple[str, ...]) -> list[Any]:
-    """One pipeline, of which nothing may fail."""
     await connection.send_packed_command(connection.pack_commands(commands))
     return [await connection.read_response() for _ in commands]
 
@@ -915,35 +844,31 @@ def _limits(retention: Retention) -> list[str]:
     return ["" if limit is None else repr(limit) for limit in (retention.events, retention.bytes, retention.age_s)]
 
 
-def _found(said: Any) -> Stat:
-    """From the answer of a script that may refuse."""
-    if isinstance(said, bytes):
-        raise _refusal(said)
-    stat = _stat(said)
+def _stat_or_refusal(answer: Any) -> Stat:
+    if isinstance(answer, bytes):
+        raise _refusal(answer)
+    stat = _stat(answer)
     assert stat is not None
     return stat
 
 
-def _refusal(said: bytes, text: bytes = b"") -> SSEAppError:
-    if said == b"failed":
-        return _away(OutOfMemoryError() if b"OOM" in text else ResponseError())
+def _refusal(status: bytes, text: bytes = b"") -> SSEAppError:
+    if status == b"failed":
+        return _unavailable(OutOfMemoryError() if b"OOM" in text else ResponseError())
     refusals: dict[bytes, SSEAppError] = {
         b"none": NotFound("no such stream"),
         b"closed": WriterFenced("the stream is closed"),
         b"fenced": WriterFenced("another writer has taken over the stream"),
         b"conflict": Conflict("this epoch has been opened before"),
         b"lost": LogError("the event log lost some of this run's events"),
-        b"full": full(),
+        b"full": log_full(),
         b"share": share_full(),
     }
-    return refusals[said]
+    return refusals[status]
 
 
 def _stat(found: list[Any]) -> Stat | None:
-    """From a stream's name and its facts, names and values in turn. Raises `LogError` for what it can't read (rule 8).
-
-    Boundary of trust: what stands in Redis may be another version's, or somebody else's.
-    """
+    """Boundary of trust. Raises `LogError` (rule 8)."""
     name, fields = found
     if not fields and not isinstance(fields, Exception):
         return None
@@ -975,7 +900,7 @@ def _stat(found: list[Any]) -> Stat | None:
 
 
 def _rows(entries: list[Any]) -> list[Row]:
-    """From entries of a Redis stream. Raises `LogError` for what it can't read (rule 8)."""
+    """Raises `LogError` (rule 8)."""
     rows = []
     try:
         for id, (_, epoch, _, blob, _, _, _, body, *_) in entries:
@@ -989,10 +914,10 @@ def _rows(entries: list[Any]) -> list[Row]:
 
 
 def _unreadable(error: Exception) -> LogError:
-    return LogError(f"the event log in Redis holds something that this version can't read ({type(error).__name__})")
+    return LogError(f"the event log in Redis contains data that this version can't read ({type(error).__name__})")
 
 
-def _maybe(text: str | None) -> str:
+def _optional(text: str | None) -> str:
     return "" if text is None else f"={text}"
 
 
@@ -1000,15 +925,15 @@ def _stopping() -> LogUnavailable:
     return LogUnavailable("the service is about to stop")
 
 
-def _away(error: Exception) -> LogUnavailable:
-    """For the client; what Redis itself says may name its users and keys."""
+def _unavailable(error: Exception) -> LogUnavailable:
+    """For the client: Redis' own texts may name users and keys."""
     reason = "Redis can't be reached"
     if isinstance(error, OutOfMemoryError):
         reason = "Redis is full"
     elif isinstance(error, ResponseError):
-        reason = "Redis refuses it"
+        reason = "Redis returned an error"
     elif not isinstance(error, _BROKEN):
         reason = "internal error"
-    away = LogUnavailable(f"the event log can't be used at the moment: {reason}")
-    away.__cause__ = error
-    return away
+    unavailable = LogUnavailable(f"the event log can't be used at the moment: {reason}")
+    unavailable.__cause__ = error
+    return unavailable

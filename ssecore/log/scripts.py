@@ -1,25 +1,23 @@
-"""What Redis itself does for the event log, in Lua: each script all or nothing (see the rules in `redis`).
+"""The Lua scripts of the Redis log (see the rules in `redis`). Each changes all or nothing.
 
-Keys, behind the prefix: `facts:<stream>` (hash), `rows:<stream>` (a stream of Redis'; an entry is a row, its id the
-last sequence), `touched:<stream>`; of a process `lease:`, `calls:` (list) and `process:` (its last answer); the index:
-`epochs` and `keys` (hashes, to the stream), `open` and `runs:<owner>` (sorted by `count`, the order of making), `due`
-(by the time when upkeep has to look), `bytes` (a hash: what counts for each owner's share, and in all by the name '').
+Keys, after the prefix: `facts:<stream>` (hash), `rows:<stream>` (a Redis stream of rows, each with its last sequence as
+id), `touched:<stream>`; `lease:<process>`, `calls:<process>` (commands), `process:<process>` (its last answer); the
+indexes `epochs` and `keys` (to the stream), `open` and `runs:<owner>` (by `count`, the order of creation), `due` (by
+the next upkeep), and `bytes` (by owner, and in total as '').
 Channels: `appended:<stream>`, `called:<process>`.
-Facts: as `Stat` has them, and `epoch`, the newest; `writer`, who may append; `instance`, where that was last; `holder`;
-`told`, if another process has answered for it; `cost`, what it counts in `bytes`.
+Facts: those of `Stat`, `epoch` (the newest), `writer` (the epoch that may append), `instance` (of the last append),
+`holder`, `told` (another process answers for it), `cost` (in `bytes`).
 
-Keys may be missing one by one (evicted, deleted by hand) or hold something else: a script over several streams reports
-a stream that it can't read as an error in that stream's place, and goes on with the others.
+Keys may be missing (evicted, deleted by hand) or have another type: that is an error in the stream's place.
 """
 
 from typing import Final
 
 __all__ = ["COMMON", "SCRIPTS"]
 
-#: What each script begins with, besides `instance`, `prefix`, constants of `ssecore.log`, and `bound`, the engine's
-#: `max_bytes`. `trim` does what `ssecore.log.outlived` says, for as long as it says so, and gives first and size.
-#: `recharge` sets what changed, and what it costs. `safely`: a stream that can't be read is due no more; that Redis is
-#: full, or a replica, is no fault of the stream.
+#: Starts each script, after `instance`, `prefix`, constants and `bound` (`max_bytes`). `trim` applies
+#: `ssecore.log.facts.has_expired` to the oldest rows, and returns first and size. `safely` removes a stream that it
+#: can't read from `due`, unless Redis is full or read-only.
 COMMON: Final = """
 local function num(n) return string.format('%.0f', n) end
 local function facts(stream) return prefix .. 'facts:' .. stream end
@@ -133,8 +131,8 @@ else
 end
 return whole(stream)
 """,
-    # stream, epoch, now, the mark of this call or '' (the instance has changed), most epochs, then '' or a new
-    # retention: events, bytes, age
+    # stream, epoch, now, a mark of this call or '' (the instance has changed), most epochs, then '' or a new retention:
+    # events, bytes, age
     "open": """
 local stream, epoch, now, mark = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local f = get(stream, 'closed', 'first', 'last', 'epochs', 'size', 'kind', 'instance', 'opened')
@@ -168,9 +166,9 @@ if f[6] == 'topic' then
 end
 return whole(stream)
 """,
-    # process, number of the call (rule 2), now, how long it is remembered; then of each batch: stream, epoch, close,
-    # meta, events, ends, body, the least that `last` must be (rule 4). Earlier builds read the message as "look
-    # into the log": first, last, closed, a word (there it was the epoch), nothing.
+    # process, number of the call (rule 2), now, seconds to keep the answer; then of each batch: stream, epoch, close,
+    # meta, events, ends, body, the least that `last` must be (rule 4). The message is: first, last, closed, process,
+    # nothing; earlier versions read any message as "more".
     "append": """
 local process, number, now = prefix .. 'process:' .. ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local known = redis.call('GET', process)
@@ -232,7 +230,7 @@ end
 redis.pcall('SET', process, cmsgpack.pack({number, answers}), 'EX', ARGV[4])
 return answers
 """,
-    # now, how many: looks at the streams that are due, and takes what is over a bound; gives how many there were
+    # now, step: handles the streams that are due, then frees space over the bounds; returns how many streams it handled
     "upkeep": """
 local now = tonumber(ARGV[1])
 local function look(stream)
@@ -282,12 +280,12 @@ end
 return math.max(#due, taken, make_room(tonumber(ARGV[2]), ARGV[1]))
 """,
     # stream
-    "tell": """
+    "mark_answered": """
 if redis.call('EXISTS', facts(ARGV[1])) == 0 then return 0 end
 set(ARGV[1], 'told', 1)
 return 1
 """,
-    # stream, whether it stays where somebody was told of it
+    # stream, whether to keep it if `told` is set
     "delete": """
 if ARGV[2] == '1' and get(ARGV[1], 'told')[1] then return 0 end
 delete(ARGV[1])
@@ -300,12 +298,12 @@ return first and read(ARGV[1], num(math.max(tonumber(ARGV[2]) + 1, first)), tonu
 """,
     # stream
     "stat": "return whole(ARGV[1])",
-    # which index, name
+    # index, name
     "find": """
 local stream = redis.call('HGET', prefix .. ARGV[1], ARGV[2])
 return stream and whole(stream) or {'', {}}
 """,
-    # owner, how many
+    # owner, limit
     "runs": """
 local found = {}
 for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'runs:' .. ARGV[1], 0, ARGV[2], 'REV')) do
@@ -314,7 +312,7 @@ for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'runs:' .. ARGV[1], 0, AR
 end
 return found
 """,
-    # process; the open runs that it holds, and those of processes without a lease
+    # process: returns the open runs that it holds, and those of processes without a lease
     "left": """
 local left, alive = {}, {[ARGV[1]] = 0}
 for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'open', 0, -1)) do
@@ -329,7 +327,7 @@ for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'open', 0, -1)) do
 end
 return left
 """,
-    # stream, epoch, last, stream, epoch, last, …: the streams of which Redis knows something else, or the end
+    # stream, epoch, last, stream, epoch, last, …: returns the streams that have changed since, or are closed
     "news": """
 local news = {}
 for n = 1, #ARGV, 3 do
@@ -338,8 +336,8 @@ for n = 1, #ARGV, 3 do
 end
 return news
 """,
-    # bytes of each; then stream, epoch, last, stream, …: of each its name, last, closed, the rows after that, and its
-    # facts, or nil where nothing of what was before that is lost
+    # max bytes of each; then stream, epoch, last, stream, …: returns of each its name, last, closed, the rows after
+    # that, and, if earlier rows may be lost, its facts
     "more": """
 local function more(stream, epoch, after)
   local f = get(stream, 'epoch', 'last', 'closed', 'first')
@@ -356,7 +354,7 @@ for n = 2, #ARGV, 3 do
 end
 return news
 """,
-    # stream, word, for how long
+    # stream, command, seconds to keep it
     "call": """
 local holder = get(ARGV[1], 'holder')[1]
 if not holder then return 0 end

@@ -1,38 +1,26 @@
-"""The event log in one SQLite file, for one process: what a finished call says is there after a SIGKILL.
+"""The event log in one SQLite file, for one process. What a finished call stored survives a SIGKILL.
 
-In WAL mode with `synchronous=NORMAL`; a lost power supply may take the last moments, which their readers are told
-(`diverged`). `full_sync=True` syncs each commit, and withstands that too.
+In WAL mode with `synchronous=NORMAL`: a power failure may lose the last moments; readers then get a `gap` (`diverged`).
+`full_sync=True` syncs each commit, and survives that too. Small commits run on the event loop, others in a thread, in
+one transaction for all that is queued; reads in other threads.
 
-Theory of operation. A small commit is made on the event loop, where it takes some 50 µs; handing it to a thread and
-back takes 150. What may take long goes to a thread that lives as long as the log (rule 8); all that was handed to it
-while it was at work is its next transaction:
-
-    append, post ──► Commits (writer.py): a batch a stream ──┬──► the loop ─────────────────┐
-    create, open, delete, upkeep ────────────────────────────┴──► queue ──► the thread ─────┴──► watchers, callers
-    read, find, … ──► a worker thread: one SELECT on one of a few connections
-
-1.  A batch is a row. What an open run's rows say (`last`, `size`, `updated`) is not written a second time with each
-    append: who asks the file gets it from the rows. With its close, its `meta` or an epoch the facts are written as
-    they are. So an append is one statement; and a transaction of nothing but rows is that statement, without BEGIN and
-    COMMIT.
-2.  An operation is refused before it has changed anything, so a refusal fails nobody else. An error of SQLite fails
-    every operation of the transaction with `LogUnavailable`; nothing of it is kept, and the next one tries anew.
-3.  `_known`, the facts of the streams in use, is changed after a commit, and what a transaction changes are copies. The
-    loop makes no transaction while the thread has something to do.
-4.  A reader's transaction is one SELECT: none holds the WAL back, and each sees every commit before it.
-5.  Nothing takes longer because of how much is to be deleted: a deleted stream's rows are `garbage` first, and the
-    upkeep takes a bounded step in a transaction of its own, as often as there is something to do. For `max_bytes` the
-    pages in use count, garbage too; so it is taken away before anything more is deleted for the sake of room.
-6.  A file that isn't ours is never written to. A new one is made under another name: whenever there is a file by the
-    log's name, the application id stands in its first bytes.
-7.  Before each transaction it is checked that the file and its WAL are the ones that it opened: SQLite would go on
-    writing to a deleted file. After a failure the log is `away` until a transaction has written to the file; the upkeep
-    tries that from time to time.
-8.  The thread does what the loop must not wait for: anything with `full_sync`; more than `_HERE_BYTES`; the upkeep; the
-    checkpoint of the WAL, and the transaction behind it, which syncs the WAL's new header; all while the log is `away`.
-    The loop does not wait for another program's lock: what fails on it is tried again by the thread. Behind a
-    commit that took the loop longer than `_SLOW_S`, as on a disk that hangs, the thread makes those of a time that is
-    `_SLOW_PAUSE` times as long.
+1.  An append to an open run writes no facts that its rows contain (`last`, `size`, `updated`): queries derive them
+    until a close, `meta` or an epoch writes them. So it is one statement, without BEGIN and COMMIT.
+2.  A refusal changes nothing and fails no other operation. An error of SQLite fails its whole transaction with
+    `LogUnavailable`.
+3.  `_known`, the facts of the streams in use, is changed after a commit. A transaction changes copies, and there is one
+    at a time.
+4.  A reader's transaction is one SELECT, so that it doesn't hold the WAL back.
+5.  Upkeep deletes the rows of deleted streams (`garbage`) in steps, before it deletes more: `max_bytes` counts the
+    pages in use.
+6.  Another program's file is never written to. A new file is made under another name: by the log's name, each has the
+    application id.
+7.  Before each transaction the file and its WAL must be those that were opened: SQLite would go on with a deleted file.
+    After a failure the log is `unavailable` until something was written; upkeep tries that.
+8.  A small commit takes some 50 µs on the loop, and 150 by the thread. The thread does what the loop must not wait for:
+    all with `full_sync`, or while `unavailable`; more than `_LOOP_BYTES`; upkeep; checkpoints, and the transaction
+    after one, which syncs the WAL's header; and what failed on the loop, which doesn't wait for locks. After a commit
+    of more than `_SLOW_S` (a disk that hangs), it commits for `_SLOW_PAUSE` times as long.
 """
 
 import logging
@@ -44,6 +32,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -58,10 +47,9 @@ from anyio.to_thread import run_sync
 
 from ssecore.errors import LogError, LogUnavailable, SSEAppError
 from ssecore.filelock import try_lock
-from ssecore.log import Log
-from ssecore.log.facts import OWNERS, Retention, Row, Stat, cost, legible, packed, unpacked
-from ssecore.log.ledger import Entry, Ledger, LocalStore
-from ssecore.log.writer import GAP_S, Batch
+from ssecore.log.facts import OWNERS, Retention, Row, Stat, cost, packed, readable, unpacked
+from ssecore.log.ledger import Entry, Ledger, LocalLog
+from ssecore.log.writer import Batch
 from ssecore.wire import encode_json
 from ssecore.workers import SEVERAL
 
@@ -69,13 +57,13 @@ __all__ = ["SqliteLog"]
 
 logger = logging.getLogger("sseapp")
 T = TypeVar("T")
-#: Device and inode of the file and of its WAL; `None`: not there.
+#: Device and inode.
 _Files = tuple[tuple[int, int] | None, tuple[int, int] | None]
 
 _APPLICATION_ID: Final = int.from_bytes(b"SSEL")
-#: Script number n makes version n + 1 of the file out of version n.
+#: Script n migrates version n to n + 1.
 _MIGRATIONS: Final = (
-    # Ids of streams are never used again: `garbage` names them. `due` is when the upkeep has to look at it.
+    # `garbage` needs ids that aren't reused.
     """
     CREATE TABLE streams (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,
@@ -94,47 +82,44 @@ _MIGRATIONS: Final = (
     CREATE UNIQUE INDEX rows_last ON rows (stream, last);
     CREATE TABLE garbage (stream INTEGER PRIMARY KEY);
     """,
-    # What owners use, as `cost` says. Topics without events were kept for ever: the upkeep looks at them once.
+    # Topics without events used to be kept forever.
     """
     UPDATE streams SET due = 0 WHERE kind = 'topic' AND closed = 0 AND due IS NULL;
     CREATE TABLE accounts (owner TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
     INSERT INTO accounts SELECT owner, sum(6144 + size + 64 * (last - first + 1))
         FROM streams WHERE owner IS NOT NULL GROUP BY owner;
     """,
-    # From here on the facts of an open run are behind its rows (rule 1): an older program would append over them.
+    # From here on facts may lag behind rows (rule 1).
     "",
 )
 
-#: What one transaction does at most. Its appends have a bound of their own in `writer`.
 _MAX_ORDERS: Final = 100
-#: Rows that one statement inserts. Each number of them is a statement of its own, which SQLite keeps.
+#: Rows in one INSERT.
 _ROWS_AT_ONCE: Final = 32
-#: What a batch takes of the file, and of the WAL, besides its body, roughly. The pages in use are counted again when
-#: so many bytes have been written that the bound could have been passed.
+#: Of a batch in the file besides its body, roughly.
 _BATCH_BYTES: Final = 1024
-#: What a run may have grown since its owner was last charged for it (rule 1).
+#: A run grows so much before its owner is charged.
 _UNCHARGED_BYTES: Final = 64 * 1024
-#: Connections, and threads, for reading. Most of the work holds the interpreter's lock; a few hide the disk's latency.
+#: Few: most of the work holds the interpreter's lock.
 _READERS: Final = 4
-#: Streams whose facts are kept in memory, about 1 KB each.
+#: About 1 KB each.
 _MAX_KNOWN: Final = 10_000
-#: One step of upkeep, and of trimming at an append: rows, streams, pages. Each is some milliseconds,
-#: and commits up to 20 ms where the rows are large.
+#: In a step: some milliseconds.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: The WAL is taken into the file after so many pages, 2 MiB. (SQLite's own 4 MiB would be half of a small log.)
-_CHECKPOINT_PAGES: Final = 512
-#: Readers can keep the WAL from starting over. Beyond this it is made to.
+#: SQLite's own default. A checkpoint holds appends up for three syncs. A bounded log has an eighth at most.
+_CHECKPOINT_PAGES: Final = 1000
+_PAGE_BYTES: Final = 4096
+#: Readers can keep the WAL from restarting.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
-#: What the upkeep writes after a failure, to find out whether there is room again: a row of a stream that never exists.
+#: A row to test for free space.
 _PROBE_STREAM: Final = 0
 _PROBE_BYTES: Final = 64 * 1024
 #: Rule 8.
-_HERE_BYTES: Final = 64 * 1024
+_LOOP_BYTES: Final = 64 * 1024
 _SLOW_S: Final = 0.005
 _SLOW_PAUSE: Final = 100
-#: How long SQLite waits while another program (a backup, a person with `sqlite3`) locks the file. As long as the Redis
-#: log waits for Redis.
+#: For another program's lock (a backup, `sqlite3`).
 _BUSY_S: Final = 5.0
 _LOCK_POLL_S: Final = 0.05
 
@@ -167,29 +152,23 @@ _SELECT_ROWS: Final = """
     WHERE streams.name = ? AND rows.last > max(?, streams.first - 1) ORDER BY rows.last"""
 
 
+@dataclass(eq=False, slots=True)
 class _Order(Generic[T]):
-    """Something for the thread. `done` is called on the loop then, with what it failed with."""
+    """Work for the thread. `done` is called in the loop."""
 
-    __slots__ = ("awaited", "done", "error", "result", "size", "work")
-
-    def __init__(self, work: Callable[["_Transaction"], T], done: Callable[[Any], None], size: int) -> None:
-        self.work = work
-        self.done = done
-        self.awaited = False
-        self.size = size
-        self.result: T
-        self.error: SSEAppError | None = None
+    work: Callable[["_Transaction"], T]
+    done: Callable[[Any], None]
+    size: int
+    awaited: bool = False
+    result: T = field(init=False)
+    error: SSEAppError | None = None
 
 
-class SqliteLog(Log):
-    """`Log` in the file `path`, whose folder is made if need be.
+class SqliteLog(LocalLog):
+    """`Log` in the file `path`, whose folder is created if needed.
 
-    `full_sync`: see above. `lock_wait_s`: how long to wait for another process to let go of the file. `clock` gives
-    Unix time; `upkeep_s` is the pause between two looks at what age has ended; `max_bytes` is a bound in all (rule 7 of
-    `ssecore.log`).
+    `lock_wait_s`: for another process to release it. `clock`, `upkeep_s` as for `Log`; `max_bytes`: its rule 7.
     """
-
-    store: "SqliteStore"
 
     def __init__(
         self,
@@ -201,50 +180,38 @@ class SqliteLog(Log):
         upkeep_s: float = 5.0,
         max_bytes: int | None = None,
     ) -> None:
-        store = SqliteStore(Path(path), full_sync, lock_wait_s, clock, sys.maxsize if max_bytes is None else max_bytes)
-        super().__init__(store, clock=clock, upkeep_s=upkeep_s)
-
-
-class SqliteStore(LocalStore):
-    """The file, the thread that writes to it, and its readers."""
-
-    gap_s: float | None = GAP_S
-
-    def __init__(
-        self, path: Path, full_sync: bool, lock_wait_s: float, clock: Callable[[], float], max_bytes: int
-    ) -> None:
-        super().__init__()
-        self.path = path
+        super().__init__(clock, upkeep_s)
+        self.path = Path(path)
         self._full_sync = full_sync
         self._lock_wait_s = lock_wait_s
-        self._clock = clock
-        self.max_bytes = max_bytes
+        self.max_bytes = sys.maxsize if max_bytes is None else max_bytes
         self._orders: SimpleQueue[_Order[Any] | None] = SimpleQueue()
-        self._under_way: dict[_Order[Any], None] = {}
-        self._known: dict[str, Entry] = {}  # rule 3; the longest unused first
+        self._in_flight: dict[_Order[Any], None] = {}
+        self._known: dict[str, Entry] = {}  # rule 3; least recently used first
         self._idle: list[sqlite3.Connection] = []  # readers
-        self.writer: sqlite3.Connection | None = None
+        self.connection: sqlite3.Connection | None = None
         self._running = False
-        self._stuck = False  # `give_up` was called, and what was under way then isn't over yet
-        self._busy_s = _BUSY_S  # how long the writer waits for another program's lock
+        self._stuck = False  # since `give_up`, until earlier orders are done
+        self._busy_s = _BUSY_S  # the writer's
         self._wal_pages = 0  # written since the last checkpoint, roughly
+        self._most_wal_pages = min(_CHECKPOINT_PAGES, self.max_bytes // 8 // _PAGE_BYTES)
         self._syncs_header = True  # the next transaction may
         self._slow_until = 0.0
         self._files: _Files = (None, None)
-        #: The bytes of the pages in use when they were last counted, and those written since, roughly.
+        #: Bytes of the pages in use when counted, and written since.
         self.used, self.written = 0, -1
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def _opened(self) -> AsyncIterator[None]:
         lock = await self._lock()
         self._reading = CapacityLimiter(_READERS)
         self._orders = SimpleQueue()
         token: Any = current_token().native_token
-        self._tell = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
+        self._call_soon = getattr(token, "call_soon_threadsafe", None) or token.run_sync_soon
         thread = threading.Thread(target=self._work, name="sseapp event log", daemon=True)
         try:
-            self.writer = await run_sync(self._open_file)
-            self._files, self.away, self.written = self._present(), False, -1
+            self.connection = await run_sync(self._open_file)
+            self._files, self.unavailable, self.written = self._present(), False, -1
             thread.start()
             self._running = True
             try:
@@ -256,14 +223,14 @@ class SqliteStore(LocalStore):
                 if thread.ident is not None:
                     self._orders.put(None)
                     await run_sync(thread.join)
-                for _ in range(_READERS):  # whoever is still reading
+                for _ in range(_READERS):  # wait for the readers
                     await self._reading.acquire_on_behalf_of(object())
                 await run_sync(self._close)
                 os.close(lock)
 
     # What callers ask for
 
-    def commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
+    def _commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
         def committed(order: _Order[None]) -> None:
             if order.error is not None:
                 for batch in batches:
@@ -273,12 +240,11 @@ class SqliteStore(LocalStore):
         size = sum([batch.size + _BATCH_BYTES for batch in batches])
         self._put(_Order(lambda turn: turn.commit(batches), committed, size))
 
-    async def apply(self, work: Callable[[Ledger], T], *, size: int = _BATCH_BYTES) -> T:
+    async def _apply(self, work: Callable[[Ledger], T], *, size: int = _BATCH_BYTES) -> T:
         if not self._running or self._stuck:
             raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
         signal = anyio.Event()
-        order = _Order(work, lambda _: signal.set(), size)
-        order.awaited = True
+        order = _Order(work, lambda _: signal.set(), size, awaited=True)
         self._put(order)
         await signal.wait()
         if order.error:
@@ -286,23 +252,24 @@ class SqliteStore(LocalStore):
         return order.result
 
     def give_up(self) -> None:
-        """Another program may hold the file's lock: a transaction waits for it, and all others for the transaction."""
-        for order in self._under_way:
-            if order.awaited:  # else it is `Commits` that gives up
+        """The thread may wait for another program's lock."""
+        for order in self._in_flight:
+            if order.awaited:  # else `Commits` fails it
                 order.awaited, order.error = False, LogUnavailable("the service is about to stop")
                 order.done(order)
-        self._stuck = bool(self._under_way)
+        self._stuck = bool(self._in_flight)
+        super().give_up()
 
-    async def upkeep(self) -> bool:
-        if self.away:
+    async def _upkeep(self) -> bool:
+        if self.unavailable:
             with suppress(SSEAppError):
-                await self.apply(_Transaction.probe)  # type: ignore[arg-type]
-        return await self.apply(lambda ledger: ledger.upkeep(), size=_HERE_BYTES + 1)
+                await self._apply(_Transaction.probe)  # type: ignore[arg-type]
+        return await self._apply(lambda ledger: ledger.upkeep(), size=_LOOP_BYTES + 1)
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         return await self._query(lambda db: _read(db, stream, after, max_bytes))
 
-    async def find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
+    async def _find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
         # A run's first epoch is its name.
         if (known := self._known.get(name or epoch or "")) and (name or known.stat.epochs[0][0] == epoch):
             return known.stat
@@ -321,26 +288,26 @@ class SqliteStore(LocalStore):
     # The writer
 
     def _put(self, order: _Order[Any]) -> None:
-        here = not self._under_way and self._may_be_here(order)
-        self._under_way[order] = None
-        if not (here and self._is_done_here(order)):
+        on_loop = not self._in_flight and self._may_run_on_loop(order)
+        self._in_flight[order] = None
+        if not (on_loop and self._run_on_loop(order)):
             self._orders.put(order)
 
-    def _may_be_here(self, order: _Order[Any]) -> bool:
+    def _may_run_on_loop(self, order: _Order[Any]) -> bool:
         """Rule 8."""
         return (
-            order.size <= _HERE_BYTES
-            and not (self._full_sync or self.away or self._syncs_header or self.writer is None)
-            and self._wal_pages < _CHECKPOINT_PAGES
+            order.size <= _LOOP_BYTES
+            and not (self._full_sync or self.unavailable or self._syncs_header or self.connection is None)
+            and self._wal_pages < self._most_wal_pages
             and time.monotonic() >= self._slow_until
         )
 
-    def _is_done_here(self, order: _Order[Any]) -> bool:
+    def _run_on_loop(self, order: _Order[Any]) -> bool:
         began = time.monotonic()
         try:
             outcome = self._transact([order], 0.0)
         except Exception:
-            order.error = None  # the thread tries again, and logs why it fails
+            order.error = None  # the thread tries again
             return False
         ended = time.monotonic()
         if ended - began > _SLOW_S:
@@ -349,20 +316,19 @@ class SqliteStore(LocalStore):
         return True
 
     def _work(self) -> None:
-        """The thread."""
         while orders := self._take():
             outcome: _Transaction | BaseException
             try:
                 outcome = self._transact(orders, _BUSY_S)
                 self._checkpoint()
-            except BaseException as error:  # SQLite's, or a bug of ours: nobody waits for ever, and the next may work
+            except BaseException as error:  # nothing may wait forever
                 outcome = error
-            with suppress(RuntimeError):  # the loop is gone, and all who waited with it
-                self._tell(self._done, orders, outcome)
+            with suppress(RuntimeError):  # the loop has ended
+                self._call_soon(self._done, orders, outcome)
             del orders, outcome
 
     def _take(self) -> list[_Order[Any]]:
-        """What there is, and at least one; nothing at the end."""
+        """At least one; nothing at the end."""
         orders: list[_Order[Any]] = []
         while len(orders) < _MAX_ORDERS and not (orders and self._orders.empty()):
             order = self._orders.get()
@@ -374,51 +340,51 @@ class SqliteStore(LocalStore):
         return orders
 
     def _done(self, orders: list[_Order[Any]], outcome: "_Transaction | BaseException") -> None:
-        """On the loop."""
+        """In the loop."""
         if isinstance(outcome, BaseException):
-            if not self.away:
+            if not self.unavailable:
                 why = None if isinstance(outcome, _Replaced) else outcome
                 logger.error("can't write the event log %s%s", self.path, outcome if why is None else "", exc_info=why)
-            self.away = True
+            self.unavailable = True
             for order in orders:
                 order.error = _failure("written", outcome)
         else:
-            if self.away and outcome.wrote:
+            if self.unavailable and outcome.wrote:
                 logger.warning("the event log %s is written again", self.path)
-                self.away = False
-            self.crowded = outcome.crowded
+                self.unavailable = False
+            self._over_bound = outcome.over_bound
             for notice in outcome.notices:
                 self._watchers.notify(*notice)
         for order in orders:
-            del self._under_way[order]
+            del self._in_flight[order]
             order.done(order)
-        if not self._under_way:
+        if not self._in_flight:
             self._stuck = False
 
     def _transact(self, orders: list[_Order[Any]], busy_s: float) -> "_Transaction":
-        """Each order has its result or its refusal then. `busy_s`: how long it may wait for another program's lock."""
+        """`busy_s`: how long to wait for another program's lock."""
         try:
             file, wal = self._present()
-            if file != self._files[0] or (self.writer and wal != self._files[1]):
+            if file != self._files[0] or (self.connection and wal != self._files[1]):
                 raise _Replaced
-            if self.writer is None:
-                self.writer = self._connect()
+            if self.connection is None:
+                self.connection = self._connect()
                 self._busy_s = _BUSY_S
-                self.writer.execute("BEGIN IMMEDIATE")
+                self.connection.execute("BEGIN IMMEDIATE")
                 self._files = self._present()
-                self.writer.execute("ROLLBACK")
+                self.connection.execute("ROLLBACK")
             if busy_s != self._busy_s:
-                self.writer.execute(f"PRAGMA busy_timeout = {round(busy_s * 1000)}")
+                self.connection.execute(f"PRAGMA busy_timeout = {round(busy_s * 1000)}")
                 self._busy_s = busy_s
-            changes = self.writer.total_changes
-            transaction = _Transaction(self, self.writer, self._known, self._clock())
+            changes = self.connection.total_changes
+            transaction = _Transaction(self, self.connection, self._known, self._clock())
             for order in orders:
                 try:
                     order.result = order.work(transaction)
                 except SSEAppError as refusal:
                     order.error = refusal
             transaction.finish()
-            changes = self.writer.total_changes - changes
+            changes = self.connection.total_changes - changes
             transaction.wrote = changes > 0
         except BaseException:
             self.written = -1
@@ -432,34 +398,33 @@ class SqliteStore(LocalStore):
         while len(known) > _MAX_KNOWN:
             del known[next(iter(known))]
         size = sum([order.size for order in orders])
-        self._wal_pages += changes + 1 + size // 4096  # a page of the index for each row, and those of the bodies
+        self._wal_pages += changes + 1 + size // _PAGE_BYTES  # of the index, and of bodies
         if self.written >= 0:
             self.written += size
         return transaction
 
     def _present(self) -> "_Files":
-        """The file and the WAL that are there by these names now."""
         return _inode(self.path), _inode(f"{self.path}-wal")
 
     def _roll_back(self) -> None:
-        db = self.writer
+        db = self.connection
         if db and db.in_transaction:
             try:
                 db.execute("ROLLBACK")
             except sqlite3.Error:
-                self.writer = None  # the next transaction opens another
+                self.connection = None  # the next transaction opens another
                 db.close()
 
     def _checkpoint(self) -> None:
-        """Take the WAL into the file, in the thread, once it is long enough."""
-        self._syncs_header = self._wal_pages >= _CHECKPOINT_PAGES
-        if self._syncs_header and self.writer:
+        """In the thread, if the WAL is long enough."""
+        self._syncs_header = self._wal_pages >= self._most_wal_pages
+        if self._syncs_header and self.connection:
             self._wal_pages = 0
             try:
                 held_up = os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES
-                self.writer.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if held_up else 'PASSIVE'})").fetchall()
+                self.connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if held_up else 'PASSIVE'})").fetchall()
             except (OSError, sqlite3.Error) as error:
-                logger.warning("the WAL of %s can't be taken into the file: %s", self.path, error)
+                logger.warning("can't checkpoint the WAL of %s: %s", self.path, error)
 
     # The readers
 
@@ -468,7 +433,7 @@ class SqliteStore(LocalStore):
         return found[0] if found else None
 
     async def _all(self, where: str, *values: object) -> list[Stat]:
-        return await self._query(lambda db: legible(lambda row: _entry(row).stat, db.execute(_SELECT + where, values)))
+        return await self._query(lambda db: readable(lambda row: _entry(row).stat, db.execute(_SELECT + where, values)))
 
     async def _query(self, select: Callable[[sqlite3.Connection], T]) -> T:
         if not self._running:
@@ -517,7 +482,7 @@ class SqliteStore(LocalStore):
                 db.execute(f"SELECT * FROM {table} ORDER BY rowid DESC LIMIT 1").fetchall()
             db.execute("ROLLBACK")
         except BaseException as error:
-            text = _complaint(db, error)
+            text = _error_text(db, error)
             if db:
                 db.close()
             if isinstance(error, sqlite3.Error | OSError):
@@ -526,7 +491,7 @@ class SqliteStore(LocalStore):
         return db
 
     def _make_file(self) -> None:
-        """Under another name: a power failure in the middle would leave what doesn't look like a log (rule 6)."""
+        """Rule 6."""
         path = os.path.realpath(self.path)
         new = f"{path}.new"
         for left in (new, f"{new}-journal"):
@@ -555,7 +520,7 @@ class SqliteStore(LocalStore):
             db.executescript(f"BEGIN; {script}; {mark}; COMMIT")
 
     def _is_there(self) -> bool:
-        """Refuses a file that isn't ours (rule 6), by its first bytes: SQLite itself may change what it opens."""
+        """Rule 6. Not by SQLite, which may change what it opens."""
         try:
             with self.path.open("rb") as file:
                 header = file.read(100)
@@ -570,7 +535,7 @@ class SqliteStore(LocalStore):
         return bool(header)
 
     async def _lock(self) -> int:
-        """The lock file's descriptor. The lock is the kernel's: it goes with the process, whatever ends it."""
+        """The lock file's descriptor."""
         until = current_time() + self._lock_wait_s
         while True:
             lock, holder = await run_sync(self._try_lock)
@@ -593,14 +558,14 @@ class SqliteStore(LocalStore):
             pid = os.read(lock, 20).strip().decode("ascii", "replace")
             os.close(lock)
             return None, f"process {pid}" if pid else "another process"
-        with suppress(OSError):  # a full disk: it is only for people
+        with suppress(OSError):  # full disk
             os.ftruncate(lock, 0)
             os.write(lock, b"%d\n" % os.getpid())
         return lock, ""
 
     def _close(self) -> None:
-        connections = [*self._idle, *filter(None, [self.writer])]  # the last one takes the WAL into the file
-        self._idle, self.writer = [], None
+        connections = [*self._idle, *filter(None, [self.connection])]  # the last close checkpoints
+        self._idle, self.connection = [], None
         self._known.clear()
         for db in connections:
             try:
@@ -610,26 +575,26 @@ class SqliteStore(LocalStore):
 
 
 class _Transaction(Ledger):
-    """What happens between BEGIN and COMMIT, in the thread."""
+    """One transaction."""
 
-    def __init__(self, store: SqliteStore, db: sqlite3.Connection, known: dict[str, Entry], now: float) -> None:
-        super().__init__(store._process)
-        self._store = store
+    def __init__(self, log: SqliteLog, db: sqlite3.Connection, known: dict[str, Entry], now: float) -> None:
+        super().__init__(log._process)
+        self._log = log
         self._db = db
         self._begun = False
         self._rows: list[tuple[object, ...]] = []  # to be inserted
         self._known = known
         self.now = now
-        self.max_bytes = store.max_bytes
+        self.max_bytes = log.max_bytes
         self.wrote = False
-        #: How much more the owners use.
+        #: Bytes to add to the owners' accounts.
         self._charges: Counter[str] = Counter()
-        #: The streams that it has to do with, as they will be; None: deleted.
+        #: Its streams as they will be; None: deleted.
         self.entries: dict[str, Entry | None] = {}
 
     @property
     def db(self) -> sqlite3.Connection:
-        """For anything but the last rows: in a transaction, with the rows before it."""
+        """In a transaction, after the rows so far."""
         if not self._begun:
             self._db.execute("BEGIN IMMEDIATE")
             self._begun = True
@@ -659,7 +624,7 @@ class _Transaction(Ledger):
             self._insert_rows()  # rule 1
 
     def look_up(self, stream: str) -> Entry | None:
-        """A copy that may be changed. The file is asked only for a stream that isn't known."""
+        """A copy (rule 3)."""
         if stream in self.entries:
             return self.entries[stream]
         if known := self._known.get(stream):
@@ -727,15 +692,15 @@ class _Transaction(Ledger):
             entry.charged = bytes
 
     def used(self) -> int:
-        """The bytes of the pages in use. They are counted when they could be over the bound, and after a deletion."""
-        store = self._store
+        """Counted when it may exceed the bound."""
+        log = self._log
         if self.max_bytes == sys.maxsize:
             return 0
-        if store.written < 0 or store.used + 2 * store.written > self.max_bytes:
+        if log.written < 0 or log.used + 2 * log.written > self.max_bytes:
             names = ("page_count", "freelist_count", "page_size")
             pages, free, size = (self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
-            store.used, store.written = int((pages - free) * size), 0
-        return store.used
+            log.used, log.written = int((pages - free) * size), 0
+        return log.used
 
     def account(self, owner: str) -> int:
         found = self.db.execute("SELECT bytes FROM accounts WHERE owner = ?", (owner,)).fetchone()
@@ -758,7 +723,7 @@ class _Transaction(Ledger):
         return [name for (name,) in self.db.execute(select, values)]
 
     def upkeep(self) -> bool:
-        self._store.written = -1
+        self._log.written = -1
         return super().upkeep()
 
     def sweep(self) -> bool:
@@ -774,18 +739,18 @@ class _Transaction(Ledger):
         return bool(garbage)
 
     def give_back(self) -> bool:
-        """Free pages to the file system, once they are a quarter of the file; until then they are used again."""
+        """Once a quarter of the file is free."""
         pages, free = (self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
         if free <= max(_STEP_PAGES, pages // 4):
             return False
         for _ in range(_STEP_PAGES):
-            self.db.execute("PRAGMA incremental_vacuum(1)")  # of a greater number Python 3.11 would do one, too
+            self.db.execute("PRAGMA incremental_vacuum(1)")  # Python 3.11 frees one page a call, for any number
         return True
 
     def probe(self) -> None:
-        """Write something that the upkeep deletes."""
+        """Write rows that upkeep deletes."""
         self.db.execute("INSERT OR IGNORE INTO garbage VALUES (?)", (_PROBE_STREAM,))
-        row = (_PROBE_STREAM, self.now, _PROBE_BYTES)  # its number is the time: there may be one already
+        row = (_PROBE_STREAM, self.now, _PROBE_BYTES)  # `last` is the time, to be unique
         self.db.execute(
             "INSERT INTO rows (stream, last, epoch, at, ends, body) VALUES (?, ?, 0, 0, x'', zeroblob(?))", row
         )
@@ -810,7 +775,7 @@ def _read(db: sqlite3.Connection, stream: str, after: int, max_bytes: int) -> li
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    """From what `_SELECT` selects. What the facts themselves say, and not the rows, is what its owner has paid for."""
+    """The owner is charged by the stored facts."""
     id, due, epoch, first_written, last_written, size_written, *facts = row
     stream, kind, epochs, created, updated, first, last, size, closed, owner, meta, key, keep = facts
     epochs = tuple((name, start) for name, start in orjson.loads(epochs))
@@ -821,7 +786,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
 
 
 def _changing(stat: Stat) -> tuple[object, ...]:
-    """The columns of a stream that change in its life, but for `due`."""
+    """All columns that change, except `due`."""
     meta, retention = encode_json(stat.meta).decode(), encode_json(stat.retention).decode()
     return stat.updated, stat.first, stat.last, stat.size, stat.closed, meta, retention
 
@@ -835,12 +800,10 @@ def _inode(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 
 
 class _Replaced(Exception):
-    """For the operator's log, behind the path."""
-
     def __str__(self) -> str:
         return (
-            ": the file or its -wal was deleted or replaced while this process uses it, and what is appended would be"
-            " lost. Stop the service, put the files back if you have them, and start it again"
+            ": the file or its -wal was deleted or replaced while this process uses it, and appends would be lost. Stop"
+            " the service, put the files back if you have them, and start it again"
         )
 
 
@@ -849,7 +812,7 @@ def _damaged(error: BaseException) -> bool:
 
 
 def _failure(doing: str, error: BaseException) -> SSEAppError:
-    """For the client: SQLite's own words name no path, anything else might."""
+    """For the client: only SQLite's texts contain no path."""
     if _damaged(error):
         return LogError("the event log's file is damaged")
     reason = error if isinstance(error, sqlite3.Error) else "internal error"
@@ -859,8 +822,7 @@ def _failure(doing: str, error: BaseException) -> SSEAppError:
     return LogUnavailable(text)
 
 
-def _complaint(db: sqlite3.Connection | None, error: BaseException) -> str:
-    """For whoever starts the program."""
+def _error_text(db: sqlite3.Connection | None, error: BaseException) -> str:
     if not _damaged(error):
         return f"can't be used: {error}"
     reason = str(error)

@@ -1,17 +1,14 @@
-"""Readers of the log: each a cursor into a tail that all of a stream's readers share.
+"""Readers of the log: cursors into a tail that all of a stream's readers share.
 
-A `Tail` holds a stream's newest events, framed once for the whole process. A `Reader` is no queue: only the sequence
-up to which it has read. What it wants next is in the tail, or, if it is behind that, in the log; if it is behind what
-the log keeps, it is told by a `gap`. So a slow reader costs its cursor, whatever is published meanwhile.
+A `Tail` has a stream's newest events, framed once per process. A `Reader` has only its position, and takes what comes
+next from the tail, or else the log, or else gets a `gap`. So a slow reader costs no memory.
 
-1.  A tail watches before it asks for the top, so between the two nothing is missed.
-2.  What the tail holds ends with the newest row that was announced. The top may be beyond it for a moment, when the
-    log was asked after a commit and before its announcement; a reader then reads the log, and skips what comes twice.
-3.  Readers that are behind at the same place (many clients that come back at once) share one reading of the log. A
-    reading is kept only if others are behind at that moment, and until the last of them has caught up.
-4.  A reader may be given a `Translate`. What it makes keeps the event's id, so that cursors mean the same everywhere.
-5.  What changes is delivered in a round, on the loop's next turn: what is appended in this one travels together. Many
-    readers are served in slices of `SLICE`, with a turn of the loop between them.
+1.  A tail watches before it reads the facts (rule 8 of `ssecore.log`).
+2.  `top` may briefly be beyond the newest row; readers then read the log, and skip duplicates.
+3.  Readers behind at the same place share one read of the log, which is kept until the last has caught up.
+4.  A `Translate` keeps the event's id, so cursors mean the same everywhere.
+5.  A round on the loop's next turn delivers all that was appended in this one, to slices of readers, with a turn of the
+    loop in between.
 """
 
 import asyncio
@@ -21,40 +18,41 @@ from enum import Enum
 from functools import partial
 from typing import Final, NamedTuple
 
+import anyio
 from anyio.abc import TaskGroup
 
 from ssecore.dialects import END_ID, Dialect, error_frames, failure_of
 from ssecore.errors import LogError, LogUnavailable, NotFound
 from ssecore.http.request import EndReason
-from ssecore.log import Cursor, Ended, Gap, Log, Row, Shared, Stat, framed, locate
+from ssecore.log import Cursor, Ended, Gap, Log, Row, Stat, framed, locate
+from ssecore.streaming.pump import asyncio_loop
 from ssecore.streaming.sender import Sender, chunk, deliver
 from ssecore.wire import Decoder, Event, encode
 
 __all__ = ["Attached", "Place", "Reader", "Tail", "Tails", "Translate", "gap_frames"]
 
-#: What a tail holds at most, and at least its newest row. A reader further behind reads the log: nobody is lost by it.
+#: Without the newest row.
 TAIL_BYTES: Final = 256 * 1024
-#: What is read from the log at once for a reader that is behind.
 READ_BYTES: Final = 256 * 1024
-#: What is kept of such readings for others at the same place (rule 3), and at least the newest one.
+#: Of the kept reads (rule 3).
 KEPT_BYTES: Final = 1024 * 1024
-#: Rule 5. About half a millisecond of writes. Events published between two slices travel together in the next round, so
-#: a burst costs each reader fewer writes than it would with larger slices.
+#: Half a millisecond. Smaller slices merge more events of a burst into one write.
 SLICE: Final = 64
-#: No reader is there: sequences begin at 1, cursors at 0.
-NOBODY: Final = -1
+#: Frames, the last one's sequence, and the gap before them.
+_Reading = tuple[bytes, int, Gap | None]
+#: No reader's position.
+NO_READER: Final = -1
 
 
-#: Says an event of the log in other words, or leaves it out (`None`). It is asked for an event as often as that is
-#: read, anywhere in the stream, so what it gives depends on the event alone; an id in it is not looked at. A stream's
-#: last event must become something: else no client's cursor gets to the end, and no browser is told to stop.
+#: Translates an event, or drops it (`None`), by the event alone, maybe repeatedly. Its id is ignored. A stream's last
+#: event must not be dropped, or no client's cursor reaches the end.
 Translate = Callable[[Event], Event | None]
 
 
 def gap_frames(gap: Gap, dialect: Dialect, *, last: bool = False) -> bytes:
-    """The announcement of a gap. It is not in the log, so it has no `id:`.
+    """A `gap` event, without an id since it isn't in the log.
 
-    `last`: nothing comes behind it. A page can't tell 204 from 410, so it gets the gap; its end then gets a 204.
+    `last`: it ends the stream, since a page can't tell 204 from 410; a resume after its id gets 204.
     """
     data = {"reason": gap.reason, "from": gap.from_, "to": gap.to}
     if not last:
@@ -63,43 +61,40 @@ def gap_frames(gap: Gap, dialect: Dialect, *, last: bool = False) -> bytes:
 
 
 class Tail:
-    """The newest events of one stream. Made by `Tails`; lives as long as it has readers."""
-
     def __init__(self, log: Log, stream: str, gaps: "Counter[str]", *, id_first: bool = False) -> None:
         self.stream = stream
-        self.id_first = id_first  #: where its frames have their ids: for all readers alike
+        self.id_first = id_first  #: see `framed`
         self.gaps = gaps
         self.top = 0
         self.ended: Ended | None = None
-        #: What readers get after the top where it could not be stored: a terminal event without an id.
-        self.last_words = b""
-        #: With their senders, once these have begun.
+        #: A last event without an id.
+        self.unstored_end = b""
+        #: With their senders, once started.
         self.readers: dict[Reader, Sender | None] = {}
-        #: Who entered and has not left; a reader is one of them from its making to its close.
-        self.guests = 0
-        #: Readers that read the log, because the tail doesn't hold what they need next.
+        #: Open readers, and acquisitions not released.
+        self.references = 0
         self.behind: set[Reader] = set()
         self._log = log
         self._rows: deque[tuple[Row, bytes]] = deque()  # each with its frames
         self._last = 0  # the last sequence in them
         self._size = 0
         self._since: tuple[int, int, bytes] = (-1, -1, b"")
-        self._reads: dict[int, tuple[bytes, int, Gap | None]] = {}
-        self._reading: Shared[int, tuple[bytes, int, Gap | None]] = Shared()
-        self._is_planned = False  # a round is on its way
-        self._seen: tuple[int, Ended | None] = (0, None)  # what was there when it began
-        self._framed: tuple[bytes, bytes] = (b"", b"")  # the round's batch, and the same as a chunk
-        self.close = log.watch(stream, self._changed)
-        #: For `Reader.on_close`: one for all readers, not one each.
-        self.leave: Callable[[], None] = lambda: None
+        self._reads: dict[int, _Reading] = {}
+        #: Reads in flight, each with its result or failure.
+        self._reading: dict[int, tuple[anyio.Event, list[_Reading | Exception]]] = {}
+        self._scheduled = False  # a round is
+        self._seen: tuple[int, Ended | None] = (0, None)  # at the round's start
+        self._framed: tuple[bytes, bytes] = (b"", b"")  # the round's batch, and its HTTP chunk
+        self.close = log.watch(stream, self._on_append)
+        self.release: Callable[[], None] = lambda: None
 
-    def settle(self, stat: Stat) -> None:
-        """Take the facts that were asked for after the watch began (rule 1)."""
+    def apply(self, stat: Stat) -> None:
+        """Rule 1."""
         self.top = max(self.top, stat.last)
         if stat.closed and self.ended is None:
             self.ended = "closed"
 
-    def _changed(self, row: Row | None, ended: Ended | None) -> None:
+    def _on_append(self, row: Row | None, ended: Ended | None) -> None:
         if row is not None:
             if row.first != self._last + 1:
                 self._rows.clear()
@@ -116,29 +111,26 @@ class Tail:
             self.ended = ended
         self._wake()
 
-    def fail(self, last_words: bytes) -> None:
-        """End the readers with what could not be stored."""
-        self.last_words, self.ended = last_words, "closed"
+    def fail(self, unstored_end: bytes) -> None:
+        self.unstored_end, self.ended = unstored_end, "closed"
         self._wake()
 
     def _wake(self) -> None:
-        if self._is_planned or not self.readers:
+        if self._scheduled or not self.readers:
             return
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # trio
+        if (loop := asyncio_loop()) is not None:
+            self._scheduled = True
+            loop.call_soon(self._begin_round)
+        else:
             for sender in self._senders():
                 sender.poke()
-        else:
-            self._is_planned = True
-            loop.call_soon(self._begin_round)
 
     def _senders(self) -> list[Sender]:
         return [sender for sender in self.readers.values() if sender is not None]
 
     def _begin_round(self) -> None:
         if len(self.readers) == 1:
-            self._is_planned = False
+            self._scheduled = False
             for sender in self._senders():
                 sender.poke()
             return
@@ -147,10 +139,10 @@ class Tail:
 
     def _deliver(self, rest: list[Sender]) -> None:
         now, rest = rest[:SLICE], rest[SLICE:]
-        after = next((sender.source.after for sender in now if sender.parked), NOBODY)
+        after = next((sender.source.after for sender in now if sender.parked), NO_READER)
         held = self.since(after) if self.ended is None else None
         if held is None:
-            deliver(now, b"", b"", NOBODY, NOBODY)
+            deliver(now, b"", b"", NO_READER, NO_READER)
         else:
             if held[0] is not self._framed[0]:
                 self._framed = held[0], chunk(held[0])
@@ -158,22 +150,22 @@ class Tail:
         if rest:
             asyncio.get_running_loop().call_soon(self._deliver, rest)
             return
-        self._is_planned = False
-        self._framed = (b"", b"")  # up to twice the tail's size, and what comes next is another one
-        if self._seen != (self.top, self.ended):  # while the slices were on their way: who came first may not have it
+        self._scheduled = False
+        self._framed = (b"", b"")  # frees up to twice the tail's size
+        if self._seen != (self.top, self.ended):  # changed between slices
             self._wake()
 
     def since(self, after: int) -> tuple[bytes, int] | None:
-        """All events after `after` that the tail holds, and the last one's sequence; `None` if some are not here."""
+        """Events after `after`, and the last sequence; `None` if some are missing."""
         if not self._rows or not self._rows[0][0].first <= after + 1 <= self._last:
             return None
         last = self._last
         newest, frames = self._rows[-1]
         if newest.first == after + 1:
             return frames, last
-        if self._since[:2] != (after, last):  # the same answer for all readers that are up to date
+        if self._since[:2] != (after, last):  # mostly the same for all
             parts: list[bytes] = []
-            for row, frames in reversed(self._rows):  # a full tail has thousands; most readers lack the newest alone
+            for row, frames in reversed(self._rows):  # mostly few of thousands
                 if row.last <= after:
                     break
                 parts.append(frames if row.first > after else framed(row, after, id_first=self.id_first))
@@ -181,22 +173,38 @@ class Tail:
             self._since = (after, last, parts[0] if len(parts) == 1 else b"".join(parts))
         return self._since[2], last
 
-    async def read(self, after: int) -> tuple[bytes, int, Gap | None]:
-        """The next events from the log: their frames, the last one's sequence, and the gap before them (rule 3)."""
+    async def read(self, after: int) -> _Reading:
+        """The next events from the log (rule 3)."""
         if (known := self._reads.get(after)) is not None:
             return known
-        return await self._reading.do(after, partial(self._read, after))
+        while (reading := self._reading.get(after)) is not None:
+            done, outcome = reading
+            await done.wait()
+            if outcome:  # else its task was cancelled
+                if isinstance(outcome[0], Exception):
+                    raise outcome[0]
+                return outcome[0]
+        done, outcome = self._reading[after] = anyio.Event(), []
+        try:
+            result = await self._read(after)
+            outcome.append(result)
+            return result
+        except Exception as error:
+            outcome.append(error)
+            raise
+        finally:
+            del self._reading[after]
+            done.set()
 
-    async def _read(self, after: int) -> tuple[bytes, int, Gap | None]:
+    async def _read(self, after: int) -> _Reading:
         top = self.top
         rows = await self._log.read(self.stream, after, READ_BYTES)
         stat = None if rows else await self._log.stat(self.stream)
-        # A run is kept whole: once it is closed, without rows it is being deleted, whatever its facts still say, or the
-        # log lost them. And what stands under the name of a deleted stream now is another stream.
+        # A closed run without rows is being deleted.
         gone = not rows and (stat is None or (stat.kind == "run" and stat.closed and stat.last <= top))
         if gone or self.ended == "deleted":
             return b"", self.top, Gap("expired", after + 1)
-        if not rows:  # age has taken all of them; the stream goes on
+        if not rows:  # all have expired
             return b"", top, Gap("trimmed", after + 1, top)
         gap = Gap("trimmed", after + 1, rows[0].first - 1) if rows[0].first > after + 1 else None
         frames = [framed(row, after, id_first=self.id_first) for row in rows]
@@ -208,16 +216,16 @@ class Tail:
         return result
 
     def caught_up(self, reader: "Reader") -> None:
-        """The reader doesn't need the log any more, for now; the last one of them leaves no reading behind."""
+        """Rule 3."""
         self.behind.discard(reader)
         if not self.behind:
             self._reads.clear()
 
 
 class Reader:
-    """The source that a stream in the log is: what comes after `after`, and then what is appended.
+    """A source for `Sender`: a stream's events after `after`.
 
-    `before` goes out first, `opening` if nothing else is there in the first second.
+    `before` is sent first, `opening` after a second without events.
     """
 
     __slots__ = (
@@ -236,10 +244,10 @@ class Reader:
     )
 
     events = True
-    #: Whoever started what is read has waited its second.
+    #: `Runs` has waited already.
     first_s = 0.0
     has_something = True
-    #: A drain ends it in any case: whoever reads it goes on elsewhere.
+    #: A drain ends it: its client resumes elsewhere.
     ended = False
 
     def __init__(
@@ -257,29 +265,26 @@ class Reader:
         self._uncounted = after
         self.opening = opening
         self.finished = False
-        #: Why it broke off: the log couldn't be read, or `translate` failed.
+        #: The log's, or `translate`'s.
         self.failure: Exception | None = None
         self.on_close: Callable[[], None] | None = None
-        #: It gets the tail's frames as they are.
         self.is_shared = translate is None
         self._dialect = dialect
         self._translate = translate
         self._before = before
         self._stopped = False
         tail.readers[self] = None
-        tail.guests += 1
+        tail.references += 1
 
     def begin(self, sender: Sender, tasks: TaskGroup | None) -> None:
-        """From now on the tail's rounds serve `sender`."""
         self.tail.readers[self] = sender
 
     @property
     def events_sent(self) -> int:
-        """How many events have been read."""
         return self.after - self._uncounted
 
     def ready(self) -> bytes | None:
-        """What can be had without waiting; b"" is nothing yet, `None` that the log has to be read."""
+        """What needs no waiting; `None`: call `from_log`."""
         tail = self.tail
         before, self._before = self._before, b""
         if self.finished:
@@ -293,19 +298,16 @@ class Reader:
                 self._before = before
                 return None
             batch, self.after = held
-            if self._translate is not None:
-                batch = self._say_otherwise(batch, self._translate)
+            batch = self._translated(batch)
             before = before + batch if before else batch
         if tail.behind:
             tail.caught_up(self)
         if tail.ended is not None and self.after >= tail.top:
             self.finished = True
-            last_words = tail.last_words
-            before += last_words if self._translate is None else self._say_otherwise(last_words, self._translate)
+            before += self._translated(tail.unstored_end)
         return before
 
     async def from_log(self) -> bytes:
-        """What `ready` doesn't have."""
         self.tail.behind.add(self)
         try:
             frames, last, gap = await self.tail.read(self.after)
@@ -317,18 +319,20 @@ class Reader:
             self.tail.gaps[gap.reason] += 1
             self._uncounted += (last if gap.to is None else gap.to) - self.after
             self.finished = gap.reason == "expired"
-            # Where the stream is there still, nothing else than this id ends a client that comes back.
+            # Only this id ends a client that reconnects.
             for_good = self.finished and self.tail.ended == "closed"
             before += gap_frames(gap, self._dialect, last=for_good)
         self.after = last
-        return before + (frames if self._translate is None else self._say_otherwise(frames, self._translate))
+        return before + self._translated(frames)
 
-    def _say_otherwise(self, frames: bytes, translate: Translate) -> bytes:
-        """Rule 4. A `translate` that fails ends its reader, after the events before."""
+    def _translated(self, frames: bytes) -> bytes:
+        """Rule 4."""
+        if self._translate is None:
+            return frames
         parts: list[bytes] = []
         try:
-            parts.extend(_translated(frames, translate, self.tail.id_first))
-        except BaseException as error:  # nothing awaits here, so it is no cancellation
+            parts.extend(_translate_all(frames, self._translate, self.tail.id_first))
+        except BaseException as error:  # no await here, so not a cancellation
             self.failure, self.finished = failure_of(error, "a translation"), True
         return b"".join(parts)
 
@@ -336,19 +340,16 @@ class Reader:
         self._stopped = True
 
     async def closed(self) -> None:
-        """Nothing of it is at work."""
+        """Nothing runs."""
 
     def farewell(self, reason: EndReason | None) -> bytes:
-        """Nothing: what ends a stream in the log is in the log; whoever is cut off before goes on elsewhere.
-
-        Unless a translation failed: then the client must not come back, and fail at the same event again and again.
-        """
+        """Empty, but if `translate` failed: the client must not resume and fail again."""
         if self.failure is None or isinstance(self.failure, LogUnavailable | LogError):
             return b""
         return b"".join(error_frames(self.failure, self._dialect))[:-1] + END_ID
 
     def close(self) -> None:
-        """A second time it does nothing."""
+        """Idempotent."""
         self.tail.readers.pop(self, None)
         self.tail.caught_up(self)
         if self.on_close is not None:
@@ -356,42 +357,41 @@ class Reader:
             self.on_close = None
 
 
-def _translated(frames: bytes, translate: Translate, id_first: bool = False) -> Iterator[bytes]:
+def _translate_all(frames: bytes, translate: Translate, id_first: bool) -> Iterator[bytes]:
     for event in Decoder(max_event_bytes=None).feed(frames):
-        said = translate(event)
-        if said is not None and id_first and event.id is not None:
-            yield b"id: %b\n%b" % (event.id.encode(), encode(Event(said.data, said.event, None, said.retry)))
-        elif said is not None:
-            yield encode(Event(said.data, said.event, event.id, said.retry))
+        made = translate(event)
+        if made is not None and id_first and event.id is not None:
+            yield b"id: %b\n%b" % (event.id.encode(), encode(Event(made.data, made.event, None, made.retry)))
+        elif made is not None:
+            yield encode(Event(made.data, made.event, event.id, made.retry))
 
 
 class Place(Enum):
-    """Where a reader without a cursor begins."""
+    """For readers without a cursor."""
 
     START = "start"
     TOP = "top"
 
 
 class Attached(NamedTuple):
-    """What a request is answered with: a reader of its own, to be closed, and the headers that go with it."""
+    """A reader, to be closed, and the answer's headers."""
 
     reader: Reader
     headers: Mapping[str, str]
 
 
 class Tails:
-    """The tails of an app, one for each stream that has readers here."""
+    """Of the streams that have readers here."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        self.gaps: Counter[str] = Counter()  #: announced here, by reason
+        self.gaps: Counter[str] = Counter()  #: sent, by reason
         self._tails: dict[str, Tail] = {}
 
     def get(self, stream: str) -> Tail | None:
         return self._tails.get(stream)
 
     def streams(self) -> list[str]:
-        """All that have readers here."""
         return list(self._tails)
 
     def subscribers(self, stream: str) -> int:
@@ -405,55 +405,47 @@ class Tails:
         *,
         dialect: Dialect,
         translate: Translate | None = None,
-        greet: Callable[[Cursor], bytes] | None = None,
-        look: Callable[[str], Awaitable[Stat | None]] | None = None,
+        make_first: Callable[[Cursor], bytes] | None = None,
+        get_stat: Callable[[str], Awaitable[Stat | None]] | None = None,
     ) -> tuple[Reader, Stat]:
-        """A reader of the stream that begins there, after the gap that has to be announced first; and the facts.
+        """A reader from `place`, after any gap, and the facts. Only `Reader.close` undoes it.
 
-        `Reader.close` is the only undo. `greet` makes what a reader at the top gets first, out of the top's id. `look`
-        asks for the facts, if not the log: the tail watches before (rule 1).
-        Raises `NotFound` where there is no such stream.
+        `make_first` makes the event of a reader at the top; `get_stat` replaces `Log.stat`. Raises `NotFound`.
         """
-        tail = self.enter(stream, id_first=dialect.id_first)
+        tail = self.acquire(stream, id_first=dialect.id_first)
         try:
-            stat = await (look or self.log.stat)(stream)
-            if stat is None or tail.ended == "deleted":  # between two awaits
+            stat = await (get_stat or self.log.stat)(stream)
+            if stat is None or tail.ended == "deleted":  # meanwhile
                 raise NotFound("no such stream")
-            tail.settle(stat)
+            tail.apply(stat)
             after, gap, before = 0, None, b""
             if place is Place.TOP:
                 after = max(stat.last, tail.top)
-                before = b"" if greet is None else greet(Cursor(stat.epochs[-1][0], after))
+                before = b"" if make_first is None else make_first(Cursor(stat.epochs[-1][0], after))
             elif isinstance(place, Cursor):
                 after, gap = locate(stat, place)
             if gap is not None:
                 self.gaps[gap.reason] += 1
                 before = gap_frames(gap, dialect, last=stat.closed and after >= stat.last)
             reader = Reader(tail, after, dialect=dialect, before=before, translate=translate)
-            reader.on_close = tail.leave
+            reader.on_close = tail.release
         finally:
-            self.leave(tail)
+            self.release(tail)
         return reader, stat
 
-    def enter(self, stream: str, *, id_first: bool = False) -> Tail:
-        """The stream's tail, watching from now on. `settle` it with facts asked for after this; then make readers.
-
-        `id_first`, as the stream's dialect has it, is the same for whoever enters it.
-        """
+    def acquire(self, stream: str, *, id_first: bool = False) -> Tail:
+        """The stream's tail, which watches from now on. Then `apply` its facts."""
         tail = self._tails.get(stream)
-        if tail is None or tail.ended == "deleted" or tail.last_words:
+        if tail is None or tail.ended == "deleted" or tail.unstored_end:
             tail = self._tails[stream] = Tail(self.log, stream, self.gaps, id_first=id_first)
-            tail.leave = partial(self.leave, tail)
-        tail.guests += 1
+            tail.release = partial(self.release, tail)
+        tail.references += 1
         return tail
 
-    def leave(self, tail: Tail) -> None:
-        """Somebody who entered, or a reader, is done. The tail goes with the last of them.
-
-        Not with the last reader: somebody may have entered and not have made its reader yet.
-        """
-        tail.guests -= 1
-        if not tail.guests:
+    def release(self, tail: Tail) -> None:
+        """The last reference drops the tail: a reader may be about to be made."""
+        tail.references -= 1
+        if not tail.references:
             tail.close()
             if self._tails.get(tail.stream) is tail:
                 del self._tails[tail.stream]

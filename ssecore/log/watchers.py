@@ -1,4 +1,4 @@
-"""Who watches which stream, in one process and event loop."""
+"""The watchers of a process."""
 
 import logging
 from collections.abc import Callable
@@ -12,7 +12,7 @@ logger: Final = logging.getLogger("sseapp")
 
 
 class Watchers:
-    """The watchers of each stream."""
+    """By stream. For one event loop."""
 
     def __init__(self) -> None:
         self._streams: dict[str, dict[object, Watcher]] = {}
@@ -33,14 +33,14 @@ class Watchers:
         return stream in self._streams
 
     def notify(self, stream: str, row: Row | None, ended: Ended | None) -> None:
-        """Tells all. What a watcher raises is its own trouble: neither the writer's nor the next watcher's."""
+        """Call all of the stream's watchers. What one raises is logged; the others are still called."""
         watchers = self._streams.get(stream)
         if watchers is None:
             return
         if ended:
             del self._streams[stream]
         for mark in list(watchers):
-            watcher = watchers.get(mark)  # one may have ended another's watch just now
+            watcher = watchers.get(mark)  # an earlier one may have removed it
             if watcher is None:
                 continue
             try:

@@ -1,18 +1,15 @@
-"""Group commit: what is appended while a commit is under way is the next one, a batch for each stream.
+"""Group commit: appends during a commit form the next one, a batch for each stream.
 
-    append (awaited) ──┐
-    Writer.post (told) ┴─► a batch a stream ──► the engine's commit, one under way ──► watchers ──► callers ──► …
-
-1.  Appends that meet are one batch, and one row, if they are of one stream and epoch (`MAX_ROW_BYTES`).
-2.  While no commit is under way, what is appended is handed over with the loop's next turn, so that what comes in this
-    one goes with it. What was only posted waits until `GAP_S` after the last commit was handed over, or until there is
-    a row's worth of it: so many slow writers make one commit in that time, and not one an event.
-3.  When something that was posted fails, all that its writer posted behind it fails, too: there is never a hole.
+1.  Concurrent appends of one stream and epoch are one batch, and one row (`MAX_ROW_BYTES`).
+2.  A batch is committed with the loop's next turn, or after the commit in flight; if nothing awaits it, `GAP_S` after
+    the last commit, or with a row's worth.
+3.  If a post fails, all later posts of its writer fail, too: there is never a hole.
 """
 
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
 from typing import Any, Final
@@ -28,129 +25,107 @@ __all__ = ["GAP_S", "Batch", "Commits", "Posted", "Writer"]
 
 logger: Final = logging.getLogger("sseapp")
 
-#: From one commit to the next where nobody awaits it. Whole milliseconds: uvloop's timers are no finer.
+#: Between commits that nothing awaits. uvloop's timers are whole milliseconds.
 GAP_S: Final = 0.002
-#: Bodies, and streams, in one commit: some milliseconds of an engine's work, which others may have to wait for.
+#: In one commit: some milliseconds of an engine's work.
 _MAX_COMMIT_BYTES: Final = 4 * 1024 * 1024
 _MAX_COMMIT_STREAMS: Final = 100
-#: Bodies that wait for a commit. More is not appended, but refused at once. Posts are not: each of their writers has a
-#: bound of its own.
+#: Above, appends are refused, but not posts: their writers are bounded.
 _MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
 
 _CLOSED: Final = "the event log is closed"
 _STOPPING: Final = "the service is about to stop"
 
-#: Called in the event loop when what was posted is stored: how many bytes, and what it failed with, if it did.
+#: Called in the event loop: a post's bytes are stored, or have failed.
 Posted = Callable[[int, SSEAppError | None], None]
 
 
+@dataclass(eq=False, slots=True)
 class Batch:
-    """What goes in as one row: of one stream and epoch. Only the last append of it closes the stream or sets `meta`.
+    """A row. Only its last append may close the stream or set `meta`.
 
-    `retention`, of a topic: it is created where there is none, and the engine chooses the epoch. The engine fills in
-    `epoch`, `last`, or `error`.
+    With `retention` it is a topic's: the engine creates it and chooses the epoch. It sets `epoch` and `last`, or
+    `error`.
     """
 
-    __slots__ = (
-        "close",
-        "epoch",
-        "error",
-        "frames",
-        "last",
-        "meta",
-        "retention",
-        "settled",
-        "signal",
-        "since",
-        "size",
-        "stream",
-        "writer",
-    )
+    stream: str
+    epoch: str
+    retention: Retention | None
+    writer: "Writer | None"
+    frames: list[bytes] = field(default_factory=list)
+    size: int = 0
+    close: bool = False
+    meta: dict[str, Any] | None = None
+    since: float = field(default_factory=monotonic)
+    last: int = 0
+    error: SSEAppError | None = None
+    signal: anyio.Event | None = None
+    resolved: bool = False
 
-    def __init__(self, stream: str, epoch: str, retention: Retention | None, writer: "Writer | None") -> None:
-        self.stream = stream
-        self.epoch = epoch
-        self.retention = retention
-        self.writer = writer
-        self.frames: list[bytes] = []
-        self.size = 0
-        self.close = False
-        self.meta: dict[str, Any] | None = None
-        self.since = monotonic()
-        self.last = 0
-        self.error: SSEAppError | None = None
-        self.signal: anyio.Event | None = None
-        self.settled = False
-
-    def settle(self) -> None:
-        """Tell all who wait for it."""
-        self.settled = True
+    def resolve(self) -> None:
+        self.resolved = True
         if self.signal is not None:
             self.signal.set()
         if self.writer is not None:
-            self.writer.tell(self.size, self.error)
+            self.writer.notify(self.size, self.error)
 
 
 class Writer:
-    """Appends to one stream, in order, and is told in the loop what came of it. Made by `Log.writer`."""
+    """Appends to one stream, in order, without waiting."""
 
-    __slots__ = ("_commits", "_epoch", "_stream", "_told", "failed")
+    __slots__ = ("_commits", "_epoch", "_on_stored", "_stream", "failed")
 
-    def __init__(self, commits: "Commits", stream: str, epoch: str, told: Posted) -> None:
-        self._commits, self._stream, self._epoch, self._told = commits, stream, epoch, told
+    def __init__(self, commits: "Commits", stream: str, epoch: str, on_stored: Posted) -> None:
+        self._commits, self._stream, self._epoch, self._on_stored = commits, stream, epoch, on_stored
         self.failed: SSEAppError | None = None
 
     def post(self, frames: Sequence[bytes], size: int) -> None:
-        """Hand over frames of `size` bytes. `told` is called once they are stored, or not; it may be at once.
+        """Append frames of `size` bytes; `on_stored` is called with the outcome, maybe at once.
 
-        An `append` that is to follow is made when all that was posted is known to be stored.
-        Raises what an earlier post failed with, `TooLarge`, `LogUnavailable`: then `told` is not called. How much is
-        posted and not stored yet is the caller's to bound.
+        The caller bounds what isn't stored yet, and waits for it before an `append`. Raises an earlier post's failure,
+        `TooLarge`, `LogUnavailable`.
         """
         if self.failed is not None:
             raise self.failed
         self._commits.add(self._stream, self._epoch, frames, size, writer=self)
 
-    def tell(self, size: int, error: SSEAppError | None) -> None:
+    def notify(self, size: int, error: SSEAppError | None) -> None:
         if error is not None and self.failed is None:
             self.failed = error
         try:
-            self._told(size, error)
+            self._on_stored(size, error)
         except Exception:
             logger.exception("a writer of the event log failed over the answer")
 
 
 class Commits:
-    """The appends of a process, on their way into the engine. `commit` calls back when all of the batches are done.
-
-    `gap_s` as rule 2 has it; `None`: a commit takes no time, and each append is one.
-    """
+    """A process's appends. `gap_s`: rule 2; `None`: each append is a commit, which takes no time."""
 
     def __init__(self, commit: Callable[[list[Batch], Callable[[], None]], None], gap_s: float | None) -> None:
         self._commit = commit
         self._gap_s = gap_s
         self._queue: dict[str, deque[Batch]] = {}
         self._queued_bytes = 0
-        self._awaited = False  # something of the queue is
-        self._under_way: list[Batch] = []
-        self._handed_at = -inf
-        self._planned: Any = None  # the handle of what hands over next
+        self._awaited = False  # something in the queue is
+        self._in_flight: list[Batch] = []
+        self._committed_at = -inf
+        self._planned: Any = None  # the next commit: its handle, whether it is a timer
         self._loop: Any = None
         self._idle = anyio.Event()
-        self._refused: str | None = _CLOSED  # why nothing is taken
-        #: Called with the batches of each commit, and how many seconds it took.
+        self._refused: str | None = _CLOSED  # why appends are refused
+        #: See `Log.on_commit`.
         self.on_commit: Callable[[list[Batch], float], None] | None = None
 
     def open(self) -> None:
-        """In the event loop that is to be told."""
+        """Call in the event loop."""
         token: Any = current_token().native_token
         self._loop = token if hasattr(token, "call_later") else _Trio(token)
         self._refused = None
 
     async def close(self) -> None:
-        """Takes nothing more, and waits for what was taken before."""
+        """Refuse appends, and wait for earlier ones."""
         self._refused = _CLOSED
-        while self._queue or self._under_way:
+        while self._queue or self._in_flight:
             self._idle = anyio.Event()
             await self._idle.wait()
 
@@ -166,7 +141,7 @@ class Commits:
         retention: Retention | None = None,
         writer: Writer | None = None,
     ) -> Batch:
-        """The batch that the frames are in now, as its last ones. Hot path, once for each append or post."""
+        """The frames' batch, in which they are last. Hot path."""
         if self._refused is not None:
             raise LogUnavailable(self._refused)
         if size > facts.MAX_APPEND_BYTES:
@@ -197,40 +172,40 @@ class Commits:
             if batch.signal is None:
                 batch.signal = anyio.Event()
             self._awaited = True
-        if not self._under_way:
+        if not self._in_flight:
             self._plan()
         return batch
 
     def give_up(self) -> None:
-        """Fail what waits. As long as the commit of this moment isn't over, nothing more is taken."""
-        if self._under_way and self._refused is None:
+        """Fail all, and appends until the commit is over."""
+        if self._in_flight and self._refused is None:
             self._refused = _STOPPING
-        batches = self._under_way + [batch for waiting in self._queue.values() for batch in waiting]
+        batches = self._in_flight + [batch for waiting in self._queue.values() for batch in waiting]
         self._queue.clear()
         for batch in batches:
             batch.error = LogUnavailable(_STOPPING)
-            self._settle(batch)
+            self._resolve(batch)
 
     def _plan(self) -> None:
         if self._gap_s is None:
-            self._hand_over()
+            self._start_commit()
             return
         at_once = self._awaited or self._queued_bytes >= MAX_ROW_BYTES
-        wait_s = 0.0 if at_once else self._handed_at + self._gap_s - monotonic()
+        wait_s = 0.0 if at_once else self._committed_at + self._gap_s - monotonic()
         if self._planned is not None:
             if wait_s > 0 or not self._planned[1]:
                 return
             self._planned[0].cancel()
         if wait_s > 0:
-            self._planned = self._loop.call_later(wait_s, self._hand_over), True
+            self._planned = self._loop.call_later(wait_s, self._start_commit), True
         else:
-            self._planned = self._loop.call_soon(self._hand_over), False
+            self._planned = self._loop.call_soon(self._start_commit), False
 
-    def _hand_over(self) -> None:
+    def _start_commit(self) -> None:
         self._planned = None
-        batches = self._under_way = self._take()
+        batches = self._in_flight = self._take()
         if batches:
-            self._handed_at = monotonic()
+            self._committed_at = monotonic()
             self._commit(batches, self._done)
         elif not self._queue:
             self._idle.set()
@@ -247,27 +222,27 @@ class Commits:
             batches.append(batch := waiting.popleft())
             size += batch.size
             if waiting:
-                queue[stream] = waiting  # behind the others
+                queue[stream] = waiting  # after the others
         if not queue:
             self._awaited = False
         return batches
 
     def _done(self) -> None:
-        batches, self._under_way = self._under_way, []
+        batches, self._in_flight = self._in_flight, []
         if self._refused == _STOPPING:
             self._refused = None
         if self.on_commit is not None:
-            self.on_commit(batches, monotonic() - self._handed_at)
+            self.on_commit(batches, monotonic() - self._committed_at)
         for batch in batches:
-            self._settle(batch)
+            self._resolve(batch)
             if batch.error is not None and batch.writer is not None:
-                self._fail_behind(batch)
+                self._fail_later(batch)
         if self._queue:
             self._plan()
         else:
             self._idle.set()
 
-    def _fail_behind(self, failed: Batch) -> None:
+    def _fail_later(self, failed: Batch) -> None:
         """Rule 3."""
         waiting = self._queue.pop(failed.stream, deque())
         kept = deque(batch for batch in waiting if batch.writer is not failed.writer)
@@ -276,16 +251,16 @@ class Commits:
         for batch in waiting:
             if batch.writer is failed.writer:
                 batch.error = failed.error
-                self._settle(batch)
+                self._resolve(batch)
 
-    def _settle(self, batch: Batch) -> None:
-        if not batch.settled:  # else it was given up
+    def _resolve(self, batch: Batch) -> None:
+        if not batch.resolved:  # by `give_up`
             self._queued_bytes -= batch.size
-            batch.settle()
+            batch.resolve()
 
 
 class _Trio:
-    """What `Commits` needs of a loop. Trio has no timers for those without a task: nothing waits there."""
+    """Trio has no timers outside of tasks: nothing waits."""
 
     def __init__(self, token: Any) -> None:
         self._token = token
@@ -298,4 +273,4 @@ class _Trio:
         return self.call_soon(call)
 
     def cancel(self) -> None:
-        """What is due with the next turn comes."""
+        """Impossible."""

@@ -1,1 +1,1 @@
-"""The process: the command `sseapp`, its runner over uvicorn, signals and logs."""
+"""The server process: the command `sseapp` and its runner over uvicorn."""

@@ -1,7 +1,4 @@
-"""The command `sseapp`: its options, and what each of its commands does.
-
-`ssecore.server.command` runs first, and prepares the process. No other module of the engine imports `sseapp`.
-"""
+"""The options and subcommands of `sseapp`. `ssecore.server.command` runs first and prepares the process."""
 
 import argparse
 import inspect
@@ -20,12 +17,12 @@ from ssecore.settings import Settings, describe
 
 __all__ = ["load", "main"]
 
-#: Options of `serve` that are settings of the service alone: a program decides them in its code.
-OF_THE_SERVICE: Final = ("data_dir", "log")
+#: Settings that another app makes in its own code.
+SERVICE_ONLY: Final = ("data_dir", "log")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `sseapp`. Returns the exit code."""
+    """Returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -42,37 +39,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sseapp",
-        description="Streams over Server-Sent Events.",
+        description="Serve and read streams of Server-Sent Events.",
         epilog="`sseapp COMMAND --help` shows the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"sseapp {ssecore.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serve = commands.add_parser(
         "serve",
-        help="run the service, or a program of yours",
+        help="run the service or your own ASGI app",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Runs the service, or any ASGI program (`sseapp serve my.module:app`), with a drain at its end.",
-        epilog=f"variables, each of them a setting (an option wins over its variable):\n{describe()}",
+        description="Run the service, or any ASGI app (`sseapp serve my.module:app`).\n"
+        "On SIGTERM, open streams get SSEAPP_DRAIN_S seconds to finish.",
+        epilog=f"environment variables (a command-line option overrides its variable):\n{describe()}",
     )
     serve.set_defaults(run=_serve)
     serve.add_argument(
         "app",
         nargs="?",
         metavar="MODULE:APP",
-        help="an ASGI program, or a function that makes one; default: the service",
+        help="an ASGI app, or a function that returns one; default: the service",
     )
     for option, meaning in (
         ("host", "address to listen on"),
-        ("port", "port to listen on; 0 takes a free one"),
-        ("data-dir", "folder of the data"),
+        ("port", "port to listen on; 0 picks a free port"),
+        ("data-dir", "folder for the data"),
         ("log", "the event log: sqlite, memory, or a Redis URL"),
     ):
         serve.add_argument(f"--{option}", help=meaning)
-    _configure_token(commands.add_parser("token", help="the tokens that callers show"))
-    reading = commands.add_parser("listen", help="read a stream, from here or anywhere")
+    _configure_token(commands.add_parser("token", help="manage access tokens"))
+    reading = commands.add_parser("listen", help="read a stream of this or any other server")
     listen.configure(reading)
     reading.set_defaults(run=listen.listen)
-    publishing = commands.add_parser("publish", help="send an event to a topic of a running service")
+    publishing = commands.add_parser("publish", help="publish an event to a topic of a running service")
     publish.configure(publishing)
     publishing.set_defaults(run=publish.publish)
     return parser
@@ -80,26 +78,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _configure_token(token: argparse.ArgumentParser) -> None:
     token.set_defaults(run=_token)
-    token.add_argument("--tokens-file", help="the file; default: SSEAPP_TOKENS_FILE")
+    token.add_argument("--tokens-file", help="the file of tokens; default: SSEAPP_TOKENS_FILE")
     actions = token.add_subparsers(dest="action", required=True)
-    add = actions.add_parser("add", help="make a token and print it, this once")
-    add.add_argument("name", help="whose it is: the caller's name")
+    add = actions.add_parser("add", help="create a token and print it; it can't be shown again")
+    add.add_argument("name", help="name of the caller who will use the token")
     add.add_argument("--expires", metavar="WHEN", help="90d, 12h, 30m, or a date such as 2030-12-31; default: never")
-    actions.add_parser("list", help="all tokens: id, name, created, expires, rights")
-    change = actions.add_parser("set", help="give a token other rights in place of its own; its open streams end")
-    change.add_argument("which", help="a name, for all of its tokens, or a token's id")
+    actions.add_parser("list", help="list all tokens: id, name, created, expires, rights")
+    change = actions.add_parser("set", help="replace a token's rights; its open streams end")
+    change.add_argument("which", help="a token's id, or a caller's name for all of their tokens")
     for command in (add, change):
         command.add_argument(
             "--may",
             metavar="RIGHT",
             action="append",
             default=[],
-            help="publish, subscribe (every topic), publish:PATTERN, subscribe:PATTERN (such as "
-            "publish:topics/orders-* or publish:users/*), or metrics; several add up. "
-            "Without one a token starts work and reads what is its caller's own",
+            help="a right to grant: publish, subscribe (every topic), publish:PATTERN, subscribe:PATTERN (such as "
+            "publish:topics/orders-* or publish:users/*), or metrics. Repeat it for several rights. "
+            "Without it a token can start work and read its caller's own runs",
         )
-    revoke = actions.add_parser("revoke", help="a token no longer holds, and its streams end")
-    revoke.add_argument("which", help="a name, for all of its tokens, or a token's id")
+    revoke = actions.add_parser("revoke", help="revoke a token; its open streams end")
+    revoke.add_argument("which", help="a token's id, or a caller's name for all of their tokens")
 
 
 # `sseapp serve`
@@ -109,35 +107,35 @@ def _serve(options: argparse.Namespace) -> int:
     from sseapp import SSEApp, create_app
     from ssecore.server.runner import Hosted, serve
 
-    given = {name: getattr(options, name) for name in ("host", "port", *OF_THE_SERVICE)}
+    given = {name: getattr(options, name) for name in ("host", "port", *SERVICE_ONLY)}
     if options.app is None:
         settings = Settings.from_env(**given)
         return serve(create_app(settings), settings)
-    for name in OF_THE_SERVICE:
+    for name in SERVICE_ONLY:
         if given[name] is not None:
             option = f"--{name.replace('_', '-')}"
-            text = f"{option} applies to the service only: set it in the code of {options.app}, Settings({name}=…)"
+            text = f"{option} applies to the service only: in the code of {options.app}, use Settings({name}=…)"
             raise SettingsError(text, field=name)
-    settings = Settings.from_env(**given)  # of the runner; the program's streams have those that it made them with
-    sys.path.insert(0, "")  # the folder that it is started in; a script has its own there
+    settings = Settings.from_env(**given)  # for the runner; the app has its own
+    sys.path.insert(0, "")  # a console script has its own folder there
     app = load(options.app)
     return serve(app if isinstance(app, SSEApp) else Hosted(app), settings)
 
 
 def load(target: str) -> Any:
-    """The ASGI program that `package.module:name` names; where it is a function without parameters, what that returns.
+    """Import `package.module:name`, an ASGI app or a function without parameters that returns one.
 
-    Raises `SettingsError` where there is none. What the module itself raises comes through.
+    Raises `SettingsError`, and whatever the module raises.
     """
     module_name, colon, path = target.partition(":")
     if not module_name or not colon or not path:
-        raise SettingsError(f"{target!r}: write MODULE:APP, such as my.module:app", field="app")
+        raise SettingsError(f"{target!r} is not MODULE:APP: write it like my.module:app", field="app")
     try:
         found: Any = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the program itself lacks something
-        text = f"no module named {error.name!r}: run this in the folder of your program, or install the package"
+            raise  # an import inside the app failed
+        text = f"no module named {error.name!r}: run this in the folder of your app, or install the package"
         raise SettingsError(text, field="app") from None
     for name in path.split("."):
         if not hasattr(found, name):
@@ -146,7 +144,7 @@ def load(target: str) -> Any:
     if inspect.isfunction(found) and not inspect.signature(found).parameters:
         found = found()
     if not callable(found):
-        raise SettingsError(f"{target!r} is not an ASGI program: {type(found).__name__}", field="app")
+        raise SettingsError(f"{target!r} is not an ASGI app: its type is {type(found).__name__}", field="app")
     return found
 
 
@@ -154,20 +152,19 @@ def load(target: str) -> Any:
 
 
 def _token(options: argparse.Namespace) -> int:
-    """What a program may want goes to stdout, remarks go to stderr."""
-    # No other setting is read: a wrong one is no reason to keep a token alive.
+    # Reads no other setting: an invalid one must not prevent a revocation.
     given = os.environ.get("SSEAPP_TOKENS_FILE", "") if options.tokens_file is None else options.tokens_file
     if given.lower() in ("none", ""):
-        raise SettingsError("no token file given: set SSEAPP_TOKENS_FILE, or pass --tokens-file")
+        raise SettingsError("no token file given: set SSEAPP_TOKENS_FILE or pass --tokens-file")
     path = Path(given)
     if options.action == "add":
         _check_patterns(options.may)
         expiry = parse_expiry(options.expires) if options.expires is not None else None
         print(add_token(path, options.name, expiry, options.may))
         until = f"until {expiry.isoformat()}" if expiry is not None else "until it is revoked"
-        rights = ", ".join(options.may) or "none besides starting work (see --may)"
+        rights = ", ".join(options.may) or "start work and read the caller's own runs (see --may)"
         print(f"token for {options.name}, valid {until}; rights: {rights}", file=sys.stderr)
-        print("it is not stored and won't be shown again: save it now", file=sys.stderr)
+        print("The token is not stored and won't be shown again: save it now.", file=sys.stderr)
         return 0
     if options.action == "list":
         for entry in read_tokens(path):
@@ -185,15 +182,16 @@ def _token(options: argparse.Namespace) -> int:
 
 
 def _check_patterns(may: Sequence[str]) -> None:
-    """Refuse a pattern that fits none of the service's routes, such as `publish:orders-*`, which lacks `topics/`."""
+    """Refuse a pattern that matches none of the service's routes, such as `publish:orders-*` without `topics/`."""
     patterns = [right for right in may if ":" in right]
     if not patterns:
         return
     try:
         from handlers import ROUTES
-    except ModuleNotFoundError:  # not the service's checkout: the routes are those of another program
+    except ModuleNotFoundError:  # not the service's checkout: the routes belong to another app
         return
     kinds = sorted({route.may.partition("{")[0] for route in ROUTES if ":" in route.may})
     for right in patterns:
         if not right.startswith(tuple(kinds)):
-            raise SettingsError(f"{right!r:.60} fits no route: a pattern begins with {', '.join(kinds)}", field="may")
+            text = f"{right!r:.60} matches no route: a pattern must begin with {', '.join(kinds)}"
+            raise SettingsError(text, field="may")

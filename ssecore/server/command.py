@@ -1,8 +1,4 @@
-"""The command `sseapp`, up to where the rest of it can be imported.
-
-Imports take a third of a second, and files opened meanwhile take the lowest free descriptors. So this comes first, and
-imports only what is cheap.
-"""
+"""Entry point of `sseapp`: prepares the process before the slow imports (a third of a second)."""
 
 import os
 import signal
@@ -13,7 +9,7 @@ __all__ = ["main", "prepare"]
 
 
 def main() -> int:
-    """The command. Returns the exit code."""
+    """Returns the exit code."""
     prepare()
     from ssecore.server import cli
 
@@ -21,17 +17,17 @@ def main() -> int:
 
 
 def prepare() -> None:
-    """What must be so before anything else is imported or opened. Touches signals only for `sseapp serve`."""
+    """Must run before any file is opened."""
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: a socket would get this number, and what is printed would go to a client
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number: this one
+        except OSError:  # closed: a socket would get this number, and a client the printed text
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets this number, the lowest free one
             stream = open(descriptor, mode, closefd=False)
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
     if sys.argv[1:2] == ["serve"]:
-        # The kernel doesn't apply default actions to PID 1: in a container a signal without a handler is lost.
+        # PID 1 has no default actions: a container would ignore the signal.
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
@@ -39,5 +35,4 @@ def prepare() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Until the server's own handler is there: nothing is served yet."""
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The process's log: lines on standard error, as text or as JSON."""
+"""Logging of the process: lines on standard error, as text or as JSON."""
 
 import logging
 from datetime import UTC, datetime
@@ -10,15 +10,15 @@ from ssecore.wire import encode_json
 __all__ = ["set_up"]
 
 
-class _TruncatedOnPurpose(logging.Filter):
-    """A stream whose client stopped reading is cut, as it must be: no error of the app."""
+class _DropTruncated(logging.Filter):
+    """Drops uvicorn's error for a stream that ended because its client stopped reading."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "without completing response" not in record.getMessage()
 
 
 class _JSONLines(logging.Formatter):
-    """One JSON object a line; of a stream's end each fact by itself."""
+    """One object a line; the end of a stream has a member for each fact."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC)
@@ -30,7 +30,7 @@ class _JSONLines(logging.Formatter):
 
 
 def set_up(log_format: Literal["text", "json"]) -> None:
-    """Log to a standard error that never blocks, unless the program has set up logging itself."""
+    """Log to a standard error that never blocks, unless the app has configured logging."""
     stderr.unblock()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     if log_format == "json":
@@ -38,4 +38,4 @@ def set_up(log_format: Literal["text", "json"]) -> None:
             handler.setFormatter(_JSONLines())
     for name, level in (("uvicorn.error", logging.WARNING), ("httpx", logging.WARNING)):
         logging.getLogger(name).setLevel(level)
-    logging.getLogger("uvicorn.error").addFilter(_TruncatedOnPurpose())
+    logging.getLogger("uvicorn.error").addFilter(_DropTruncated())

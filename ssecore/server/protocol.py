@@ -1,15 +1,12 @@
-"""The connection: uvicorn's protocol with bounds, and what becomes of it when its stream is parked.
+"""uvicorn's protocol with limits, and parked connections (see ARCHITECTURE.md).
 
-All that this project knows of uvicorn stands here; `tests/test_protocol.py` says what breaks when it changes.
+The module depends on uvicorn's internals; `tests/test_protocol.py` detects changes.
 
-1.  Our protocol stands in the scope's extensions (`EXTENSION`): the engine asks it whether a `send` is its own, is told
-    when the client leaves, and parks the connection.
-2.  A parked connection's transport knows a `ParkedConnection`. uvicorn takes the answer for complete and keeps nothing:
-    cycle, parser, its task and its protocol go. What is written then is what uvicorn's `send` would have written.
-3.  A parked connection stands among the server's connections, and its tasks among the server's: shutdown, its grace
-    time and the cancellation after it work as for any other.
-4.  What a client sends to a parked connection is kept for the next request, `MAX_AHEAD_BYTES` of it; with more it is
-    closed. At the answer's end the transport gets a protocol anew, and that gets what was kept.
+1.  The engine finds the protocol in the scope's extensions.
+2.  For a parked connection uvicorn takes the response for complete and drops cycle, parser, task and protocol; we write
+    the bytes that its `send` would write.
+3.  Parked connections and their tasks stay in the server's sets, for shutdown and cancellation.
+4.  What a client sends on a parked connection is kept for a new protocol after the response.
 """
 
 import asyncio
@@ -26,59 +23,56 @@ from ssecore.streaming.sender import EXTENSION, chunk
 
 __all__ = ["BoundedProtocol", "ParkedConnection"]
 
-#: How long a client may take to send the head of a request. nginx's client_header_timeout is 60.
+#: nginx's client_header_timeout is 60.
 HEAD_S = 30.0
-#: On top of path, query and headers: the method, the version, colons and line ends.
+#: Method, version, colons and line ends.
 HEAD_SYNTAX_BYTES = 16 * 1024
-#: Requests that may wait on one connection for the answer to the one in front of them; a waiting one costs 5 KiB.
-#: Browsers and proxies send none ahead.
+#: Each costs 5 KiB. Browsers and proxies don't pipeline.
 MAX_PIPELINED = 8
-#: What a connection may send while a request on it waits for its turn.
+#: Received while a request waits.
 MAX_AHEAD_BYTES = 64 * 1024
-#: A timer that fires so late says that this process stood still: what the client has sent meanwhile is not read yet.
+#: If a timer is this late, the process stood still and bytes may be unread.
 LATE_S = 1.0
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """With bounds on what comes before there is a request, and behind one: neither the parser nor uvicorn has any.
+    """Limits that neither the parser nor uvicorn has.
 
-    - A head (and what stands between the parts of a body: chunk sizes, trailers) may have so many bytes, and a head so
-      much time. What is complete and yet too large is answered by the app (`ssecore.http.guard`).
-    - Of pipelined requests a few wait. With one too many, or with bytes behind a request that are not a request, the
-      connection ends when those before have their answers; what the client still sends is not looked at.
-    - Reading goes on while requests wait: else the server would not notice that the client has left.
-    - An idle connection keeps nothing of its last request. uvicorn would keep up to half a MiB.
+    - `max_head_bytes` also limits chunk sizes and trailers. The app refuses a complete head that is too large.
+    - After one pipelined request too many, or other bytes, the connection closes after the last response that is due.
+    - It reads while requests wait, to detect a disconnect.
+    - An idle connection drops its last request (up to half a MiB).
     """
 
-    # More in its dictionary would make that one of its own, for each connection: a KiB.
-    __slots__ = ("_ahead", "_answering", "_barren", "_ignoring", "_left", "_overdue")
+    # More attributes in `__dict__` would end its key sharing: a KiB each.
+    __slots__ = ("_ahead", "_answering", "_head_timer", "_ignoring", "_on_left", "_overhead")
     max_head_bytes: int | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._barren = 0  # bytes that no request could use; those of a body make up for as many
-        self._overdue: asyncio.TimerHandle | None = None
-        self._answering: RequestResponseCycle | None = None  # `cycle` is the last one that came, and may have to wait
-        self._ahead = 0  # bytes that came while a request waited for this one's answer
+        self._overhead = 0  # bytes of heads and framing; a body reduces it
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._answering: RequestResponseCycle | None = None  # `cycle` is the newest, which may wait
+        self._ahead = 0
         self._ignoring = False
-        self._left: Callable[[], None] | None = None  # see `watch`
+        self._on_left: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._await_head()
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_is_here()
+        self._stop_head_timer()
         super().connection_lost(exc)
-        # uvicorn's own does it only where there was no error: a connection that was reset would be kept for 620 s.
+        # Without this, uvicorn's timer keeps a connection that was reset for 620 s.
         self._unset_keepalive_if_required()
-        if self._answering is not None and not self._answering.response_complete:  # uvicorn tells only the last one
+        if self._answering is not None and not self._answering.response_complete:  # uvicorn notifies the newest only
             self._answering.disconnected = True
             self._answering.message_event.set()
         self.pipeline.clear()
-        if self._left is not None:
-            self._left()
+        if self._on_left is not None:
+            self._on_left()
         self._forget()
 
     def data_received(self, data: bytes) -> None:
@@ -88,22 +82,21 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._ignore_rest()
         if self._ignoring:
             return
-        if self._overdue is None and (self.cycle is None or self.cycle.response_complete):
-            self._await_head()
-        self._barren += len(data)
+        if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._start_head_timer()
+        self._overhead += len(data)
         self._parse(data)
         if self.pipeline:
             self.flow.resume_reading()
-        if self.max_head_bytes is not None and self._barren > self.max_head_bytes and not self.transport.is_closing():
+        if self.max_head_bytes is not None and self._overhead > self.max_head_bytes and not self.transport.is_closing():
             if self.cycle is None or self.cycle.response_complete:
                 self.transport.write(TOO_LARGE)
             self.transport.close()
 
     def _parse(self, data: bytes) -> None:
-        """In place of uvicorn's `data_received`, which loses what follows the head of a request with `Upgrade`.
+        """Replaces uvicorn's `data_received`, which loses the body of a request with `Upgrade`.
 
-        A server may ignore `Upgrade` (RFC 9110, 7.8), and this one speaks HTTP/1.1 alone. The parser stops behind such
-        a head and takes the body for another protocol's, so it gets the head once more, without that header.
+        A server may ignore `Upgrade` (RFC 9110, 7.8), but the parser stops there.
         """
         self._unset_keepalive_if_required()
         try:
@@ -111,14 +104,14 @@ class BoundedProtocol(HttpToolsProtocol):
                 try:
                     return self.parser.feed_data(data)
                 except HttpParserUpgrade as upgrade:
-                    if self.parser.get_method() == b"CONNECT":  # what follows is meant for another server
+                    if self.parser.get_method() == b"CONNECT":
                         return self._ignore_rest()
                     is_whole = len(self.headers) <= MAX_HEADER_LINES
                     head, data = self._head_without_upgrade(), data[upgrade.args[0] :]
-                    self.parser = HttpRequestParser(self)  # with `Connection: close` the first one reads no more
-                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+                    self.parser = HttpRequestParser(self)  # after `Connection: close` the old one reads no more
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # like uvicorn
                     self.parser.feed_data(head)
-                    if not is_whole:  # the request is refused; its length may be among the headers that were dropped
+                    if not is_whole:  # Content-Length may have been dropped
                         return self._ignore_rest()
         except HttpParserError:
             self.logger.warning("Invalid HTTP request received.")
@@ -132,17 +125,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _upgrade_ignored(self) -> bool:
-        """The parser is about to stop, and the same request comes again."""
+        """`_parse` will repeat the request."""
         return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise OverflowError("too many requests wait for their answers")  # `send_400_response` is next
+            raise OverflowError("too many pipelined requests")  # leads to `send_400_response`
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # One too many is enough for the guard to refuse. What comes after a head is a trailer: uvicorn would put it
-        # into the head of a request that has been let in already.
+        # The guard refuses one header too many. uvicorn would add trailers to an admitted request's headers.
         is_trailer = self.cycle is not None and self.cycle.scope is self.scope
         if len(self.headers) <= MAX_HEADER_LINES and not is_trailer:
             super().on_header(name, value)
@@ -150,20 +142,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._upgrade_ignored:
             return
-        self._barren = 0
-        self._head_is_here()
+        self._overhead = 0
+        self._stop_head_timer()
         self.scope["extensions"] = {EXTENSION: self}  # type: ignore[dict-item]
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        # Chunks of a byte each cost the parser 36 ms for 256 KiB: their frames may not outweigh them for long.
-        self._barren = max(0, self._barren - 2 * len(body))
+        # 256 KiB in chunks of one byte cost the parser 36 ms, so their framing counts.
+        self._overhead = max(0, self._overhead - 2 * len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self._upgrade_ignored:
             return
-        self._barren = 0
+        self._overhead = 0
         super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -179,30 +171,23 @@ class BoundedProtocol(HttpToolsProtocol):
             if cycle is self.cycle and cycle.scope is self.scope:
                 self.url, self.headers = b"", []
                 self.scope = cycle.scope = None  # type: ignore[assignment]
-            elif cycle is self.cycle and self._overdue is None:  # the next one's head has begun
-                self._await_head()
+            elif cycle is self.cycle and self._head_timer is None:  # the next head has begun
+                self._start_head_timer()
         super().on_response_complete()
 
     def answers(self, send: Send) -> bool:
-        """Whether this `send` is the connection's own, with nobody between.
-
-        And its request is complete, and its client there.
-        """
+        """Whether `send` is the connection's own (no middleware), and its client connected."""
         cycle = self._answering
         return cycle is not None and send == cycle.send and not cycle.more_body and not cycle.disconnected
 
     def watch(self, left: Callable[[], None] | None) -> None:
-        """Call `left` when the client leaves; until the connection is parked, or this is called with `None`."""
-        self._left = left
-        # uvicorn stops reading where a body has more than it wants to hold, and goes on when the app asks for more. An
-        # app that has it all asks no more; and who doesn't read doesn't see that the client leaves.
+        """Call `left` at a disconnect, until the connection is parked."""
+        self._on_left = left
+        # uvicorn may have paused reading, and would not detect a disconnect.
         self.flow.resume_reading()
 
     def park(self, send: Send, left: Callable[[], None]) -> "ParkedConnection | None":
-        """Let go of the request. `left` is called when the client leaves.
-
-        `None` while there is more to do than to write chunks: behind the answer other requests wait, or one has begun.
-        """
+        """`None` unless a chunked response is in progress and no other request has begun."""
         cycle = self._answering
         if not self.answers(send) or cycle is None or not cycle.response_started or cycle.response_complete:
             return None
@@ -214,50 +199,50 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.set_protocol(parked)
         cycle.response_complete = True
         self.connections.discard(self)
-        self._head_is_here()
+        self._stop_head_timer()
         self.parser = None  # type: ignore[assignment]
         self._forget()
         return parked
 
-    def go_on(self, transport: asyncio.Transport, ahead: bytes) -> None:
-        """Take a connection back, behind an answer on it; `ahead` is what came of the next request."""
+    def take_over(self, transport: asyncio.Transport, ahead: bytes) -> None:
+        """`ahead`: bytes of the next request."""
         self.connection_made(transport)
-        self._head_is_here()
+        self._stop_head_timer()
         self.on_response_complete()
         if ahead:
             self.data_received(ahead)
 
     def _forget(self) -> None:
-        """Else scope, cycle and this protocol keep each other until the garbage collector comes."""
-        self._left = self._answering = self.scope = self.cycle = None  # type: ignore[assignment]
+        """Breaks a reference cycle."""
+        self._on_left = self._answering = self.scope = self.cycle = None  # type: ignore[assignment]
 
     def send_400_response(self, msg: str) -> None:
         cycle = self.cycle
         in_its_body = not self.pipeline and cycle is not None and cycle.more_body and not cycle.response_started
         if cycle is None or cycle.response_complete or in_its_body:
             super().send_400_response(msg)
-        else:  # a 400 would be taken for the answer to a request before
+        else:  # the client would take a 400 for an earlier request's response
             self._ignore_rest()
 
     def _ignore_rest(self) -> None:
-        """Read no request any more: the connection ends after the last answer that is due, or after `HEAD_S`."""
+        """Close after the last response that is due, or after `HEAD_S`."""
         if not self._ignoring:
             self._ignoring = True
             self.cycle.keep_alive = False
-            self._head_is_here()
-            self._await_head()
+            self._stop_head_timer()
+            self._start_head_timer()
 
-    def _await_head(self) -> None:
-        self._overdue = self.loop.call_later(HEAD_S, self._close)
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_S, self._close)
 
-    def _head_is_here(self) -> None:
-        if self._overdue is not None:
-            self._overdue.cancel()
-            self._overdue = None
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def _close(self) -> None:
-        if self._is_late(self._overdue):
-            self._overdue = self.loop.call_later(LATE_S, self._close)
+        if self._is_late(self._head_timer):
+            self._head_timer = self.loop.call_later(LATE_S, self._close)
         else:
             self.transport.close()
 
@@ -268,12 +253,12 @@ class BoundedProtocol(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
     def _is_late(self, timer: asyncio.TimerHandle | None) -> bool:
-        # uvloop runs its timers before it reads from the sockets.
+        # uvloop runs timers before it reads from sockets.
         return timer is not None and self.loop.time() - timer.when() > LATE_S
 
 
 class ParkedConnection(asyncio.Protocol):
-    """A connection in the middle of an answer that goes on without its request: a `sender.Line`."""
+    """A chunked response without its request: a `sender.Line`."""
 
     __slots__ = (
         "_ahead",
@@ -294,13 +279,13 @@ class ParkedConnection(asyncio.Protocol):
         self.left: Callable[[], None] | None = left
         self._protocol_class = type(server)
         self._config, self._state, self._lifespan_state = server.config, server.server_state, server.app_state
-        self._keep = keep  # for the next request
+        self._keep = keep
         self._ahead = b""
         self._drained: asyncio.Future[None] | None = None
         self._state.connections.add(self)  # type: ignore[arg-type]
 
     def write(self, data: bytes) -> None:
-        # uvloop's transport raises when it is closed, and tells of that in the loop's next turn.
+        # uvloop's transport raises between its close and `connection_lost`.
         if not self.transport.is_closing():
             self.transport.write(data)
 
@@ -325,7 +310,7 @@ class ParkedConnection(asyncio.Protocol):
         self._state.connections.discard(self)
         protocol = self._protocol_class(self._config, self._state, self._lifespan_state)
         self.transport.set_protocol(protocol)
-        protocol.go_on(self.transport, self._ahead)
+        protocol.take_over(self.transport, self._ahead)
 
     def close(self) -> None:
         if self.left is not None:
@@ -333,7 +318,6 @@ class ParkedConnection(asyncio.Protocol):
             self.transport.close()
 
     def shutdown(self) -> None:
-        """uvicorn stops: this answer is the last one."""
         self._keep = False
 
     def data_received(self, data: bytes) -> None:
@@ -359,10 +343,7 @@ class ParkedConnection(asyncio.Protocol):
 
 
 async def _without_chunks(app: Any, cycle: RequestResponseCycle, scope: Any, receive: Any, send: Send) -> None:
-    """Call the app for a client of HTTP/1.0: it knows no chunks (RFC 9112, 6.1), which uvicorn would send.
-
-    A body of unknown length ends with the connection.
-    """
+    """For HTTP/1.0, which has no chunks (RFC 9112, 6.1): the end of the connection ends the body."""
     unknown = False
 
     async def send_plain(message: MutableMapping[str, Any]) -> None:
@@ -370,7 +351,7 @@ async def _without_chunks(app: Any, cycle: RequestResponseCycle, scope: Any, rec
         if message["type"] == "http.response.start":
             if unknown := all(name.lower() != b"content-length" for name, _ in message.get("headers", ())):
                 cycle.chunked_encoding = False
-        elif unknown:  # uvicorn takes each part for the whole body
+        elif unknown:  # so uvicorn takes each part for the whole body
             cycle.expected_content_length = len(message.get("body", b""))
         await send(message)
 

@@ -1,8 +1,4 @@
-"""Hear of SIGTERM, SIGINT and SIGHUP under a server that tells an app of its end too late.
-
-uvicorn says so (by the lifespan) when all connections are closed, which a stream never does by itself. So the app puts
-a handler of its own before the server's, which tells the loop and then does what the server would have done.
-"""
+"""Signals under other servers: uvicorn sends `lifespan.shutdown` only after all connections are closed."""
 
 import asyncio
 import signal
@@ -18,11 +14,10 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 @contextmanager
-def chained(heard: Callable[[], object]) -> Iterator[None]:
-    """Within the block a signal calls `heard` in the running asyncio loop, and the old handler besides.
+def chained(on_signal: Callable[[], object]) -> Iterator[None]:
+    """Within the block SIGTERM, SIGINT and SIGHUP call `on_signal` in the asyncio loop, then the previous handler.
 
-    Does nothing outside of the main thread, on trio, and for a signal that nobody handles in Python: its default ends
-    the process, and so it stays.
+    Has no effect outside the main thread, on trio, and for a signal without a Python handler.
     """
     installed: list[tuple[signal.Signals, Handler, Handler]] = []
     with suppress(RuntimeError):  # trio
@@ -32,21 +27,21 @@ def chained(heard: Callable[[], object]) -> Iterator[None]:
                 continue
             old = signal.getsignal(number)
             if threading.current_thread() is threading.main_thread() and callable(old):
-                ours = _handler(loop, heard, old)
+                ours = _handler(loop, on_signal, old)
                 signal.signal(number, ours)
                 installed.append((number, ours, old))
     try:
         yield
     finally:
         for number, ours, old in installed:
-            if signal.getsignal(number) is ours:  # else somebody came after us, and calls us
+            if signal.getsignal(number) is ours:  # else a later handler calls this one
                 signal.signal(number, old)
 
 
-def _handler(loop: asyncio.AbstractEventLoop, heard: Callable[[], object], old: Handler) -> Handler:
+def _handler(loop: asyncio.AbstractEventLoop, on_signal: Callable[[], object], old: Handler) -> Handler:
     def handle(number: int, frame: FrameType | None) -> None:
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(heard)
+            loop.call_soon_threadsafe(on_signal)
         old(number, frame)
 
     return handle

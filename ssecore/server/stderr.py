@@ -1,8 +1,7 @@
-"""A standard error that never makes the process wait.
+"""A standard error that never blocks the process.
 
-Whatever reads it may stop: a stuck log collector, Ctrl-S on a terminal. A pipe holds 64 KiB, and the write after that
-would block the event loop, and with it the handling of signals. So a thread writes; what its queue has no room for is
-dropped and counted.
+If its reader stops (a stuck log collector, Ctrl-S), a write after the pipe's 64 KiB would block the event loop. So a
+thread writes; lines that don't fit in its queue are dropped and counted.
 """
 
 import atexit
@@ -19,11 +18,11 @@ __all__ = ["drain", "dropped_lines", "unblock"]
 
 logger = logging.getLogger("sseapp")
 
-#: What waits to be written: some 40,000 lines.
+#: Some 40,000 lines.
 MAX_QUEUED_BYTES: Final = 4 * 1024 * 1024
-#: What goes into one write: a pipe's capacity.
+#: The capacity of a pipe.
 WRITE_BYTES: Final = 64 * 1024
-#: How long the end of the process waits for what is queued.
+#: At the end of the process.
 DRAIN_S: Final = 0.5
 
 
@@ -37,7 +36,7 @@ class _Unblocked(io.TextIOBase):
         self._queue: SimpleQueue[bytes] = SimpleQueue()
         self._queued_bytes = 0
         self._forked = False
-        self._lock = threading.RLock()  # a signal's handler may write while the main thread does
+        self._lock = threading.RLock()  # a signal handler may write while the main thread writes
         threading.Thread(target=self._work, name="stderr", daemon=True).start()
         if hasattr(os, "register_at_fork"):  # Windows has no fork
             os.register_at_fork(after_in_child=self._in_child)
@@ -65,13 +64,12 @@ class _Unblocked(io.TextIOBase):
         return True
 
     def drain(self, wait_s: float) -> None:
-        """Wait until all is written, but no longer."""
         until = time.monotonic() + wait_s
         while self._queued_bytes and not self._forked and time.monotonic() < until:
             time.sleep(0.005)
 
     def _work(self) -> None:
-        told = 0
+        reported = 0
         while True:
             data = self._queue.get()
             try:
@@ -84,28 +82,27 @@ class _Unblocked(io.TextIOBase):
                 self._queued_bytes -= len(data)
                 if not written:
                     self.dropped_lines += data.count(b"\n")
-            if written and self._queue.empty() and (dropped := self.dropped_lines - told):
-                told += dropped
-                logger.warning("%d lines of the log were dropped: standard error was not read in time", dropped)
+            if written and self._queue.empty() and (dropped := self.dropped_lines - reported):
+                reported += dropped
+                logger.warning("dropped %d log lines: standard error was not read in time", dropped)
 
     def _write(self, data: bytes) -> bool:
         rest = memoryview(data)
         while rest:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:  # another process has set O_NONBLOCK on what we share with it
+            except BlockingIOError:  # another process has set O_NONBLOCK on the shared file
                 time.sleep(0.1)
-            except OSError:  # its reader is gone
+            except OSError:  # the reader closed it
                 return False
         return True
 
     def _in_child(self) -> None:
-        """A forked process has no thread that writes."""
-        self._forked = True
+        self._forked = True  # the writing thread doesn't exist in a forked process
 
 
 def unblock() -> None:
-    """Put one in place of `sys.stderr`, unless the program has replaced that itself."""
+    """Replace `sys.stderr`, unless the app has replaced it already."""
     if sys.__stderr__ is not None and sys.stderr is sys.__stderr__:
         stream: Any = _Unblocked(sys.__stderr__.fileno())
         sys.stderr = stream
@@ -113,11 +110,11 @@ def unblock() -> None:
 
 
 def drain() -> None:
-    """Wait until what was written to standard error has left the process, at most for `DRAIN_S`."""
+    """Wait until all lines are written, for `DRAIN_S` at most."""
     if isinstance(sys.stderr, _Unblocked):
         sys.stderr.drain(DRAIN_S)
 
 
 def dropped_lines() -> int:
-    """How many lines were dropped so far."""
+    """Since the process started."""
     return sys.stderr.dropped_lines if isinstance(sys.stderr, _Unblocked) else 0

@@ -1,1 +1,1 @@
-"""The life of a stream: a generator at work, the sender, and what makes generators."""
+"""Streams: generators and the sender."""

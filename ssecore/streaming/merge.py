@@ -1,6 +1,5 @@
-"""Many async iterators as one."""
+"""Merges async iterators."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -11,7 +10,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectSendStream
 
-from ssecore.streaming.pump import GeneratorTask
+from ssecore.streaming.pump import GeneratorTask, asyncio_loop
 
 __all__ = ["merge"]
 
@@ -22,15 +21,14 @@ T = TypeVar("T")
 
 
 class merge(Generic[T]):
-    """Many async iterators as one, in the order in which their items come.
+    """Merges async iterators, in the order of arrival.
 
         async with merge(prices(), news()) as items:
             async for item in items:
                 yield Event(item)
 
-    At most `buffer` items wait (default 16); then the sources do. When a source fails its exception is raised here and
-    ends all; with `failures=True` it is handed over as an item instead, and the others go on. Leaving the block closes
-    every source, each in the task that ran it, and waits for that. A handler may yield inside this block.
+    Sources wait while `buffer` items wait. A source's exception is raised here and ends the others; with
+    `failures=True` it becomes an item. Leaving the block closes every source in its own task, and waits.
     """
 
     @overload
@@ -43,14 +41,12 @@ class merge(Generic[T]):
         self._sources = sources
         self._failures = failures
         self._buffer = buffer
-        self._tasks: TaskGroup | None = None  # on trio; no failure of a source ever cancels it
+        self._tasks: TaskGroup | None = None  # on trio; a source's failure doesn't cancel it
         self._workers: list[_Worker[Any]] | None = None
 
     async def __aenter__(self) -> Self:
         to_us, self._items = anyio.create_memory_object_stream[tuple[T | None, Exception | None]](self._buffer)
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
+        if asyncio_loop() is None:
             self._tasks = anyio.create_task_group()
             await self._tasks.__aenter__()
         with to_us:
@@ -71,7 +67,7 @@ class merge(Generic[T]):
                 await worker.closed()
         finally:
             if self._tasks is not None:
-                # Not told of the exception: it is the caller's, and would come back wrapped in a group.
+                # Without the caller's exception, which the group would wrap.
                 await self._tasks.__aexit__(None, None, None)
 
     def __aiter__(self) -> Self:
@@ -92,27 +88,26 @@ class merge(Generic[T]):
 
 
 class _Worker(GeneratorTask[T]):
-    """Hands on what one source gives, and at last its failure."""
-
     what = "a source"
 
     def __init__(self, source: AsyncIterator[T], to_us: MemoryObjectSendStream[Any]) -> None:
         super().__init__(source)
         self._to_us = to_us
-        self._is_said = False
+        self._failure_sent = False
 
     async def iterate(self) -> None:
         try:
             async for item in self._generator:
                 await self._to_us.send((item, None))
         except BaseException as error:
-            if self._stopped or not self._took(error):
+            if self._stopped or not self._store_failure(error):
                 raise
-            self._is_said = True
-            with suppress(anyio.BrokenResourceError):  # left while it waited for room
+            self._failure_sent = True
+            with suppress(anyio.BrokenResourceError):  # the reader left meanwhile
                 await self._to_us.send((None, self.failure))
 
-    def over(self) -> None:
+    def on_end(self) -> None:
         self._to_us.close()
-        if self.failure is not None and not self._is_said and not isinstance(self.failure, anyio.BrokenResourceError):
-            logger.warning("a merged source failed while it was closed", exc_info=self.failure)
+        failure = None if self._failure_sent else self.failure
+        if failure is not None and not isinstance(failure, anyio.BrokenResourceError):
+            logger.warning("a merged source failed while it was closed", exc_info=failure)

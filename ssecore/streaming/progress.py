@@ -1,30 +1,11 @@
-"""Work that tells what it does as a handler's source: in a thread, or in a task; and how far it is.
-
-    def work(report: Report[Event], folder: Path) -> None:                # in a worker thread
-        progress = ProgressLogger.reporting(report, total_steps=2)
-        progress.next_step("Reading")
-        ...
-        progress.complete()
-        report(Event({"success": True, "data": figures}, "result"))
-
-    async def handler(request: Request) -> AsyncIterator[Event]:
-        async with from_thread(work, folder) as events:
-            async for event in events:
-                yield event
-
-    async def status(report: TaskReport[Event], question: str) -> None:   # in the loop: an agent that takes a callback
-        answer = await agent.run(question, on_status=lambda text: report(Event(text, "status")))
-        await report(Event(answer, "result"))
-
-`from_task(status, question)` is read in the same way.
+"""Work in a thread (`from_thread`) or a task (`from_task`), with its progress; see docs/handlers.md.
 
 Rules, cited by number at the code:
 
-1.  A thread can't be stopped from outside. It is told to stop, and that reaches it as `WorkCancelled` where it reports.
-2.  Leaving waits for the thread, however long it takes: what it holds (a half-written file, a place among the threads)
-    is given back by nobody else, and the interpreter would wait for it in the end anyway.
-3.  The loop takes a lock that a thread holds for a few instructions only, never one that is held while a thread waits.
-4.  Work in a task is cancelled once, and may await in its `finally`, as a handler may (see `pump`).
+1.  A thread can't be stopped from outside: its next report raises `WorkCancelled`.
+2.  Leaving the block waits for the thread: only it can release its resources, and the interpreter would wait too.
+3.  The loop takes only locks that threads hold for a few instructions.
+4.  Work in a task is cancelled once, and may await in its `finally`: see `pump`.
 """
 
 import copy
@@ -62,11 +43,9 @@ __all__ = [
 
 logger = logging.getLogger("sseapp")
 
-#: Threads of `from_thread` at work in one loop; further ones wait for their turn. As many as anyio and trio have for
-#: all their threads, and apart from those: the log and the database go on while each of these waits for its reader.
+#: anyio's and trio's number, but apart: the log and the database must not wait for readers.
 MAX_THREADS: Final = 40
 
-#: Made by the loop that asks for it, and gone with it.
 _limiter: Final[RunVar[CapacityLimiter]] = RunVar("sseapp.progress")
 
 T = TypeVar("T")
@@ -74,14 +53,11 @@ Ts = TypeVarTuple("Ts")
 
 
 class WorkCancelled(BaseException):
-    """The reader has left (rule 1). Raised in the thread by `report` and `report.check`, each time again.
-
-    Not an `Exception`, so that a work's own `except Exception` doesn't take it for a failure; `finally` runs.
-    """
+    """The reader has left (rule 1). Not an `Exception`, so that `except Exception` doesn't catch it."""
 
 
 class _Items(Generic[T]):
-    """Items on their way to the one who reads them, in the loop that makes this; out of any thread."""
+    """Items from any thread to a reader in this loop."""
 
     def __init__(self, buffer: int) -> None:
         if buffer < 1:
@@ -90,22 +66,21 @@ class _Items(Generic[T]):
         self._portal = BlockingPortal()
         self._loop_thread = threading.get_ident()
         self._items: deque[T] = deque()
-        self._changed = threading.Condition()  # there is room, or it is over (rule 3)
-        self._over = False  # the reader has left, or the work has ended
-        self._wanted: anyio.Event | None = None  # whoever reads waits for an item
+        self._changed = threading.Condition()  # rule 3
+        self._ended = False
+        self._wanted: anyio.Event | None = None
 
-    def _added(self) -> None:
-        """Wake whoever reads, out of any thread."""
+    def _wake_reader(self) -> None:
         if self._wanted is None:
             return
         if threading.get_ident() == self._loop_thread:
             self._wake()
         else:
-            with suppress(RuntimeError):  # the work has just ended, and its end wakes the reader
+            with suppress(RuntimeError):  # the work has ended, which wakes the reader too
                 self._portal.start_task_soon(self._wake)
 
-    def _taken(self) -> None:
-        """There is room for one more; called with the lock held."""
+    def _item_taken(self) -> None:
+        """With the lock."""
 
     def _wake(self) -> None:
         if self._wanted is not None:
@@ -114,70 +89,57 @@ class _Items(Generic[T]):
 
     def _end(self) -> None:
         with self._changed:
-            self._over = True
+            self._ended = True
             self._changed.notify_all()
         self._wake()
 
     async def _next(self) -> T:
-        """Raises `EndOfStream` when it is over and all is taken."""
         await checkpoint()
         while True:
             with self._changed:
                 if self._items:
                     item = self._items.popleft()
-                    self._taken()
+                    self._item_taken()
                     return item
-                if self._over:
+                if self._ended:
                     raise anyio.EndOfStream
                 self._wanted = self._wanted or anyio.Event()
             await self._wanted.wait()
 
 
 class Report(_Items[T]):
-    """What work in a thread hands its items to. For any thread but the loop's: it blocks.
-
-    An item costs one lock, and a call into the loop only where the reader waits for it.
-    """
+    """Sends items from threads. One costs one lock, and a call into the loop if it waits."""
 
     def __call__(self, item: T) -> None:
-        """Hand it over. Blocks while `buffer` items wait. Raises `WorkCancelled` when the reader has left."""
+        """Blocks while `buffer` items wait. Raises `WorkCancelled`."""
         if threading.get_ident() == self._loop_thread:
-            raise RuntimeError("report is for worker threads: here it would block the loop")
+            raise RuntimeError("call report in a worker thread: here it would block the loop")
         with self._changed:
-            while len(self._items) >= self._buffer and not self._over:
+            while len(self._items) >= self._buffer and not self._ended:
                 self._changed.wait()
             self.check()
             self._items.append(item)
-        self._added()
+        self._wake_reader()
 
     def check(self) -> None:
-        """Raise `WorkCancelled` when the reader has left. Costs nothing: call it often."""
-        if self._over:
+        """Raise `WorkCancelled` after the reader has left. Cheap."""
+        if self._ended:
             raise WorkCancelled
 
-    def _taken(self) -> None:
+    def _item_taken(self) -> None:
         self._changed.notify()
 
 
 class from_thread(Generic[T]):
-    """A blocking function, run in a worker thread, as an async iterator of what it reports.
+    """Runs a blocking function in a worker thread; iterates over its reports.
 
-        async with from_thread(work, folder) as items:      # runs work(report, folder)
+        async with from_thread(work, folder) as items:      # work(report, folder)
             async for item in items:
                 yield Event(item)
 
-    `work` calls `report(item)`, from its own thread or from threads that it has started. Items keep the order in which
-    they were reported. At most `buffer` of them wait (default 16); then `report` blocks. What `work` raises is raised
-    here, after the items before it; its return ends the iteration, and what it returns is dropped.
-
-    Leaving the block, in any way, raises `WorkCancelled` in the thread at its next `report` or `report.check()`, also
-    where it is blocked in `report`, and waits for the thread to end (rule 2). After `CLOSE_S` a warning is logged, and
-    it waits on. A failure that nobody is there to see any more is logged.
-
-    `limiter` is whose places such threads take, `MAX_THREADS` of the loop by default. Work that gets no place waits,
-    and when its block is left before, it never runs.
-
-    A handler may yield inside this block, although a task group is: no failure of the work ever cancels it.
+    `report(item)`, from any thread, blocks while `buffer` items wait. What `work` raises is raised here, after the
+    items. Leaving the block raises `WorkCancelled` at the next `report` or `report.check()`, and waits for the thread
+    (rule 2), with a warning after `CLOSE_S`. Work that still waits for `limiter` never runs.
     """
 
     def __init__(
@@ -193,7 +155,7 @@ class from_thread(Generic[T]):
         self._failure: Exception | None = None
         self._report = Report[T](buffer)
         self._tasks: TaskGroup | None = None
-        self._scope = CancelScope(shield=True)  # as in `merge`: leaving the block is the only way to cancel it
+        self._scope = CancelScope(shield=True)
         self._ended = anyio.Event()
 
     async def __aenter__(self) -> Self:
@@ -207,17 +169,17 @@ class from_thread(Generic[T]):
     ) -> None:
         assert self._tasks is not None
         self._report._end()
-        self._scope.cancel()  # where it waits for its turn; a thread at work isn't touched by it
+        self._scope.cancel()  # while it waits for a thread
         with CancelScope(shield=True):  # rule 2
             with anyio.move_on_after(CLOSE_S):
                 await self._ended.wait()
             if not self._ended.is_set():
-                logger.warning("%s works on in its thread %s s after it was cancelled", self._name, CLOSE_S)
+                logger.warning("%s still runs in its thread %s s after it was cancelled", self._name, CLOSE_S)
                 await self._ended.wait()
-        # Not told of the exception: it is the caller's, and would come back wrapped in a group.
+        # Without the caller's exception, which it would wrap.
         await self._tasks.__aexit__(None, None, None)
         if self._failure is not None:
-            logger.warning("%s failed, and its reader had left", self._name, exc_info=self._failure)
+            logger.warning("%s failed after its reader had left", self._name, exc_info=self._failure)
 
     async def _run(self) -> None:
         with self._scope:
@@ -233,10 +195,10 @@ class from_thread(Generic[T]):
         try:
             self._work(self._report)
         except BaseException as error:
-            # SystemExit would end the server, and StopAsyncIteration the reader's loop without a word.
+            # SystemExit would end the server, StopAsyncIteration the loop.
             if isinstance(error, Exception) and not isinstance(error, StopAsyncIteration):
                 raise
-            if not (isinstance(error, WorkCancelled) and self._report._over):
+            if not (isinstance(error, WorkCancelled) and self._report._ended):
                 raise RuntimeError(f"work in a thread was ended by {error!r}") from error
 
     def __aiter__(self) -> Self:
@@ -252,34 +214,33 @@ class from_thread(Generic[T]):
 
 
 class TaskReport(_Items[T]):
-    """What work in a task hands its items to, in either of two ways:
+    """Sends items from a task:
 
-        report(item)            # never waits: for a callback that isn't asynchronous; from any thread
-        await report(item)      # waits while `buffer` items wait
+        report(item)            # from any thread; dropped if `buffer` items wait
+        await report(item)      # waits for room
 
-    An item that finds no room and isn't awaited is dropped, and counted in `dropped`. What is reported when the reader
-    has left goes nowhere.
+    After the reader has left all are dropped.
     """
 
     def __init__(self, buffer: int) -> None:
         super().__init__(buffer)
-        self.dropped = 0  #: how many items found no room
-        self._waiting: deque[_Reported[T]] = deque()  # in their order; only where there is no room
+        self.dropped = 0
+        self._waiting: deque[_Reported[T]] = deque()
 
     def __call__(self, item: T) -> Awaitable[None]:
         reported = _Reported(self, item)
         with self._changed:
-            if self._over:
+            if self._ended:
                 reported.done = True
             elif len(self._items) < self._buffer:
                 self._items.append(item)
                 reported.done = True
             else:
                 self.dropped += 1
-        self._added()
+        self._wake_reader()
         return reported
 
-    def _taken(self) -> None:
+    def _item_taken(self) -> None:
         if self._waiting:
             first = self._waiting.popleft()
             self._items.append(first.item)
@@ -293,17 +254,17 @@ class TaskReport(_Items[T]):
 
     async def _wait_for_room(self, reported: "_Reported[T]") -> None:
         if threading.get_ident() != self._loop_thread:
-            raise RuntimeError("await report(…) where the work runs; from another thread call it")
+            raise RuntimeError("await report(…) only in the task of the work; in other threads call it without await")
         with self._changed:
             self.dropped -= 1
-            if len(self._items) < self._buffer:  # there is room since it was reported
+            if len(self._items) < self._buffer:
                 self._items.append(reported.item)
                 reported.done = True
             else:
                 reported.settled = anyio.Event()
                 self._waiting.append(reported)
         if reported.done:
-            return self._added()
+            return self._wake_reader()
         try:
             await reported.settled.wait()
         finally:
@@ -313,38 +274,23 @@ class TaskReport(_Items[T]):
 
 
 class _Reported(Generic[T]):
-    """An item that was reported; to be awaited, or not."""
-
     __slots__ = ("_report", "done", "item", "settled")
 
     def __init__(self, report: TaskReport[T], item: T) -> None:
         self._report = report
         self.item = item
-        self.done = False  #: handed over, or nobody reads
-        self.settled: anyio.Event  #: once it is awaited
+        self.done = False
+        self.settled: anyio.Event
 
     def __await__(self) -> Generator[Any, Any, None]:
-        if self._report._over:  # nothing makes the work wait any more: else its cancellation would never reach it
+        if self._report._ended:  # for cancellations of work that reports in a loop
             yield from checkpoint().__await__()
         elif not self.done:
             yield from self._report._wait_for_room(self).__await__()
 
 
 class from_task(Generic[T]):
-    """A coroutine function, run in a task of its own, as an async iterator of what it reports.
-
-        async with from_task(work, question) as items:      # runs work(report, question)
-            async for item in items:
-                yield Event(item)
-
-    `work` calls or awaits `report(item)` (see `TaskReport`); so it may be handed to a library as a callback, also to
-    one that calls it from other threads. Items keep the order in which they were reported. At most `buffer` of them
-    wait (default 100), then what is called is dropped and counted in `dropped`, and what is awaited waits. What `work`
-    raises is raised here, after the items before it; its return ends the iteration, and what it returns is dropped.
-
-    Leaving the block, in any way, cancels the work and waits for its end (rule 4). A failure that nobody is there to
-    see any more is logged. A handler may yield inside this block.
-    """
+    """As `from_thread`, for a coroutine function in a task (rule 4)."""
 
     def __init__(
         self, work: Callable[[TaskReport[T], *Ts], Coroutine[Any, Any, object]], *args: *Ts, buffer: int = 100
@@ -356,7 +302,6 @@ class from_task(Generic[T]):
 
     @property
     def dropped(self) -> int:
-        """How many items found no room so far, and are lost."""
         return self._report.dropped
 
     async def __aenter__(self) -> Self:
@@ -382,10 +327,9 @@ class from_task(Generic[T]):
             await self._work.closed()
         finally:
             self._ended.set()
-            # Not told of the exception: it is the caller's, and would come back wrapped in a group.
             await self._tasks.__aexit__(None, None, None)
         if self._work.failure is not None:
-            logger.warning("work in a task failed, and its reader had left", exc_info=self._work.failure)
+            logger.warning("work in a task failed after its reader had left", exc_info=self._work.failure)
 
     def __aiter__(self) -> Self:
         if self._tasks is None:
@@ -405,8 +349,6 @@ async def _nothing() -> AsyncGenerator[Any, None]:
 
 
 class _Work(GeneratorTask[Any]):
-    """The task of one piece of work, which is a coroutine in place of a generator."""
-
     what = "a task"
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, object]], report: TaskReport[Any]) -> None:
@@ -417,10 +359,10 @@ class _Work(GeneratorTask[Any]):
     async def iterate(self) -> None:
         try:
             await self._begin()
-        except StopAsyncIteration as error:  # it would end the reader's loop without a word
+        except StopAsyncIteration as error:
             raise RuntimeError(f"work in a task was ended by {error!r}") from error
 
-    def over(self) -> None:
+    def on_end(self) -> None:
         self._report._end()
 
 
@@ -433,7 +375,7 @@ def _loop_limiter() -> CapacityLimiter:
 
 
 class LogLevel(StrEnum):
-    """How much a log line matters, and `success`."""
+    """Of a `log` event."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -444,12 +386,12 @@ class LogLevel(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One line of the log; the data of a `log` event."""
+    """A `log` event's data."""
 
     timestamp: str  #: RFC 3339, UTC
     level: LogLevel
     message: str
-    details: Any  #: what was given, as it was then; anything with a JSON form
+    details: Any
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -457,26 +399,22 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True)
 class ProgressState:
-    """How far the work is; the data of a `progress` event."""
+    """A `progress` event's data."""
 
-    current_step: int  #: the one at work, from 1; 0 before the first
+    current_step: int  #: from 1; 0 before the first
     total_steps: int
     step_name: str
-    percent: int  #: 0 to 100: the steps that are done, so 100 when it is complete and not before
+    percent: int  #: of completed steps
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class ProgressLogger:
-    """Steps and log lines of one piece of work, told to `on_progress` and `on_log` as they happen.
+    """Reports steps and log lines.
 
-    From many threads at once: the callbacks are called one at a time, in the order of what they tell, by whichever
-    thread caused it, and what they raise (`WorkCancelled`) is raised there. The others wait meanwhile; so a callback
-    must not wait for another thread that uses the same logger. `state` can be read at any time, by the loop too.
-
-    Steps may be done again: `set_step` goes back as well. After `complete` a step is a `RuntimeError`, a second
-    `complete` does nothing, and `log` goes on: who cleans up may have something to say.
+    Thread-safe: callbacks are called one at a time, in the calling thread, which gets their exceptions. They must not
+    wait for threads that use the same logger. Steps may go back, but not after `complete`; `log` still works then.
     """
 
     def __init__(
@@ -487,7 +425,6 @@ class ProgressLogger:
     ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, not {total_steps}")
-        #: A new object at each change, never one that changes (rule 3).
         self.state = ProgressState(0, total_steps, "", 0)
         self._on_log = on_log
         self._on_progress = on_progress
@@ -496,7 +433,6 @@ class ProgressLogger:
 
     @classmethod
     def reporting(cls, report: Callable[[Event], object], total_steps: int) -> Self:
-        """One that reports the events `progress` and `log`."""
         return cls(
             total_steps,
             on_log=lambda entry: report(Event(entry.to_dict(), "log")),
@@ -504,22 +440,20 @@ class ProgressLogger:
         )
 
     def set_step(self, n: int, name: str) -> None:
-        """Step `n`, from 1, begins. Raises `ValueError` where there is no such step, and `RuntimeError` at the end."""
+        """Begin step `n`, from 1. Raises `ValueError`, or `RuntimeError` after `complete`."""
         with self._lock:
             total = self.state.total_steps
             if self._completed:
-                raise RuntimeError("the progress is complete: no step comes after that")
+                raise RuntimeError("no step can begin after complete()")
             if not 1 <= n <= total:
-                raise ValueError(f"there is no step {n}: they go from 1 to {total}")
+                raise ValueError(f"there is no step {n}: steps go from 1 to {total}")
             self._change(ProgressState(n, total, name, 100 * (n - 1) // total))
 
     def next_step(self, name: str) -> None:
-        """The step after the current one begins. Raises as `set_step` does."""
         with self._lock:
             self.set_step(self.state.current_step + 1, name)
 
     def complete(self) -> None:
-        """All steps are done: 100 percent, under the last step's name."""
         with self._lock:
             if not self._completed:
                 self._completed = True
@@ -527,7 +461,6 @@ class ProgressLogger:
                 self._change(ProgressState(total, total, self.state.step_name, 100))
 
     def log(self, message: str, level: LogLevel = LogLevel.INFO, details: Any = None) -> None:
-        """Say something. `details` is copied: what is changed in it afterwards isn't told."""
         level, details = LogLevel(level), copy.deepcopy(details)
         with self._lock:
             if self._on_log is not None:

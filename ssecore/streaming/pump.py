@@ -1,18 +1,14 @@
-"""The pump: an async generator at work, ahead of whoever takes what it gives.
+"""The pump: iterates an async generator, ahead of the sender.
 
 Rules, cited by number at the code:
 
-1.  One task makes every `anext` and the `aclose` of a generator. Anything else lets anyio's scopes be left in another
-    order than they were entered.
-2.  A cancellation reaches a generator once. Its `finally` may await, and has `CLOSE_S` for that; then it is cancelled
-    again and again. (anyio's own cancellation comes at each await: connection pools leak, since they don't get to give
-    back what they hold.) On asyncio the task is asyncio's own, and only this module cancels it; so it needs no cancel
-    scope, which would cost each connection 0.9 KiB. On trio the
-    cancellation comes at each await, as trio has it: there a `finally` that awaits shields itself.
-3.  Whoever takes is told each time that the generator waits, and at its end: before the loop has its turn, so no other
-    task's work stands between an event and its client.
-4.  A generator that never waits gives the loop a turn when its buffer is full, and each `TURN_S`. The pump looks at the
-    clock for that: at a write's first events, then after twice as many bytes each time, at last each `LOOK_BYTES`.
+1.  One task makes every `anext` of a generator and its `aclose`, so that anyio's scopes are left in order.
+2.  A generator is cancelled once, and may await in its `finally` for `CLOSE_S`; then repeatedly. (anyio cancels at each
+    await: connection pools leak connections.) On asyncio only this module cancels the task, without a cancel scope,
+    which would cost 0.9 KiB. On trio a `finally` that awaits must shield itself.
+3.  `on_ready` is called before the generator waits and at its end, before other tasks run.
+4.  A generator that never waits pauses when its buffer is full, and each `TURN_S`. The clock is read at a write's first
+    events, then after twice as many bytes each time, up to `LOOK_BYTES`.
 """
 
 import asyncio
@@ -33,84 +29,85 @@ from ssecore.http.request import EndReason, Request
 from ssecore.http.responses import http_error
 from ssecore.wire import Event, encode
 
-__all__ = ["CLOSE_S", "FIRST_ITEM_S", "EventPump", "GeneratorTask", "Pump"]
+__all__ = ["CLOSE_S", "FIRST_ITEM_S", "EventPump", "GeneratorTask", "Pump", "asyncio_loop"]
 
 logger = logging.getLogger("sseapp")
 
-#: How long an answer waits for its first event: what fails at once gets a real HTTP status.
+#: A failure before the first event gets its HTTP status.
 FIRST_ITEM_S: Final = 1.0
-#: Rule 2. What a generator may take to close.
 CLOSE_S: Final = 5.0
-#: Rule 2. How often it is cancelled after that.
 CANCEL_EACH_S: Final = 0.1
-#: Rule 4. How long a generator may work before the other streams have their turn.
 TURN_S: Final = 0.01
-#: Rule 4. Some ten events: a look at the clock takes a twentieth of the time that an event takes.
+#: About ten events: reading the clock takes a twentieth of an event.
 LOOK_BYTES: Final = 1024
 
 T = TypeVar("T")
 
 
-class GeneratorTask(Generic[T]):
-    """The one task that iterates an async generator and closes it (rules 1 and 2)."""
+def asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """The running loop; `None` on trio."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
-    what = "a handler"  #: in messages
+
+class GeneratorTask(Generic[T]):
+    """Iterates an async generator and closes it (rules 1 and 2)."""
+
+    what = "a handler"
 
     def __init__(self, generator: AsyncIterator[T]) -> None:
-        self.ended = False  #: nothing new will come
+        self.ended = False
         self.failure: Exception | None = None
         self._generator = generator
         self._stopped = False
         self._task: asyncio.Task[None] | None = None
-        self._begun = False
-        self._closing: asyncio.TimerHandle | None = None
+        self._started = False
+        self._close_timer: asyncio.TimerHandle | None = None
         self._scope: CancelScope | None = None  # on trio
         self._done: anyio.Event | None = None
 
     async def iterate(self) -> None:
-        """Iterate the generator."""
+        """For subclasses."""
         raise NotImplementedError
 
-    def waits(self) -> None:
-        """It is about to wait. Called often: once for each time."""
+    def on_wait(self) -> None:
+        """Called before the generator waits."""
 
-    def over(self) -> None:
-        """It has ended, and is closed."""
+    def on_end(self) -> None:
+        """Called when it is closed."""
 
     def start(self, tasks: TaskGroup | None) -> None:
-        """`tasks`: where it works on trio. On asyncio it has a task of its own."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
+        if (loop := asyncio_loop()) is not None:
+            self._task = loop.create_task(self._work())
+        else:
             assert tasks is not None, "on trio a task belongs to a group"
             self._done = anyio.Event()
             tasks.start_soon(self._work_on_trio)
-        else:
-            self._task = loop.create_task(self._work())
 
     def stop(self) -> None:
-        """Cancel it; a second time it does nothing."""
         self._stopped = True
         if self._scope is not None:
             self._scope.cancel()
-        elif self._begun and self._closing is None and self._task is not None and not self._task.done():
-            self._close_in_time()
+        elif self._started and self._close_timer is None and self._task is not None and not self._task.done():
+            self._start_close_timer()
             self._task.cancel()
 
     async def closed(self) -> None:
-        """Until the generator is closed. A cancellation of the caller's is raised then."""
+        """Wait for its end, even if the caller is cancelled."""
         again: asyncio.CancelledError | None = None
         if self._done is not None:
             with CancelScope(shield=True):
                 await self._done.wait()
         elif self._task is not None and not self._task.done():
-            with CancelScope(shield=True):  # against anyio's cancellations; a server's `Task.cancel` comes through
+            with CancelScope(shield=True):  # doesn't stop a server's `Task.cancel`
                 while not self._task.done():
                     try:
                         await asyncio.wait([self._task])
                     except asyncio.CancelledError as error:
                         again = error
-        self._task = None  # it keeps the exception that ended it, whose traceback keeps whatever it came through
+        self._task = None  # its exception's traceback refers to frames
         if again is not None:
             try:
                 raise again
@@ -118,29 +115,27 @@ class GeneratorTask(Generic[T]):
                 del again
 
     async def _work(self) -> None:
-        self._begun = True
+        self._started = True
         try:
             try:
                 if not self._stopped:
-                    await _watched(self.iterate(), self.waits)
+                    await _watched(self.iterate(), self.on_wait)
             finally:
-                self._close_in_time()
+                self._start_close_timer()
                 try:
                     await self._aclose()
                 finally:
-                    if self._closing is not None:
-                        self._closing.cancel()
+                    if self._close_timer is not None:
+                        self._close_timer.cancel()
         except BaseException as error:
-            if not self._took(error):
+            if not self._store_failure(error):
                 raise
         finally:
             self.ended = True
-            self.over()
+            self.on_end()
 
     async def _work_on_trio(self) -> None:
-        # The outer one is shielded, so that `stop` is the only way to cancel it. The inner one is entered before the
-        # first `anext`: a scope that is entered to close the generator would be left in another order than those that
-        # are open in it.
+        # Only `stop` cancels the outer scope. The inner one, entered later, would be left before the generator's.
         assert self._done is not None
         closing = CancelScope()
         try:
@@ -149,25 +144,25 @@ class GeneratorTask(Generic[T]):
                 self._scope.cancel()
             with self._scope, closing:
                 try:
-                    await _watched(self.iterate(), self.waits)
+                    await _watched(self.iterate(), self.on_wait)
                 finally:
                     closing.shield, closing.deadline = True, current_time() + CLOSE_S
                     await self._aclose()
         except BaseException as error:
-            if not self._took(error):
+            if not self._store_failure(error):
                 raise
         finally:
             if closing.cancel_called:
                 _log_unclosed(self.what)
             self.ended = True
-            self.over()
+            self.on_end()
             self._done.set()
 
-    def _took(self, error: BaseException) -> bool:
-        """Note it as the generator's failure: anything is, except a cancellation by `stop`."""
+    def _store_failure(self, error: BaseException) -> bool:
+        """False for a cancellation by `stop`."""
         if not isinstance(error, get_cancelled_exc_class()):
             self.failure = failure_of(error, self.what)
-        elif not self._stopped:  # by a task that the generator waited for
+        elif not self._stopped:
             self.failure = RuntimeError(f"{self.what.replace('a ', 'the ', 1)} was cancelled from within")
         else:
             return False
@@ -178,16 +173,16 @@ class GeneratorTask(Generic[T]):
         if aclose is not None:
             await aclose()
 
-    def _close_in_time(self) -> None:
-        if self._closing is None:
-            self._closing = asyncio.get_running_loop().call_later(CLOSE_S, self._cut_short)
+    def _start_close_timer(self) -> None:
+        if self._close_timer is None:
+            self._close_timer = asyncio.get_running_loop().call_later(CLOSE_S, self._cancel_again)
 
-    def _cut_short(self, again: bool = False) -> None:
-        if not again:
+    def _cancel_again(self, logged: bool = False) -> None:
+        if not logged:
             _log_unclosed(self.what)
         if self._task is not None and not self._task.done():
             self._task.cancel()
-            self._closing = asyncio.get_running_loop().call_later(CANCEL_EACH_S, self._cut_short, True)
+            self._close_timer = asyncio.get_running_loop().call_later(CANCEL_EACH_S, self._cancel_again, True)
 
 
 def _log_unclosed(what: str) -> None:
@@ -195,10 +190,7 @@ def _log_unclosed(what: str) -> None:
 
 
 class Pump(GeneratorTask[T]):
-    """Frames what a generator gives, and runs ahead of whoever takes it: at most `buffer_bytes` and one item.
-
-    As it is it gives bytes; see `EventPump`.
-    """
+    """A source of bytes, at most `buffer_bytes` and one item ahead of the sender."""
 
     events = False
     opening = b""
@@ -210,34 +202,28 @@ class Pump(GeneratorTask[T]):
     ) -> None:
         super().__init__(generator)
         self.events_sent = 0
-        self.exhausted = False  #: the generator came to its own end
+        self.exhausted = False  #: ended by itself
         self._frame = frame
         self._request = request
         self._limit = buffer_bytes
         self._frames: list[bytes] = []
-        self._room: anyio.Event | None = None  # it waits until something is taken
-        #: Called each time that it waits and there is something to take, and at its end (rule 3).
-        self.told: Callable[[], None] | None = None
-
-    # Whoever takes
+        self._room: anyio.Event | None = None
+        #: Rule 3.
+        self.on_ready: Callable[[], None] | None = None
 
     def begin(self, sender: Any, tasks: TaskGroup | None) -> None:
-        """Work for a `Sender`."""
-        self.told = sender.poke
+        self.on_ready = sender.poke
         self.start(tasks)
 
     @property
     def has_something(self) -> bool:
-        """Something to take, or the end."""
         return bool(self._frames) or self.ended
 
     @property
     def finished(self) -> bool:
-        """Nothing is left to take, and nothing will come."""
         return self.ended and not self._frames
 
     def take(self) -> list[bytes]:
-        """All that is there, each item by itself."""
         taken = self._frames.copy()
         self.events_sent += len(taken)
         self._frames.clear()
@@ -247,52 +233,48 @@ class Pump(GeneratorTask[T]):
         return taken
 
     def ready(self) -> bytes:
-        """All that is there."""
         return b"".join(self.take())
 
     async def from_log(self) -> bytes:
-        """Never asked for: `ready` has all there is."""
         return self.ready()
 
     def farewell(self, reason: EndReason | None) -> bytes:
         return b""
 
     def close(self) -> None:
-        self.told = None
+        self.on_ready = None
 
-    # The generator's side
+    def on_wait(self) -> None:
+        # Not for room: it was called before, and here trio can't wake a task.
+        if self._frames and self._room is None and self.on_ready is not None:
+            self.on_ready()
 
-    def waits(self) -> None:
-        # Not when it waits for room: `told` was called before, and a task of trio's can't be woken in this moment.
-        if self._frames and self._room is None and self.told is not None:
-            self.told()
-
-    def over(self) -> None:
+    def on_end(self) -> None:
         if self.failure is not None:
             self.failure = http_error(self.failure) or self.failure
-        if self.told is not None:
-            self.told()
+        if self.on_ready is not None:
+            self.on_ready()
 
     async def iterate(self) -> None:
-        """Hot path: an event costs one `anext`, one `frame`, one append."""
+        """Hot path: one `anext`, one `frame`, one append."""
         frame, frames, limit, size = self._frame, self._frames, self._limit, 0
-        look = step = 0  # rule 4, in bytes
+        look = step = 0  # rule 4
         turn_ends = 0.0
         async for item in self._generator:
             try:
                 framed = frame(item)
             except BaseException as error:
-                self._request.end_for("failed")  # the generator is about to be closed, and will ask
+                self._request.end_for("failed")
                 if isinstance(error, AttributeError) and not isinstance(item, Event):
                     raise TypeError(f"a handler yields Event objects, not {type(item).__name__}") from None
                 raise
             if not frames or size >= look:
-                if self._stopped:  # a generator that goes on after its cancellation
+                if self._stopped:  # it ignored its cancellation
                     return
-                # Before the append, so that the last item is still here when the generator ends without a wait.
+                # Before the append, so that the last item is here if the generator ends.
                 if frames and size >= limit:
-                    if self.told is not None:
-                        self.told()
+                    if self.on_ready is not None:
+                        self.on_ready()
                     if frames:
                         self._room = anyio.Event()
                         await self._room.wait()
@@ -302,20 +284,17 @@ class Pump(GeneratorTask[T]):
                 elif frames and monotonic() >= turn_ends:
                     await checkpoint()
                     step, turn_ends = 0, monotonic() + TURN_S
-                if not frames:  # what was there has been taken: the loop has had its turn
+                if not frames:
                     size, step, turn_ends = 0, 0, monotonic() + TURN_S
                 step = min(2 * step + 16, LOOK_BYTES)
                 look = min(size + step, limit)
             frames.append(framed)
             size += len(framed)
-        self.exhausted = not self._stopped  # one that returned because it was cancelled is not
+        self.exhausted = not self._stopped
 
 
 class EventPump(Pump[Event]):
-    """The source of a fleeting event stream. With `ends_for_good` its end carries `id: end`, which then gets a 204.
-
-    The id stands in the last event, if that is still here when the generator ends; else in a block of its own.
-    """
+    """A fleeting event stream. With `ends_for_good` its last event, or a block behind it, has `id: end`."""
 
     events = True
 
@@ -335,7 +314,7 @@ class EventPump(Pump[Event]):
     def farewell(self, reason: EndReason | None) -> bytes:
         if reason == "drain":
             return b""
-        failure = StreamTimeout("the stream's longest life is over") if reason == "timeout" else self.failure
+        failure = StreamTimeout("the stream reached its longest duration") if reason == "timeout" else self.failure
         if failure is None:
             if not self._ends_for_good or not self.exhausted or self._marked:
                 return b""
@@ -346,17 +325,14 @@ class EventPump(Pump[Event]):
 
 
 @types.coroutine
-def _watched(work: Coroutine[Any, Any, None], waits: Callable[[], None]) -> Generator[Any, Any, None]:
-    """Await `work`. `waits` is called each time that it suspends, before the loop has its turn (rule 3).
-
-    Budget: one Python frame for each suspension, none for an item that is there.
-    """
+def _watched(work: Coroutine[Any, Any, None], on_wait: Callable[[], None]) -> Generator[Any, Any, None]:
+    """Await `work`; calls `on_wait` before each suspension (rule 3), which costs one Python frame."""
     step: Callable[[Any], Any] = work.send
     value: Any = None
     try:
         while True:
             waits_for = step(value)
-            waits()
+            on_wait()
             try:
                 step, value = work.send, (yield waits_for)
             except GeneratorExit:
@@ -367,4 +343,4 @@ def _watched(work: Coroutine[Any, Any, None], waits: Callable[[], None]) -> Gene
     except StopIteration:
         return
     finally:
-        value = None  # else an exception's traceback would keep this frame, and the frame the exception
+        value = None  # breaks a reference cycle with an exception

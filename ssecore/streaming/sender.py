@@ -1,21 +1,14 @@
-"""The sender: one streaming response, from its opening to its end.
-
-    catch up   take what the source has, send it; again, until there is nothing more to be had without waiting
-    park       until woken: by the source, the sweep, a drain, or the client's leaving
-
-So a connection is *sending*, or it is *parked*: then nothing of it is in flight, and whoever has its next bytes may
-write them past it, if the client reads (`deliver`, `poke`). Else it is woken, and catches up.
+"""The sender: one streaming response. ARCHITECTURE.md has its two states, *sending* and *parked*.
 
 Rules, cited by number at the code:
 
-1.  At most one `send` of a connection is in flight. `progress` is odd while it is.
-2.  Under our own runner a parked sender has no task: its request's call has returned, and the connection is a `Line`
-    that knows only this sender. To catch up it gets a task, which ends when it parks again.
-3.  Elsewhere it waits in the request's own task, and another one waits in `receive` for the client to leave.
-4.  Nothing is held back to make a write bigger. What is ready together travels together.
-5.  No clock is read and no timer armed for an event or a write: the sweep (`Timekeeper`) looks at `progress`.
-6.  What writes past a parked sender may be a callback of the loop, where no task is the current one: nothing of anyio
-    may be asked there for the time or for a scope.
+1.  At most one `send` of a connection is in flight; meanwhile `progress` is odd.
+2.  Under our own runner a parked sender has no task: its request's call has returned, and its connection is a `Line`,
+    which refers only to the sender. A task to catch up ends when it parks.
+3.  Elsewhere it waits in the request's task, and another one in `receive` for the disconnect.
+4.  Nothing is held back for larger writes.
+5.  An event or a write reads no clock and sets no timer: the sweep (`Timekeeper`) reads `progress`.
+6.  A parked one may be written to by a callback of the loop: without a task anyio's time and scopes don't work.
 """
 
 import logging
@@ -41,140 +34,127 @@ __all__ = ["EXTENSION", "Line", "Sender", "SenderOptions", "Server", "Source", "
 
 logger = logging.getLogger("sseapp")
 
-#: Under this name the ASGI scope of a server that can park a connection has its `Server`.
+#: Our runner's `Server` in the ASGI scope's extensions.
 EXTENSION: Final = "sseapp"
 
 
 class Source(Protocol):
-    """Where a sender gets its bytes from."""
+    """A generator's pump, or a reader of the log."""
 
-    #: Events, with `retry:`, heartbeats and a farewell; else bytes, where a failure cuts the connection.
+    #: Events, with `retry:`, heartbeats and a farewell; or bytes, where a failure cuts the connection.
     events: bool
-    #: What an event stream opens with when nothing came in the first `first_s`: a bare id, or nothing.
+    #: An event stream's first bytes if nothing came in `first_s`.
     opening: bytes
-    #: How long the answer's start waits for the first bytes, in seconds.
+    #: The wait for the first bytes.
     first_s: float
-    #: Others have the same next bytes at the same place, `after`: see `deliver`.
+    #: Others have the same bytes after `after`: see `deliver`.
     is_shared: bool
-    #: Why it broke off, if it did.
     failure: Exception | None
 
     @property
     def ended(self) -> bool:
-        """Nothing new will come, so that `stop` would change nothing."""
+        """`stop` has no effect."""
 
     @property
     def finished(self) -> bool:
-        """And nothing is left to take."""
+        """Ended, and all taken."""
 
     @property
     def has_something(self) -> bool:
         """Something to take, or the end."""
 
     @property
-    def events_sent(self) -> int:
-        """How many events (or chunks) have been taken so far."""
+    def events_sent(self) -> int: ...
 
     def begin(self, sender: "Sender", tasks: TaskGroup | None) -> None:
-        """From now on `sender` is poked when there is something, and at the end. `tasks`: where it works on trio."""
+        """Poke `sender` from now on, also at the end. `tasks` is for trio."""
 
     def ready(self) -> bytes | None:
-        """All that can be had without waiting; b"" is nothing yet, `None` that `from_log` has it."""
+        """Everything without waiting; `None`: await `from_log`."""
 
-    async def from_log(self) -> bytes:
-        """What `ready` doesn't have."""
+    async def from_log(self) -> bytes: ...
 
     def stop(self) -> None:
-        """End it; what it has already given is still taken."""
+        """End it; what it has can be taken."""
 
-    async def closed(self) -> None:
-        """Until nothing of it is at work."""
+    async def closed(self) -> None: ...
 
     def farewell(self, reason: EndReason | None) -> bytes:
-        """The last bytes of an event stream that ended by itself (`None`) or for this reason."""
+        """Last bytes; no `reason` if it ended by itself."""
 
-    def close(self) -> None:
-        """The connection is over: give back what was held for it."""
+    def close(self) -> None: ...
 
 
 class Line(Protocol):
-    """A connection whose answer goes on without a task and without its request."""
+    """A connection without its request."""
 
-    transport: Any  #: `write` takes what `chunk` made
+    transport: Any
     paused: bool  #: the client doesn't read
 
     def write(self, data: bytes) -> None: ...
-    async def drained(self) -> None:
-        """Until the client reads, or has left."""
-
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do it in a task of the server's."""
-
-    def end(self, body: bytes) -> None:
-        """These are the answer's last bytes."""
-
+    async def drained(self) -> None: ...
+    def start(self, work: Coroutine[Any, Any, None]) -> None: ...
+    def end(self, body: bytes) -> None: ...
     def close(self) -> None:
-        """The stream is over; where the answer is not complete its client sees that."""
+        """Cuts an incomplete response."""
 
 
 class Server(Protocol):
-    """What our runner offers in `scope["extensions"]`."""
+    """Our runner, in `scope["extensions"]`."""
 
     def answers(self, send: Send) -> bool:
-        """Whether this `send` is the connection's own, with nobody between, and its request complete."""
+        """`send` is the connection's own, and the request complete."""
 
     def watch(self, left: Callable[[], None] | None) -> None:
-        """Call `left` when the client leaves; until the connection is parked, or this is called with `None`."""
+        """Call `left` at a disconnect, until `park` or `watch(None)`."""
 
     def park(self, send: Send, left: Callable[[], None]) -> Line | None:
-        """Let go of the request, and give the connection; `left` is called when its client leaves. `None`: it can't
-        be had now."""
+        """Release the request; returns its connection, if possible."""
 
 
 def chunk(body: bytes) -> bytes:
-    """A part of a body as it goes over the wire. Never of no bytes: that would be the last one."""
+    """An HTTP/1.1 chunk; an empty `body` would be the last."""
     return b"%x\r\n%b\r\n" % (len(body), body)
 
 
 @dataclass(frozen=True, slots=True)
 class SenderOptions:
-    """What a sender needs of the settings; see there."""
+    """See the settings."""
 
     heartbeat_s: float | None
     send_timeout_s: float | None
     max_stream_s: float | None
     retry_ms: int
-    #: Told once of each stream: its route, and how long its first event took.
+    #: Called with route and seconds, once for each stream.
     first_event: Callable[[str, float], None]
-    #: Told once of each stream that it has ended, wherever it does.
     ended: Callable[["Sender"], None]
 
 
 class Sender:
-    """One streaming response: opens it, sends what its source gives, and ends it as it should."""
+    """One streaming response."""
 
     __slots__ = (
         "_before_first",
         "_deadline",
+        "_ended",
+        "_full_request",
         "_headers",
         "_options",
-        "_over",
         "_pulse",
         "_pulse_at",
-        "_said",
+        "_pushed",
         "_scope",
-        "_seen",
+        "_seen_progress",
         "_send_message",
         "_server",
-        "_since",
         "_status",
+        "_unchanged_since",
         "_waiter",
-        "_whole",
         "began",
+        "direct",
         "line",
         "parked",
         "progress",
-        "quick",
         "request",
         "sent_bytes",
         "source",
@@ -192,64 +172,61 @@ class Sender:
     ) -> None:
         self.request: RequestFacts = request
         self.source: Any = source
-        self.parked = False  #: nothing is in flight
+        self.parked = False
         self.line: Line | None = None  #: rule 2
-        self.quick = False  #: it may be written to without being asked; see `deliver`
+        self.direct = False  #: for `deliver`: no need to ask the source
         self.progress = 0  #: rule 1
-        self.sent_bytes = 0  #: of the body
-        self.stalled_s = 0.0  #: in which a send waited for the client, as the sweep saw it
+        self.sent_bytes = 0
+        self.stalled_s = 0.0  #: sends waited for the client; by the sweep
         self.began = monotonic()
-        self._before_first = 1  # writes up to the first event's: one more where the opening holds none
-        self._whole: Request | None = request  # until it is parked on a line
+        self._before_first = 1  # writes to the first event's; 2 if the opening has none
+        self._full_request: Request | None = request
         self._send_message: Send | None = send
         self._server: Server | None = None
         self._headers = headers
         self._status = status
         self._options = options
-        self._over = False
-        self._said = b""  # goes out before what the source has next
-        self._scope: CancelScope | None = None  # while it sends: a parked one needs none, at 0.9 KiB
-        self._waiter: anyio.Event | None = None  # rule 3
-        self._seen = -1
-        self._since = 0.0
-        # Up to a tenth sooner: what began together (after a restart) doesn't end together.
+        self._ended = False
+        self._pushed = b""
+        self._scope: CancelScope | None = None  # only while sending: 0.9 KiB
+        self._waiter: anyio.Event | None = None
+        self._seen_progress = -1
+        self._unchanged_since = 0.0
+        # Up to a tenth less, so that streams of a restart don't end together.
         life_s = options.max_stream_s and options.max_stream_s * random.uniform(0.9, 1.0)
         self._deadline = current_time() + life_s if life_s else None
         self._pulse: tuple[Callable[[], Event], float] | None = None
         self._pulse_at = 0.0
 
     async def run(self, has_sweep: bool) -> None:
-        """Returns when the stream has ended, or is parked on a line.
+        """Returns when it has ended, or is parked on a line.
 
-        `has_sweep`: an app that isn't running has none; then this stream keeps its own. Raises the source's own
-        exception if it fails before anything was sent, and `Draining` if a drain ends it before; else nothing of its.
+        Without `has_sweep` it has its own. Before anything was sent, raises the source's failure, or `Draining`.
         """
-        assert self._whole is not None and self._send_message is not None
-        server: Server | None = self._whole.scope.get("extensions", {}).get(EXTENSION)
+        assert self._full_request is not None and self._send_message is not None
+        server: Server | None = self._full_request.scope.get("extensions", {}).get(EXTENSION)
         if has_sweep and server is not None and server.answers(self._send_message):
             self._server = server
             server.watch(self._client_left)
             await self._open(None)
         else:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._watch, self._whole)
+                tasks.start_soon(self._watch, self._full_request)
                 if not has_sweep:
                     tasks.start_soon(Timekeeper(self._options, [self]).run)
                 await self._open(tasks)
                 tasks.cancel_scope.cancel()
-        self._raise_early()
-
-    # Sending and parked: see ARCHITECTURE.md
+        self._raise_if_unstarted()
 
     async def _open(self, tasks: TaskGroup | None) -> None:
         source = self.source
         try:
             source.begin(self, tasks)
             if not source.has_something:
-                await checkpoint()  # most generators give their first event at once, and need no scope for it
+                await checkpoint()  # often enough for the first event, and cheaper than a scope
             if not source.has_something:
                 with anyio.move_on_after(source.first_s):
-                    while not self._over and not source.has_something:
+                    while not self._ended and not source.has_something:
                         await self._wait()
         except BaseException:
             self.abort("cancelled")
@@ -258,21 +235,20 @@ class Sender:
         await self._work()
 
     async def _work(self) -> None:
-        """Until it is parked on a line, or has ended."""
         try:
-            while not self._over:
+            while not self._ended:
                 with CancelScope() as self._scope:
                     await self._catch_up()
                 self._scope = None
-                if self._over:
+                if self._ended:
                     break
                 if self._park():
                     return
                 await self._wait()
-        except OSError:  # ASGI 2.4: what `send` raises when the client is gone; most servers only ignore it
+        except OSError:  # ASGI 2.4: `send` after a disconnect; most servers ignore it
             self.abort("client")
-        except Exception:  # the server's, and its answer has begun: there is nobody to tell
-            logger.exception("a stream broke off")
+        except Exception:  # the server's
+            logger.exception("sending a stream failed")
             self.abort("failed")
         except get_cancelled_exc_class():
             self.abort("cancelled")
@@ -284,19 +260,19 @@ class Sender:
 
     async def _catch_up(self) -> None:
         source = self.source
-        while not self._over:
+        while not self._ended:
             batch = source.ready()
             if batch is None:
                 batch = await source.from_log()
-            batch, self._said = self._said + batch, b""
+            batch, self._pushed = self._pushed + batch, b""
             if not self.progress:
                 if source.finished and not batch and self._failed_by_itself():
-                    self._over = True  # `run` raises it: an HTTP error
+                    self._ended = True  # `run` raises the failure
                     return
                 batch = await self._start(batch)
             if source.finished:
                 await self._finish(batch)
-                self._over = True
+                self._ended = True
             elif batch:
                 self._count(batch)
                 await self._send(batch)
@@ -304,23 +280,23 @@ class Sender:
                 return
 
     def _park(self) -> bool:
-        """Park on a line, if there is one to be had (rule 2)."""
+        """Rule 2."""
         if self._server is not None:
-            assert self._send_message is not None and self._whole is not None
+            assert self._send_message is not None and self._full_request is not None
             self.line = self._server.park(self._send_message, self._client_left)
             if self.line is None:
                 return False
-            self.request = self._whole.outlive(whole=self.source.first_s > 0)
-            self._server = self._send_message = self._whole = None
+            self.request = self._full_request.outlive(whole=self.source.first_s > 0)
+            self._server = self._send_message = self._full_request = None
             self._headers = []
         if self.line is None:
             return False
         self.parked = True
-        self.quick = self.source.is_shared and not self._before_first
+        self.direct = self.source.is_shared and not self._before_first
         return True
 
     async def _wait(self) -> None:
-        """Park in the request's own task (rule 3)."""
+        """Rule 3."""
         self._waiter = anyio.Event()
         self.parked = True
         try:
@@ -340,12 +316,11 @@ class Sender:
                 self.line.close()
             elif self._server is not None:
                 self._server.watch(None)
-            self._log_unheard()
+            self._log_unsent_failure()
             self.request.end_for("failed" if source.failure is not None else "finished")
             self._options.ended(self)
 
     def wake(self) -> None:
-        """Let a parked one catch up; one that sends looks for more by itself."""
         if self._waiter is not None:
             self._waiter.set()
         elif self.parked and self.line is not None:
@@ -353,27 +328,25 @@ class Sender:
             self.line.start(self._work())
 
     def poke(self) -> None:
-        """There is something for it: write it past it, if it is parked and its client reads; else wake it."""
+        """The source has something: write directly, or wake."""
         line = self.line
         if line is None or not self.parked or line.paused:
             return self.wake()
         batch = self.source.ready()
         if batch is None or self.source.finished:
-            self._said += batch or b""
+            self._pushed += batch or b""
             return self.wake()
-        batch, self._said = self._said + batch, b""
+        batch, self._pushed = self._pushed + batch, b""
         if batch:
             self._count(batch)
             line.write(chunk(batch))
             self.progress += 2
-            self.quick = self.source.is_shared and not self._before_first
+            self.direct = self.source.is_shared and not self._before_first
 
-    def say(self, frame: bytes) -> None:
-        """Send this as soon as may be. It is not the source's."""
-        self._said += frame
+    def push(self, frame: bytes) -> None:
+        """Send a frame besides the source's."""
+        self._pushed += frame
         self.poke()
-
-    # Its end
 
     async def _watch(self, request: Request) -> None:
         await request.disconnect()
@@ -383,107 +356,95 @@ class Sender:
         self.abort("client")
 
     def stop(self, reason: EndReason) -> None:
-        """End the source, send what it has given, and say farewell. What has ended already ends as it would have."""
+        """End the source, send the rest and the farewell."""
         if not self.source.ended:
             self.request.end_for(reason)
             self.source.stop()
             self.wake()
 
     def abort(self, reason: EndReason) -> None:
-        """End at once, nothing more is sent: nobody reads, or nobody will."""
+        """End at once, without a farewell."""
         self.request.end_for(reason)
-        self._over = True
+        self._ended = True
         self.source.stop()
         if self._scope is not None:
             self._scope.cancel()
         self.wake()
 
-    def _raise_early(self) -> None:
-        """A failure before anything was sent is an HTTP error, and so is a drain's end."""
+    def _raise_if_unstarted(self) -> None:
         if self.progress:
             return
         if self.source.failure is not None and self._failed_by_itself():
             raise self.source.failure
-        if self.request.ended_for == "drain":  # else the server would say 500, which ends an `EventSource`
+        if self.request.ended_for == "drain":  # a server's 500 would end an `EventSource`
             raise Draining
 
     def _failed_by_itself(self) -> bool:
         return self.source.failure is not None and self.request.ended_for in (None, "failed")
 
-    def _log_unheard(self) -> None:
-        """What a handler failed with while it was closed can't be said to anybody."""
+    def _log_unsent_failure(self) -> None:
         failure, reason = self.source.failure, self.request.ended_for
         if failure is not None and reason not in (None, "failed"):
             logger.warning("a handler failed while it was closed (%s)", reason, exc_info=failure)
 
-    # The sweep
-
     def pulse(self, event: Callable[[], Event], every_s: float) -> None:
-        """Say something each `every_s` seconds, as exactly as the sweep goes."""
+        """Send an event each `every_s` seconds, as exactly as the sweep."""
         self._pulse, self._pulse_at = (event, every_s), current_time() + every_s
 
     def tick(self, now: float, round_s: float, late_s: float) -> None:
-        """The sweep's look at this stream (rule 5): `round_s` after the last one, and later by `late_s` than planned.
+        """Called by the sweep, `round_s` after the last time plus a delay of `late_s` (rule 5).
 
-        The loop was blocked or the process was stopped for `late_s`. That time doesn't count against the client's send
-        timeout, since the server didn't look whether the client reads, and not as part of the stream's life.
+        In this delay the process stood still: it doesn't count for timeouts.
         """
         if self._deadline is not None:
             self._deadline += late_s
-        if self.progress != self._seen:
-            self._seen, self._since = self.progress, now
+        if self.progress != self._seen_progress:
+            self._seen_progress, self._unchanged_since = self.progress, now
         elif self.progress % 2:
             self.stalled_s += round_s
-            self._since += late_s
+            self._unchanged_since += late_s
             limit = self._options.send_timeout_s
-            if limit is not None and now - self._since >= limit:
+            if limit is not None and now - self._unchanged_since >= limit:
                 self.abort("slow")
         elif self.progress and self.source.events and self._options.heartbeat_s is not None:
-            if now - self._since >= self._options.heartbeat_s:
-                self.say(HEARTBEAT)
+            if now - self._unchanged_since >= self._options.heartbeat_s:
+                self.push(HEARTBEAT)
         if self.request.ended_for is None and self._refusal() is not None:
             self.stop("unauthorized")
         if self._pulse is not None and now >= self._pulse_at:
             event, every_s = self._pulse
-            self._pulse_at += every_s * ((now - self._pulse_at) // every_s + 1)  # those missed aren't made up for
-            self.say(encode(event()))
+            self._pulse_at += every_s * ((now - self._pulse_at) // every_s + 1)
+            self.push(encode(event()))
         if self._deadline is not None and now >= self._deadline:
             self._deadline = None
             self.stop("timeout")
 
     def _refusal(self) -> SSEAppError | None:
-        """Why the caller's token holds no longer."""
         credential = self.request.credential
         return credential.refusal() if credential is not None else None
 
-    # What is told of it
-
     @property
     def route(self) -> str:
-        """The path as the table has it."""
         return self.request.route.path if self.request.route is not None else "none"
 
     @property
     def events_sent(self) -> int:
-        """Events (or chunks) so far."""
         sent: int = self.source.events_sent
         return sent
 
-    # Bytes
-
     async def _start(self, batch: bytes) -> bytes:
-        """Send the start. Gives the first batch with what goes before it."""
-        assert self._whole is not None and self._send_message is not None
-        headers = [*self._headers, *self._whole.answer_headers]
+        """Send the headers; returns the opening with the first batch."""
+        assert self._full_request is not None and self._send_message is not None
+        headers = [*self._headers, *self._full_request.answer_headers]
         self.progress += 1
         await self._send_message({"type": "http.response.start", "status": self._status, "headers": headers})
         self.progress += 1
         if self.source.events:
             self._before_first += not batch
-            preamble, opening = self._whole.preamble, self.source.opening
-            if opening and self._whole.from_browser and not self._whole.dialect.only_json:
+            preamble, opening = self._full_request.preamble, self.source.opening
+            if opening and self._full_request.from_browser and not self._full_request.dialect.only_json:
                 opening = CURSOR_EVENT + opening
-            self._whole.forget()
+            self._full_request.forget()
             batch = b"%bretry: %d\n%b" % (preamble, self._options.retry_ms, batch or opening)
         return batch
 
@@ -509,11 +470,10 @@ class Sender:
                 self._options.first_event(self.route, monotonic() - self.began)
 
     async def _finish(self, batch: bytes) -> None:
-        """Send the last batch, and what a stream ends with."""
         source, reason, counted = self.source, self.request.ended_for, len(batch)
         if batch:
             self._count(batch)
-        if reason is None:  # now: after the last send a server's `receive` says that the client has left
+        if reason is None:  # before the last send, after which `receive` reports a disconnect
             self.request.end_for("failed" if source.failure else "finished")
         refusal = self._refusal() if reason == "unauthorized" else None
         if source.events and refusal is not None:
@@ -521,26 +481,26 @@ class Sender:
         elif source.events:
             batch += source.farewell(reason)
             if reason == "drain" or isinstance(source.failure, Unavailable):
-                # Spread, so that not all of them come back in one second.
+                # Random, to spread the reconnects.
                 batch += b"retry: %d\n" % spread(self._options.retry_ms)
         elif source.failure is not None or reason is not None:
             if source.failure is not None:
                 log_failure(source.failure)
-            return  # without the last part: the server cuts the connection, and the client sees that
+            return  # the server cuts the connection, which the client detects
         self.sent_bytes += len(batch) - counted
         await self._send(batch, last=True)
 
 
 def deliver(senders: Iterable[Sender], body: bytes, framed: bytes, after: int, last: int) -> None:
-    """Hot path. Write `framed`, which is `body` as a chunk, to those that have read up to `after`; then they have read
-    up to `last`. Whoever is elsewhere is poked. What fails for one is not the next one's trouble."""
+    """Hot path. Write `framed`, the chunk of `body`, to senders that have sent up to `after`, now up to `last`; poke
+    others."""
     size = len(body)
     for sender in senders:
         if not sender.parked:
             continue
         source, line = sender.source, sender.line
         try:
-            if sender.quick and source.after == after and line is not None and not line.paused:
+            if sender.direct and source.after == after and line is not None and not line.paused:
                 line.transport.write(framed)
                 source.after = last
                 sender.progress += 2
@@ -549,12 +509,12 @@ def deliver(senders: Iterable[Sender], body: bytes, framed: bytes, after: int, l
                 sender.poke()
         except Exception:
             if line is None or not line.transport.is_closing():
-                logger.exception("a stream could not be written to")
+                logger.exception("writing to a stream failed")
             sender.abort("client")
 
 
 class Timekeeper:
-    """One sweep for all streams of an app: heartbeats, clients that stopped reading, longest lives."""
+    """The sweep: heartbeats, slow clients, longest durations."""
 
     def __init__(self, options: SenderOptions, senders: Collection[Sender]) -> None:
         self._senders = senders
@@ -570,6 +530,6 @@ class Timekeeper:
             for sender in list(self._senders):
                 try:
                     sender.tick(now, now - last - late_s, late_s)
-                except BaseException:  # its pulse, say: its own trouble, not the next stream's; nothing awaits here
-                    logger.exception("a stream's time could not be kept")
+                except BaseException:  # of its pulse
+                    logger.exception("the sweep of a stream failed")
                     sender.abort("failed")

@@ -1,4 +1,4 @@
-"""Drive an ASGI app in-process, for tests of yours as for ours; see `ssecore.testing.kit`."""
+"""Tools to test an ASGI app in-process."""
 
 from ssecore.testing.kit import Exchange, Transport, VirtualClockLoop, assert_stream, connect, lifespan, opening
 

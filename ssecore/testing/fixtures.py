@@ -1,8 +1,4 @@
-"""pytest's way to the kit of `ssecore.testing`: `pytest_plugins = ["ssecore.testing.fixtures"]` in a conftest.py.
-
-Asynchronous fixtures and tests run under the plugin that anyio brings along: mark the tests with `@pytest.mark.anyio`,
-or set `anyio_mode = "auto"`.
-"""
+"""A pytest plugin: `pytest_plugins = ["ssecore.testing.fixtures"]` in a conftest.py; needs anyio's plugin."""
 
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -18,9 +14,6 @@ OpenStream = Callable[..., Exchange]
 
 @pytest.fixture
 async def open_stream(anyio_backend: Any) -> AsyncIterator[OpenStream]:
-    """Opens requests as `ssecore.testing.connect` does, with its arguments; all are left at the test's end.
-
-    stream = open_stream(app, "GET", "/countdown/3")
-    """
+    """Open requests, with the arguments of `connect`; all are disconnected at the end of the test."""
     async with opening() as open_one:
         yield open_one

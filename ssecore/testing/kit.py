@@ -1,21 +1,4 @@
-"""Drive an ASGI app in-process, endless streams and disconnects included. For tests of yours as for ours.
-
-`connect` opens one request by hand: read its answer chunk by chunk or event by event, leave it when you like, hold its
-`send` blocked like a client whose window is shut. `Transport` does the same under httpx:
-
-    async with httpx.AsyncClient(transport=Transport(app), base_url="http://localhost") as client:
-        async with client.stream("GET", "/countdown/3") as response:
-            ...
-
-(httpx's own ASGITransport collects the whole answer first, so an endless one never comes.) In both, leaving means what
-it means on a socket: the app's `receive` gives `http.disconnect`; the app then has `leave_s` to end.
-
-`Transport(app, cuts=[300, 700])` breaks the first streams off behind so many bytes, as a bad network does. Whether a
-stream said what it should is asked by `assert_stream`. An app's lifespan runs in `async with lifespan(app)`.
-
-`VirtualClockLoop` makes an asyncio loop in which time passes at once: heartbeats and deadlines are tested without
-waiting for them. (trio has its own: `trio.testing.MockClock(autojump_threshold=0)`.)
-"""
+"""Run an ASGI app in-process, including endless streams and disconnects. docs/testing.md has examples."""
 
 import asyncio
 import json
@@ -50,17 +33,18 @@ App = Callable[
 
 
 class Exchange:
-    """One request and its answer, both still under way. Made by `connect`."""
+    """A request and its response in progress."""
 
     def __init__(self, scope: MutableMapping[str, Any], body: Sequence[bytes], window: float) -> None:
         self.scope = scope
-        self.status = 0  #: once `started` is set
-        self.headers: dict[str, str] = {}  #: names in lower case; once `started` is set
-        self.raw_headers: list[tuple[bytes, bytes]] = []  #: all of them, as the app gave them
+        # Valid once `started` is set:
+        self.status = 0
+        self.headers: dict[str, str] = {}  #: names in lower case
+        self.raw_headers: list[tuple[bytes, bytes]] = []
         self.started = anyio.Event()
         self.ended = anyio.Event()  #: the app has returned
-        self.complete = False  #: the answer's last part has come
-        self.failure: BaseException | None = None  #: what the app raised
+        self.complete = False  #: the app has sent the last part of the body
+        self.failure: BaseException | None = None  #: raised by the app
         self._to_app = list(body) or [b""]
         self._left = anyio.Event()
         self._open = anyio.Event()
@@ -88,11 +72,11 @@ class Exchange:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: MutableMapping[str, Any]) -> None:
-        # ASGI leaves it open what this does. No server of ours is ever made to find out.
+        # ASGI doesn't define concurrent sends.
         assert not self._sending, "send was entered while another send was in flight"
         self._sending = True
         try:
-            # No await where none is needed, as with a real server.
+            # Like a real server: an await only if it must wait.
             if not self._open.is_set():
                 await self._open.wait()
             if message["type"] == "http.response.start":
@@ -102,8 +86,8 @@ class Exchange:
                 self.headers = {name.decode(): value.decode("latin-1") for name, value in self.raw_headers}
                 self.started.set()
             elif message["type"] == "http.response.body" and not self._left.is_set():
-                assert self.status, "a body came before its start"
-                assert not self.complete, "a body came after its end"
+                assert self.status, "the body was sent before the start"
+                assert not self.complete, "the body was sent after its end"
                 if message.get("body"):
                     try:
                         self._chunks_in.send_nowait(message["body"])
@@ -113,12 +97,12 @@ class Exchange:
                 if self.complete:
                     self._chunks_in.close()
         except anyio.BrokenResourceError:
-            pass  # the client has left: servers say nothing
+            pass  # disconnected: servers raise nothing
         finally:
             self._sending = False
 
     def block(self) -> None:
-        """Hold every further `send`, as a client does that doesn't read."""
+        """Block `send`, like a client that doesn't read."""
         if self._open.is_set():
             self._open = anyio.Event()
 
@@ -126,12 +110,11 @@ class Exchange:
         self._open.set()
 
     def disconnect(self) -> None:
-        """Leave. What the app still sends goes nowhere."""
         self._left.set()
         self._chunks.close()
 
     async def chunk(self) -> bytes | None:
-        """The body's next chunk, as the app sent it; `None` at its end. Raises what the app raised."""
+        """The next chunk, as the app sent it; `None` at the end. Raises what the app raised."""
         try:
             return await self._chunks.receive()
         except anyio.EndOfStream:
@@ -141,14 +124,14 @@ class Exchange:
             return None
 
     async def body(self) -> bytes:
-        """All that is left of the body."""
+        """The rest of the body."""
         chunks = []
         while (chunk := await self.chunk()) is not None:
             chunks.append(chunk)
         return b"".join(chunks)
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """The answer's events, to its end. What was read before is kept in mind: it may be called again."""
+        """The events from here on. May be called again to continue."""
         while True:
             while self._events:
                 yield self._events.popleft()
@@ -187,9 +170,9 @@ def _scope(
 
 @asynccontextmanager
 async def opening(*, leave_s: float = 10) -> AsyncIterator[Callable[..., Exchange]]:
-    """Gives a function that opens requests, with the arguments of `connect`; all are left with the block."""
+    """Yields a function that opens requests, with the arguments of `connect`. The block's end disconnects all."""
     exchanges: list[Exchange] = []
-    failure: BaseException | None = None  # raised outside of the group, which would wrap it
+    failure: BaseException | None = None  # raised outside the group, which would wrap it
     async with anyio.create_task_group() as tasks:
 
         def open_one(
@@ -237,10 +220,9 @@ async def connect(
     window: float = math.inf,
     leave_s: float = 10,
 ) -> AsyncIterator[Exchange]:
-    """Open a request. Leaving the block leaves the connection, and waits for the app to end (else `TimeoutError`).
+    """Open a request. The block's end disconnects it; `TimeoutError` if the app doesn't return within `leave_s`.
 
-    `body`: in one part or in many. `state`: what `lifespan` gave. `window`: how many chunks the app may send before
-    somebody reads one.
+    `state`: from `lifespan`. `window`: chunks that the app may send before one is read.
     """
     async with opening(leave_s=leave_s) as open_one:
         yield open_one(app, method, target, headers=headers, body=body, root_path=root_path, state=state, window=window)
@@ -256,17 +238,17 @@ class _Body(httpx.AsyncByteStream):
     def __init__(self, exchange: Exchange, leave_s: float, cut: float) -> None:
         self._exchange = exchange
         self._leave_s = leave_s
-        self._left = cut  # bytes until it breaks off
+        self._left = cut  # bytes
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while (chunk := await self._exchange.chunk()) is not None:
             if len(chunk) >= self._left:
                 yield chunk[: int(self._left)]
-                raise httpx.ReadError("the connection was cut, as the test has it")
+                raise httpx.ReadError("the connection was cut by the test")
             self._left -= len(chunk)
             yield chunk
         if not self._exchange.complete:
-            raise httpx.RemoteProtocolError("the app ended its answer without the last part")
+            raise httpx.RemoteProtocolError("the app returned before the response was complete")
 
     async def aclose(self) -> None:
         await _leave(self._exchange, self._leave_s)
@@ -275,9 +257,11 @@ class _Body(httpx.AsyncByteStream):
 
 
 class Transport(httpx.AsyncBaseTransport):
-    """httpx's way into an app. Use the client in an `async with`: the app's tasks live in that block.
+    """Calls an app for httpx. Use the client in an `async with` block, which contains the app's tasks.
 
-    `cuts`: the n-th event stream breaks off once `cuts[n]` bytes of it have been read; those beyond the list are whole.
+    httpx's own ASGITransport never returns an endless response.
+
+    `cuts`: the n-th event stream breaks off after `cuts[n]` bytes.
     """
 
     def __init__(
@@ -323,10 +307,10 @@ class Transport(httpx.AsyncBaseTransport):
         try:
             await exchange.started.wait()
         finally:
-            if not exchange.status:  # given up, or there is no answer
+            if not exchange.status:  # cancelled, or no response
                 exchange.disconnect()
         if not exchange.status:
-            raise exchange.failure or httpx.RemoteProtocolError("the app returned without an answer")
+            raise exchange.failure or httpx.RemoteProtocolError("the app returned without a response")
         streams = exchange.headers.get("content-type", "").startswith(CONTENT_TYPE)
         cut = self._cuts.popleft() if streams and self._cuts else math.inf
         answer = _Body(exchange, self._leave_s, cut)
@@ -335,10 +319,7 @@ class Transport(httpx.AsyncBaseTransport):
 
 @asynccontextmanager
 async def lifespan(app: App) -> AsyncIterator[dict[str, Any]]:
-    """Start an app as a server does, and stop it with the block. Gives the state for its requests.
-
-    Raises what the app raises, or `RuntimeError` with what it says to have failed.
-    """
+    """Yields the state for requests. Raises what the app raises, or `RuntimeError` with a `.failed` event's message."""
     state: dict[str, Any] = {}
     failure: BaseException | None = None
     started, leaving = anyio.Event(), anyio.Event()
@@ -380,14 +361,12 @@ async def lifespan(app: App) -> AsyncIterator[dict[str, Any]]:
 async def assert_stream(
     stream: Exchange | httpx.Response, *expected: Event | tuple[str | None, Any] | EllipsisType, ends: bool = True
 ) -> list[Event]:
-    """Read a stream, and compare it with what is expected; the events that were read.
+    """Read a stream and compare it with the expected events. Returns the events read.
 
         await assert_stream(response, ("countdown", {"remaining": 1}), ..., Event("", "complete"))
 
-    A pair is name and data, an `Event` has besides what is set in it. Data that is no string is compared as JSON;
-    whatever equals (`unittest.mock.ANY`) will do. `...` stands for any events, none too. `ends=False`: the answer isn't
-    read further than to the last that is expected; else it must come to its proper end there. Raises `AssertionError`,
-    which tells all that came; and what `httpx` or the app raises.
+    A pair is name and data; of an `Event` the set fields are compared. Data other than a string is compared as JSON
+    (`unittest.mock.ANY` works). `...` matches any events. The stream must then be complete, unless `ends=False`.
     """
     if isinstance(stream, httpx.Response):
         status, media_type = stream.status_code, stream.headers.get("content-type", "")
@@ -395,7 +374,7 @@ async def assert_stream(
         await stream.started.wait()
         status, media_type = stream.status, stream.headers.get("content-type", "")
     if status != 200 or not media_type.startswith(CONTENT_TYPE):
-        raise AssertionError(f"no event stream: the answer is {status}, {media_type or 'without a type'}")
+        raise AssertionError(f"not an event stream: the answer is {status}, {media_type or 'without a Content-Type'}")
     steps, skips = deque[tuple[bool, Event | tuple[str | None, Any]]](), False
     for one in expected:
         if one is ...:
@@ -403,20 +382,20 @@ async def assert_stream(
         else:
             steps.append((skips, one))
             skips = False
-    came: list[Event] = []
+    received: list[Event] = []
     async with aclosing(_events_of(stream)) as events:
         while (steps or ends) and (event := await anext(events, None)) is not None:
-            came.append(event)
+            received.append(event)
             may_skip, wanted = steps[0] if steps else (skips, None)
             if wanted is not None and _is(event, wanted):
                 steps.popleft()
             elif not may_skip:
-                raise AssertionError(_told(came, "the end" if wanted is None else repr(wanted)))
+                raise AssertionError(_mismatch(received, "the end" if wanted is None else repr(wanted)))
     if steps:
-        raise AssertionError(_told(came, f"{steps[0][1]!r}, not the end"))
+        raise AssertionError(_mismatch(received, f"{steps[0][1]!r}, not the end"))
     if ends and isinstance(stream, Exchange) and not stream.complete:
-        raise AssertionError(_told(came, "the answer's proper end; it broke off"))
-    return came
+        raise AssertionError(_mismatch(received, "a complete response, but it broke off"))
+    return received
 
 
 def _is(event: Event, expected: Event | tuple[str | None, Any]) -> bool:
@@ -434,9 +413,9 @@ def _is(event: Event, expected: Event | tuple[str | None, Any]) -> bool:
         return False
 
 
-def _told(came: list[Event], wanted: str) -> str:
-    lines = "".join(f"\n  {event!r}" for event in came)
-    return f"expected {wanted}; what came, the last of which is wrong or all there was:{lines or ' nothing'}"
+def _mismatch(received: list[Event], wanted: str) -> str:
+    lines = "".join(f"\n  {event!r}" for event in received)
+    return f"expected {wanted}; received (the last event is wrong, or more were expected):{lines or ' nothing'}"
 
 
 async def _events_of(stream: Exchange | httpx.Response) -> AsyncGenerator[Event, None]:
@@ -452,10 +431,9 @@ async def _events_of(stream: Exchange | httpx.Response) -> AsyncGenerator[Event,
 
 
 class VirtualClockLoop(asyncio.SelectorEventLoop):
-    """A loop in which nobody waits: where all tasks sleep, time jumps to the next one's waking.
+    """When all tasks sleep, time jumps to the next timer. A `loop_factory` for anyio or `asyncio.Runner`.
 
-    As anyio's `loop_factory`, or `asyncio.Runner(loop_factory=VirtualClockLoop)`. Not for real sockets, and time jumps
-    while a worker thread works.
+    Not for real sockets; time also jumps while a worker thread works.
     """
 
     def __init__(self) -> None:
@@ -466,7 +444,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         return self._now
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - asyncio's own
-        """Without its time limit, which would be over at once."""
+        """Without its time limit, which would pass at once."""
         await super().shutdown_default_executor()
 
 
@@ -476,7 +454,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         self._loop = loop
 
     def select(self, timeout: float | None = None) -> Any:
-        if timeout is None:  # nothing is planned: only a thread can wake this loop
+        if timeout is None:  # no timer: only a thread can wake this loop
             return super().select(None)
         ready = super().select(0)
         if not ready:

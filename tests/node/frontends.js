@@ -74,6 +74,8 @@ const CLIENTS = {
     try {
       if (asked.models) {
         for await (const model of openai.models.list()) tell("model", model.id)
+      } else if (asked.cancel) {
+        tell("final", await openai.responses.cancel(asked.cancel))
       } else if (asked.responses) {
         const { starting_after, response_id } = asked
         const events = response_id

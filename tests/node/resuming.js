@@ -107,7 +107,7 @@ const CASES = {
       if (number > 1) return response.writeHead(410).end()
       response.writeHead(200, { ...SSE, "content-location": "/r" }).end("retry: 0\ndata: 1\nid: a.1\n\n")
     }
-    await assert.rejects((await resumingFetch(url, { method: "POST" })).text(), /can't go on: 410/)
+    await assert.rejects((await resumingFetch(url, { method: "POST" })).text(), /can't resume the stream: 410/)
   },
 
   async "a stream without ids fails when it is cut, as with fetch"() {

@@ -1,8 +1,8 @@
 /**
- * The open streams: which are live, which wait for a slot, and which are opened again after a reload.
+ * The open streams: live ones, ones that wait for a slot, and ones reopened after a reload.
  *
- * What is open is remembered in the tab's own storage, as plain data. After a reload a run is read again from its
- * start, so that its view is whole, and a topic from where it was subscribed to. A fleeting stream ends with its page.
+ * They are stored in the tab's session storage. After a reload a run is read from its start, so that its view is
+ * complete, and a topic from where it was subscribed to. A fleeting stream ends with its page.
  */
 
 import { element } from "./dom.js"
@@ -10,7 +10,7 @@ import { Slots } from "./slots.js"
 import { View } from "./view.js"
 
 const STORAGE = "sseapp.open"
-/** More are closed, the longest ended first. */
+/** Beyond this, views are closed, first those that ended longest ago. */
 const MOST_VIEWS = 24
 /** Below a view, in pixels. */
 const GAP = 20
@@ -22,7 +22,7 @@ export class Board {
   #slots = new Map()
   #pool = new Slots(() => this.#next())
   #connecting = new Set()
-  /** Each view spans as many of the grid's rows (a pixel each) as it is high: columns without holes. */
+  /** A view spans one row of the grid (a pixel) for each pixel of its height, so columns have no holes. */
   #heights = new ResizeObserver((entries) => {
     for (const { target } of entries) target.style.gridRowEnd = `span ${Math.ceil(target.offsetHeight) + GAP}`
   })
@@ -34,10 +34,10 @@ export class Board {
    * @param {(live: number, most: number, waiting: number) => void} hooks.onCount
    * @param {(text: string) => void} hooks.announce
    * @param {() => void} hooks.onRuns the list of runs may have changed
-   * @param {(target: object) => void} hooks.onRun a run is known by its id
+   * @param {(target: object) => void} hooks.onRun the id of a run became known
    * @param {(view: View) => void} hooks.onClose
    * @param {(view: View) => void} hooks.onEnd
-   * @param {() => boolean} hooks.signedIn the service wants a token
+   * @param {() => boolean} hooks.signedIn the service requires a token
    * @param {(target: object, said: string, turns: object[]) => Promise<object>} hooks.next of a conversation
    */
   constructor(place, hooks) {
@@ -46,9 +46,9 @@ export class Board {
     this.empty = element(
       "p",
       { class: "empty" },
-      "Nothing is open. Start a stream, or open one of your runs: it is read again from its beginning.",
+      "No stream is open. Start one, or open one of your runs to read it from its beginning.",
     )
-    this.waitingText = `Waiting for a free connection: at most ${this.#pool.count} streams are open at once, in all tabs together, since a browser opens 6 connections to a site. Pause or close another one.`
+    this.waitingText = `Waiting for a free connection: at most ${this.#pool.count} streams can be open in all tabs, because a browser opens only 6 connections to a site. Pause or close another stream.`
     this.#changed()
   }
 
@@ -63,7 +63,7 @@ export class Board {
 
   onEvent = (view) => this.hooks.onEvent(view)
 
-  /** A view has learnt the id that its stream is found by. */
+  /** A view has received the id of its stream. */
   onKnown(view) {
     this.#save()
     if (view.target.life === "run") {
@@ -87,10 +87,10 @@ export class Board {
   }
 
   /**
-   * Open a stream, or show the view that has it.
+   * Open a stream, or show its view if there is one.
    * @param {import("./view.js").Target} target
-   * @param {boolean} [restored] it was open before: it waits for its turn, and takes nobody's slot
-   * @returns {Promise<View>} rejected with a `Problem` where it is refused at once; then nothing is left of it
+   * @param {boolean} [restored] it was open before the reload, and takes no slot of another stream
+   * @returns {Promise<View>} rejected with a `Problem` if it is refused at once; then the view is removed
    */
   async open(target, restored = false) {
     const known = target.run ? this.#views.find((view) => view.shows(target.run)) : null
@@ -145,7 +145,7 @@ export class Board {
     for (const view of [...this.#views]) this.close(view)
   }
 
-  /** What was open before the reload, oldest first so that the order is the same. */
+  /** Reopen the streams from before a reload, oldest first, to keep the order. */
   restore() {
     let targets = []
     try {
@@ -161,11 +161,11 @@ export class Board {
     try {
       sessionStorage.setItem(STORAGE, JSON.stringify(targets))
     } catch {
-      // full, or forbidden: then a reload begins with an empty board
+      // full or forbidden: a reload then starts with an empty board
     }
   }
 
-  /** Give the view a slot; a new one takes the slot of the oldest that can go on later. */
+  /** Get the view a slot. A new view takes the slot of the oldest resumable one. */
   async #connect(view, insists) {
     if (this.#slots.has(view) || this.#connecting.has(view)) return
     this.#connecting.add(view)
@@ -173,7 +173,7 @@ export class Board {
     if (!slot && insists) {
       const oldest = this.#views.findLast((other) => other.resumable && other !== view && this.#slots.has(other))
       if (oldest) {
-        slot = this.#slots.get(oldest) // handed over: once it is free, anybody may take it
+        slot = this.#slots.get(oldest) // handed over, since any tab could take a free slot
         this.#slots.delete(oldest)
         oldest.connection.pause("waiting")
       }
@@ -193,7 +193,7 @@ export class Board {
     await slot?.()
   }
 
-  /** A slot may be free: the one that has waited longest gets it. */
+  /** A slot may be free: give it to the view that has waited longest. */
   #next() {
     const view = this.#views.findLast((other) => other.connection.state === "waiting" && !this.#connecting.has(other))
     if (view) this.#connect(view, false)

@@ -1,4 +1,4 @@
-/** Events a second over the last minute, as bars. */
+/** Events per second over the last minute, as bars. */
 
 import { drawing, element, setText } from "./dom.js"
 
@@ -14,7 +14,7 @@ export class Chart {
   #svg = drawing("svg", { viewBox: `0 0 ${SECONDS * STEP} ${HEIGHT}`, role: "img" }, ...this.#bars)
 
   constructor(place) {
-    place.append(element("p", {}, this.#figure, " events a second"), this.#svg)
+    place.append(element("p", {}, this.#figure, " events per second"), this.#svg)
     this.#draw()
     setInterval(() => this.#tick(), 1000)
   }
@@ -41,6 +41,6 @@ export class Chart {
     })
     const now = this.#counts.at(-1)
     setText(this.#figure, now.toLocaleString("en"))
-    this.#svg.setAttribute("aria-label", `Events a second: now ${now}, at most ${most} in the last minute`)
+    this.#svg.setAttribute("aria-label", `Events per second: now ${now}, at most ${most} in the last minute`)
   }
 }

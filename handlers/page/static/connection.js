@@ -1,29 +1,28 @@
 /**
- * One stream, over one browser's own `EventSource` after another.
+ * One stream, read by one `EventSource` after another.
  *
- * The browser itself reconnects with the last id. What it can't do is done here: a pause and a resumption long after;
- * and life after an answer that `EventSource` takes as final (a proxy's 502), which it tells from the end of a run, or
- * from a refusal, by asking once with `fetch`.
+ * The browser reconnects with the last id. This class adds a pause, and retries after a response that makes an
+ * `EventSource` give up, such as a proxy's 502; a `fetch` tells that from the end of a run and from a refusal.
  *
- * States: starting → connecting → open ⇄ reconnecting → ended; waiting (for a slot), paused, and cut (by somebody who
- * wants to see what becomes of it) besides. An end has an outcome: completed, failed, cancelled, or lost (a fleeting
- * stream that was cut: to reconnect would run it again).
+ * States: starting → connecting → open ⇄ reconnecting → ended; also waiting (for a slot), paused, and cut (by the
+ * user). Outcomes: completed, failed, cancelled, or lost (a fleeting stream that was cut: reconnecting would run it
+ * again).
  */
 
 import { Problem } from "./service.js"
 
-/** Every event name of the service. `EventSource` gives nobody the events whose name nobody listens for. */
+/** All event names of the service: an `EventSource` drops events without a listener. */
 const NAMES = [
   "message", "init", "connected", "status", "thought", "thinking", "tool", "token", "reasoning", "usage", "progress",
   "countdown", "task", "item_error", "log", "result", "update", "config", "notification", "heartbeat", "gap",
   "complete", "done", "cancelled",
 ]
-/** How long a connection that was cut by hand is away: long enough to be seen. */
+/** Pause after a cut by the user, long enough to be seen. */
 export const CUT_MS = 2000
-/** The first pause before asking again, doubled up to the last. */
+/** The first and the longest pause before a retry; it doubles. */
 const RETRY_MS = [1000, 15000]
 
-/** The run that an event id is of. */
+/** The run that an event id belongs to. */
 export function runOf(id) {
   return /^([\w-]{22})\.\d+$/.exec(id)?.[1] ?? null
 }
@@ -33,10 +32,10 @@ export class Connection {
   outcome = ""
   lastId = ""
   events = 0
-  /** How often events came again after a break or a pause. An answer without any may be a soft refusal. */
+  /** How often the stream resumed. A reconnect without an event doesn't count: it may have been refused. */
   resumed = 0
   #opens = 0
-  /** No event has come since it was opened again. */
+  /** No event since it was reopened. */
   #again = false
   /** @type {EventSource | null} */
   #source = null
@@ -45,7 +44,7 @@ export class Connection {
   #listening = new Set(NAMES)
 
   /**
-   * @param {(lastId: string) => string} address where to go on after this id; "" is the start
+   * @param {(lastId: string) => string} address the URL to resume from this id; "" is the start
    * @param {object} options
    * @param {boolean} options.fleeting it can't be resumed
    * @param {(event: {type: string, data: string, id: string}) => void} options.onEvent
@@ -74,7 +73,7 @@ export class Connection {
     })
   }
 
-  /** Listen for one more event name, from now on. */
+  /** Add an event name. */
   listen(name) {
     if (!name || this.#listening.has(name) || name === "error" || name === "open") return
     this.#listening.add(name)
@@ -82,7 +81,7 @@ export class Connection {
     source?.addEventListener(name, (event) => this.#heard(source, event))
   }
 
-  /** Close the connection in the middle, as a tunnel does, and come back later with the last id. */
+  /** Close the connection, as a tunnel would, and reconnect later with the last id. */
   cut() {
     if (this.state !== "open") return
     this.#close()
@@ -142,7 +141,7 @@ export class Connection {
     else this.#set(this.#opens ? "reconnecting" : "connecting")
   }
 
-  /** The browser has given up: because of the end (204), a refusal, or a proxy with nobody behind it? */
+  /** The browser has given up. Find out whether it was the end (204), a refusal, or a proxy without its server. */
   async #ask() {
     this.#close()
     this.#set(this.#opens ? "reconnecting" : "connecting")
@@ -152,7 +151,7 @@ export class Connection {
       const headers = { Accept: "text/event-stream" }
       response = await fetch(this.address(this.lastId), { headers, cache: "no-store", signal: aborter.signal })
     } catch {
-      // not reachable: the same as a 502
+      // unreachable: treated like a 502
     }
     const status = response?.status ?? 0
     const refused = status >= 400 && status < 500 && !(status === 429 && this.#opens)

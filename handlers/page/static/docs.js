@@ -1,4 +1,4 @@
-/** The docs: the files of the folder `docs`, as this version of the service has them. `?page=runs#section` is one. */
+/** The docs of this version: the files of the folder `docs`. The URL of a page is `?page=runs#section`. */
 
 import { element } from "./dom.js"
 import { rendered } from "./markdown.js"
@@ -11,7 +11,7 @@ async function text(name) {
   return response.text()
 }
 
-/** A link between two files, to this page; one to a file that isn't served leads nowhere. */
+/** Links between the docs lead to this page; a link to a file that isn't served becomes plain text. */
 function addressOf(href) {
   const [, name, section = ""] = /^([\w-]+)\.md(#.*)?$/.exec(href) ?? []
   if (name) return `?page=${name}${section}`

@@ -1,9 +1,9 @@
-/** Elements, and nothing that parses HTML: what a stream says stays text. */
+/** Makes elements without parsing HTML, so that a stream's data stays text. */
 
 const SVG = "http://www.w3.org/2000/svg"
 
 /**
- * An element. `on…` attributes are listeners; false and null leave an attribute out; children are nodes or texts.
+ * An element. `on…` attributes are listeners; false and null omit an attribute.
  * @param {string} tag
  * @param {Record<string, unknown>} [attributes]
  * @param {...(Node | string | null)} children
@@ -28,14 +28,14 @@ function filled(node, attributes, children) {
   return node
 }
 
-/** Set a text only where it is another one: a node that doesn't change costs no layout. */
+/** Set a text only if it differs: an unchanged node costs no layout. */
 export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text
 }
 
 /**
- * Enter sends where `sends`, else Ctrl+Enter or Cmd+Enter only. Not the Enter that ends the choice of a character
- * (Japanese, Chinese, Korean): Safari has ended the composition by then, and tells by the key's code.
+ * Call `act` on Ctrl+Enter or Cmd+Enter, and with `sends` on Enter. Ignores the Enter that ends an IME composition
+ * (Japanese, Chinese, Korean); in Safari only `keyCode` 229 shows that.
  */
 export function onEnter(input, sends, act) {
   if (sends) input.setAttribute("enterkeyhint", "send")
@@ -53,7 +53,7 @@ export function clock(time = new Date()) {
   return Number.isNaN(date.getTime()) ? "" : date.toLocaleTimeString("en-GB")
 }
 
-/** A value as a person would like to read it in one line. */
+/** A value as one line of text. */
 export function plain(value) {
   if (value === null || value === undefined) return ""
   return typeof value === "string" ? value : JSON.stringify(value)

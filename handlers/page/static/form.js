@@ -1,4 +1,4 @@
-/** The form that starts a stream: a subject, one of its streams, its fields. What the service refuses is said there. */
+/** The form that starts a stream: subject, stream, fields, and the service's errors. */
 
 import { GROUPS } from "./catalog.js"
 import { element, onEnter, setText } from "./dom.js"
@@ -6,10 +6,10 @@ import { Problem } from "./service.js"
 import { save, start } from "./start.js"
 
 const LIVES = {
-  run: "Survives its connection",
+  run: "Continues without its connection",
   fleeting: "Ends with its connection",
-  view: "Shows a run that is there",
-  topic: "Goes on until you close it",
+  view: "Reads an existing run",
+  topic: "Open until you close it",
   link: "A file",
 }
 
@@ -61,7 +61,7 @@ export class StartForm {
     const { name, label, kind = "text", lines = false, options, step } = field
     const value = (this.#bare && field.bare) || (field.value ?? "")
     const sends = kind === "area" && !lines
-    const hint = field.hint ?? (sends ? "Enter sends, Shift+Enter begins a new line." : "")
+    const hint = field.hint ?? (sends ? "Enter sends, Shift+Enter starts a new line." : "")
     const id = `field-${name}`
     const about = `${id}-about`
     const common = { id, name, "aria-describedby": about }
@@ -84,7 +84,7 @@ export class StartForm {
     return box
   }
 
-  /** Something to do first, by one click; null takes the offer away. */
+  /** Offer an action; null removes the offer. */
   offer(text, label, act) {
     this.offered.replaceChildren(
       ...(text ? [element("p", {}, text), element("button", { type: "button", onclick: act }, label)] : []),
@@ -92,7 +92,7 @@ export class StartForm {
     this.offered.hidden = !text
   }
 
-  /** Whether there are no tasks to ask about. A question that somebody has changed stays. */
+  /** Whether there are no tasks. A question that the user has changed stays. */
   set bare(bare) {
     this.#bare = bare
     for (const { name, value, bare: other } of this.#stream.fields) {
@@ -115,7 +115,7 @@ export class StartForm {
 
   async #submit() {
     if (this.button.ariaBusy === "true") return
-    this.button.ariaBusy = "true" // not `disabled`, which would take the focus away
+    this.button.ariaBusy = "true" // `disabled` would remove the focus
     this.clear()
     try {
       const values = this.#values()
@@ -129,7 +129,7 @@ export class StartForm {
     }
   }
 
-  /** What was refused is forgotten. */
+  /** Remove errors. */
   clear() {
     setText(this.error, "")
     for (const { input, said, hint } of this.#inputs.values()) {
@@ -139,7 +139,7 @@ export class StartForm {
     }
   }
 
-  /** The problem stands at the field that it names, `[0].content` at `content`; at the form's end where it names none. */
+  /** Show the problem at its field (`[0].content` at `content`), or at the end of the form. */
   #blame({ message, field }) {
     const names = (field ?? "").match(/[A-Za-z_]\w*/g) ?? []
     const found = this.#inputs.get(names.findLast((name) => this.#inputs.has(name)))
@@ -154,7 +154,7 @@ export class StartForm {
   }
 }
 
-/** One out of several, as radio buttons: arrow keys move through them. */
+/** Radio buttons, which arrow keys move through. */
 function choices(name, legend, items, onChoose) {
   const set = element("fieldset", { class: name }, element("legend", { class: "unseen" }, legend))
   items.forEach((item, at) => {

@@ -1,4 +1,4 @@
-/** The page: the form, the board of open streams, the list of runs and the session, each knowing nothing of the others. */
+/** Connects the page's independent parts: form, board of open streams, list of runs, session. */
 
 import { Board } from "./board.js"
 import { GROUPS, IMPORT } from "./catalog.js"
@@ -63,7 +63,7 @@ const session = new Session(at("who"), at("door"), {
   },
 })
 
-/** An agent that finds nothing says little: where there are no tasks, some are offered. */
+/** Offer to import tasks if there are none: the agent would find nothing. */
 async function lookForTasks() {
   let rows = ""
   try {
@@ -74,7 +74,7 @@ async function lookForTasks() {
   }
   const bare = !rows.includes("event: task\n")
   form.bare = bare
-  form.offer(bare ? "There are no tasks yet. The agent looks for them, and lists them." : null, "Add six samples", async () => {
+  form.offer(bare ? "There are no tasks yet for the agent to find." : null, "Add six samples", async () => {
     try {
       await board.open(await start(IMPORT, { csv: IMPORT.fields.find(({ name }) => name === "csv").value }))
     } catch (problem) {
@@ -89,7 +89,7 @@ function streamOf(declared) {
   return STREAMS.find((stream) => stream.route === plainRoute(declared))
 }
 
-/** A run that is there, read again from its start. */
+/** Read an existing run from its start. */
 function targetOf({ run, route: declared, about = "" }) {
   const route = plainRoute(declared)
   const title = streamOf(declared)?.name ?? "Run"
@@ -97,7 +97,7 @@ function targetOf({ run, route: declared, about = "" }) {
   return { title, about, route, life: "run", url, run }
 }
 
-/** `#run=<id>`: a link to a run, for another tab. */
+/** `#run=<id>` is a link to a run. */
 async function openLinked() {
   const run = /^#run=([\w-]{22})$/.exec(location.hash)?.[1]
   if (!run) return

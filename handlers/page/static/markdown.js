@@ -1,6 +1,6 @@
 /**
- * Markdown, as far as our own docs use it, made into elements: headings, paragraphs, lists, tables, code, emphasis and
- * links. Nothing is parsed as HTML, and a construct that isn't known here stays the text that it is.
+ * Renders the Markdown that our docs use: headings, paragraphs, lists, tables, code, emphasis and links. It parses no
+ * HTML, and leaves any other construct as text.
  */
 
 import { element } from "./dom.js"
@@ -12,7 +12,7 @@ const INDENTED = /^ {2,}\S|^\s*$/
 
 /**
  * @param {string} text
- * @param {(href: string) => string | null} addressOf null: the link's text stays, without a link
+ * @param {(href: string) => string | null} addressOf null: show the text without a link
  * @returns {HTMLElement[]}
  */
 export function rendered(text, addressOf) {
@@ -23,7 +23,7 @@ function blocks(lines, addressOf) {
   const made = []
   const say = (words) => inline(words, addressOf)
   let at = 0
-  /** The lines from here on that go on with the same block. */
+  /** The following lines of the same block. */
   const take = (goesOn) => {
     const first = at
     while (at < lines.length && goesOn(lines[at])) at++
@@ -95,7 +95,7 @@ function inline(text, addressOf) {
   return [...made, text]
 }
 
-/** As GitHub names a heading. */
+/** The anchor that GitHub gives a heading. */
 function slug(heading) {
   return heading.toLowerCase().replace(/[^\p{L}\p{N}\s_-]/gu, "").replaceAll(" ", "-")
 }

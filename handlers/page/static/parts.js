@@ -1,17 +1,17 @@
-/** What a view is made of. Each part is made when the first event asks for it, and keeps a bounded number of nodes. */
+/** The parts of a view. Each is created by its first event, and keeps a bounded number of nodes. */
 
 import { clock, element, plain, setText } from "./dom.js"
 
-/** Of log lines, rows and notes: what is older leaves the page, not the log. */
+/** Older log lines, rows and notes are removed from the page, not from the log. */
 const MOST_ITEMS = 300
-/** Of the text of one stream. The longest answers have half of it. */
+/** Twice the longest answer. */
 const MOST_CHARACTERS = 400_000
 
 /**
- * A list that forgets its oldest items, and follows its end unless somebody has scrolled away from it.
+ * A list that drops its oldest items, and scrolls with its end unless the user has scrolled away.
  *
- * Items go in once a frame, and those that would be forgotten in the same frame are never made: a stream may bring ten
- * thousand of them a second, and a look at the scroll position costs a layout.
+ * Items are added once a frame, and those that would be dropped in the same frame are never made: a stream may send ten
+ * thousand a second, and reading the scroll position costs a layout.
  */
 class Roll {
   #coming = []
@@ -20,7 +20,7 @@ class Roll {
   constructor(label, tag, attributes) {
     this.list = element(tag, attributes)
     this.before = element("p", { class: "forgotten", hidden: true })
-    // Without an announcement of each item: a stream may have hundreds a second.
+    // Not a live region: a screen reader would announce hundreds of items a second.
     this.scroller = element("div", { class: "roll", tabindex: "0", role: "group", "aria-label": label }, this.before, this.list)
   }
 
@@ -29,7 +29,7 @@ class Roll {
     if (!this.#coming.length) requestAnimationFrame(() => this.flush())
     this.#coming.push(make)
     if (this.#coming.length > 2 * MOST_ITEMS) {
-      // in a tab that nobody sees there are no frames
+      // a hidden tab has no frames
       this.#forgotten += MOST_ITEMS
       this.#coming.splice(0, MOST_ITEMS)
     }
@@ -59,7 +59,7 @@ export class Bar {
   #bar = element("progress", { max: "100" })
   element = element("label", { class: "bar" }, element("span", {}, this.#label, this.#figure), this.#bar)
 
-  /** @param {number | null} percent null: it is not known how much there is */
+  /** @param {number | null} percent null if the total is unknown */
   set(percent, label = "") {
     if (percent === null) this.#bar.removeAttribute("value")
     else this.#bar.value = percent
@@ -98,7 +98,7 @@ export class Text {
   #pieces = []
   element = element("p", { class: "text" }, this.#node)
 
-  /** Pieces that come between two frames go in together: an answer of a thousand tokens is not a thousand layouts. */
+  /** Pieces are added once a frame: a thousand tokens are not a thousand layouts. */
   add(piece) {
     if (!this.#pieces.length) requestAnimationFrame(() => this.flush())
     this.#pieces.push(piece)
@@ -115,12 +115,11 @@ export class Text {
     if (follows) element.scrollTop = element.scrollHeight
   }
 
-  /** All of it so far. */
   get text() {
     return this.#node.data + this.#pieces.join("")
   }
 
-  /** The whole text, where an event repeats it. */
+  /** Replace the text by an event that repeats all of it. */
   set(text) {
     this.#pieces = []
     setText(this.#node, text)
@@ -135,7 +134,7 @@ export class Timeline {
   element = element("ol", { class: "timeline" })
   #calls = new Map()
 
-  /** @param {string} kind status, thought, plan or tool: how it looks */
+  /** @param {string} kind status, thought, plan or tool */
   add(kind, title, detail = "") {
     this.element.querySelector("[data-at]")?.removeAttribute("data-at")
     const step = element("li", { "data-kind": kind, "data-at": true }, element("span", { class: "what" }, title))
@@ -145,7 +144,7 @@ export class Timeline {
     return step
   }
 
-  /** A tool is called, and later gives its result: one step of the line. */
+  /** One step for a tool's call and its result. */
   call(tool, asked) {
     const step = this.add("tool", tool, plain(asked))
     step.setAttribute("data-calling", "")
@@ -206,7 +205,7 @@ export class Notes {
   #list = element("ol", { class: "notes" })
   element = element("div", { class: "roll", tabindex: "0", role: "group", "aria-label": "Notes" }, this.#list)
 
-  /** Newest first. An object's title and text stand out; what else it holds is shown as it is. */
+  /** Newest first. An object's title and text are highlighted; its other members follow. */
   add(kind, data) {
     const { title, text, message, ...rest } = data && typeof data === "object" && !Array.isArray(data) ? data : { text: data }
     const said = [title, text ?? message].filter((part) => part !== undefined).map(plain)
@@ -238,7 +237,7 @@ export class Facts {
   }
 }
 
-/** A file of the service's, to be saved. A class, so that nothing in a stream's own data can be taken for one. */
+/** A link to a file of the service. A class, so that no stream's data can be taken for one. */
 export class FileLink {
   constructor(name) {
     this.element = element("a", { href: `download/${encodeURIComponent(name)}`, download: true }, plain(name))

@@ -116,7 +116,8 @@ class Body {
       } while (!response)
       if (response.status === 204) return
       if (response.status !== 200 || !isEventStream(response)) {
-        throw new TypeError(`the stream can't go on: ${response.status} ${response.statusText}`)
+        const { detail } = await response.json().catch(() => ({})) // a problem document
+        throw new TypeError(`can't resume the stream: ${response.status}, ${detail ?? response.statusText}`)
       }
     }
   }

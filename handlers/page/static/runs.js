@@ -1,8 +1,8 @@
 /**
- * My runs: to open again, to cancel, to delete.
+ * My runs: open, cancel, delete.
  *
- * Where nobody's runs can be told from everybody's the service doesn't list them (403). Then the page lists those that
- * it remembers itself, in this browser.
+ * Without authentication the service can't tell callers apart and doesn't list runs (403). Then the page lists the runs
+ * that were started in this browser.
  */
 
 import { clock, element, setText } from "./dom.js"
@@ -11,7 +11,7 @@ import { Problem, call } from "./service.js"
 const STORAGE = "sseapp.runs"
 const MOST_KEPT = 50
 const MOST_SHOWN = 8
-/** While something is at work, and somebody looks. */
+/** While a run is running and the page is visible. */
 const LOOK_AGAIN_MS = 3000
 
 export class RunList {
@@ -27,7 +27,7 @@ export class RunList {
    * @param {HTMLElement} summary how many there are, by state
    * @param {object} hooks
    * @param {(run: {run: string, route: string}) => void} hooks.onOpen
-   * @param {(route: string) => string} hooks.nameOf a route, as people know it
+   * @param {(route: string) => string} hooks.nameOf a route's name on the page
    */
   constructor(place, summary, { onOpen, nameOf }) {
     Object.assign(this, { summary, onOpen, nameOf })
@@ -43,13 +43,13 @@ export class RunList {
     document.addEventListener("visibilitychange", () => this.refresh())
   }
 
-  /** A run of this page's: for the day when the service doesn't list it. */
+  /** Store a run of this page, in case the service doesn't list runs. */
   remember({ run, route, title }) {
     const others = kept().filter((other) => other.run !== run)
     keep([{ run, route, title }, ...others])
   }
 
-  /** Events that were seen on the page: the list is asked for each few seconds only. */
+  /** Show events that the page received; the list is refreshed only every few seconds. */
   count(run, events) {
     const known = this.#runs.find((other) => other.run === run)
     if (!known || known.events >= events) return
@@ -58,7 +58,7 @@ export class RunList {
     if (place) setText(place, counted(events))
   }
 
-  /** Forget all of it, in this browser. */
+  /** Delete the runs stored in this browser. */
   clear() {
     keep([])
     this.#runs = []
@@ -67,7 +67,7 @@ export class RunList {
     setText(this.note, "")
   }
 
-  /** What can't be opened, and why. */
+  /** Show an error. */
   say(text) {
     setText(this.complaint, text)
   }
@@ -130,8 +130,8 @@ export class RunList {
     for (const { state } of this.#runs) states.set(state, (states.get(state) ?? 0) + 1)
     const parts = [...states].map(([state, count]) => element("span", { class: "badge", "data-state": state }, `${count} ${state}`))
     this.summary.replaceChildren(...parts)
-    const whose = this.#ownList ? "The service doesn't list runs where nobody has a name: these are this browser's." : ""
-    setText(this.note, this.#runs.length ? whose : `None yet. ${whose}`)
+    const whose = this.#ownList ? "Without authentication, only runs started in this browser are listed." : ""
+    setText(this.note, this.#runs.length ? whose : `No runs yet. ${whose}`)
   }
 
   #item(run) {
@@ -140,7 +140,7 @@ export class RunList {
     const name = this.nameOf(route)
     const open = element("a", { href: `#run=${id}`, "data-focus": `open-${id}`, title: about || null }, about || name)
     open.addEventListener("click", (event) => {
-      if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return // the browser's: another tab
+      if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return // the browser opens another tab
       event.preventDefault()
       this.onOpen(run)
     })
@@ -183,7 +183,7 @@ export class RunList {
 
 const counted = (events) => `${events.toLocaleString("en")} event${events === 1 ? "" : "s"}`
 
-/** The time of day; of another day the date as well. */
+/** The time; for another day with the date. */
 function when(created) {
   const date = new Date(created)
   if (Number.isNaN(date.getTime())) return ""
@@ -204,6 +204,6 @@ function keep(runs) {
   try {
     localStorage.setItem(STORAGE, JSON.stringify(runs.slice(0, MOST_KEPT)))
   } catch {
-    // full, or forbidden: then they are found by their links only
+    // full or forbidden: the runs are then reachable only by their links
   }
 }

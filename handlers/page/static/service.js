@@ -1,8 +1,8 @@
-/** Requests to the service. Paths are relative to the page, so that it works below a mount path, too. */
+/** Requests to the service. Paths are relative to the page, so that a mount path works too. */
 
-/** What the service answers where it refuses: a problem (RFC 9457), which may name the field to blame. */
+/** An error response of the service, a problem (RFC 9457) that may name a field. */
 export class Problem extends Error {
-  /** @param {number} status 0: the service can't be reached */
+  /** @param {number} status 0 if the service can't be reached */
   constructor(status, detail, field = null) {
     super(detail)
     this.status = status
@@ -21,21 +21,21 @@ export class Problem extends Error {
 let refused = () => {}
 
 /**
- * Whoever asks first, it is told where the service knows nobody any more: a token may end while the page is open.
+ * Calls the listener at each 401: a token may expire while the page is open.
  * @param {(problem: Problem) => void} listener
  */
 export function whenUnauthorized(listener) {
   refused = listener
 }
 
-/** 128 random bits: what makes two requests one. Not `randomUUID`, which is missing on plain http beyond loopback. */
+/** An idempotency key of 128 random bits. `randomUUID` is missing on plain http beyond loopback. */
 export function newKey() {
   const bytes = crypto.getRandomValues(new Uint8Array(16))
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("")
 }
 
 /**
- * The answer, if it is a good one. A request with an idempotency key is sent again once where the line broke.
+ * A successful response. A request with an idempotency key is retried once if the connection broke.
  * @param {string} path
  * @param {RequestInit} [options]
  * @returns {Promise<Response>} rejected with a `Problem`

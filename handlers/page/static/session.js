@@ -1,20 +1,19 @@
 /**
- * Who uses the page: a form to sign in with a token, and a way out.
+ * Sign in with a token, and sign out.
  *
- * The token is changed for a cookie that no script can read (`POST /session`), and is kept nowhere here. Where the
- * service asks nobody for credentials, the page says so.
+ * `POST /session` exchanges the token for a cookie that no script can read; the page doesn't store the token.
  */
 
 import { element, setText } from "./dom.js"
 import { Problem, call, whenUnauthorized } from "./service.js"
 
 export class Session {
-  /** The name that the service knows the caller by; null where nobody has one. */
+  /** The caller's name; null if authentication is off. */
   caller = null
 
   /**
-   * @param {HTMLElement} who in the head: the name
-   * @param {HTMLElement} door below the head: the form
+   * @param {HTMLElement} who for the name
+   * @param {HTMLElement} door for the form
    * @param {object} hooks
    * @param {() => void} hooks.onEnter
    * @param {() => void} hooks.onLeave
@@ -31,7 +30,7 @@ export class Session {
     form.append(
       element("label", { for: "token" }, "Sign in with a token"),
       element("div", {}, this.token, element("button", { type: "submit", class: "primary" }, "Sign in")),
-      element("p", { class: "hint" }, "Whoever runs the service makes one: ", element("code", {}, "sseapp token add NAME")),
+      element("p", { class: "hint" }, "The operator of the service creates tokens: ", element("code", {}, "sseapp token add NAME")),
       this.error,
     )
     form.addEventListener("submit", (event) => {
@@ -40,15 +39,15 @@ export class Session {
     })
     door.append(form)
     document.addEventListener("visibilitychange", () => !document.hidden && this.caller !== null && this.ask())
-    // The first refusal says why; those that follow it know no caller.
+    // Only the first refusal has the reason.
     whenUnauthorized((problem) => this.caller && this.#signedOut(`You are signed out: ${problem.message}.`))
   }
 
-  /** Find out who it is. A refusal shows the form. */
+  /** Get the caller's name. A 401 shows the form. */
   async ask() {
     try {
       const { caller } = await (await call("session")).json()
-      if (this.caller !== null && caller !== this.caller) this.hooks.onLeave() // another one signed in, in another tab
+      if (this.caller !== null && caller !== this.caller) this.hooks.onLeave() // another user signed in, in another tab
       if (this.caller === null || caller !== this.caller) this.#entered(caller)
     } catch (problem) {
       if (!(problem instanceof Problem)) throw problem
@@ -57,7 +56,7 @@ export class Session {
         return
       }
       setText(this.name, problem.message)
-      if (this.caller === null) this.hooks.onEnter() // it may be away for a moment only
+      if (this.caller === null) this.hooks.onEnter() // the service may be back soon
     }
   }
 
@@ -65,7 +64,7 @@ export class Session {
     setText(this.error, "")
     try {
       const token = this.token.value.trim()
-      if (!/^[!-~]+$/.test(token)) throw new Problem(0, "this is not a token") // and nothing that a header may have
+      if (!/^[!-~]+$/.test(token)) throw new Problem(0, "this is not a token") // and can't be sent in a header
       const headers = { Authorization: `Bearer ${token}` }
       const { caller } = await (await call("session", { method: "POST", headers })).json()
       this.token.value = ""

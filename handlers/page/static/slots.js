@@ -1,14 +1,14 @@
 /**
- * How many streams are open at once.
+ * Limits how many streams are open.
  *
- * Over HTTP/1.1 a browser opens six connections to a site, all its tabs together; a seventh request waits for ever
- * behind six streams. So the tabs share four slots, held as Web Locks: a tab that is closed gives its own back. Where
- * there are no locks (plain http beyond loopback) each tab counts for itself.
+ * Over HTTP/1.1 a browser opens six connections to a site for all tabs; a seventh request waits forever behind six
+ * streams. So the tabs share four slots as Web Locks, which a closed tab releases. Without Web Locks (plain http beyond
+ * loopback) each tab counts its own streams.
  */
 
 const OVER_HTTP_1 = 4
 const OVER_HTTP_2 = 24
-/** For slots that a closed tab gave back: nobody tells of those. */
+/** There is no message for a slot that a closed tab released. */
 const LOOK_AGAIN_MS = 2000
 
 export class Slots {
@@ -25,13 +25,10 @@ export class Slots {
     setInterval(onFree, LOOK_AGAIN_MS)
   }
 
-  get held() {
-    return this.#held
-  }
 
   /**
-   * A slot, or null where none is free.
-   * @returns {Promise<null | (() => Promise<void>)>} gives it back
+   * A slot, or null if none is free.
+   * @returns {Promise<null | (() => Promise<void>)>} releases it
    */
   async take() {
     if (!navigator.locks) return this.#held < this.count ? this.#taken(() => {}, Promise.resolve()) : null

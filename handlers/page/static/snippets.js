@@ -1,14 +1,14 @@
 /**
- * The same stream without this page: as a command, and as a script of another page.
+ * Code to read the same stream without this page: a shell command, and a script.
  *
- * What is quoted comes from people and from streams: a text in quotes stays a text, in a shell and in JavaScript.
+ * The values come from users and streams, so they are quoted for the shell and for JavaScript.
  */
 
-/** `EventSource` has its own meaning for these. */
+/** `EventSource` fires these itself. */
 const OWN_NAMES = ["error", "open"]
 
 /**
- * @typedef {object} Asked the request that a stream was started with
+ * @typedef {object} Asked the request that started a stream
  * @property {string} method
  * @property {string} url relative to the page
  * @property {string} [body] if it is short
@@ -18,7 +18,7 @@ const OWN_NAMES = ["error", "open"]
 
 /**
  * @param {Asked} asked
- * @param {boolean} signedIn the service wants a token
+ * @param {boolean} signedIn the service requires a token
  */
 export function curlOf(asked, signedIn) {
   const { method, mediaType } = asked
@@ -59,7 +59,7 @@ export function scriptOf(asked, names) {
   return lines.join("\n")
 }
 
-/** A run's key makes one run of all its connections; another page needs another one. */
+/** All connections of a run use one key; another page needs its own. */
 function addressOf({ url, keyed }) {
   const address = absolute(url)
   if (!keyed) return JSON.stringify(address)
@@ -68,6 +68,6 @@ function addressOf({ url, keyed }) {
 
 const absolute = (url) => new URL(url, document.baseURI).href
 const shell = (text) => `'${text.replaceAll("'", `'\\''`)}'`
-/** A longer body, which wasn't kept, is left to a file. */
+/** A longer body was not kept: the code reads it from a file. */
 const isShort = ({ body }) => body !== undefined
 const fileOf = ({ mediaType }) => (mediaType === "text/csv" ? "tasks.csv" : "body.json")

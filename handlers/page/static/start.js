@@ -1,19 +1,19 @@
 /**
- * From a filled form to a stream that can be watched.
+ * Starts a stream from a form's values.
  *
- * A GET is started by the `EventSource` itself, with a key that makes its reconnections one run. A POST is started with
- * `Prefer: respond-async`, and its run is then read like any other.
+ * The `EventSource` itself sends a GET, with a key so that all its reconnections belong to one run. A POST is sent with
+ * `Prefer: respond-async`, and then its run is read.
  */
 
 import { call, newKey } from "./service.js"
 
-/** Of a body that is kept for its code, in bytes: all of it is remembered over a reload. */
+/** In bytes, of a body that is kept for the code example. */
 const MOST_SHOWN = 2000
 
 /**
  * @param {import("./catalog.js").Stream} stream
- * @param {Record<string, any>} values the fields that hold something
- * @param {{said: string, answer: string}[]} [turns] of a conversation: what was said before
+ * @param {Record<string, any>} values the fields that are not empty
+ * @param {{said: string, answer: string}[]} [turns] the conversation so far
  * @returns {Promise<import("./view.js").Target>} rejected with a `Problem`
  */
 export async function start(stream, values, turns = []) {
@@ -31,26 +31,26 @@ export async function start(stream, values, turns = []) {
   const text = body instanceof Blob ? body : JSON.stringify(body)
   const response = await call(address, { method, headers, body: text })
   const said = await response.json()
-  const url = new URL(response.headers.get("Location"), response.url).href // it is relative to the request's URL
+  const url = new URL(response.headers.get("Location"), response.url).href // relative to the request's URL
   const asked = { method, url: address, mediaType: headers["Content-Type"], body: await shortText(text) }
   const target = { title, about, route, life, url, asked, run: said.run ?? said.job_id }
   if (!stream.talks) return target
   return { ...target, talks: stream.id, values, said: values[stream.talks] }
 }
 
-/** What was sent, where it is short enough to be shown. */
+/** The request's body, if it is short enough for the code example. */
 async function shortText(body) {
   if (!(body instanceof Blob)) return body?.length > MOST_SHOWN ? undefined : body
   return body instanceof File || body.size > MOST_SHOWN ? undefined : body.text()
 }
 
-/** Save a file. Asked for by HEAD first: a link would lead away from the page to the problem. */
+/** Save a file. A HEAD checks it first, since a link to an error would leave the page. */
 export async function save(stream, values) {
   const address = addressOf(stream, values)
   try {
     await call(address, { method: "HEAD" })
   } catch {
-    await call(address) // for what HEAD can't say: why not
+    await call(address) // a HEAD has no body with the reason
   }
   const link = document.createElement("a")
   link.href = address

@@ -1,4 +1,4 @@
-/** One stream on the page: what it said so far, and the state of its connection. */
+/** One stream on the page: its events so far, and the state of its connection. */
 
 import { CUT_MS, Connection, runOf } from "./connection.js"
 import { element, onEnter, plain, setText } from "./dom.js"
@@ -8,23 +8,23 @@ import { curlOf, scriptOf } from "./snippets.js"
 import { interpreter } from "./vocabulary.js"
 
 /**
- * What is watched; plain data, so that it can be remembered over a reload.
+ * The stream of a view; plain data, stored for a reload.
  * @typedef {object} Target
  * @property {string} title
- * @property {string} about what of it is special: the query, the topic
+ * @property {string} about such as the query or the topic
  * @property {string} route
  * @property {"run" | "fleeting" | "view" | "topic"} life
- * @property {string} url where it is read from its start; a run's own once its id is known
+ * @property {string} url to read it from its start; the run's own URL once its id is known
  * @property {string | null} [run]
- * @property {string} [from] of a topic: the id that its first subscription began at
- * @property {import("./snippets.js").Asked} [asked] what started it
- * @property {string} [talks] of a conversation: the stream of the catalog that it goes on with; and then
- * @property {string} [said] what was said
- * @property {Record<string, any>} [values] the rest of the form
- * @property {{said: string, url: string, run?: string}[]} [turns] what was said before, each a run of its own
+ * @property {string} [from] of a topic: the first id
+ * @property {import("./snippets.js").Asked} [asked] the request that started it
+ * @property {string} [talks] of a conversation: the catalog's stream for the next turn
+ * @property {string} [said] of a conversation: the user's message
+ * @property {Record<string, any>} [values] of a conversation: the form's other fields
+ * @property {{said: string, url: string, run?: string}[]} [turns] of a conversation: the earlier turns, each a run
  */
 
-/** In the order in which they stand, whichever came first. */
+/** In the order of display. */
 const PARTS = {
   figure: Figure, bar: Bar, timeline: Timeline, reasoning: Text, text: Text, sources: Sources, rows: Rows, log: Log, notes: Notes,
   facts: Facts,
@@ -40,31 +40,30 @@ export class View {
   #started
   #cancelling = false
   #names = new Set()
-  /** Which turn of a conversation is read; the last is `target` itself. */
+  /** The current turn of a conversation; the last one is `target` itself. */
   #turn = 0
-  /** The texts of the turns so far. */
+  /** The answers of the turns so far. */
   #answers = []
   #earlier = { events: 0, resumed: 0 }
-  /** What became of a cut by hand, and the number of the last event before it. */
+  /** The note about a cut by the user, and the number of the last event before it. */
   #cutNote = null
   #cutAfter = 0
 
   /**
    * @param {Target} target
-   * @param {object} board what it tells of itself: onEvent, onState, onKnown, resume, pause, close; and what it asks of
-   *   it: signedIn, next
+   * @param {object} board see board.js
    */
   constructor(target, board) {
     this.target = target
     this.board = board
-    /** Fulfilled when the stream is open or waits for its turn, rejected with a `Problem` where it was refused at once. */
+    /** Fulfilled when the stream is open or waiting, rejected with a `Problem` if it was refused at once. */
     this.started = new Promise((fulfil, reject) => (this.#started = { fulfil, reject }))
     this.started.catch(() => {})
     this.#build()
     this.#begin()
   }
 
-  /** Read a stream from its start: the only one, or the next turn of a conversation. */
+  /** Read a stream, or the next turn of a conversation, from its start. */
   #begin() {
     const { target } = this
     this.#interpret = interpreter(target.route)
@@ -86,17 +85,16 @@ export class View {
     this.#changed()
   }
 
-  /** What is read now. */
+  /** The stream or turn that is being read. */
   get #current() {
     return this.target.turns?.[this.#turn] ?? this.target
   }
 
-  /** The run is shown here, as a whole or as a turn. */
+  /** Whether this view shows the run, alone or as a turn. */
   shows(run) {
     return this.target.run === run || (this.target.turns ?? []).some((turn) => turn.run === run)
   }
 
-  /** It can be left and taken up again. */
   get resumable() {
     return this.target.life !== "fleeting"
   }
@@ -112,7 +110,7 @@ export class View {
     return after ? `${url}${url.includes("?") ? "&" : "?"}last_event_id=${encodeURIComponent(after)}` : url
   }
 
-  // What the page shows of it
+  // Elements
 
   #build() {
     const { title, about, route, life, talks } = this.target
@@ -126,7 +124,7 @@ export class View {
     close.addEventListener("click", () => this.board.close(this))
     this.turns = element("div", { class: "turns" })
     this.remarks = element("div", { class: "remarks" })
-    this.raw = element("ol", { class: "raw", tabindex: "0", "aria-label": "Events as they came" })
+    this.raw = element("ol", { class: "raw", tabindex: "0", "aria-label": "Received events" })
     this.rawBox = element("details", { class: "events", ontoggle: () => this.#draw() }, element("summary", {}, "Events"))
     this.rawBox.append(this.raw)
     this.code = element("div", { class: "code" })
@@ -155,7 +153,7 @@ export class View {
     )
   }
 
-  /** The part of this kind, made now if it isn't there; parts stand in the order of their table. */
+  /** The part of this kind, created if needed, in the order of PARTS. */
   #part(kind) {
     if (!this.#parts[kind]) {
       const part = (this.#parts[kind] = new PARTS[kind]())
@@ -183,7 +181,7 @@ export class View {
     figure: (text) => this.#part("figure").set(text),
     sources: (sources) => this.#part("sources").set(sources),
     remark: (text, bad = false) => {
-      // A conversation says some of them at each turn.
+      // A conversation would repeat some at each turn.
       if (this.remarks.lastElementChild?.textContent !== text) {
         this.remarks.append(element("p", { class: bad ? "remark bad" : "remark" }, text))
       }
@@ -208,7 +206,7 @@ export class View {
     }
   }
 
-  /** From the first id on a run is found by its own name, and a topic from where it was subscribed to. */
+  /** The first id identifies a run, and the start of a topic's subscription. */
   #remember(id) {
     const { target } = this
     const run = runOf(id)
@@ -224,7 +222,7 @@ export class View {
     }
   }
 
-  /** What changes with each event, once a frame. */
+  /** Update what changes with each event, once a frame. */
   #draw() {
     const { lastId } = this.connection
     const events = this.connection.events + this.#earlier.events
@@ -298,9 +296,9 @@ export class View {
       this.#started.fulfil()
       for (const part of Object.values(this.#parts)) part.settle?.()
       if (outcome === "lost" && this.target.life === "fleeting") {
-        this.#show.remark("The connection broke. This stream is fleeting and ended with it: start it again.", true)
+        this.#show.remark("The connection broke, and this stream can't resume: start it again.", true)
       }
-      if (this.#cutNote) this.#noted(`You cut the connection after event ${this.#cutAfter}. It was the last one.`)
+      if (this.#cutNote) this.#noted(`You cut the connection after event ${this.#cutAfter}, which was the last one.`)
       this.#answers[this.#turn] = this.#parts.text?.text ?? ""
     }
     this.#draw()
@@ -319,20 +317,20 @@ export class View {
     this.#show.remark(problem.message, true)
   }
 
-  // What one does to it
+  // Actions
 
   #toggle() {
     if (this.connection.live) this.board.pause(this)
     else this.board.resume(this)
   }
 
-  /** Cut it in the middle, to see what becomes of it. */
+  /** Cut the connection, to show how the stream resumes. */
   #cut() {
     if (this.connection.state !== "open") return
     if (this.resumable) {
       this.#cutNote?.remove()
       this.#cutAfter = numberOf(this.connection.lastId)
-      const pause = `Reconnecting in ${CUT_MS / 1000} s, with its id.`
+      const pause = `Reconnecting in ${CUT_MS / 1000} s with the last id.`
       this.#cutNote = element("p", { class: "remark cut-note", role: "status" }, `You cut the connection after event ${this.#cutAfter}. ${pause}`)
       this.remarks.append(this.#cutNote)
     }
@@ -361,9 +359,9 @@ export class View {
     this.#changed()
   }
 
-  /** What is said next in a conversation: a run of its own, shown below. */
+  /** The form for the next turn of a conversation, which is another run. */
   #answerer() {
-    const text = element("textarea", { "aria-label": "Your answer", placeholder: "Say something back", rows: "1" })
+    const text = element("textarea", { "aria-label": "Your reply", placeholder: "Reply", rows: "1" })
     const error = element("p", { class: "error", role: "alert" })
     const form = element("form", { class: "publish answer", autocomplete: "off" }, text)
     form.append(element("button", { type: "submit" }, "Send"), error)
@@ -373,7 +371,7 @@ export class View {
       const said = text.value.trim()
       if (!said || sending) return
       if (!this.ended) {
-        setText(error, "The answer isn't finished yet.")
+        setText(error, "The answer isn't complete yet.")
         return
       }
       sending = true
@@ -399,7 +397,7 @@ export class View {
     return form
   }
 
-  /** A small form on a topic: what is published is seen by every tab that reads it. */
+  /** A form to publish to the topic. */
   #publisher() {
     const { route, url } = this.target
     const user = route.startsWith("GET /users/")
@@ -437,12 +435,12 @@ export class View {
   }
 }
 
-/** The number of an event within its run or topic; 0 where it has none. */
+/** The number of an event in its run or topic, or 0. */
 function numberOf(id) {
   return Number(/\.(\d+)$/.exec(id)?.[1] ?? 0)
 }
 
-/** JSON as it was typed; anything else is a text. */
+/** JSON as typed; other input becomes a text. */
 function asJson(typed) {
   try {
     JSON.parse(typed)

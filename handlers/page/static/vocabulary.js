@@ -1,15 +1,15 @@
 /**
- * What the events of each route mean: they are translated into the parts of a view.
+ * Translates the events of each route into the parts of a view.
  *
- * A vocabulary is an object of functions `(show, data)`, by event name; on data-only routes by the data's `type`, else
- * `message`. A function that returns a word ends the stream with it: completed, failed or cancelled.
+ * A vocabulary has a function `(show, data)` for each event name; on data-only routes for the data's `type`, else
+ * `message`. A function that returns an outcome (completed, failed, cancelled) ends the stream.
  */
 
 import { plain } from "./dom.js"
 import { FileLink } from "./parts.js"
 
 /**
- * @typedef {object} Show what a view offers; see view.js
+ * @typedef {object} Show see view.js
  * @property {(percent: number | null, label?: string) => void} bar
  * @property {(level: string, text: string, about?: object) => void} line
  * @property {(piece: string) => void} token
@@ -27,19 +27,19 @@ import { FileLink } from "./parts.js"
  */
 
 const GAPS = {
-  trimmed: "Some events are no longer kept; it goes on with the oldest that are.",
-  diverged: "The service lost its newest events in a crash; it goes on from where they part.",
-  expired: "What was here is no longer kept.",
+  trimmed: "Some events are no longer kept. The stream continues with the oldest event kept.",
+  diverged: "The service lost its newest events in a crash. The stream continues with the events after it.",
+  expired: "The events of this stream are no longer kept.",
 }
 
-/** The engine's own events, and the fallback for what no vocabulary names. */
+/** The engine's own events, and defaults. */
 const ENGINE = {
   gap: (show, data) => {
-    show.remark(GAPS[data.reason] ?? `A gap: ${plain(data)}`, true)
+    show.remark(GAPS[data.reason] ?? `Events were lost: ${plain(data)}`, true)
     return data.reason === "expired" ? "lost" : undefined
   },
   cancelled: (show, data) => {
-    show.remark(data.reason === "linger" ? "Cancelled: nobody was reading it." : "Cancelled.")
+    show.remark(data.reason === "linger" ? "Cancelled: no client was reading it." : "Cancelled.")
     return "cancelled"
   },
   error: (show, data) => {
@@ -240,7 +240,7 @@ const BY_ROUTE = {
   "GET /topics/{name}": {},
 }
 
-/** Not JSON, or a bare text that looks like none: the text itself. */
+/** The text itself if it is not JSON. */
 function parsed(data) {
   try {
     return JSON.parse(data)
@@ -249,16 +249,16 @@ function parsed(data) {
   }
 }
 
-/** Routes whose data are bare texts: a token "1" is no number. */
+/** Routes whose data are plain text: a token "1" is not a number. */
 const BARE = new Set(["POST /chat/stream"])
-/** Routes with no event names, where the data say what they are. */
+/** Routes without event names: the data have a `type`. */
 const TYPED = new Set(["POST /api/chat", "GET /chat", "GET /stream/data", "GET /stream/merge", "POST /jobs"])
 const WITHOUT_END = new Set(["GET /users/{user_id}/stream", "GET /topics/{name}"])
 
 /**
- * What turns the events of one stream into calls of `show`.
- * @param {string} declared the route, as of GET /runs: "GET /chat"; one that isn't known here is shown line by line
- * @returns {(show: Show, event: {type: string, data: string}) => string | undefined} a word where it ends
+ * A function that translates one stream's events into calls of `show`.
+ * @param {string} declared the route as in GET /runs, such as "GET /chat"; an unknown route is shown line by line
+ * @returns {(show: Show, event: {type: string, data: string}) => string | undefined} an outcome at the end
  */
 export function interpreter(declared) {
   const route = declared.replaceAll(/:\w+}/g, "}") // {seconds:int}
@@ -283,7 +283,7 @@ export function interpreter(declared) {
       const outcome = word(show, value)
       return endless || typeof outcome !== "string" ? undefined : outcome
     } catch {
-      show.line("warning", plain(value), { label: `${name}?` }) // not what routes promise: shown as it came
+      show.line("warning", plain(value), { label: `${name}?` }) // unexpected data
       return undefined
     }
   }

@@ -1,56 +1,64 @@
-"""The history checker over a whole installation, while everything in it breaks: nginx, replicas, one Redis.
+"""The history checker while everything breaks: `python -m tests.chaos --seconds 300 --seed 1 --log sqlite`.
 
-Clients know nginx only (as shipped in deploy/), which passes each request to any replica. Meanwhile, each at moments
-that the seed chooses: replicas are killed, drained and frozen; Redis (append-only file, every write synced) is killed,
-stopped and frozen, and its clients' connections are killed; nginx is reloaded and frozen; clients cut their
-connections, or read nothing for a while. What must be true at the end is what `history` says, with these allowances,
-since the log itself goes away: a run may end with `log_unavailable`, its events may be under several epochs, and a
-publish that was refused may have gone in, once.
+What breaks depends on the event log, and the seed chooses when. Clients cut their connections, or read nothing for a
+while, in any case.
+
+- `redis`, `valkey`: nginx (as shipped in deploy/) passes each request to any of three replicas. The replicas are
+  killed, drained and frozen. Redis (append-only file, every write synced) is killed, stopped and frozen, and its
+  clients' connections are killed. nginx is reloaded and frozen.
+- `sqlite`: one replica is killed, drained and frozen, and another program locks the log's file.
+- `memory`: one replica is frozen. It is not killed: what is in memory is lost with the process.
+
+The rules at the end are those of `tests.history`. Where Redis goes away there are three allowances: a run may end with
+`log_unavailable`, its events may be under several epochs, and a publish that was refused may have gone in, once.
 
 `--load 2` keeps both cores busy beside it: what depends on being in time fails then.
 """
 
+import argparse
 import asyncio
 import random
 import signal
+import sqlite3
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, get_args
 
-from benchmarks.history import (
-    LIMIT_S,
-    Answer,
-    Connection,
-    Cut,
-    History,
-    Replica,
-    Scenario,
-    exchange,
-    listening,
-)
-from benchmarks.history import violations as violations_of
 from benchmarks.process import busy
-from benchmarks.report import Check, Report, Spread
+from tests.history import Connection, History, violations
+from tests.history.client import LIMIT_S, Answer, Cut, exchange, listening
+from tests.history.replica import Replica
+from tests.history.scenario import Scenario
 from tests.nginx import nginx
-from tests.redis_server import Kind, RedisServer, serving
+from tests.redis_server import KINDS, RedisServer, serving
 
-__all__ = ["FAULTS", "Installation", "play", "run"]
+__all__ = ["FAULTS", "LOGS", "Log", "play"]
 
+Log = Literal["memory", "sqlite", "redis", "valkey"]
+LOGS: Final[tuple[Log, ...]] = get_args(Log)
 REPLICAS: Final = 3
 #: Of a replica's runs. Redis is away for less and for more than the half of it, which is how long calls wait.
 LEASE_S: Final = 2.0
-FAULTS: Final = (
-    *(f"replicas {how}" for how in ("killed", "drained", "frozen")),
+_STOPPED: Final = ("replicas killed", "replicas drained", "replicas frozen")
+_REDIS: Final = (
+    *_STOPPED,
     *(f"Redis {how}" for how in ("killed", "stopped", "frozen", "disconnected")),
     *(f"nginx {how}" for how in ("reloaded", "frozen")),
 )
-#: What replicas may complain about here.
+#: What breaks with each log.
+FAULTS: Final[dict[Log, Sequence[str]]] = {
+    "memory": ("replicas frozen",),
+    "sqlite": (*_STOPPED, "file locked"),
+    "redis": _REDIS,
+    "valkey": _REDIS,
+}
+#: What replicas may complain about where Redis goes away.
 EXPECTED: Final = (
-    "the event log's Redis is away",
+    "can't reach the event log's Redis",
     "its events can't be stored",
     "the event log can't be used at the moment",
     "the event log's Redis can't be used",
@@ -65,24 +73,27 @@ CHANGES: Final = {
 
 
 class Installation:
-    """What a scenario takes for its server."""
+    """What a scenario takes for its server: one replica, or with `redis` three behind nginx."""
 
-    def __init__(self, folder: Path, history: History, redis: RedisServer) -> None:
+    def __init__(self, folder: Path, history: History, log: str, redis: RedisServer | None) -> None:
         self.redis = redis
-        self.replicas = [Replica(str(folder), history, redis.url, LEASE_S, pinned=False) for _ in range(REPLICAS)]
+        self.file = folder / "log.db"  #: of the log in SQLite
+        count = 1 if redis is None else REPLICAS
+        self.replicas = [Replica(str(folder), history, log, LEASE_S, pinned=False) for _ in range(count)]
+        self._ports = [replica.port for replica in self.replicas]
+        self.port = self._ports[0]
         self._stack = ExitStack()
-        self.port = 0
 
     async def start(self) -> None:
         for replica in self.replicas:
             await replica.start()
-        ports = [replica.port for replica in self.replicas]
-        self.nginx = await asyncio.to_thread(self._stack.enter_context, nginx(*ports, changes=CHANGES))
-        self.port = self.nginx.port
+        if self.redis is not None:
+            self.nginx = await asyncio.to_thread(self._stack.enter_context, nginx(*self._ports, changes=CHANGES))
+            self.port = self.nginx.port
         await self.listening()
 
     async def listening(self) -> None:
-        for port in (*[replica.port for replica in self.replicas], self.nginx.port):
+        for port in {*self._ports, self.port}:
             await listening(port)
 
     async def supervise(self) -> None:
@@ -94,7 +105,7 @@ class Installation:
 
     async def stop_for_good(self) -> None:
         for replica in self.replicas:
-            await replica.stop_for_good(*EXPECTED)
+            await replica.stop_for_good(*([] if self.redis is None else EXPECTED))
         self._stack.close()
 
 
@@ -103,18 +114,22 @@ class Chaos(Scenario):
     runs_per_s = 3.0
     haste = 5
 
-    def __init__(self, seed: int, seconds: float, history: History, installation: Installation) -> None:
+    def __init__(self, seed: int, seconds: float, history: History, installation: Installation, log: Log) -> None:
         super().__init__(seed, seconds, history, installation)
         self.installation = installation
+        self._log = log
 
     async def _trouble(self) -> None:
         """Each part has its own. At the end all of them are well, and can write."""
-        supervisor = asyncio.create_task(self.installation.supervise())
+        supervisor = asyncio.create_task(self.installation.supervise() if self._log in KINDS else asyncio.sleep(0))
         async with asyncio.TaskGroup() as tasks:
-            for number in range(REPLICAS):
+            for number in range(len(self.installation.replicas)):
                 tasks.create_task(self._again(f"replica {number}", 4.0, self._hurt_a_replica))
-            tasks.create_task(self._again("redis", 2.5, self._hurt_redis))
-            tasks.create_task(self._again("nginx", 3.0, self._hurt_nginx))
+            if self._log == "sqlite":
+                tasks.create_task(self._again("file", 6.0, self._lock_the_file))
+            if self.installation.redis is not None:
+                tasks.create_task(self._again("redis", 2.5, self._hurt_redis))
+                tasks.create_task(self._again("nginx", 3.0, self._hurt_nginx))
         await self.installation.listening()
         for replica in self.installation.replicas:
             await self._answers(replica.port)
@@ -130,7 +145,7 @@ class Chaos(Scenario):
 
     async def _hurt_a_replica(self, name: str, rng: random.Random) -> str:
         replica = self.installation.replicas[int(name.split()[1])]
-        how = rng.choice(["killed", "killed", "drained", "frozen"])
+        how = rng.choice(["killed", "killed", "drained", "frozen"]) if self.history.stopped_by else "frozen"
         if how == "frozen":
             replica.send(signal.SIGSTOP)
             await asyncio.sleep(rng.choice([0.1, 1, 1.5]) * rng.uniform(0.5, 2))
@@ -142,8 +157,19 @@ class Chaos(Scenario):
             self.history.restarts += 1
         return f"replicas {how}"
 
+    async def _lock_the_file(self, name: str, rng: random.Random) -> str:
+        """As a backup does, or a person with `sqlite3`; for less than the 5 s for which the log waits."""
+        with closing(sqlite3.connect(self.installation.file, timeout=0, isolation_level=None)) as db:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:  # the replica is writing at the moment
+                return "file in use"
+            await asyncio.sleep(rng.choice([0.05, 0.5, 1.5]) * rng.uniform(0.5, 2))
+        return "file locked"
+
     async def _hurt_redis(self, name: str, rng: random.Random) -> str:
         redis = self.installation.redis
+        assert redis is not None
         how = rng.choice(["killed", "stopped", "frozen", "frozen", "normal", "pubsub"])
         if how in ("normal", "pubsub"):
             await asyncio.to_thread(redis.call, "CLIENT", "KILL", "TYPE", how)
@@ -191,22 +217,32 @@ class Chaos(Scenario):
         return replace(cut, frozen_s=rng.uniform(0.5, 3)) if rng.random() < 0.05 else cut
 
 
-def play(seed: int, seconds: float, kind: Kind = "valkey") -> History:
+def play(seed: int, seconds: float, log: Log = "valkey") -> History:
     """So many seconds of chaos, and until all readers have come to the end."""
-    history = History(stopped_by=signal.SIGKILL, log_goes=True)
-    with tempfile.TemporaryDirectory() as folder, serving(kind, keeps=True) as redis:
-        asyncio.run(Chaos(seed, seconds, history, Installation(Path(folder), history, redis)).play())
+    history = History(stopped_by=None if log == "memory" else signal.SIGKILL, log_goes=log in KINDS)
+    started = serving(log, keeps=True) if log == "redis" or log == "valkey" else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, started as redis:
+        installation = Installation(Path(folder), history, log if redis is None else redis.url, redis)
+        asyncio.run(Chaos(seed, seconds, history, installation, log).play())
     return history
 
 
-def run(*, seconds: int = 60, seed: int = 1, load: int = 0) -> Report:
-    """nginx, three replicas and Redis, all of which break while many readers are cut: what is heard at the end"""
-    report = Report("chaos", {"seconds": seconds, "seed": seed, "load": load})
-    with busy(load, seconds + 3 * LIMIT_S):
-        history = play(seed, seconds)
-    found = violations_of(history)
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos")
+    parser.add_argument("--seconds", type=float, default=60, help="until all is calm (default: 60)")
+    parser.add_argument("--seed", type=int, default=1, help="chooses what breaks and when (default: 1)")
+    parser.add_argument("--log", choices=LOGS, default="valkey", help="the event log (default: valkey)")
+    parser.add_argument("--load", type=int, default=0, help="processes that keep the cores busy (default: 0)")
+    options = parser.parse_args()
+    with busy(options.load, options.seconds + 3 * LIMIT_S):
+        history = play(options.seed, options.seconds, options.log)
+    found = violations(history)
+    print(f"seed {options.seed}, {options.log}: {history.summary()}")
     for violation in found[:50]:
-        print(f"seed {seed}: {violation[:300]} … {violation[-700:]}", file=sys.stderr)
-    report.rows["counts"] = {count: Spread.of([number]) for count, number in history.counts().items()}
-    report.checks.append(Check("violations", Spread.of([len(found)]), at_most=0))
-    return report
+        print(f"{violation[:300]} … {violation[-700:]}", file=sys.stderr)
+    print(f"{len(found)} violations")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
