@@ -1,24 +1,23 @@
-"""The front door: the ASGI callable, and the service made of it. (The command `sseapp` is `ssecore/server/cli.py`.)
+"""The ASGI app, and the service made of it. The command is `ssecore/server/cli.py`.
 
     app = SSEApp([GET("/countdown/{seconds:int}", countdown)])        # an ASGI app, to be served or mounted
     uvicorn --factory sseapp:create_app                               # the service
     sseapp serve                                                      # the same under our own runner
 
-One request goes through here as: match the table, read and decode query and body, call the handler; then stream what an
-async generator yields, or send what a coroutine returned; and any error on this way becomes a problem (RFC 9457).
+For each request the app finds the route, decodes query and body, and calls the handler. It streams what an async
+generator yields, or sends what a coroutine returns. An error before that becomes a problem (RFC 9457).
 """
 
-if __name__ == "__main__":  # first of all: see `ssecore.server.command`
+if __name__ == "__main__":  # before the imports: see `ssecore.server.command`
     from ssecore.server.command import main
 
     raise SystemExit(main())
 
 import logging
-import random
 import secrets
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
 
@@ -46,7 +45,6 @@ from ssecore.errors import (
     NotRunning,
     SettingsError,
     SSEAppError,
-    TooManyRequests,
     Unavailable,
 )
 from ssecore.hosting import HOSTED, EventStream
@@ -62,8 +60,6 @@ from ssecore.http.responses import (
     http_error,
     problem,
     raw_headers,
-    response_start,
-    send_response,
 )
 from ssecore.http.routes import DELETE, GET, PATCH, POST, PUT, About, Route, Run, Table, Upload
 from ssecore.log import Log
@@ -80,7 +76,7 @@ from ssecore.settings import Settings
 from ssecore.streaming.merge import merge
 from ssecore.streaming.progress import LogLevel, ProgressLogger, from_task, from_thread
 from ssecore.streaming.pump import EventPump, Pump
-from ssecore.streaming.sender import Sender, SenderOptions, Timekeeper
+from ssecore.streaming.sender import Sender, SenderOptions, Source, Timekeeper
 from ssecore.topics import Subscription, Topics
 from ssecore.wire import CONTENT_TYPE, Decoder, Event, encode
 
@@ -128,28 +124,41 @@ logger = logging.getLogger("sseapp")
 _EVENT_STREAM_HEADERS = [
     (b"content-type", CONTENT_TYPE.encode()),
     (b"cache-control", b"no-cache, no-transform"),
-    # nginx buffers no answer that says so, whatever its configuration.
+    # Turns off nginx's buffering.
     (b"x-accel-buffering", b"no"),
 ]
 
-#: Of bodies that requests and runs hold in memory at once: so many of the largest, and of one caller's.
+#: Request bodies of `max_body_bytes` in memory at once, in all and for one caller.
 BODIES: Final = 64
 BODIES_PER_CALLER: Final = 16
-#: The same for uploads, which hold `SPOOL_BYTES` each in memory and up to `max_import_bytes` on the disk.
+#: The same for uploads: each takes `SPOOL_BYTES` in memory and up to `max_import_bytes` on the disk.
 UPLOADS: Final = 32
 UPLOADS_PER_CALLER: Final = 8
-#: How long a client may take to read a farewell.
+#: How long a client may take to read a stream's last bytes.
 FAREWELL_S: Final = 1.0
 
-#: Makes what handlers find in `request.state`; left when the app stops.
+_Pulse = tuple[Callable[[], Event], float]  # arguments of `Sender.pulse`
+
+#: Makes `request.state`. Exited when the app stops.
 Lifespan = Callable[["SSEApp"], AbstractAsyncContextManager[Any]]
 
 
-class SSEApp:
-    """An ASGI app that streams what its handlers yield. Holds all its state itself: two apps never meet.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`body`, or a stream that a `Sender` sends from `source`."""
 
-    It must be running before `request.state` is there and drain works: by the server's lifespan, or, where it is
-    mounted in another program (hosts don't pass the lifespan on), by `async with app.running():` in the host's own.
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes = b""
+    source: Source | None = None
+    pulse: _Pulse | None = None
+
+
+class SSEApp:
+    """An ASGI app that streams what its handlers yield. Apps share no state.
+
+    `request.state`, runs and topics need a running app. A server's lifespan starts it. Frameworks don't pass that on to
+    mounted apps: use `async with app.running():` in the program's own lifespan there.
     """
 
     def __init__(
@@ -161,15 +170,15 @@ class SSEApp:
         caller: Caller | None = None,
     ) -> None:
         self.settings = settings or Settings()
-        #: Who may enter. Without `caller`, tokens or `auth="off"` in the settings: this machine only.
+        #: Authentication. Without `caller`, tokens or `auth="off"` only requests from this machine are accepted.
         self.guard = Guard(self.settings, caller)
         self._publish_rate = PublishRate(self.settings.max_publish_per_s)
         self.state: Any = None
         self.draining = False
-        #: It has ended by itself, since it started: our runner ends the process then.
+        #: One of the app's own tasks failed after the start. Our runner ends the process then.
         self.failed = False
         self._running = False
-        #: Set by our runner: it says when a drain begins. Under another server a signal does.
+        #: Set by our runner, which calls `drain`. Under another server a signal starts it.
         self.drained_by_runner = False
         table = [*routes, *RUN_ROUTES, *self.guard.routes]
         if not any(route.path == "/openapi.json" for route in routes):
@@ -177,8 +186,7 @@ class SSEApp:
         self._table = Table(table)
         self._lifespan = lifespan
         self._streams: set[Sender] = set()
-        self._taken = 0  # places of streams, from the decision that there is room for one to its end
-        self._places: Counter[str] = Counter()  # the same by caller
+        self._places = Room("open streams", self.settings.max_streams, self.settings.max_streams_per_caller)
         largest = self.settings.max_body_bytes
         self._body_bytes = Room("bytes of request bodies", BODIES * largest, BODIES_PER_CALLER * largest)
         self._uploads = Room("uploads", UPLOADS, UPLOADS_PER_CALLER)
@@ -198,25 +206,20 @@ class SSEApp:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._converse(scope, receive, send)
-        # The body of what would be `_http`: while a stream runs each coroutine that waits costs it 0.3 KiB.
         request = Request(scope, receive, self.state, services=self._services, draining=self.draining)
-        head = request.method == "HEAD"
         hosted: EventStream | None = scope.get(HOSTED)
         sender: Sender | None = None
         try:
-            if hosted is None:
-                request.answer_headers = self.guard.cors_headers(request)
-                self.guard.admit(request)
-                answer = self.guard.preflight(request) or await self._answer(request, send, head=head)
-            else:
-                answer = await self._answer_hosted(request, send, hosted, head=head)
-            if isinstance(answer, Sender):
-                sender = answer
+            answer = await self._answer(request, hosted)
+            if answer.source is not None:
+                sender = Sender(request, send, answer.source, answer.headers, self._options, answer.status)
+                if answer.pulse is not None:
+                    sender.pulse(*answer.pulse)
                 self._streams.add(sender)
                 if self.draining and isinstance(sender.source, Reader):
-                    sender.stop("drain")  # it was let in before, and has waited for the log
+                    sender.stop("drain")  # the drain began while the request waited for the log
+                # Awaited here: each coroutine that waits costs a stream 0.3 KiB.
                 return await sender.run(self._services is not None)
-            start = response_start(answer) if answer is not None else None
         except ClientGone:
             return
         except get_cancelled_exc_class():
@@ -226,19 +229,20 @@ class SSEApp:
             theirs = failure.__cause__ if isinstance(failure, SSEAppError) else failure
             if hosted is not None and isinstance(theirs, Exception) and http_error(theirs) is not None:
                 raise theirs from None
-            answer, start = self._refused(request, http_error(failure) or failure)
+            answer = self._refused(request, http_error(failure) or failure)
         finally:
-            if sender is None:  # else at the stream's end, which may come long after this call's
+            if sender is None:  # else `_over`: a parked stream outlives this call
                 self._leave(request)
-        if answer is not None and start is not None:
-            start["headers"] += request.answer_headers
-            await send_response(answer, start, send, head=head)
+        headers = [*answer.headers, *request.answer_headers]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        body = b"" if request.method == "HEAD" else answer.body
+        await send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _converse(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._run_lifespan(receive, send)
         elif scope["type"] == "websocket":
-            # Before the handshake is accepted a close is a 403 to the client.
+            # A close before the handshake is accepted is sent as 403.
             await receive()
             await send({"type": "websocket.close", "code": 1003, "reason": "server-sent events only"})
         else:
@@ -248,7 +252,7 @@ class SSEApp:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run what belongs to the app as a whole: its lifespan, and the sweep over its streams. Once at a time."""
+        """Run the app. Raises `RuntimeError` if it is running already."""
         if self._running:
             raise RuntimeError("the app is running already")
         self._running = True
@@ -260,17 +264,17 @@ class SSEApp:
 
     @property
     def private(self) -> bool:
-        """Whether it answers its own machine only, since nothing says who else may."""
+        """No authentication is configured: only requests from this machine are accepted."""
         return self.guard.mode == "private"
 
     @property
     def topics(self) -> Topics:
-        """For a host's own routes: `await app.topics.publish("news", Event(…))`. Raises `NotRunning`."""
+        """For your own routes: `await app.topics.publish("news", Event(…))`. Raises `NotRunning`."""
         return self._running_services().topics
 
     @property
     def runs(self) -> Runs:
-        """For a host's own code: `id = await app.runs.start(answer(user), caller=user.name)`. Raises `NotRunning`."""
+        """For your own code: `id = await app.runs.start(answer(user), caller=user.name)`. Raises `NotRunning`."""
         return self._running_services().runs
 
     def _running_services(self) -> Services:
@@ -280,7 +284,7 @@ class SSEApp:
 
     @asynccontextmanager
     async def _opened(self) -> AsyncIterator[None]:
-        failure: Exception | None = None  # of the host: raised outside of the group, which would wrap it
+        failure: Exception | None = None  # of the caller's block; the task group would wrap it
         async with AsyncExitStack() as stack:
             if self._lifespan is not None:
                 self.state = await stack.enter_async_context(self._lifespan(self))
@@ -311,7 +315,7 @@ class SSEApp:
             finally:
                 if tasks.cancel_scope.cancel_called:  # one of its tasks failed
                     self.failed, self._services = True, None
-                with anyio.CancelScope(shield=self.failed):  # streams get their farewell all the same
+                with anyio.CancelScope(shield=self.failed):  # so that streams end properly
                     await self.drain(0)
                 tasks.cancel_scope.cancel()
                 self._services = self.state = None
@@ -325,19 +329,19 @@ class SSEApp:
         return Facts(self._streams, runs.at_work, runs.tails.gaps, dropped_lines())
 
     def at_work(self) -> list[str]:
-        """The streams and runs that haven't ended, for the log: by their routes, a run by its id too. Thread-safe."""
+        """Open streams and runs, for the log: their routes; of a run the id too. Thread-safe."""
         runs = self._runs.names() if self._runs is not None else []
         return [*runs, *(f"{stream.request.method} {stream.route}" for stream in list(self._streams))]
 
     async def drain(self, grace_s: float) -> None:
-        """Refuse new streams from now on; give fleeting ones and runs `grace_s` to finish, then end them.
+        """Refuse new streams, give running generators `grace_s` to finish, then end them.
 
-        Readers of runs and topics get their farewell at once: what they read goes on without them. Returns when all
-        have ended, or after a second more: a client that doesn't read keeps its stream, until `abort`.
+        Readers of runs and topics are ended at once: they can resume elsewhere, or after the restart. Returns when all
+        streams have ended, or `FAREWELL_S` later: a client that doesn't read keeps its stream until `abort`.
         """
         self.draining = True
         for stream in list(self._streams):
-            if isinstance(stream.source, Reader):  # it goes on elsewhere, or here after the restart
+            if isinstance(stream.source, Reader):
                 stream.stop("drain")
         async with anyio.create_task_group() as tasks:
             if self._services is not None:
@@ -350,18 +354,18 @@ class SSEApp:
                 await self._no_streams()
 
     async def _leave_soon(self, told: anyio.Event) -> None:
-        """Under another server: say farewell when a signal comes. How long the rest may take is the server's to say."""
+        """Drain at a signal, under another server, which limits how long the shutdown takes."""
         await told.wait()
         await self.drain(0)
         self.abort()
 
     def abort(self) -> None:
-        """Cut off who is still there: before the server cancels their tasks, and says so in its log."""
+        """Disconnect the remaining clients, before the server cancels their tasks and logs that."""
         for stream in list(self._streams):
             stream.abort("drain")
 
     def give_up(self) -> None:
-        """Fail requests that wait for a log that is away: each gets its 503, before the server cancels them."""
+        """Answer requests that wait for an unreachable log with 503, before the server cancels them."""
         if self._services is not None:
             self._services.runs.log.give_up()
 
@@ -393,8 +397,66 @@ class SSEApp:
 
     # One request
 
-    async def _answer(self, request: Request, send: Send, *, head: bool) -> Response | Sender | None:
-        """What to send or to run, or `None` where all has been said."""
+    async def _answer(self, request: Request, hosted: EventStream | None) -> Answer:
+        """If the answer has a source, a place was taken for it, and only its `Sender` closes it."""
+        params: Mapping[str, Any] = {}
+        if hosted is not None:
+            route = hosted.take(request)
+        else:
+            request.answer_headers = self.guard.cors_headers(request)
+            self.guard.admit(request)
+            if (preflight := self.guard.preflight(request)) is not None:
+                return _whole(preflight)
+            route, params = await self._enter(request)
+        pulse: _Pulse | None = None
+        result = None if route.streams else await route.handler(request, **params)
+        if route.streams or isinstance(result, Subscription):
+            if route.streams and request.method in ("GET", "HEAD") and request.last_event_id == "end":
+                return Answer(204, [])  # `EventSource` doesn't reconnect after a 204
+            if request.method == "HEAD":
+                return Answer(200, _EVENT_STREAM_HEADERS)
+            self._take_place(request)
+        if isinstance(result, Subscription):
+            pulse = result.pulse and (result.pulse, result.pulse_s)
+            result = await request.topics.subscribe(request, result)
+        elif route.run is not None:
+            result = await request.runs.respond(request, route, params)
+        elif route.streams:
+            pump = EventPump(
+                route.handler(request, **params),
+                request,
+                buffer_bytes=self.settings.buffer_bytes,
+                ends_for_good=request.method == "GET",
+            )
+            return Answer(200, _EVENT_STREAM_HEADERS, source=pump)
+        return await self._ready(request, route, result, pulse)
+
+    async def _ready(self, request: Request, route: Route, result: Any, pulse: _Pulse | None) -> Answer:
+        """The answer for a handler's or a run's result. Closes a source that won't be sent."""
+        if isinstance(result, Response):
+            return _whole(result)
+        async with AsyncExitStack() as unsent:
+            if isinstance(result, Attached):
+                source: Source = result.reader
+                unsent.callback(source.close)
+                status, headers = 200, [*_EVENT_STREAM_HEADERS, *raw_headers(None, result.headers)]
+            elif isinstance(result, ByteStream):
+                source = Pump(result.chunks, _chunk, request, buffer_bytes=self.settings.buffer_bytes)
+                if hasattr(result.chunks, "aclose"):
+                    unsent.push_async_callback(result.chunks.aclose)
+                status, headers = result.status, raw_headers(result.media_type, result.headers)
+            else:
+                raise TypeError(f"{request.path}: the handler returned {type(result).__name__}, not a Response")
+            if request.method == "HEAD":
+                return Answer(status, headers)
+            self._take_place(request)
+            unsent.pop_all()
+        if isinstance(source, Reader) and request.last_event_id:
+            self.metrics.resumes.labels(route.path).inc()
+        return Answer(status, headers, source=source, pulse=pulse)
+
+    async def _enter(self, request: Request) -> tuple[Route, Mapping[str, Any]]:
+        """Authenticate and decode the request. Raises the 4xx that fits."""
         settings = self.settings
         route, params = self._table.match(request.method, request.path)
         request.route = route
@@ -405,123 +467,20 @@ class SSEApp:
         if route.publishes:
             self._publish_rate.spend(request.caller)
         if route.streams and route.body is not None:
-            self._take_place(request)  # before its body is read: a refusal costs nothing then
+            self._take_place(request)  # before the body is read: a refusal is cheap then
         await request.decode(
             route, params, settings.max_body_bytes, settings.max_import_bytes, self._body_bytes, self._uploads
         )
-        if not route.streams:
-            answer = await route.handler(request, **params)
-            return await self._send_answer(request, send, answer, head=head)
-        return await self._open(request, send, route, params, head=head)
-
-    async def _answer_hosted(
-        self, request: Request, send: Send, hosted: EventStream, *, head: bool
-    ) -> Response | Sender | None:
-        """The same where the route is an embedding program's own, which has let the request in."""
-        request.caller = hosted.caller
-        request.answer_headers = hosted.raw_headers
-        request.route = route = hosted.route(request.scope)
-        events = hosted.events
-        if isinstance(events, str):
-            return await self._send_answer(request, send, await request.runs.view(request, events), head=head)
-        if isinstance(events, Subscription):
-            return await self._send_answer(request, send, events, head=head)
-        return await self._open(request, send, route, {}, head=head)
-
-    async def _open(
-        self, request: Request, send: Send, route: Route, params: Mapping[str, Any], *, head: bool
-    ) -> Response | Sender | None:
-        """What to send or to run for what a generator gives."""
-        settings = self.settings
-        if request.method in ("GET", "HEAD") and request.last_event_id == "end":
-            return Response(status=204)  # it has ended for good: an `EventSource` stops here
-        if head:
-            return await self._send_head(request, send, _EVENT_STREAM_HEADERS)
-        if not request.has_place:
-            self._take_place(request)
-        if route.run is not None:
-            answer = await request.runs.respond(request, route, params)
-            if isinstance(answer, Response):
-                return answer
-            return self._reading(request, send, answer)  # without asking for room again: the run is at work
-        pump = EventPump(
-            route.handler(request, **params),
-            request,
-            buffer_bytes=settings.buffer_bytes,
-            ends_for_good=request.method == "GET",
-        )
-        return Sender(request, send, pump, _EVENT_STREAM_HEADERS, self._options)
-
-    async def _send_answer(self, request: Request, send: Send, answer: Any, *, head: bool) -> Response | Sender | None:
-        """What to send or to run for what a handler returned."""
-        if isinstance(answer, Response):
-            return answer
-        if isinstance(answer, ByteStream):
-            return await self._send_bytes(request, send, answer, head=head)
-        if head and isinstance(answer, Subscription):
-            return await self._send_head(request, send, _EVENT_STREAM_HEADERS)
-        if isinstance(answer, Subscription):
-            self._take_place(request)
-            attached = await request.topics.subscribe(request, answer)
-            stream = self._reading(request, send, attached)
-            if answer.pulse is not None:
-                stream.pulse(answer.pulse, answer.pulse_s)
-            return stream
-        if not isinstance(answer, Attached):
-            raise TypeError(f"{request.path}: the handler returned {type(answer).__name__}, not a Response")
-        if head:
-            answer.reader.close()
-            return await self._send_head(request, send, [*_EVENT_STREAM_HEADERS, *raw_headers(None, answer.headers)])
-        try:
-            self._take_place(request)
-        except SSEAppError:
-            answer.reader.close()
-            raise
-        return self._reading(request, send, answer)
-
-    def _reading(self, request: Request, send: Send, attached: Attached) -> Sender:
-        """The stream that closes this reader."""
-        reader = attached.reader
-        if request.last_event_id and request.route is not None:
-            self.metrics.resumes.labels(request.route.path).inc()
-        try:
-            headers = [*_EVENT_STREAM_HEADERS, *raw_headers(None, attached.headers)]
-        except ValueError:
-            reader.close()
-            raise
-        return Sender(request, send, reader, headers, self._options)
-
-    async def _send_bytes(self, request: Request, send: Send, answer: ByteStream, *, head: bool) -> Sender | None:
-        started = False
-        try:
-            headers = raw_headers(answer.media_type, answer.headers)
-            if head:
-                await self._send_head(request, send, headers, answer.status)
-                return None
-            self._take_place(request)
-            started = True
-            pump = Pump(answer.chunks, _chunk, request, buffer_bytes=self.settings.buffer_bytes)
-            return Sender(request, send, pump, headers, self._options, answer.status)
-        finally:
-            if not started and hasattr(answer.chunks, "aclose"):
-                await answer.chunks.aclose()
-        return None
-
-    async def _send_head(
-        self, request: Request, send: Send, headers: list[tuple[bytes, bytes]], status: int = 200
-    ) -> Response | None:
-        """The headers that GET would have: without a length, unless the handler knew it."""
-        headers = [*headers, *request.answer_headers]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-        return None
+        return route, params
 
     def _leave(self, request: RequestFacts) -> None:
-        self._leave_place(request)
+        if request.has_place:
+            request.has_place = False
+            self._places.give_back(request.caller, 1)
         request.close()
 
     def _over(self, stream: Sender) -> None:
-        """It has ended: in its request's own call, or, where it was parked, long after that has returned."""
+        """Called at a stream's end, which may come after the request's call has returned."""
         self._streams.discard(stream)
         self._leave(stream.request)
         self._note(stream)
@@ -530,11 +489,11 @@ class SSEApp:
             self._idle = None
 
     def _note(self, stream: Sender) -> None:
-        """A stream's end, in the metrics and in one line of the log. Of a caller the name, of a payload nothing."""
+        """Count and log a stream's end: the caller's name, and nothing of what was sent."""
         request, failure = stream.request, stream.source.failure
         reason: str = request.end_reason
         if reason == "failed" and isinstance(failure, SSEAppError) and failure.status < 500 and not stream.events_sent:
-            reason = "refused"  # by its handler, before it gave anything: the client's mistake
+            reason = "refused"  # the handler raised a 4xx before its first event
         self.metrics.ended(stream, reason)
         if logger.isEnabledFor(logging.INFO):
             seconds = round(monotonic() - stream.began, 3)
@@ -544,59 +503,39 @@ class SSEApp:
             logger.info(f"{text}, caller %(caller)s" if request.caller else text, facts, extra={"stream": facts})
 
     def _take_place(self, request: Request) -> None:
-        """Count the stream that the request is about to open, until its end.
-
-        Raises `Unavailable` where none can be opened now, `TooManyRequests` where the caller has too many.
-        """
+        """Count the request's stream against the limits until it ends. Raises `Draining`, and what `Room.take` does."""
+        if request.has_place:
+            return
         if self.draining:
             raise Draining
-        limit, callers, wait_s = self.settings.max_streams, self.settings.max_streams_per_caller, random.randint(1, 5)
-        if limit is not None and self._taken >= limit:
-            raise Unavailable("too many open streams; try again", retry_after_s=wait_s)
-        if callers is not None and request.caller is not None and self._places[request.caller] >= callers:
-            raise TooManyRequests(f"you have {callers} open streams already; close one", retry_after_s=wait_s)
+        self._places.take(request.caller, 1)
         request.has_place = True
-        self._taken += 1
-        if request.caller is not None:
-            self._places[request.caller] += 1
 
-    def _leave_place(self, request: RequestFacts) -> None:
-        if request.has_place:
-            request.has_place = False
-            self._taken -= 1
-            if request.caller is not None:
-                self._places[request.caller] -= 1
-                if not self._places[request.caller]:
-                    del self._places[request.caller]
-
-    def _refused(self, request: Request, error: Exception) -> tuple[Response, MutableMapping[str, Any]]:
-        """The answer to a request that failed, ready to be sent."""
+    def _refused(self, request: Request, error: Exception) -> Answer:
         try:
-            answer = self._refusal(request, error)
-            return answer, response_start(answer)
+            return _whole(self._refusal(request, error))
         except ValueError as bad_headers:
-            answer = problem(SSEAppError(public_text(bad_headers)))
-            return answer, response_start(answer)
+            return _whole(problem(SSEAppError(public_text(bad_headers))))
 
     def _refusal(self, request: Request, error: Exception) -> Response:
         reference: str | None = None
         if not isinstance(error, SSEAppError):
-            error = SSEAppError(public_text(error))  # with a reference in it, and logged
+            error = SSEAppError(public_text(error))  # logged, with a reference
         else:
             reference = self._log_refusal(request, error)
         self.metrics.refused.labels(error.status).inc()
-        # What will pass must not kill a browser's `EventSource`.
+        # `EventSource` reconnects after a 200 that ends, never after a 503.
         if isinstance(error, Unavailable) and request.like_event_source:
             body = b"%bretry: %d\n" % (request.preamble, spread(self._options.retry_ms))
             return Response(body, media_type=CONTENT_TYPE, headers={"cache-control": "no-cache"})
         return problem(error, reference, request.dialect)
 
     def _log_refusal(self, request: Request, error: SSEAppError) -> str | None:
-        """Gives the reference of a 5xx, which its client gets too."""
+        """Returns the reference of a 5xx, which the client gets too."""
         route = request.route.path if request.route is not None else "none"
-        text = "%s %s answered %d %s: %r"  # `%r`: a text may quote the client, line ends included
+        text = "%s %s answered %d %s: %r"  # `%r`: the client's line ends
         detail = error.detail
-        if isinstance(error, EncodeError) and error.__cause__ is not None:  # the type, which its client isn't told
+        if isinstance(error, EncodeError) and error.__cause__ is not None:  # its type, which isn't sent
             detail += f": {error.__cause__!r}"
         facts = (request.method, route, error.status, error.code, detail)
         if error.status < 500:
@@ -607,15 +546,23 @@ class SSEApp:
         return reference
 
 
+def _whole(response: Response) -> Answer:
+    """Raises `ValueError` for invalid headers."""
+    headers = raw_headers(response.media_type, response.headers)
+    if response.status not in (204, 304):
+        headers.append((b"content-length", b"%d" % len(response.body)))
+    return Answer(response.status, headers, response.body)
+
+
 def _chunk(item: bytes | bytearray | memoryview) -> bytes:
-    # `bytes(3)` would be three NULs.
+    # `bytes(3)` is three NULs.
     if not isinstance(item, bytes | bytearray | memoryview):
         raise TypeError(f"a ByteStream has chunks of bytes, not {type(item).__name__}")
     return bytes(item)
 
 
 def open_log(settings: Settings) -> Log:
-    """The event log's engine that the settings name."""
+    """The event log that the settings name."""
     if settings.log == "memory":
         return MemoryLog(max_bytes=settings.log_max_bytes)
     if settings.log != "sqlite":
@@ -633,7 +580,7 @@ def open_log(settings: Settings) -> Log:
 
 
 def create_app(settings: Settings | None = None) -> SSEApp:
-    """The service: the engine with the routes of `handlers/`. Settings come from the environment if not given."""
+    """The service: an `SSEApp` with the routes of `handlers/`. `settings` default to the environment's."""
     try:
         from handlers import ROUTES, resources
     except ModuleNotFoundError as error:

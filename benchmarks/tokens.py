@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.process import PEERS_PYTHON, Server, memory_bytes
+from benchmarks.process import PEERS_PYTHON, Server, ahead_of_others, memory_bytes
 from benchmarks.redis import has_redis
 from benchmarks.report import Check, Report, Spread
 from tests.redis_server import serving
@@ -60,7 +60,7 @@ def run(
     sizes = {"rounds": rounds, "streams": streams, "many": many, "most": most, "rate": rate, "tokens": tokens}
     report = Report("tokens", sizes)
     found: list[dict[str, dict[str, float]]] = []
-    with ExitStack() as stack:
+    with ahead_of_others(), ExitStack() as stack:
         upstream = stack.enter_context(Server.upstream("chat_upstream", str(rate), str(tokens)))
         environ = {"OPENAI_BASE_URL": f"http://127.0.0.1:{upstream.port}/v1", "OPENAI_API_KEY": "x"}
         contenders = _contenders(stack, report, environ, peers_python)

@@ -9,11 +9,11 @@ It differs from a route of an `SSEApp`:
 4.  The framework answers an `HTTPException` raised before the first event.
 """
 
-from collections.abc import AsyncIterable, Mapping, MutableMapping
+from collections.abc import AsyncIterable, MutableMapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ssecore.dialects import NAMED, Dialect
-from ssecore.http.request import Receive
+from ssecore.http.request import Receive, Request
 from ssecore.http.responses import Send
 from ssecore.http.routes import Route, Run
 from ssecore.topics import Subscription
@@ -84,11 +84,19 @@ class EventStream(_Response):
         if self.background is not None:
             await self.background()
 
-    def route(self, scope: Mapping[str, Any]) -> Route:
-        path = getattr(scope.get("route"), "path", None) or scope.get("path_template")
-        path = path or getattr(scope.get("endpoint"), "__name__", None) or "EventStream"
-        return Route(scope["method"], path, self._begin, dialect=self.dialect, run=self.run, hosted=True)
+    def take(self, request: Request) -> Route:
+        """Let the request in. Gives what stands for the framework's route, under the framework's path."""
+        scope = request.scope
+        path = getattr(scope.get("route"), "path", None) or scope.get("path_template")  # FastAPI's; Litestar's
+        path = path or getattr(scope.get("endpoint"), "__name__", None) or "EventStream"  # Starlette's; any other's
+        handler = self._begin if isinstance(self.events, AsyncIterable) else self._read
+        route = Route(request.method, path, handler, dialect=self.dialect, run=self.run, hosted=True)
+        request.caller, request.answer_headers, request.route = self.caller, self.raw_headers, route
+        return route
 
-    def _begin(self, request: Any) -> Any:
+    def _begin(self, request: Request) -> Any:
         self._begun = True
-        return aiter(self.events) if isinstance(self.events, AsyncIterable) else self.events
+        return aiter(self.events)  # type: ignore[arg-type]
+
+    async def _read(self, request: Request) -> Any:
+        return await request.runs.view(request, self.events) if isinstance(self.events, str) else self.events

@@ -15,7 +15,6 @@ from trio.testing import MockClock
 
 from sseapp import SSEApp
 from ssecore.http.request import Request
-from ssecore.http.responses import Send
 from ssecore.testing import Exchange, VirtualClockLoop, connect
 from ssecore.wire import Decoder, Event
 
@@ -58,9 +57,9 @@ def stand_still(seconds: float) -> None:
 class AppWithCallers(SSEApp):
     """An app where the header `x-caller` says who asks."""
 
-    async def _answer(self, request: Request, send: Send, *, head: bool) -> Any:
+    async def _answer(self, request: Request, hosted: Any) -> Any:
         request.caller = request.headers.get("x-caller")
-        return await super()._answer(request, send, head=head)
+        return await super()._answer(request, hosted)
 
 
 @dataclass

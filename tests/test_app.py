@@ -1029,11 +1029,12 @@ async def test_head_of_a_stream_of_bytes_has_the_status_and_the_headers_of_get(
 # A full house
 
 
-async def test_one_stream_too_many_is_refused_and_softly_for_a_browser() -> None:
-    async def endless(request: Request) -> AsyncIterator[Event]:
-        yield Event("first")
-        await anyio.sleep_forever()
+async def endless(request: Request) -> AsyncIterator[Event]:
+    yield Event("first")
+    await anyio.sleep_forever()
 
+
+async def test_one_stream_too_many_is_refused_and_softly_for_a_browser() -> None:
     async def unary(request: Request) -> Response:
         return JSON("unary")
 
@@ -1053,6 +1054,24 @@ async def test_one_stream_too_many_is_refused_and_softly_for_a_browser() -> None
             assert (await ask(app, "GET", "/unary")).json() == "unary"
         async with connect(app, target="/a") as exchange:
             assert await exchange.chunk() == b"retry: 2000\ndata: first\n\n"
+
+
+async def test_a_run_without_a_place_for_its_reader_is_not_started(calls: Recorder) -> None:
+    app = SSEApp([POST("/a", calls.stream, run=Run()), GET("/endless", endless)], Settings(max_streams=1, log="memory"))
+    async with app.running(), connect(app, target="/endless") as exchange:
+        await exchange.chunk()
+        assert (await ask(app, "POST", "/a")).status == 503
+        assert not calls.requests and not app.runs.at_work
+
+
+async def test_a_reader_that_is_not_sent_is_closed() -> None:
+    app = SSEApp([GET("/a", endless, run=Run())], Settings(max_streams=1, log="memory"))
+    async with app.running(), connect(app, target="/a") as exchange:
+        await exchange.chunk()
+        run = exchange.headers["run-id"]
+        for method, status in (("HEAD", 200), ("GET", 503)):
+            assert (await ask(app, method, f"/runs/{run}/events")).status == status
+            assert app.runs.tails.subscribers(run) == 1
 
 
 # Other scopes

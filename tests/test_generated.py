@@ -178,7 +178,7 @@ class Running:
     def left_behind(self) -> int:
         """Tasks, streams and places of streams."""
         tasks = self.portal.call(self._tasks) - self.tasks
-        return tasks + sum(len(app._streams) + app._taken + len(app._places) for app in self.apps)
+        return tasks + sum(len(app._streams) + app._places._taken for app in self.apps)
 
 
 @pytest.fixture(scope="module")

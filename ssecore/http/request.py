@@ -79,7 +79,7 @@ _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 class Room:
     """A limit of `what` (plural), in total and by caller."""
 
-    def __init__(self, what: str, limit: int, limit_per_caller: int) -> None:
+    def __init__(self, what: str, limit: int | None, limit_per_caller: int | None) -> None:
         self._what = what
         self._limit = limit
         self._limit_per_caller = limit_per_caller
@@ -89,10 +89,11 @@ class Room:
     def take(self, caller: str | None, amount: int) -> None:
         """Raises `TooManyRequests` over the caller's limit, `Unavailable` over the total."""
         wait_s = random.randint(1, 5)
-        if self._taken + amount > self._limit:
+        if self._limit is not None and self._taken + amount > self._limit:
             raise Unavailable(f"too many {self._what} at once; try again", retry_after_s=wait_s)
         if caller is not None:
-            if self._taken_by[caller] + amount > self._limit_per_caller:
+            limit = self._limit_per_caller
+            if limit is not None and self._taken_by[caller] + amount > limit:
                 raise TooManyRequests(f"you have too many {self._what} at once; try again", retry_after_s=wait_s)
             self._taken_by[caller] += amount
         self._taken += amount

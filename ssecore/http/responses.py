@@ -17,8 +17,6 @@ __all__ = [
     "http_error",
     "problem",
     "raw_headers",
-    "response_start",
-    "send_response",
 ]
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -72,20 +70,6 @@ def raw_headers(media_type: str | None, headers: Mapping[str, str]) -> list[tupl
         if any(char in name + value for char in "\r\n\0"):
             raise ValueError(f"the header {name!r:.60} contains CR, LF or NUL")
     return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in items]
-
-
-def response_start(response: Response) -> MutableMapping[str, Any]:
-    """The first message. Raises `ValueError` for invalid headers."""
-    headers = raw_headers(response.media_type, response.headers)
-    if response.status not in (204, 304):
-        headers.append((b"content-length", b"%d" % len(response.body)))
-    return {"type": "http.response.start", "status": response.status, "headers": headers}
-
-
-async def send_response(response: Response, start: MutableMapping[str, Any], send: Send, *, head: bool = False) -> None:
-    """For HEAD without the body."""
-    await send(start)
-    await send({"type": "http.response.body", "body": b"" if head else response.body, "more_body": False})
 
 
 def http_error(error: Exception) -> SSEAppError | None:

@@ -127,7 +127,7 @@ class Route:
     def __post_init__(self) -> None:
         if self.hosted:
             object.__setattr__(self, "lists", frozenset())
-            object.__setattr__(self, "streams", True)
+            object.__setattr__(self, "streams", not inspect.iscoroutinefunction(self.handler))
             return
         if not self.path.startswith("/"):
             raise ValueError(f"{self.path!r}: a path begins with /")
