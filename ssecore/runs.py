@@ -118,6 +118,8 @@ class _Fingerprint:
 
 
 class Worker:
+    """A run in this process."""
+
     def __init__(
         self,
         runs: "Runs",
@@ -131,7 +133,7 @@ class Worker:
         self.owner = request.caller
         self.started = anyio.Event()  #: set with its first stored event, or its end
         self.failed_early: Exception | None = None  #: rule 2
-        self.answered = False  #: a client got 200 or 202: too late for rule 2
+        self.answered = False  #: 200 or 202: too late for rule 2
         self.readers = 0
         self.meta = meta
         self._runs = runs
@@ -194,8 +196,7 @@ class Worker:
             logger.warning("run %s was taken over or deleted while it was running", self.id)
 
     def _post_ready(self) -> None:
-        """Post the pump's frames; if too much isn't stored yet, `_confirm` does it. Hot path, once per wait of the
-        generator."""
+        """Post the pump's frames, or leave them to `_confirm`. Hot path, once per wait of the generator."""
         if self._pump.ended or self._failure is not None:
             self._check_finished()
         elif self._unstored < self._most_unstored and self._pump.has_something:
@@ -371,6 +372,8 @@ def _decoded(frame: bytes) -> Event | None:
 
 
 class Runs:
+    """An app's runs."""
+
     def __init__(
         self, log: Log, tails: Tails, settings: Settings, tasks: TaskGroup, dialects: Iterable[Dialect] = ()
     ) -> None:
@@ -523,7 +526,7 @@ class Runs:
             await _wait_started(worker)
             return _with_location(request, await self._attach(stat.stream, None, route.dialect))
         finally:
-            self.tails.release(tail)
+            tail.release()
             if worker is not None:
                 worker.detach()
 
@@ -716,11 +719,8 @@ class Runs:
             worker.attach()
         elif peers is not None:
             self._remote_readers[run] += 1
-        release = reader.on_close
 
         def closed() -> None:
-            if release is not None:
-                release()
             if worker is not None:
                 worker.detach()
             elif peers is not None:

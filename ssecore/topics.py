@@ -46,6 +46,8 @@ class Subscription:
 
 
 class Topics:
+    """An app's topics."""
+
     def __init__(self, log: Log, tails: Tails, settings: Settings) -> None:
         self._log = log
         self._tails = tails

@@ -955,7 +955,7 @@ async def test_a_reader_of_a_tail_that_has_ended_gets_what_is_there_and_the_end(
         await log.append("run", [encode(Event("two"))], epoch=epoch, close=True)
         assert tail.ended == "closed" and tail.top == 2
         reader = Reader(tail, 0, dialect=NAMED)
-        tails.release(tail)
+        tail.release()
         batches = [await batch_of(reader)]
         while not reader.finished:
             batches.append(await batch_of(reader))
@@ -974,7 +974,7 @@ async def test_a_stream_that_was_closed_before_anybody_watched_ends_its_reader(w
         assert stat is not None
         tail.apply(stat)
         reader = Reader(tail, 0, dialect=NAMED)
-        tails.release(tail)
+        tail.release()
         assert b"data: one\n" in await batch_of(reader)
         assert reader.ready() == b"" and reader.finished
 
@@ -1007,15 +1007,13 @@ async def test_a_tail_that_has_ended_is_replaced_and_its_last_readers_do_not_tak
         await log.create("topic", epoch=new_epoch(), kind="topic")
         old = tails.acquire("topic")
         reader = Reader(old, 0, dialect=NAMED)
-        reader.on_close = lambda: tails.release(old)
-        tails.release(old)
+        old.release()
         await log.delete("topic")
         await log.create("topic", epoch=(epoch := new_epoch()), kind="topic")
         new = tails.acquire("topic")
         assert new is not old
         second = Reader(new, 0, dialect=NAMED)
-        second.on_close = lambda: tails.release(new)
-        tails.release(new)
+        new.release()
         assert tails.subscribers("topic") == 1
         reader.close()
         reader.close()  # does nothing

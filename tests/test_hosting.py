@@ -101,7 +101,8 @@ def litestar(program: Program) -> Any:
         events = program.answer(request.path_params["count"], refusal)
         return EventStream(program.streams, events, run=run, caller=caller)
 
-    return Litestar([kind("/answer/{count:int}")(answer) for kind in (get, post)])
+    # Its own logging would set the level of the whole process.
+    return Litestar([kind("/answer/{count:int}")(answer) for kind in (get, post)], logging_config=None)
 
 
 HOSTS: Final[list[Callable[[Program], Any]]] = [fastapi, starlette, litestar]

@@ -648,7 +648,7 @@ async def test_a_reader_slower_than_trimming_is_told_what_it_missed(server: Redi
                         at += 1
         assert gaps > 10
         reader.close()
-        tails.release(tail)
+        tail.release()
 
 
 async def test_nothing_is_left_of_what_retention_has_taken(server: RedisServer) -> None:

@@ -214,7 +214,7 @@ def locate(stat: Stat, cursor: Cursor) -> tuple[int, Gap | None]:
 
 
 def joined(frames: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
-    """A row's body and ends. Raises `TooLarge`."""
+    """Raises `TooLarge`."""
     body = frames[0] if len(frames) == 1 else b"".join(frames)
     if len(body) > MAX_APPEND_BYTES:
         raise TooLarge(f"an append of {len(body)} bytes; the event log takes {MAX_APPEND_BYTES} at once")
@@ -222,13 +222,14 @@ def joined(frames: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
 
 
 def encoded(event: Event) -> bytes:
-    """An event's frame. Raises `EncodeError`."""
+    """Raises `EncodeError`."""
     if event.id is not None:
         raise EncodeError("id must be left out here: the event log assigns ids", field="id")
     return encode(event)
 
 
 def packed(ends: tuple[int, ...]) -> bytes:
+    """`ends` as stored."""
     return struct.pack(f"<{len(ends)}I", *ends)
 
 
@@ -315,11 +316,12 @@ def deleted_at(stat: Stat) -> float | None:
 
 
 def due(stat: Stat, at: float) -> float:
+    """When what was appended, or closed, `at` expires."""
     return at + (FOREVER_S if stat.retention.age_s is None else stat.retention.age_s)
 
 
 def cost(stat: Stat) -> int:
-    """A stream's bytes (rule 7)."""
+    """Rule 7."""
     return STREAM_BYTES + stat.size + EVENT_BYTES * (stat.last - stat.first + 1)
 
 
@@ -329,8 +331,10 @@ def is_full(bytes: int, bound: int) -> bool:
 
 
 def log_full() -> LogUnavailable:
+    """Rule 7."""
     return LogUnavailable("the event log is full; try again later")
 
 
 def share_full() -> TooManyRequests:
+    """Rule 7."""
     return TooManyRequests("your runs fill your share of the event log; delete some, or wait until some have ended")

@@ -250,8 +250,7 @@ class Ledger(ABC):
     def has_epoch(self, epoch: str) -> bool: ...
 
     @abstractmethod
-    def insert(self, stat: Stat, due: float | None) -> Entry:
-        """With its key, epoch and charge."""
+    def insert(self, stat: Stat, due: float | None) -> Entry: ...
 
     @abstractmethod
     def insert_epoch(self, entry: Entry, epoch: str, first: int, forgotten: list[str]) -> None:

@@ -73,7 +73,7 @@ __all__ = ["RedisLog"]
 
 logger = logging.getLogger("sseapp")
 
-#: Of an append: Redis may restart twice.
+#: Attempts to append: Redis may restart twice.
 _TRIES: Final = 5
 #: Calls in one pipeline.
 _MAX_PIPELINE: Final = 64
@@ -85,10 +85,10 @@ _BROKEN: Final = (RedisError, OSError, RuntimeError)
 #: Of the subscribed connection.
 _PING_S: Final = 2.0
 _SILENCE_S: Final = 5.0
-#: Shortest and longest pause before reconnecting.
+#: Before reconnecting.
 _PAUSES_S: Final = (0.02, 1.0)
 _STEP_STREAMS: Final = 64
-#: In one call.
+#: Streams in one call.
 _POLL_STREAMS: Final = 1000
 _MORE_STREAMS: Final = 64
 _LOG_S: Final = 10.0

@@ -8,7 +8,7 @@ Channels: `appended:<stream>`, `called:<process>`.
 Facts: those of `Stat`, `epoch` (the newest), `writer` (the epoch that may append), `instance` (of the last append),
 `holder`, `told` (another process answers for it), `cost` (in `bytes`).
 
-Keys may be missing (evicted, deleted by hand) or have another type: that is an error in the stream's place.
+Over several streams, one that can't be read is an error in its place.
 """
 
 from typing import Final

@@ -100,14 +100,14 @@ _ROWS_AT_ONCE: Final = 32
 _BATCH_BYTES: Final = 1024
 #: A run grows so much before its owner is charged.
 _UNCHARGED_BYTES: Final = 64 * 1024
-#: Few: most of the work holds the interpreter's lock.
+#: Threads: few, since reading mostly holds the interpreter's lock.
 _READERS: Final = 4
-#: About 1 KB each.
+#: Facts in memory, about 1 KB each.
 _MAX_KNOWN: Final = 10_000
-#: In a step: some milliseconds.
+#: In a step of upkeep: some milliseconds.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: SQLite's own default. A checkpoint holds appends up for three syncs. A bounded log has an eighth at most.
+#: SQLite's own. A checkpoint delays appends by three syncs. A bounded log has an eighth at most.
 _CHECKPOINT_PAGES: Final = 1000
 _PAGE_BYTES: Final = 4096
 #: Readers can keep the WAL from restarting.
@@ -416,7 +416,7 @@ class SqliteLog(LocalLog):
                 db.close()
 
     def _checkpoint(self) -> None:
-        """In the thread, if the WAL is long enough."""
+        """In the thread."""
         self._syncs_header = self._wal_pages >= self._most_wal_pages
         if self._syncs_header and self.connection:
             self._wal_pages = 0

@@ -15,7 +15,6 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from enum import Enum
-from functools import partial
 from typing import Final, NamedTuple
 
 import anyio
@@ -31,16 +30,16 @@ from ssecore.wire import Decoder, Event, encode
 
 __all__ = ["Attached", "Place", "Reader", "Tail", "Tails", "Translate", "gap_frames"]
 
-#: Without the newest row.
+#: Of a tail, besides its newest row.
 TAIL_BYTES: Final = 256 * 1024
 READ_BYTES: Final = 256 * 1024
-#: Of the kept reads (rule 3).
+#: Of the reads that are kept (rule 3).
 KEPT_BYTES: Final = 1024 * 1024
-#: Half a millisecond. Smaller slices merge more events of a burst into one write.
+#: Half a millisecond of work. Smaller slices merge more events of a burst.
 SLICE: Final = 64
 #: Frames, the last one's sequence, and the gap before them.
 _Reading = tuple[bytes, int, Gap | None]
-#: No reader's position.
+#: Not a position.
 NO_READER: Final = -1
 
 
@@ -61,17 +60,21 @@ def gap_frames(gap: Gap, dialect: Dialect, *, last: bool = False) -> bytes:
 
 
 class Tail:
-    def __init__(self, log: Log, stream: str, gaps: "Counter[str]", *, id_first: bool = False) -> None:
+    """A stream's newest events."""
+
+    def __init__(
+        self, log: Log, stream: str, gaps: "Counter[str]", drop: "Callable[[Tail], None]", id_first: bool
+    ) -> None:
         self.stream = stream
         self.id_first = id_first  #: see `framed`
         self.gaps = gaps
         self.top = 0
         self.ended: Ended | None = None
-        #: A last event without an id.
+        #: The last event, if it could not be stored.
         self.unstored_end = b""
         #: With their senders, once started.
         self.readers: dict[Reader, Sender | None] = {}
-        #: Open readers, and acquisitions not released.
+        #: Open readers, and calls of `acquire` without `release`.
         self.references = 0
         self.behind: set[Reader] = set()
         self._log = log
@@ -86,7 +89,14 @@ class Tail:
         self._seen: tuple[int, Ended | None] = (0, None)  # at the round's start
         self._framed: tuple[bytes, bytes] = (b"", b"")  # the round's batch, and its HTTP chunk
         self.close = log.watch(stream, self._on_append)
-        self.release: Callable[[], None] = lambda: None
+        self._drop = drop
+
+    def release(self) -> None:
+        """The last reference drops the tail, not the last reader: another may be about to be made."""
+        self.references -= 1
+        if not self.references:
+            self.close()
+            self._drop(self)
 
     def apply(self, stat: Stat) -> None:
         """Rule 1."""
@@ -340,7 +350,7 @@ class Reader:
         self._stopped = True
 
     async def closed(self) -> None:
-        """Nothing runs."""
+        """Has no task."""
 
     def farewell(self, reason: EndReason | None) -> bytes:
         """Empty, but if `translate` failed: the client must not resume and fail again."""
@@ -350,11 +360,12 @@ class Reader:
 
     def close(self) -> None:
         """Idempotent."""
-        self.tail.readers.pop(self, None)
-        self.tail.caught_up(self)
-        if self.on_close is not None:
-            self.on_close()
-            self.on_close = None
+        if self in self.tail.readers:
+            del self.tail.readers[self]
+            self.tail.caught_up(self)
+            self.tail.release()
+            if self.on_close is not None:
+                self.on_close()
 
 
 def _translate_all(frames: bytes, translate: Translate, id_first: bool) -> Iterator[bytes]:
@@ -428,24 +439,18 @@ class Tails:
                 self.gaps[gap.reason] += 1
                 before = gap_frames(gap, dialect, last=stat.closed and after >= stat.last)
             reader = Reader(tail, after, dialect=dialect, before=before, translate=translate)
-            reader.on_close = tail.release
         finally:
-            self.release(tail)
+            tail.release()
         return reader, stat
 
     def acquire(self, stream: str, *, id_first: bool = False) -> Tail:
         """The stream's tail, which watches from now on. Then `apply` its facts."""
         tail = self._tails.get(stream)
         if tail is None or tail.ended == "deleted" or tail.unstored_end:
-            tail = self._tails[stream] = Tail(self.log, stream, self.gaps, id_first=id_first)
-            tail.release = partial(self.release, tail)
+            tail = self._tails[stream] = Tail(self.log, stream, self.gaps, self._drop, id_first)
         tail.references += 1
         return tail
 
-    def release(self, tail: Tail) -> None:
-        """The last reference drops the tail: a reader may be about to be made."""
-        tail.references -= 1
-        if not tail.references:
-            tail.close()
-            if self._tails.get(tail.stream) is tail:
-                del self._tails[tail.stream]
+    def _drop(self, tail: Tail) -> None:
+        if self._tails.get(tail.stream) is tail:
+            del self._tails[tail.stream]

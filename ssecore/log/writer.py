@@ -9,7 +9,7 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from time import monotonic
 from typing import Any, Final
@@ -27,7 +27,7 @@ logger: Final = logging.getLogger("sseapp")
 
 #: Between commits that nothing awaits. uvloop's timers are whole milliseconds.
 GAP_S: Final = 0.002
-#: In one commit: some milliseconds of an engine's work.
+#: In one commit: some milliseconds of work.
 _MAX_COMMIT_BYTES: Final = 4 * 1024 * 1024
 _MAX_COMMIT_STREAMS: Final = 100
 #: Above, appends are refused, but not posts: their writers are bounded.
@@ -52,11 +52,11 @@ class Batch:
     epoch: str
     retention: Retention | None
     writer: "Writer | None"
-    frames: list[bytes] = field(default_factory=list)
+    frames: list[bytes]
+    since: float
     size: int = 0
     close: bool = False
     meta: dict[str, Any] | None = None
-    since: float = field(default_factory=monotonic)
     last: int = 0
     error: SSEAppError | None = None
     signal: anyio.Event | None = None
@@ -158,7 +158,7 @@ class Commits:
             or batch.close
             or batch.meta is not None
         ):
-            batch = Batch(stream, epoch, retention, writer)
+            batch = Batch(stream, epoch, retention, writer, [], monotonic())
             if waiting:
                 waiting.append(batch)
             else:
