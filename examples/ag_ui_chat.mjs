@@ -1,10 +1,10 @@
-// A conversation with the agent over AG-UI, by CopilotKit's own client, in a terminal: one question a line.
+// A conversation with the agent over AG-UI in a terminal, with the AG-UI client: one question a line.
 //
 //     make run
 //     npm install @ag-ui/client && curl -O localhost:8000/static/resuming-fetch.js
 //     node ag_ui_chat.mjs
 //
-// Restart the network in the middle: the answer goes on. The agent is the same in CopilotKit's `<CopilotChat>`.
+// Restart the network in the middle: the answer continues. CopilotKit's `<CopilotChat>` takes the same agent.
 import { createInterface } from "node:readline"
 import { HttpAgent } from "@ag-ui/client"
 import { resumingFetch } from "./resuming-fetch.js"

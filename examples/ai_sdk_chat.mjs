@@ -1,10 +1,10 @@
-// A question to the agent by Vercel's AI SDK, in a terminal: what it thinks, its tools, its answer as it is written.
+// Asks the agent a question with Vercel's AI SDK in a terminal; prints its thoughts, tools and answer as they arrive.
 //
 //     make run
 //     npm install ai zod && curl -O localhost:8000/static/resuming-fetch.js
 //     node ai_sdk_chat.mjs "how many tasks are overdue?"
 //
-// Restart the network in the middle: the answer goes on. In a page the same transport is given to `useChat`.
+// Restart the network in the middle: the answer continues. In a page, pass the same transport to `useChat`.
 import { DefaultChatTransport, readUIMessageStream } from "ai"
 import { resumingFetch } from "./resuming-fetch.js"
 
@@ -19,7 +19,7 @@ const stream = await transport.sendMessages({
   messages: [{ id: "1", role: "user", parts: [{ type: "text", text }] }],
 })
 
-const printed = new Map() // how much of each part
+const printed = new Map() // printed length of each part
 const print = (key, text) => {
   process.stdout.write(text.slice(printed.get(key) ?? 0))
   printed.set(key, text.length)

@@ -1,11 +1,11 @@
-"""Our streams in a FastAPI program, under /sse, with the program's own users.
+"""Streams mounted in a FastAPI program under /sse, with the program's own users.
 
     uvicorn --factory examples.fastapi_host:make
     open http://127.0.0.1:8000/ in a browser
 
-- `/sse/answer?question=…` is a run: a page that is reloaded, or cut off, goes on where it was.
-- `/sse/news` is a topic; the program's own route `POST /news` publishes into it.
-- `app.running()` in the program's lifespan: without it there are neither runs nor topics, and no proper end.
+- `/sse/answer?question=…` is a run: after a reload or a cut, the page resumes it.
+- `/sse/news` is a topic; the program's own route `POST /news` publishes to it.
+- The program's lifespan enters `streams.running()`: runs and topics need it, and streams get a proper end.
 """
 
 import secrets
@@ -37,10 +37,10 @@ async def news(request: Request) -> Subscription:
 
 
 def make() -> FastAPI:
-    sessions: dict[str, str] = {}  # whatever the program has: here a cookie's value and the user's name
+    sessions: dict[str, str] = {}  # stands for the program's sessions: a cookie's value and the user's name
 
     def caller(request: Request) -> str | None:
-        """The program's users are the streams' callers. Who is none is refused with 401."""
+        """The program's users are the streams' callers. `None` is refused with 401."""
         return sessions.get(request.cookies.get("session", ""))
 
     streams = SSEApp(

@@ -1,11 +1,11 @@
-"""An agent of LangGraph's as a run that survives: its nodes tell a status by a callback, its model streams tokens.
+"""A LangGraph agent as a run: its nodes report a status by a callback, its model streams tokens.
 
     pip install langgraph langchain-openai
     OPENAI_API_KEY=… uvicorn --factory examples.langgraph_agent:make
     curl -N 'localhost:8000/ask?question=what+is+due'
 
-`OPENAI_BASE_URL` and `OPENAI_MODEL` name another server, and its model. The graph works on while nobody reads it, and a
-client that was cut off goes on where it was: no token is paid for twice.
+`OPENAI_BASE_URL` and `OPENAI_MODEL` choose another server and model. If the client disconnects, the graph continues;
+the client resumes where it left off, and no token is paid for twice.
 """
 
 import os
@@ -32,7 +32,7 @@ class State(TypedDict, total=False):
 
 def graph(model: ChatOpenAI, status_callback: Callable[[str], object]) -> Any:
 
-    def search(state: State) -> State:  # isn't asynchronous: LangGraph runs it in a thread
+    def search(state: State) -> State:  # not async, so LangGraph runs it in a thread
         status_callback("searching the tasks")
         return {"found": "; ".join(TASKS)}
 
@@ -55,7 +55,7 @@ class Question(msgspec.Struct):
 
 
 async def work(report: TaskReport[Event], question: str) -> None:
-    async with DefaultAsyncHttpxClient() as client:  # its connections end with the work, whatever ends it
+    async with DefaultAsyncHttpxClient() as client:  # closes its connections with the work
         name = os.environ.get("OPENAI_MODEL", "gpt-5-mini")
         model = ChatOpenAI(model=name, streaming=True, http_async_client=client)
         agent = graph(model, lambda text: report(Event({"status": text}, "status")))

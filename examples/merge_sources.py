@@ -1,9 +1,9 @@
-"""Streams of other servers as one, live and over their cuts.
+"""Merges streams of other servers into one, and resumes each after a cut.
 
     SOURCES='https://a.example/stream https://b.example/stream' uvicorn --factory examples.merge_sources:make
     curl -N localhost:8000/merged
 
-Each event comes with the number of the source that it is from. A source that fails is said, and the others go on.
+Each event has the number of its source. If a source fails, an event `source_failed` is sent, and the others continue.
 """
 
 import os

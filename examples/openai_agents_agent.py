@@ -1,11 +1,11 @@
-"""An agent of OpenAI's Agents SDK as a run that survives: its hooks tell a status, its model streams tokens.
+"""An agent of OpenAI's Agents SDK as a run: its hooks report a status, its model streams tokens.
 
     pip install openai-agents
     OPENAI_API_KEY=… uvicorn --factory examples.openai_agents_agent:make
     curl -N 'localhost:8000/ask?question=what+is+due'
 
-`OPENAI_BASE_URL` and `OPENAI_MODEL` name another server, and its model. It is asked by chat completions, which every
-such server has. Tracing, which would send what is asked to OpenAI as well, is off.
+`OPENAI_BASE_URL` and `OPENAI_MODEL` choose another server and model. The agent uses chat completions, which every such
+server has. Tracing is off: it would send the questions to OpenAI as well.
 """
 
 import os
@@ -25,12 +25,12 @@ TASKS = ["write the docs", "call Ann"]
 
 @function_tool
 def search_tasks(words: str) -> list[str]:
-    """The tasks that are about these words."""
+    """Find tasks by words."""
     return TASKS
 
 
 class Statuses(RunHooks[Any]):
-    """What the SDK calls at each step."""
+    """The SDK calls these hooks at each step."""
 
     def __init__(self, report: TaskReport[Event]) -> None:
         self._report = report
@@ -54,7 +54,7 @@ async def work(report: TaskReport[Event], question: str) -> None:
                 if event.type == "raw_response_event" and isinstance(event.data, ResponseTextDeltaEvent):
                     await report(Event(event.data.delta, "token"))
         finally:
-            answer.cancel()  # it works in a task of its own
+            answer.cancel()  # the SDK runs it in a separate task
     await report(Event("", "complete"))
 
 

@@ -1,11 +1,11 @@
-"""A response in the background, by OpenAI's own SDK: read as it comes, over as many cuts as there are.
+"""Reads a background response with OpenAI's SDK as it is written, over any number of cuts.
 
     make run
     pip install openai
     python examples/openai_background.py "how many tasks are overdue?"
 
-Restart the network in the middle: it goes on behind the last event that came, by `starting_after`. Nothing is
-generated twice. SSEAPP_URL names another server, SSEAPP_TOKEN a token.
+Restart the network in the middle: the program resumes after the last event, by `starting_after`. Nothing is generated
+twice. SSEAPP_URL chooses another server, SSEAPP_TOKEN is the token.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any
 from openai import APIConnectionError, InternalServerError, OpenAI, OpenAIError
 
 PAUSE_S = 0.5
-#: Tries in a row that brought nothing.
+#: Attempts in a row without an event.
 MAX_TRIES = 10
 
 

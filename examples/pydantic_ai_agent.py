@@ -1,10 +1,10 @@
-"""An agent of Pydantic AI's as a run that survives: its tools tell a status by a callback, its model streams tokens.
+"""A Pydantic AI agent as a run: its tools report a status by a callback, its model streams tokens.
 
     pip install 'pydantic-ai-slim[openai]'
     OPENAI_API_KEY=… uvicorn --factory examples.pydantic_ai_agent:make
     curl -N 'localhost:8000/ask?question=what+is+due'
 
-`OPENAI_BASE_URL` and `OPENAI_MODEL` name another server, and its model.
+`OPENAI_BASE_URL` and `OPENAI_MODEL` choose another server and model.
 """
 
 import os
@@ -24,19 +24,19 @@ TASKS = ["write the docs", "call Ann"]
 
 
 @dataclass
-class Told:
-    """What the agent's tools are given."""
+class Tools:
+    """The dependencies of the agent's tools."""
 
     status: Callable[[str], object]
 
 
-agent = Agent(deps_type=Told, instructions="You answer questions about tasks.")
+agent = Agent(deps_type=Tools, instructions="You answer questions about tasks.")
 
 
 @agent.tool
-def search_tasks(context: RunContext[Told], words: str) -> list[str]:
-    """The tasks that are about these words."""
-    context.deps.status(f"searching for {words}")  # isn't asynchronous: Pydantic AI calls it in a thread
+def search_tasks(context: RunContext[Tools], words: str) -> list[str]:
+    """Find tasks by words."""
+    context.deps.status(f"searching for {words}")  # not async, so Pydantic AI calls it in a thread
     return TASKS
 
 
@@ -48,10 +48,10 @@ async def work(report: TaskReport[Event], question: str) -> None:
     def status(text: str) -> object:
         return report(Event({"status": text}, "status"))
 
-    async with AsyncOpenAI() as client:  # its connections end with the work, whatever ends it
+    async with AsyncOpenAI() as client:  # closes its connections with the work
         provider = OpenAIProvider(openai_client=client)
         model = OpenAIChatModel(os.environ.get("OPENAI_MODEL", "gpt-5-mini"), provider=provider)
-        async with agent.run_stream(question, model=model, deps=Told(status)) as answer:
+        async with agent.run_stream(question, model=model, deps=Tools(status)) as answer:
             async for text in answer.stream_text(delta=True, debounce_by=None):
                 await report(Event(text, "token"))
     await report(Event("", "complete"))

@@ -1,10 +1,10 @@
-"""Somebody's agent, which knows nothing of streams, takes a callback: here it tells a browser what it is doing.
+"""An agent that reports its status by a callback, as a stream.
 
     uvicorn --factory examples.status_callback:make
     curl -N 'localhost:8000/ask?question=why'
 
-The callback never waits, and so many statuses are held at most: an agent that talks faster than its reader reads
-doesn't fill the memory. What was left out is counted in the result.
+The callback never waits, and a limited number of statuses is buffered, so an agent that reports faster than its client
+reads doesn't fill the memory. The result has the number of statuses that were dropped.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -17,7 +17,7 @@ from ssecore.streaming.progress import TaskReport
 
 
 class Agent:
-    """Not ours: stands for any library with a callback."""
+    """Stands for any library with a callback."""
 
     async def answer(self, question: str, on_status: Callable[[str], object]) -> str:
         for step in ("reading", "thinking", "writing"):
@@ -35,7 +35,7 @@ class Question(msgspec.Struct):
 async def work(report: TaskReport[Event], question: str) -> None:
     answer = await Agent().answer(question, lambda text: report(Event({"status": text}, "status")))
     left_out = report.dropped
-    await report(Event({"answer": answer, "left_out": left_out}, "result"))  # waits for room: it isn't left out
+    await report(Event({"answer": answer, "left_out": left_out}, "result"))  # waits for room, so it isn't dropped
 
 
 async def ask(request: Request) -> AsyncIterator[Event]:

@@ -1,10 +1,11 @@
-"""A chat with the service's agent in Streamlit, over plain httpx and our Decoder.
+"""A chat with the service's agent in Streamlit, with plain httpx and `Decoder`.
 
     make run
     streamlit run examples/streamlit_chat.py
 
-What the agent does is shown as it does it, the answer word by word, and the sources under it. SSEAPP_URL names another
-server, SSEAPP_TOKEN a token. (`ssecore.client` would also go on over a cut; it is asynchronous, and Streamlit isn't.)
+It shows the agent's steps as they happen, the answer word by word, and the sources under it. SSEAPP_URL chooses another
+server, SSEAPP_TOKEN is the token. (`ssecore.client` would also resume after a cut, but it is asynchronous and
+Streamlit isn't.)
 """
 
 import json
@@ -21,7 +22,7 @@ from sseapp import Decoder
 URL = os.environ.get("SSEAPP_URL", "http://127.0.0.1:8000")
 TOKEN = os.environ.get("SSEAPP_TOKEN")
 HEADERS = {"authorization": f"Bearer {TOKEN}"} if TOKEN else {}
-#: Longer than the service is ever silent: it sends a heartbeat each 15 s.
+#: Longer than any silence of the service, which sends a heartbeat each 15 s.
 TIMEOUT = httpx.Timeout(60)
 
 
@@ -42,7 +43,7 @@ def ask(message: str, session: str) -> Iterator[dict[str, Any]]:
 
 
 def show(message: str) -> dict[str, Any]:
-    """The answer as it comes. Returns what is kept of it."""
+    """Shows the answer as it arrives. Returns the entry for the history."""
     answer, sources, failure = "", [], None
     status, text = st.status("…"), st.empty()
     try:
