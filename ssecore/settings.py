@@ -154,9 +154,11 @@ class Settings:
 def describe() -> str:
     """All variables, for `--help`."""
     lines = []
-    for field in dataclasses.fields(Settings):
+    fields = dataclasses.fields(Settings)
+    width = max(len(_variable(field)) for field in fields)
+    for field in fields:
         default = "none" if field.default is None else field.default
-        lines.append(f"  {_variable(field):<24} {field.metadata['help']} (default: {default})")
+        lines.append(f"  {_variable(field):<{width}}  {field.metadata['help']} (default: {default})")
     return "\n".join(lines)
 
 
