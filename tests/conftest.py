@@ -2,6 +2,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 import ssecore.streaming.pump
 from tests import upstream
@@ -34,6 +35,13 @@ def shared_upstream() -> Iterator[Upstream]:
     """A model's server that answers as the test says, for all tests of a file."""
     with upstream.serve() as server:
         yield server
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """How long an example takes decides nothing. The first stage (`-m "not needs"`) tries fewer of them."""
+    settings.register_profile("all", deadline=None)
+    settings.register_profile("some", deadline=None, max_examples=30)
+    settings.load_profile("some" if config.option.markexpr else "all")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

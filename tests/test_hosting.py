@@ -101,7 +101,9 @@ def litestar(program: Program) -> Any:
         events = program.answer(request.path_params["count"], refusal)
         return EventStream(program.streams, events, run=run, caller=caller)
 
-    return Litestar([kind("/answer/{count:int}")(answer) for kind in (get, post)])
+    # Its logging would be that of all tests behind this one.
+    routes = [kind("/answer/{count:int}")(answer) for kind in (get, post)]
+    return Litestar(routes, logging_config=None)
 
 
 HOSTS: Final[list[Callable[[Program], Any]]] = [fastapi, starlette, litestar]
