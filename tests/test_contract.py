@@ -959,6 +959,7 @@ OPENAI: Final = [
 
 NOT_STEPS: Final = (-1, 0, 1001, 10**9, 1.5, "1", "x")
 NOT_AN_INTERVAL: Final = (-1, 60.1, 1e9, "1", "x")
+NOT_AN_INPUT: Final[list[object]] = [5, 0, "x", None, []]
 JOBS_BODIES: Final[list[Mapping[str, Any]]] = [
     {"kind": "sleep", "input": {"steps": 2, "interval": 0}},
     {"kind": "digest"},
@@ -981,7 +982,7 @@ JOBS: Final = [
                 Bad(body={"input": {}}, field="kind"),
                 Bad(body={**body, "inputs": {}}, field="inputs"),
                 *(Bad(body={**body, "kind": kind}, field="kind") for kind in ("", "dig", 1, None)),
-                *(Bad(body={**body, "input": it}, field="input") for it in (5, 0, "x", None, [])),
+                *(Bad(body={**body, "input": it}, field="input") for it in NOT_AN_INPUT),
                 *(Bad(body={**body, "input": {name: "/etc"}}, field=f"input.{name}") for name in ("folder", "pause")),
             ],
         )
