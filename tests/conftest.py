@@ -1,5 +1,7 @@
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -7,7 +9,7 @@ from hypothesis import settings
 import ssecore.streaming.pump
 from tests import upstream
 from tests.lines import lines_offered
-from tests.needs import for_test
+from tests.needs import find, for_test
 from tests.upstream import Upstream
 
 
@@ -28,6 +30,18 @@ def parked(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether streams are parked on lines, as under our runner; else each waits in its request's own task."""
     with lines_offered(request.param):
         yield request.param
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB, for a test marked `@needs("tmpfs")`."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run([find("tmpfs"), "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="module")
