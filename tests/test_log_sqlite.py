@@ -666,6 +666,7 @@ async def test_a_folder_that_can_not_be_written_is_refused(small_disk: Path) -> 
 # Retention
 
 
+@needs("time")
 async def test_the_file_stays_small_while_a_million_events_pass_through(path: Path) -> None:
     """With readers at work all the time, who get every event or are told from where on."""
     log = SqliteLog(path, upkeep_s=0.05)

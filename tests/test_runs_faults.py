@@ -140,6 +140,7 @@ def test_a_run_in_full_flight_is_killed_and_no_delivered_event_is_lost(tmp_path:
         assert state(server, stream.run) == "interrupted"
 
 
+@needs("time")
 def test_a_second_kill_changes_nothing(tmp_path: Path) -> None:
     stream = Stream("/named/open")
     with serve(tmp_path) as server:
@@ -156,6 +157,7 @@ def test_a_second_kill_changes_nothing(tmp_path: Path) -> None:
         assert again.told == stream.told
 
 
+@needs("time")
 def test_one_sigterm_ends_the_app_although_a_run_swallows_its_cancellation(tmp_path: Path) -> None:
     with serve_module("tests.raising_app", tmp_path, {"SSEAPP_DRAIN_S": "0.5"}) as server:
         run = server.client.get("/runs-of/stubborn", headers={"prefer": "respond-async"}).json()["run"]
