@@ -12,9 +12,10 @@ OTHER_TESTS := wire routes inputs settings cli filelock stream topics log_sqlite
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header \
 	--python-version 3.11 $(ARGS)
 
-# Two processes, each with whole files, in the order of tests/conftest.py; when one of them dies the run ends.
-IN_TWO = -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
-PYTEST = $(BIN)/python $(IN_TWO)
+# Three processes for two cores, since many tests wait for a server. Each has whole files, in the order of
+# tests/conftest.py; when one of them dies the run ends.
+IN_THREE = -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+PYTEST = $(BIN)/python $(IN_THREE)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -68,7 +69,7 @@ test-python: ## runs the library's tests on another Python, in .venv-other (PYTH
 	@echo 'installing what the tests need into .venv-other: 1.1 GB, some minutes'
 	@$(PYTHON) -m venv --clear .venv-other
 	@.venv-other/bin/python -m pip install --quiet --require-hashes -r requirements-dev.txt
-	.venv-other/bin/python $(IN_TWO) $(OTHER_TESTS:%=tests/test_%.py) $(ARGS)
+	.venv-other/bin/python $(IN_THREE) $(OTHER_TESTS:%=tests/test_%.py) $(ARGS)
 
 system: ## installs the tests' system packages with apt, where it can (asks on a terminal)
 	@sh tests/system-packages.sh

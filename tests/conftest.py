@@ -1,12 +1,15 @@
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import ssecore.streaming.pump
 from tests import upstream
 from tests.lines import lines_offered
-from tests.needs import for_test
+from tests.needs import find, for_test
 from tests.upstream import Upstream
 
 
@@ -29,11 +32,30 @@ def parked(request: pytest.FixtureRequest) -> Iterator[bool]:
         yield request.param
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB, for a test marked `@needs("tmpfs")`."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run([find("tmpfs"), "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 @pytest.fixture(scope="module")
 def shared_upstream() -> Iterator[Upstream]:
     """A model's server that answers as the test says, for all tests of a file."""
     with upstream.serve() as server:
         yield server
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """How long an example takes decides nothing. The first stage (`-m "not needs"`) tries fewer of them."""
+    settings.register_profile("all", deadline=None)
+    settings.register_profile("some", deadline=None, max_examples=30)
+    settings.load_profile("some" if config.option.markexpr else "all")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

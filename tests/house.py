@@ -8,7 +8,9 @@
 the same process are in clients.py.
 """
 
+import subprocess
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -20,7 +22,7 @@ from ssecore.http.request import EndReason, Request
 from ssecore.testing import VirtualClockLoop
 from ssecore.wire import Event
 
-__all__ = ["Backend", "Work", "in_virtual_time", "settle", "virtual_time"]
+__all__ = ["Backend", "Work", "in_virtual_time", "remount", "settle", "virtual_time"]
 
 Backend = tuple[str, dict[str, Any]]
 
@@ -39,6 +41,11 @@ virtual_time = pytest.mark.parametrize("anyio_backend", [in_virtual_time()], ids
 async def settle() -> None:
     """In virtual time: let everybody work until all wait for something. The clock stays, to a microsecond."""
     await anyio.sleep(1e-6)
+
+
+def remount(disk: Path, way: str) -> None:
+    """The fixture `small_disk`: read-only with `ro`, writable again with `rw`."""
+    subprocess.run(["mount", "-o", f"remount,{way}", str(disk)], check=True)
 
 
 class Work:

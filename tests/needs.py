@@ -3,7 +3,7 @@
 With SSEAPP_TEST_ALL=1, as `.ci/run` sets it, it fails instead. `tests/system-packages.sh` installs what is listed here.
 
 `make test` runs the tests without this mark (`-m "not needs"`), `make test-all` runs all. `find` fails in a test that
-isn't marked, so none gets into the first stage by mistake. `needs("time")` is for a test that takes more than four
+isn't marked, so none gets into the first stage by mistake. `needs("time")` is for a test that takes more than two
 seconds or so by its nature: it tries a property again and again, or with very much.
 """
 

@@ -3,7 +3,7 @@
 import gc
 import json
 from collections.abc import AsyncIterator, Iterator
-from types import ModuleType
+from importlib import import_module
 from typing import Any, Final
 
 import anyio
@@ -11,7 +11,6 @@ import httpx
 import httpx2
 import pytest
 
-from examples import langgraph_agent, openai_agents_agent, pydantic_ai_agent
 from sseapp import GET, Run, Settings, SSEApp
 from ssecore.client import connect
 from ssecore.testing import Transport, assert_stream
@@ -41,11 +40,24 @@ def answers(call: upstream.Call) -> None:
     upstream.answer(*WORDS)(call)
 
 
-AGENTS: Final[list[tuple[ModuleType, list[Script], list[str]]]] = [
-    (langgraph_agent, [answers], ["searching the tasks", "writing the answer"]),
-    (pydantic_ai_agent, [calls_tool, answers], ["searching for due"]),
-    (openai_agents_agent, [calls_tool, answers], ["using search_tasks"]),
+#: Each with what its model says, and the statuses that a client gets.
+AGENTS: Final[list[tuple[str, list[Script], list[str]]]] = [
+    ("langgraph_agent", [answers], ["searching the tasks", "writing the answer"]),
+    ("pydantic_ai_agent", [calls_tool, answers], ["searching for due"]),
+    ("openai_agents_agent", [calls_tool, answers], ["using search_tasks"]),
 ]
+#: The packages take seconds to import, so that is left to the tests.
+pytestmark = [
+    needs("time"),
+    pytest.mark.parametrize(
+        ("program", "scripts", "statuses"), AGENTS, ids=[a[0] for a in AGENTS], indirect=["program"]
+    ),
+]
+
+
+@pytest.fixture
+def program(request: pytest.FixtureRequest) -> Any:
+    return import_module(f"examples.{request.param}")
 
 
 @pytest.fixture
@@ -64,8 +76,6 @@ async def connections() -> AsyncIterator[None]:
         await client._transport.aclose()
 
 
-@needs("time")
-@pytest.mark.parametrize(("program", "scripts", "statuses"), AGENTS, ids=lambda value: getattr(value, "__name__", ""))
 async def test_an_agent_goes_on_over_cuts_and_its_model_is_asked_once(
     program: Any, scripts: list[Script], statuses: list[str], model: Upstream
 ) -> None:
@@ -83,7 +93,6 @@ async def test_an_agent_goes_on_over_cuts_and_its_model_is_asked_once(
     assert len({event.id for event in events}) == len(events)
 
 
-@pytest.mark.parametrize(("program", "scripts", "statuses"), AGENTS, ids=lambda value: getattr(value, "__name__", ""))
 async def test_a_run_that_is_cancelled_leaves_its_model(
     program: Any, scripts: list[Script], statuses: list[str], model: Upstream
 ) -> None:
@@ -104,7 +113,6 @@ async def test_a_run_that_is_cancelled_leaves_its_model(
         await anyio.to_thread.run_sync(model.settle)
 
 
-@pytest.mark.parametrize(("program", "scripts", "statuses"), AGENTS, ids=lambda value: getattr(value, "__name__", ""))
 async def test_a_model_that_fails_in_the_middle_is_said(
     program: Any, scripts: list[Script], statuses: list[str], model: Upstream
 ) -> None:

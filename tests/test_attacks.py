@@ -666,6 +666,7 @@ def test_a_stream_whose_client_pipelined_and_left_ends(tmp_path: Path) -> None:
         wait_until(lambda: "ended: client" in server.log(), 5)
 
 
+@needs("time")
 @linux
 @pytest.mark.parametrize("start", [serve, serve_uvicorn, serve_hypercorn], ids=["sseapp", "uvicorn", "hypercorn"])
 def test_a_head_of_very_many_lines_is_refused_at_little_cost(start: Any, tmp_path: Path) -> None:
@@ -701,6 +702,7 @@ def test_trickled_uploads_of_one_caller_hold_little(tmp_path: Path) -> None:
             assert answer.status_code == 200 and "success" in answer.text
 
 
+@needs("time")
 @linux
 def test_trickled_bodies_hold_little_where_nobody_has_a_name(tmp_path: Path) -> None:
     with serve(tmp_path, env=FAST) as server:

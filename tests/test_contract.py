@@ -957,9 +957,9 @@ OPENAI: Final = [
     ),
 ]
 
-NOT_AN_OBJECT: Final = (5, 0, "x", None, list[object]())
 NOT_STEPS: Final = (-1, 0, 1001, 10**9, 1.5, "1", "x")
 NOT_AN_INTERVAL: Final = (-1, 60.1, 1e9, "1", "x")
+NOT_AN_INPUT: Final[list[object]] = [5, 0, "x", None, []]
 JOBS_BODIES: Final[list[Mapping[str, Any]]] = [
     {"kind": "sleep", "input": {"steps": 2, "interval": 0}},
     {"kind": "digest"},
@@ -982,7 +982,7 @@ JOBS: Final = [
                 Bad(body={"input": {}}, field="kind"),
                 Bad(body={**body, "inputs": {}}, field="inputs"),
                 *(Bad(body={**body, "kind": kind}, field="kind") for kind in ("", "dig", 1, None)),
-                *(Bad(body={**body, "input": it}, field="input") for it in NOT_AN_OBJECT),
+                *(Bad(body={**body, "input": it}, field="input") for it in NOT_AN_INPUT),
                 *(Bad(body={**body, "input": {name: "/etc"}}, field=f"input.{name}") for name in ("folder", "pause")),
             ],
         )
@@ -1602,6 +1602,13 @@ BAD_JSON: Final = [
     b"{",
     b"{]",
     b"nul",
+    b"text",
+    b"'a'",
+    b"{a: 1}",
+    b"[1,]",
+    b"01",
+    b"1 2",
+    b"{}{}",
     b"\xff",
     b"{}\xef\xbb\xbf",
     "{}".encode("utf-16"),
@@ -1611,6 +1618,9 @@ BAD_JSON: Final = [
     b"9" * 5000,
     b'"\\ud800"',
     b'"\n"',
+    b'"\0"',
+    b'"\xff"',
+    b'"\xed\xa0\x80"',
     b"[" * 100_000,
     b'{"a":' * 100_000,
 ]

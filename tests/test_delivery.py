@@ -38,6 +38,7 @@ from ssecore.wire import Event, encode
 from tests.clients import stand_still
 from tests.house import Backend, in_virtual_time, settle
 from tests.lines import is_parked, lines_offered
+from tests.needs import needs
 
 App = Callable[[MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Any]
 
@@ -794,6 +795,7 @@ async def test_the_longest_life_of_a_reader_ends_it_between_events(way: Way, tmp
 # Many readers
 
 
+@needs("time")
 @pytest.mark.parametrize("way", ["task-asyncio", "parked"], indirect=True)
 async def test_a_large_audience_gets_all_in_order_while_more_is_published(
     way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -139,6 +139,7 @@ def chat(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppTest]:
     yield AppTest.from_file(str(EXAMPLES / "streamlit_chat.py"), default_timeout=20)
 
 
+@needs("time")
 def test_a_chat_in_streamlit_shows_status_answer_and_sources(chat: AppTest, server: Server) -> None:
     server.client.post("/tasks/import", content="title\nWrite the docs\n", headers={"content-type": "text/csv"}).read()
     page = chat.run()

@@ -630,6 +630,7 @@ def test_curl_takes_up_a_download_that_was_cut(our_site: Site, tmp_path: Path) -
     assert (tmp_path / "out").read_bytes() == content
 
 
+@needs("time")
 def test_a_large_file_costs_no_memory(tmp_path: Path) -> None:
     size, most = 256 * MIB, 20 * MIB
     with serving(tmp_path) as site:

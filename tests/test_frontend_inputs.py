@@ -109,13 +109,6 @@ async def test_what_cant_be_used_is_refused_before_there_is_an_event(
         assert answer.json()["error"]["message"] == answer.json()["detail"]
 
 
-async def test_a_body_too_large_or_of_another_kind_is_refused(http: httpx.AsyncClient) -> None:
-    for path in ("/ai/chat", "/ag-ui", "/v1/chat/completions", "/v1/responses"):
-        assert (await http.post(path, content=b" " * 2**20 + b"{}", headers=_JSON)).status_code == 413
-        assert (await http.post(path, content=b"{}", headers={"content-type": "text/csv"})).status_code == 415
-        assert (await http.post(path, content=b"[" * 10_000, headers=_JSON)).status_code == 400
-
-
 _JSON: Final = {"content-type": "application/json"}
 
 

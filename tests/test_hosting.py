@@ -24,6 +24,7 @@ from ssecore.client import connect
 from ssecore.errors import BadRequest, Draining, NotFound, TooManyRequests
 from ssecore.testing import Transport, assert_stream
 from ssecore.testing import connect as connect_in_process
+from tests.needs import needs
 from tests.test_client import quick
 from tests.test_house import installed, wheel
 from tests.test_typing import FASTAPI, hosted_program
@@ -373,6 +374,7 @@ WITH_WHEEL: Final = """if True:
 """
 
 
+@needs("time")
 def test_the_installed_wheel_answers_for_a_host(wheel: Any, tmp_path: Path) -> None:
     installed(wheel, tmp_path / ".venv", *FASTAPI)
     (tmp_path / "program.py").write_text(hosted_program())

@@ -26,6 +26,7 @@ def exists(server: Server, run: str) -> bool:
     return server.client.get(f"/runs/{run}").status_code == 200
 
 
+@needs("time")
 def test_small_requests_fill_no_disk(tmp_path: Path) -> None:
     env = {"SSEAPP_LOG_MAX_BYTES": str(BOUND), "SSEAPP_MOCK_DELAY_S": "0"}
     with serve(tmp_path, env=env) as server:

@@ -27,6 +27,8 @@ from ssecore.errors import LogError, LogUnavailable, SSEAppError, WriterFenced
 from ssecore.log import Cursor, Gap, Log, Retention, framed, locate, new_epoch
 from ssecore.log.facts import cost
 from ssecore.log.sqlite import SqliteLog
+from tests.house import remount
+from tests.needs import needs
 from tests.test_log import Clock, Watched, everything, facts, frame, run, texts, topic
 
 ROOT: Final = Path(__file__).parent.parent
@@ -59,10 +61,6 @@ def content(path: Path) -> bytes:
 
 def size(path: Path) -> int:
     return path.stat().st_size
-
-
-def mount(*arguments: str) -> bool:
-    return subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
 
 
 async def written(log: Log, stream: str) -> list[str]:
@@ -710,19 +708,7 @@ async def test_who_waits_for_a_locked_file_while_the_service_stops_is_told(path:
 # Disks
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB, which only root can make."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0 or not mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)):
-        pytest.skip("needs root: a tmpfs can't be mounted here")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
+@needs("tmpfs")
 async def test_on_a_full_disk_appends_fail_reads_go_on_and_with_room_it_goes_on(small_disk: Path) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"\0" * MIB)
@@ -752,17 +738,18 @@ async def test_on_a_full_disk_appends_fail_reads_go_on_and_with_room_it_goes_on(
         assert await written(log, "run") == [*acknowledged, "room"]
 
 
+@needs("tmpfs")
 async def test_a_folder_that_can_not_be_written_is_refused(small_disk: Path) -> None:
     path = small_disk / "log.sqlite"
     log = SqliteLog(path)
     async with log.running():
         await run(log)
     before = content(path)
-    assert mount("-o", "remount,ro", str(small_disk))
+    remount(small_disk, "ro")
     with pytest.raises(LogError, match=r"the folder of the event log .* can't be written: Read-only file system"):
         async with log.running():
             pytest.fail("entered")
-    assert mount("-o", "remount,rw", str(small_disk))
+    remount(small_disk, "rw")
     assert content(path) == before
     async with log.running():
         assert await log.stat("run")
@@ -771,6 +758,7 @@ async def test_a_folder_that_can_not_be_written_is_refused(small_disk: Path) -> 
 # Retention
 
 
+@needs("time")
 async def test_the_file_stays_small_while_a_million_events_pass_through(path: Path) -> None:
     """With readers at work all the time, who get every event or are told from where on."""
     log = SqliteLog(path, upkeep_s=0.05)

@@ -278,37 +278,6 @@ def test_a_publication_that_grows_by_its_line_breaks_beyond_the_bound_is_refused
     assert server.client.post("/topics/lines", content=pretty, headers=JSON).status_code == 202
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b" ",
-        b"{",
-        b"text",
-        b"'a'",
-        b"{a: 1}",
-        b"[1,]",
-        b"NaN",
-        b"01",
-        b"1 2",
-        b"{}{}",
-        b"{}\xef\xbb\xbf",
-        b'"\xff"',
-        b'"\xed\xa0\x80"',
-        b'"a\nb"',
-        b'"\0"',
-        b"[" * 100_000,
-        b"[" * 100_000 + b"]" * 100_000,
-    ],
-    ids=lambda body: repr(body[:12]),
-)
-def test_what_is_not_json_is_refused_and_nothing_is_published(server: Server, body: bytes) -> None:
-    before = published(server, "/topics/strict")
-    for path in ("/topics/strict", "/users/strict/messages", "/users/strict/notifications"):
-        refused(server.client.post(path, content=body, headers=JSON), 400)
-    assert published(server, "/topics/strict") == before + 1
-
-
 def test_a_media_type_may_have_parameters(server: Server) -> None:
     headers = {"content-type": "Application/JSON; charset=utf-8"}
     assert server.client.post("/topics/typed", content=b"{}", headers=headers).status_code == 202

@@ -287,6 +287,7 @@ def numbers(chunked: bytes, *, plain: bool = False) -> list[int]:
     return [json.loads(line[6:])["n"] for line in body.split(b"\n") if line.startswith(b"data: ")]
 
 
+@needs("time")
 def test_everybody_gets_the_same_however_they_read(server: Server) -> None:
     """One over HTTP/1.0, one that leaves, one that stops reading and goes on later; the others notice nothing."""
     events, padding = 600, "x" * 10_000  # more than the kernel and the transport hold for one who doesn't read

@@ -1,9 +1,8 @@
 """`/readyz` of a real process whose SQLite log can't be written: it says so, and refuses work instead of losing it."""
 
 import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +66,6 @@ def test_a_service_finds_out_by_itself_that_its_log_was_deleted_and_goes_on_when
         aside.rename(tmp_path / "log.db")
         wait_until(lambda: server.client.get("/readyz").status_code == 200)
         assert post(server) == (202, None)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @needs("tmpfs")

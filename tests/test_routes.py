@@ -13,6 +13,7 @@ from ssecore.errors import BadRequest, MethodNotAllowed, NotFound
 from ssecore.http.request import Request
 from ssecore.http.routes import DELETE, GET, PATCH, POST, PUT, Route, Run, Table, Upload
 from ssecore.wire import Event
+from tests.needs import needs
 
 
 async def handler(request: Request, **params: Any) -> None:
@@ -157,6 +158,7 @@ def test_a_template_that_fails_at_its_end_lets_the_next_try() -> None:
     assert found(routes, "/x/a/12b") == ("/x/{path:path}", {"path": "a/12b"})
 
 
+@needs("time")
 def test_ten_thousand_routes_are_each_found() -> None:
     routes = table(*(f"/r{n}/{{name}}/{{id:int}}" for n in range(10_000)), *(f"/s{n}" for n in range(1_000)))
     for n in (0, 1, 99, 100, 101, 5_000, 9_999):

@@ -3,7 +3,6 @@
 import errno
 import os
 import sqlite3
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
@@ -23,7 +22,7 @@ from ssecore.errors import LogError
 from ssecore.log.sqlite import SqliteLog
 from ssecore.wire import Decoder
 from tests.clients import BROWSER, Answer, ask, listen_like_a_browser, listening
-from tests.house import Work
+from tests.house import Work, remount
 from tests.needs import needs
 from tests.serving import Server, serve_module, serve_uvicorn, wait_until
 
@@ -141,6 +140,7 @@ def test_a_run_in_full_flight_is_killed_and_no_delivered_event_is_lost(tmp_path:
         assert state(server, stream.run) == "interrupted"
 
 
+@needs("time")
 def test_a_second_kill_changes_nothing(tmp_path: Path) -> None:
     stream = Stream("/named/open")
     with serve(tmp_path) as server:
@@ -157,6 +157,7 @@ def test_a_second_kill_changes_nothing(tmp_path: Path) -> None:
         assert again.told == stream.told
 
 
+@needs("time")
 def test_one_sigterm_ends_the_app_although_a_run_swallows_its_cancellation(tmp_path: Path) -> None:
     with serve_module("tests.raising_app", tmp_path, {"SSEAPP_DRAIN_S": "0.5"}) as server:
         run = server.client.get("/runs-of/stubborn", headers={"prefer": "respond-async"}).json()["run"]
@@ -205,17 +206,6 @@ def test_a_run_of_another_version_that_can_not_be_closed_does_not_stop_the_other
 
 
 # A disk that is full, a folder that can't be written
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(autouse=True)
@@ -374,10 +364,6 @@ async def test_in_a_folder_that_is_read_only_the_service_does_not_start_and_noth
     async with opened(small_disk, work) as app:
         run = before.headers["run-id"]
         assert (await ask(app, f"/runs/{run}/events")).body == before.body
-
-
-def remount(disk: Path, way: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{way}", str(disk)], check=True)
 
 
 @needs("tmpfs")

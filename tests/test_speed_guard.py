@@ -163,6 +163,7 @@ async def test_nothing_is_kept_of_events_that_were_sent() -> None:
     assert sizes[-1] - sizes[20] < 8 * EVENTS / 10
 
 
+@needs("time")
 @pytest.mark.parametrize("what", ["generator", "reader"])
 async def test_a_stream_whose_client_left_leaves_nothing_to_the_garbage_collector(what: str) -> None:
     """Else what thousands of streams have left waits for its next pass, which is long."""

@@ -238,6 +238,7 @@ def test_what_is_exported_can_be_imported_again(tmp_path: Path) -> None:
         assert [data for name, data in named(client.get("/tasks/stream")) if name == "task"] == streamed
 
 
+@needs("time")
 def test_a_hundred_thousand_rows_go_in_and_come_out(tmp_path: Path) -> None:
     with real_server(tmp_path) as client:
         *progress, end = named(client.post("/tasks/import", content=numbered(100_000).encode(), headers=CSV))
