@@ -224,9 +224,13 @@ class SSEApp:
         except BaseException as error:
             failure = failure_of(error)
             theirs = failure.__cause__ if isinstance(failure, SSEAppError) else failure
-            if hosted is not None and isinstance(theirs, Exception) and http_error(theirs) is not None:
-                raise theirs from None
-            answer, start = self._refused(request, http_error(failure) or failure)
+            try:
+                if hosted is not None and isinstance(theirs, Exception) and http_error(theirs) is not None:
+                    raise theirs from None
+                answer, start = self._refused(request, http_error(failure) or failure)
+            finally:
+                # Else this frame and the traceback keep each other, and the request's body, until a garbage collection.
+                del failure, theirs
         finally:
             if sender is None:  # else at the stream's end, which may come long after this call's
                 self._leave(request)
