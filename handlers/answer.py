@@ -12,7 +12,8 @@ from any of them, and nothing else fails an answer:
     filter has cut is complete, too: the client finds that in the finish reason.
 
 Boundary of trust: the bytes come from the upstream. One event, the whole answer and the tool calls are bounded. The
-upstream's own error text goes to the log, not to the client.
+upstream's own error text goes to the log, and to the client only as `error_object` leaves it, where the request was the
+client's own.
 """
 
 import json
@@ -39,6 +40,7 @@ __all__ = [
     "Reasoning",
     "ToolCall",
     "Usage",
+    "error_object",
     "loads_leniently",
     "says_error",
 ]
@@ -47,6 +49,8 @@ T_co = TypeVar("T_co", covariant=True)
 
 #: Bounds an answer's text, reasoning and calls together, and one event. Today's longest answers have half.
 MAX_ANSWER_BYTES: Final = 1024 * 1024
+#: Of the texts in an upstream's error: its message, and each other field.
+MAX_MESSAGE_CHARS, MAX_FIELD_CHARS = 2000, 200
 #: In one answer.
 MAX_TOOL_CALLS: Final = 32
 
@@ -96,7 +100,9 @@ class ModelError(UpstreamError):
     """A fault of the table. `said` is for the log; `pause_s` is the wait before the request is repeated, `None`: it
     must not be repeated."""
 
-    def __init__(self, why: int | str | Exception | None, said: str = "", retry_after: str = "") -> None:
+    def __init__(
+        self, why: int | str | Exception | None, said: str = "", retry_after: str = "", body: bytes = b""
+    ) -> None:
         status = f" with the HTTP status {why}" if isinstance(why, int) else ""
         fault = ("upstream_error", f"the model failed{status}", 502, False)
         keys = type(why).__mro__ if isinstance(why, Exception) else (why,)
@@ -111,6 +117,7 @@ class ModelError(UpstreamError):
         self.refused = (
             why if isinstance(why, int) else None
         )  #: the HTTP status with which the upstream refused the request
+        self.body = body  #: of that refusal; it may contain the service's key
         self.said = said or (f"{type(why).__name__}: {why}" if isinstance(why, Exception) else detail)
 
 
@@ -446,6 +453,36 @@ def says_error(body: bytes) -> bool:
         return _is_error(msgspec.convert(loads_leniently(body), _Chunk))
     except (ValueError, RecursionError):
         return False
+
+
+def error_object(body: bytes, key: str) -> dict[str, str | None] | None:
+    """OpenAI's error object from the body of a refusal, for the client whose request it was. `None` if it has no text.
+
+    Only the four fields, if they are strings: bounded, without control characters, without the service's `key`.
+    """
+    try:
+        given = loads_leniently(body)
+    except (ValueError, RecursionError):
+        return None
+    error = given.get("error") or given
+    fields: dict[str, Any] = error if isinstance(error, dict) else {"message": error}
+    message = fields.get("message") or fields.get("detail")
+    if isinstance(message, dict):  # Mistral's
+        message = message.get("detail")
+    if isinstance(message, list) and message and isinstance(message[0], dict):  # FastAPI's
+        message = message[0].get("msg")
+    if not (text := _public(message, MAX_MESSAGE_CHARS, key)):
+        return None
+    kind, param, code = (_public(fields.get(name), MAX_FIELD_CHARS, key) for name in ("type", "param", "code"))
+    return {"message": text, "type": kind or "invalid_request_error", "param": param, "code": code}
+
+
+def _public(value: Any, limit: int, key: str) -> str | None:
+    if not isinstance(value, str):
+        return None
+    # A space in place of a control character: without it the parts of a key might join.
+    text = "".join(char if char.isprintable() else " " for char in _mended(value)).strip()
+    return (text.replace(key, "***") if key else text)[:limit]
 
 
 def _is_error(chunk: _Chunk) -> bool:

@@ -1,8 +1,8 @@
 """A language model, token by token: any server with OpenAI's chat completions, or a mock.
 
 An answer is complete or its stream fails; `handlers.answer` reads what servers send. A request is never repeated if
-tokens may have been generated: they cost money. Boundary of trust: the upstream's own texts go to the log only, without
-our key.
+tokens may have been generated: they cost money. Boundary of trust: the upstream's own texts go to the log without our
+key, and to clients only by `handlers.openai`.
 """
 
 import asyncio
@@ -20,7 +20,18 @@ import httpx
 import msgspec
 from msgspec import Meta
 
-from handlers.answer import AnswerReader, Chunk, ChunkReader, ModelError, Piece, Reader, Reasoning, Usage, says_error
+from handlers.answer import (
+    AnswerReader,
+    Chunk,
+    ChunkReader,
+    ModelError,
+    Piece,
+    Reader,
+    Reasoning,
+    Usage,
+    error_object,
+    says_error,
+)
 from handlers.local_model import LOCAL, local_model
 from handlers.upstream import UpstreamTransport
 from ssecore.client.outbound import Transport, http_client
@@ -50,8 +61,9 @@ FINISH_TIMEOUT_S: Final = 1.0
 END_TIMEOUT_S: Final = 0.1
 #: Content types of an answer that is an event stream, or may be one: simple servers send text/plain, or none.
 MEDIA_TYPES: Final = (CONTENT_TYPE, "text/plain", "application/octet-stream", "")
-#: The HTTP statuses with which servers refuse a field that they don't know.
+#: The HTTP statuses with which servers refuse a field that they don't know, and the words by which they name ours.
 UNKNOWN_FIELD: Final = (400, 422)
+USAGE_FIELDS: Final = (b"stream_options", b"include_usage")
 #: How much of a refusal is read for the log, and for how long.
 MAX_REFUSAL_BYTES, REFUSAL_TIMEOUT_S = 16 * 1024, 0.5
 
@@ -146,10 +158,15 @@ class OpenAIModel:
             raise failure from None
 
     async def _open_with_usage(self, body: Mapping[str, Any]) -> httpx.Response:
+        """Ask for the usage. If the server refuses that, ask once more without.
+
+        A refusal with a text that doesn't name the field is about the rest of the request, which isn't repeated.
+        """
         try:
             return await self._open(encode_json({**body, "stream_options": {"include_usage": True}}))
         except ModelError as error:
-            if error.refused not in UNKNOWN_FIELD:
+            named = any(field in error.body for field in USAGE_FIELDS)
+            if error.refused not in UNKNOWN_FIELD or (not named and error_object(error.body, self.key)):
                 raise
             return await self._open(encode_json(body))
 
@@ -218,7 +235,7 @@ async def _refusal(response: httpx.Response) -> ModelError | None:
         return ModelError("error", text)
     if status == 200 and encoding not in ("", "identity"):
         return ModelError("encoded", f"content-encoding {encoding:.100}, though the request asked for none; {text}")
-    return ModelError(status, text, headers.get("retry-after", "") if status in (429, 503) else "")
+    return ModelError(status, text, headers.get("retry-after", "") if status in (429, 503) else "", said)
 
 
 @asynccontextmanager
