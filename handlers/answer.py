@@ -74,6 +74,12 @@ _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
     ),
     401: ("upstream_auth", "the model's server rejected this service's credentials: check OPENAI_API_KEY", 502, False),
     403: ("upstream_auth", "the model's server rejected this service's credentials: check OPENAI_API_KEY", 502, False),
+    404: (
+        "upstream_error",
+        "the model's server doesn't know the model or the URL: check OPENAI_MODEL and OPENAI_BASE_URL",
+        502,
+        False,
+    ),
     429: ("upstream_rate_limited", "the model's rate limit is reached; try again", 503, True),
     503: ("upstream_error", "the model is not available; try again", 503, True),
     **dict.fromkeys(

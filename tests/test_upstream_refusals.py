@@ -264,6 +264,7 @@ def test_what_is_not_the_clients_mistake_stays_a_502_and_is_logged(
     response = server.client.post(path, json=body)
     assert response.status_code == 502
     assert "secret words" not in response.text and "context_length" not in response.text
+    assert status != 404 or "OPENAI_MODEL" in response.json()["error"]["message"]
     wait_until(lambda: f"secret words *** {path} {status}" in server.log())
     assert len(upstream.calls) == 1
 
