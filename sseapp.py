@@ -227,9 +227,12 @@ class SSEApp:
         except BaseException as error:
             failure = failure_of(error)
             theirs = failure.__cause__ if isinstance(failure, SSEAppError) else failure
-            if hosted is not None and isinstance(theirs, Exception) and http_error(theirs) is not None:
-                raise theirs from None
-            answer = self._refused(request, http_error(failure) or failure)
+            try:
+                if hosted is not None and isinstance(theirs, Exception) and http_error(theirs) is not None:
+                    raise theirs from None
+                answer = self._refused(request, http_error(failure) or failure)
+            finally:
+                del failure, theirs  # breaks a reference cycle that holds the request's body
         finally:
             if sender is None:  # else `_over`: a parked stream outlives this call
                 self._leave(request)

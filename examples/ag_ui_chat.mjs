@@ -17,9 +17,15 @@ const shown = {
   onToolCallEndEvent: ({ toolCallName, toolCallArgs }) => console.log(`[${toolCallName} ${JSON.stringify(toolCallArgs)}]`),
   onTextMessageContentEvent: ({ event }) => void process.stdout.write(event.delta),
   onRunErrorEvent: ({ event }) => console.error(event.message),
+  onRunFailed: ({ error }) => {
+    const unreachable = error instanceof TypeError // `fetch` got no answer
+    console.error(unreachable ? `can't reach ${url}: start the service (make run), or set SSEAPP_URL` : error.message)
+    process.exitCode = 1
+    return { stopPropagation: true } // else `HttpAgent` logs a stack trace
+  },
 }
 for await (const question of createInterface({ input: process.stdin })) {
   agent.addMessage({ id: crypto.randomUUID(), role: "user", content: question })
-  await agent.runAgent({ runId: crypto.randomUUID() }, shown).catch(() => {}) // `HttpAgent` logs why; ask again
+  await agent.runAgent({ runId: crypto.randomUUID() }, shown) // if it fails, ask again
   console.log()
 }

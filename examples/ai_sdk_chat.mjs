@@ -13,11 +13,14 @@ const headers = process.env.SSEAPP_TOKEN ? { authorization: `Bearer ${process.en
 const transport = new DefaultChatTransport({ api: `${url}/ai/chat`, headers, fetch: resumingFetch })
 
 const text = process.argv[2] ?? "what can you do?"
-const stream = await transport.sendMessages({
-  chatId: crypto.randomUUID(),
-  trigger: "submit-message",
-  messages: [{ id: "1", role: "user", parts: [{ type: "text", text }] }],
-})
+const messages = [{ id: "1", role: "user", parts: [{ type: "text", text }] }]
+const stream = await transport
+  .sendMessages({ chatId: crypto.randomUUID(), trigger: "submit-message", messages })
+  .catch((error) => {
+    const unreachable = error instanceof TypeError // `fetch` got no answer
+    console.error(unreachable ? `can't reach ${url}: start the service (make run), or set SSEAPP_URL` : error.message)
+    process.exit(1)
+  })
 
 const printed = new Map() // printed length of each part
 const print = (key, text) => {

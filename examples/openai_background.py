@@ -16,6 +16,7 @@ from typing import Any
 
 from openai import APIConnectionError, InternalServerError, OpenAI, OpenAIError
 
+URL = os.environ.get("SSEAPP_URL", "http://127.0.0.1:8000")
 PAUSE_S = 0.5
 #: Attempts in a row without an event.
 MAX_TRIES = 10
@@ -39,12 +40,11 @@ def events(client: OpenAI, question: str) -> Iterator[Any]:
             pass  # a cut, or nobody there
         tries += 1
         time.sleep(PAUSE_S)
-    raise TimeoutError("the service can't be reached")
+    raise TimeoutError
 
 
 def main() -> None:
-    url = os.environ.get("SSEAPP_URL", "http://127.0.0.1:8000")
-    with OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("SSEAPP_TOKEN", "none")) as client:
+    with OpenAI(base_url=f"{URL}/v1", api_key=os.environ.get("SSEAPP_TOKEN", "none")) as client:
         for event in events(client, " ".join(sys.argv[1:]) or "what can you do?"):
             if event.type == "response.output_text.delta":
                 print(event.delta, end="", flush=True)
@@ -59,5 +59,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OpenAIError, TimeoutError) as error:
+    except (APIConnectionError, TimeoutError):
+        sys.exit(f"can't reach {URL}: start the service (make run), or set SSEAPP_URL")
+    except OpenAIError as error:
         sys.exit(str(error))

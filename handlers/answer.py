@@ -10,8 +10,8 @@ Servers that claim to be compatible with OpenAI differ in nearly everything. The
 5.  A gateway's client gets the chunks unchanged (`ChunkReader`). There an answer cut by its maximum length or a content
     filter is complete, since the client gets the finish reason.
 
-Boundary of trust: the upstream. An event, the answer and the tool calls are limited; the text of an upstream's error
-goes to the log, not to the client.
+Boundary of trust: the upstream. An event, the answer and the tool calls are limited. The text of an upstream's error
+goes to the log, and to the client only as `error_object`, if the request was the client's own.
 """
 
 import json
@@ -38,6 +38,7 @@ __all__ = [
     "Reasoning",
     "ToolCall",
     "Usage",
+    "error_object",
     "loads_leniently",
     "says_error",
 ]
@@ -46,6 +47,8 @@ T_co = TypeVar("T_co", covariant=True)
 
 #: Of an answer, and of an event. Today's longest answers have half.
 MAX_ANSWER_BYTES: Final = 1024 * 1024
+#: Of an upstream's error: its message, and each other field.
+MAX_MESSAGE_CHARS, MAX_FIELD_CHARS = 2000, 200
 MAX_TOOL_CALLS: Final = 32
 
 _ENDINGS: Final = frozenset(("stop", "tool_calls", "function_call"))
@@ -67,6 +70,12 @@ _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
     ),
     401: ("upstream_auth", "the model's server rejected this service's credentials: check OPENAI_API_KEY", 502, False),
     403: ("upstream_auth", "the model's server rejected this service's credentials: check OPENAI_API_KEY", 502, False),
+    404: (
+        "upstream_error",
+        "the model's server doesn't know the model or the URL: check OPENAI_MODEL and OPENAI_BASE_URL",
+        502,
+        False,
+    ),
     429: ("upstream_rate_limited", "the model's rate limit is reached; try again", 503, True),
     503: ("upstream_error", "the model is not available; try again", 503, True),
     **dict.fromkeys(
@@ -92,7 +101,9 @@ _FAULTS: Final[dict[Any, tuple[str, str, int, bool]]] = {
 class ModelError(UpstreamError):
     """`said` is for the log. `pause_s` before a retry; `None`: no retry."""
 
-    def __init__(self, why: int | str | Exception | None, said: str = "", retry_after: str = "") -> None:
+    def __init__(
+        self, why: int | str | Exception | None, said: str = "", retry_after: str = "", body: bytes = b""
+    ) -> None:
         status = f" with the HTTP status {why}" if isinstance(why, int) else ""
         fault = ("upstream_error", f"the model failed{status}", 502, False)
         keys = type(why).__mro__ if isinstance(why, Exception) else (why,)
@@ -107,6 +118,7 @@ class ModelError(UpstreamError):
         self.refused = (
             why if isinstance(why, int) else None
         )  #: the HTTP status with which the upstream refused the request
+        self.body = body  #: of that refusal; it may contain the service's key
         self.said = said or (f"{type(why).__name__}: {why}" if isinstance(why, Exception) else detail)
 
 
@@ -437,6 +449,36 @@ def says_error(body: bytes) -> bool:
         return _is_error(msgspec.convert(loads_leniently(body), _Chunk))
     except (ValueError, RecursionError):
         return False
+
+
+def error_object(body: bytes, key: str) -> dict[str, str | None] | None:
+    """OpenAI's error object from the body of a refusal, for the client whose request it was. `None` if it has no text.
+
+    Only the four fields, if they are strings: bounded, without control characters, without the service's `key`.
+    """
+    try:
+        given = loads_leniently(body)
+    except (ValueError, RecursionError):
+        return None
+    error = given.get("error") or given
+    fields: dict[str, Any] = error if isinstance(error, dict) else {"message": error}
+    message = fields.get("message") or fields.get("detail")
+    if isinstance(message, dict):  # Mistral's
+        message = message.get("detail")
+    if isinstance(message, list) and message and isinstance(message[0], dict):  # FastAPI's
+        message = message[0].get("msg")
+    if not (text := _public(message, MAX_MESSAGE_CHARS, key)):
+        return None
+    kind, param, code = (_public(fields.get(name), MAX_FIELD_CHARS, key) for name in ("type", "param", "code"))
+    return {"message": text, "type": kind or "invalid_request_error", "param": param, "code": code}
+
+
+def _public(value: Any, limit: int, key: str) -> str | None:
+    if not isinstance(value, str):
+        return None
+    # A space in place of a control character: without it the parts of a key might join.
+    text = "".join(char if char.isprintable() else " " for char in _mended(value)).strip()
+    return (text.replace(key, "***") if key else text)[:limit]
 
 
 def _is_error(chunk: _Chunk) -> bool:

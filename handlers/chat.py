@@ -1,7 +1,7 @@
 """A language model: any server with OpenAI's chat completions, or a mock.
 
 A request is not repeated if tokens may have been generated, since they cost money. Boundary of trust: the text of an
-upstream's error goes to the log, without our key.
+upstream's error goes to the log, without our key; `handlers.openai` may pass it on.
 """
 
 import asyncio
@@ -19,7 +19,18 @@ import httpx
 import msgspec
 from msgspec import Meta
 
-from handlers.answer import AnswerReader, Chunk, ChunkReader, ModelError, Piece, Reader, Reasoning, Usage, says_error
+from handlers.answer import (
+    AnswerReader,
+    Chunk,
+    ChunkReader,
+    ModelError,
+    Piece,
+    Reader,
+    Reasoning,
+    Usage,
+    error_object,
+    says_error,
+)
 from handlers.local_model import LOCAL, local_model
 from handlers.upstream import UpstreamTransport
 from ssecore.client.outbound import Transport, http_client
@@ -49,8 +60,9 @@ FINISH_TIMEOUT_S: Final = 1.0
 END_TIMEOUT_S: Final = 0.1
 #: Simple servers send text/plain, or none.
 MEDIA_TYPES: Final = (CONTENT_TYPE, "text/plain", "application/octet-stream", "")
-#: Servers refuse an unknown field with one of these.
+#: Servers refuse an unknown field with one of these, and name it.
 UNKNOWN_FIELD: Final = (400, 422)
+USAGE_FIELDS: Final = (b"stream_options", b"include_usage")
 #: For the log.
 MAX_REFUSAL_BYTES, REFUSAL_TIMEOUT_S = 16 * 1024, 0.5
 
@@ -143,10 +155,15 @@ class OpenAIModel:
             raise failure from None
 
     async def _open_with_usage(self, body: Mapping[str, Any]) -> httpx.Response:
+        """Ask for the usage. If the server refuses that, ask once more without.
+
+        A refusal with a text that doesn't name the field is about the rest of the request, which isn't repeated.
+        """
         try:
             return await self._open(encode_json({**body, "stream_options": {"include_usage": True}}))
         except ModelError as error:
-            if error.refused not in UNKNOWN_FIELD:
+            named = any(field in error.body for field in USAGE_FIELDS)
+            if error.refused not in UNKNOWN_FIELD or (not named and error_object(error.body, self.key)):
                 raise
             return await self._open(encode_json(body))
 
@@ -215,7 +232,7 @@ async def _refusal(response: httpx.Response) -> ModelError | None:
         return ModelError("error", text)
     if status == 200 and encoding not in ("", "identity"):
         return ModelError("encoded", f"content-encoding {encoding:.100}, though the request asked for none; {text}")
-    return ModelError(status, text, headers.get("retry-after", "") if status in (429, 503) else "")
+    return ModelError(status, text, headers.get("retry-after", "") if status in (429, 503) else "", said)
 
 
 @asynccontextmanager

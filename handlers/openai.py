@@ -11,6 +11,9 @@ name is refused, so that a caller can't choose what the service's key pays for.
 4.  The agent's tool calls are `mcp_call` items: clients show those, but don't try to run them.
 5.  `handlers.answer` decides whether an upstream's answer is whole, as for `/chat`. An answer that its maximum length
     or a content filter has cut keeps its finish reason in a completion, and ends a response with `response.incomplete`.
+6.  If the upstream refuses the client's own request (`CLIENTS_MISTAKES`), the client gets the upstream's HTTP status
+    and error object; after the first second a streaming client gets them in an event. So `response.created` is sent
+    with the upstream's first piece, or after `PATIENCE_S`.
 
 Boundary of trust: `max_body_bytes` and the limits of its lists apply to a request, `handlers.answer`'s to an upstream.
 """
@@ -21,19 +24,21 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Se
 from contextlib import aclosing
 from typing import Annotated, Any, Final, NamedTuple
 
+import anyio
 import msgspec
 from msgspec import Meta
 
 from handlers.agent import End
-from handlers.answer import ModelError, Piece, Reasoning, ToolCall, Usage, loads_leniently
+from handlers.answer import ModelError, Piece, Reasoning, ToolCall, Usage, error_object, loads_leniently
 from handlers.chat import LINGERING, ChatMessage, Model, OpenAIModel, answer_times
 from handlers.database import Exchange
 from handlers.parts import Called, Closed, Delta, Opened, Returned, conversation, parts_of, question_of, text_of
 from ssecore.dialects import OPENAI, OPENAI_RESPONSES
-from ssecore.errors import BadRequest, NotFound
+from ssecore.errors import BadRequest, NotFound, SSEAppError, UpstreamRefusal
 from ssecore.http.request import Request
 from ssecore.http.responses import JSON, Response
 from ssecore.http.routes import GET, POST, About, Run
+from ssecore.streaming.merge import merge
 from ssecore.wire import Event, encode_json
 
 __all__ = ["ROUTES"]
@@ -42,6 +47,11 @@ AGENT: Final = "agent"
 MOCK: Final = "mock"
 MAX_MESSAGES: Final = 1000
 MAX_TOOLS: Final = 128  # OpenAI's own bound
+#: The HTTP statuses of an upstream that are about the client's own request. Not 401, 402, 403 and 404: key, account,
+#: URL and model are the service's. Not 409, which is about the upstream's state: SDKs retry it, as they retry a 502.
+CLIENTS_MISTAKES: Final = (400, 413, 422)
+#: How long `response.created` waits for the upstream: less than the second in which a failure is an HTTP status.
+PATIENCE_S: Final = 0.8
 
 _List = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
 _Tools = Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)]
@@ -118,11 +128,14 @@ async def completion(request: Request) -> AsyncIterator[Event]:
     chosen, model = _chosen(request), request.state.model
     if chosen != AGENT and isinstance(model, OpenAIModel):
         times = answer_times(request)
-        async with aclosing(model.chunks(msgspec.json.decode(request.raw_body))) as chunks:
-            async for data, is_token in chunks:
-                if is_token:
-                    times.token()
-                yield Event(data)
+        try:
+            async with aclosing(model.chunks(msgspec.json.decode(request.raw_body))) as chunks:
+                async for data, is_token in chunks:
+                    if is_token:
+                        times.token()
+                    yield Event(data)
+        except ModelError as error:
+            raise _for_client(error, model) from None
         times.end()
     else:
         question, history = conversation(_spoken(request.body.messages))
@@ -143,6 +156,15 @@ async def completion(request: Request) -> AsyncIterator[Event]:
         if usage is not None and (not request.body.stream or (options is not None and options.include_usage)):
             yield Event({**head, "choices": [], "usage": usage})
     yield Event("[DONE]")
+
+
+def _for_client(error: ModelError, model: Model) -> SSEAppError:
+    """Rule 6."""
+    if error.refused not in CLIENTS_MISTAKES or not isinstance(model, OpenAIModel):
+        return error
+    given = error_object(error.body, model.key) or {}
+    text = given.get("message") or f"the model's server refused the request with the HTTP status {error.refused}"
+    return UpstreamRefusal(text, status=error.refused, error=given, field=given.get("param"))
 
 
 async def _agents(
@@ -179,8 +201,8 @@ async def whole_completion(request: Request, run: str) -> Response | None:
         if event.data == "[DONE]":
             break
         chunk = loads_leniently(event.data.encode())
-        if "error" in chunk:
-            return JSON({"error": chunk["error"]}, status=502)
+        if chunk.get("error"):
+            return JSON({"error": chunk["error"]}, status=chunk.get("status", 502))
         chunk["choices"] = [choice for choice in chunk.get("choices") or () if choice is not None]
         for choice in chunk["choices"]:
             choice.setdefault("index", 0)
@@ -233,8 +255,9 @@ async def response(request: Request) -> AsyncIterator[Event]:
     by_upstream = chosen != AGENT and isinstance(model, OpenAIModel)
     question, history = ("", []) if by_upstream else conversation(_spoken(messages), "input")
     writer = _Writer(request)
-    yield writer.response("created", "in_progress")
-    yield writer.response("in_progress", "in_progress")
+    if not by_upstream:
+        for event in writer.begin():
+            yield event
     try:
         if chosen == AGENT:
             async with aclosing(parts_of(request, question, history)) as parts:
@@ -242,13 +265,16 @@ async def response(request: Request) -> AsyncIterator[Event]:
                     for event in writer.part(part):
                         yield event
         else:
+            pieces: AsyncGenerator[Piece | None, None]
             if isinstance(model, OpenAIModel):
-                pieces = model.stream(messages, tools, options=_options(body), usage=True)
+                pieces = _patiently(model.stream(messages, tools, options=_options(body), usage=True))
             else:
                 pieces = model.stream([ChatMessage("user", question)])
             times = answer_times(request)
             async with aclosing(pieces):
                 async for piece in pieces:
+                    for event in writer.begin():
+                        yield event
                     if isinstance(piece, str | Reasoning):
                         times.token()
                     for event in writer.piece(piece):
@@ -256,14 +282,35 @@ async def response(request: Request) -> AsyncIterator[Event]:
             times.end()
     except ModelError as error:
         if error.code not in _INCOMPLETE:
-            raise
-        for event in writer.closed("incomplete"):
+            raise (_for_client(error, model) if by_upstream else error) from None
+        for event in (*writer.begin(), *writer.closed("incomplete")):
             yield event
         yield writer.response("incomplete", "incomplete", incomplete_details={"reason": _INCOMPLETE[error.code]})
     else:
-        for event in writer.closed():
+        for event in (*writer.begin(), *writer.closed()):
             yield event
         yield writer.response("completed", "completed")
+
+
+async def _patiently(pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece | None, None]:
+    """The pieces; before them `None` if the first takes longer than `PATIENCE_S`."""
+
+    async def first() -> AsyncGenerator[list[Piece | None], None]:
+        yield [piece] if (piece := await anext(pieces, None)) is not None else []
+
+    async def patience() -> AsyncGenerator[list[Piece | None], None]:
+        await anyio.sleep(PATIENCE_S)
+        yield [None]
+
+    async with aclosing(pieces):
+        async with merge(first(), patience()) as begun:
+            async for some in begun:
+                for piece in some:
+                    yield piece
+                if some != [None]:
+                    break
+        async for piece in pieces:
+            yield piece
 
 
 #: OpenAI's names for an answer that the model's server has cut.
@@ -349,6 +396,12 @@ class _Writer:
         self._run = request.run_id
         self._response = {**_facts(request.body, _chosen(request)), "id": f"resp_{request.run_id}"}
 
+    def begin(self) -> list[Event]:
+        """The first events, once."""
+        if self._number:
+            return []
+        return [self.response(event, "in_progress") for event in ("created", "in_progress")]
+
     def _event(self, type: str, **fields: Any) -> Event:
         event = Event({"type": type, "sequence_number": self._number, **fields}, type)
         self._number += 1
@@ -371,7 +424,7 @@ class _Writer:
         self._output.append(item)
         return event
 
-    def piece(self, piece: Piece) -> list[Event]:
+    def piece(self, piece: Piece | None) -> list[Event]:
         """Of a model's answer."""
         match piece:
             case str():
@@ -516,12 +569,19 @@ async def accepted_response(request: Request, run: str) -> Response | None:
         return None
     if body.background:
         return JSON({**_facts(body, _chosen(request)), "id": f"resp_{run}", "status": "queued", "output": []})
-    return await _whole_response(request, run)
+    last = await _last_event(request, run)
+    if "status" in last:  # the upstream's refusal came after the first second
+        return JSON({"error": last["response"]["error"]}, status=last["status"])
+    return JSON(last["response"])
+
+
+async def _last_event(request: Request, run: str) -> dict[str, Any]:
+    events = await request.runs.whole(request, run)
+    return msgspec.json.decode(events[-1].data, type=dict[str, Any])
 
 
 async def _whole_response(request: Request, run: str) -> Response:
-    events = await request.runs.whole(request, run)
-    return JSON(msgspec.json.decode(events[-1].data)["response"])
+    return JSON((await _last_event(request, run))["response"])
 
 
 async def read_response(request: Request, id: str) -> Any:

@@ -51,12 +51,28 @@ _PRIORITY: Final = re.compile(r"\b(?:priority|prio)\s*(?:of\s+|is\s+)?([1-5])\b"
 _UNDATED: Final = re.compile(r"\b(?:no|without an?) (?:due )?date\b")
 
 
+_Call = tuple[str, Mapping[str, Any]]
+
+#: How many previous questions are read for what a question refers to.
+MAX_EARLIER: Final = 10
+
+
 def plan(question: str, earlier: Sequence[str] = ()) -> list[ToolCall]:
     """At most three calls; none for a question without a word. `earlier`: the previous questions."""
+    selected: dict[str, Any] = {}
+    for before in earlier[-MAX_EARLIER:]:
+        _, selected = _planned(before, selected)
+    calls, _ = _planned(question, selected)
+    return [ToolCall(f"call_{number}", name, encode_json(given).decode()) for number, (name, given) in enumerate(calls)]
+
+
+def _planned(question: str, before: dict[str, Any]) -> tuple[list[_Call], dict[str, Any]]:
+    """The calls, and the arguments that select tasks, if the question is about tasks. `before`: the same of the
+    previous question; a question that refers to it adds to them."""
     text = plain = " ".join(question.lower().split())
     for pattern, sign in _SPOKEN.items():
         text = re.sub(pattern, sign, text)
-    calls: list[tuple[str, Mapping[str, Any]]] = []
+    calls: list[_Call] = []
     expression = _expression(text)
     text = text.replace(expression, " ") if expression else text
     words = _WORD.findall(text)
@@ -66,18 +82,18 @@ def plan(question: str, earlier: Sequence[str] = ()) -> list[ToolCall]:
         text, words = plain, _WORD.findall(plain)
     if _TELLING_TIME.intersection(words) and not _UNDATED.search(text) and "due" not in words:
         calls.append(("today", {}))
-    which = _which(text, words)
-    if earlier and (_REFERRING.intersection(words) or words[:1] == ["and"]):
-        before = earlier[-1].lower()
-        which = _which(before, _WORD.findall(before)) | which
+    refers = bool(_REFERRING.intersection(words)) or words[:1] == ["and"]
+    which = (before if refers else {}) | _which(text, words)
     if _COUNTING.intersection(words) or "how many" in text:
         group = _GROUPS.search(text)
         calls.append(("count_tasks", which | ({"by": group[1]} if group else {})))
     elif _FINDING.intersection(words) or (not calls and which):
         calls.append(("search_tasks", which | ({"match": "any"} if "words" in which else {})))
-    if not calls and words:
-        calls.append(("search_tasks", {"words": " ".join(words)[:MAX_WORDS_CHARS], "match": "any"}))
-    return [ToolCall(f"call_{number}", name, encode_json(given).decode()) for number, (name, given) in enumerate(calls)]
+    else:
+        which = before if refers else {}
+        if not calls and words:
+            calls.append(("search_tasks", {"words": " ".join(words)[:MAX_WORDS_CHARS], "match": "any"}))
+    return calls, which
 
 
 def _expression(text: str) -> str:

@@ -8,11 +8,12 @@ import random
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
 
-from ssecore.errors import EncodeError, SSEAppError
+from ssecore.errors import EncodeError, SSEAppError, UpstreamRefusal
 from ssecore.wire import Event, encode
 
 __all__ = [
@@ -77,6 +78,10 @@ class Dialect:
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
         """The last events; `code` is for programs."""
         return [Event({"error": text, "code": code}, "error")]
+
+    def upstream_refusal(self, refusal: UpstreamRefusal, so_far: SoFar) -> list[Event]:
+        """The last events if the upstream's refusal came too late for an HTTP status."""
+        return self.error(refusal.detail, refusal.code, so_far)
 
     def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
         """The last events; `reason`: `asked` (by a client) or `linger` (no reader)."""
@@ -206,6 +211,9 @@ class OpenAI(DataOnly):
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
         return [Event({"error": {"message": text, "type": "server_error", "param": None, "code": code}}), _DONE]
 
+    def upstream_refusal(self, refusal: UpstreamRefusal, so_far: SoFar) -> list[Event]:
+        return [Event({"error": refusal.error, "status": refusal.status}), _DONE]
+
     def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
         return self.error(f"the answer was cancelled ({reason})", "cancelled", so_far)
 
@@ -225,6 +233,10 @@ class OpenAIResponses(Dialect):
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
         return [_response("failed", so_far, error={"code": code, "message": text})]
 
+    def upstream_refusal(self, refusal: UpstreamRefusal, so_far: SoFar) -> list[Event]:
+        error = {**refusal.error, "code": refusal.error["code"] or refusal.code}  # here it must be a string
+        return [_response("failed", so_far, {"status": refusal.status}, error=error)]
+
     def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
         # There is no `response.cancelled` (openai 3.57).
         return [_response("incomplete", so_far, status="cancelled")]
@@ -238,10 +250,10 @@ class OpenAIResponses(Dialect):
         return event.event in ("response.completed", "response.failed", "response.incomplete")
 
 
-def _response(kind: str, so_far: SoFar, **facts: Any) -> Event:
+def _response(kind: str, so_far: SoFar, more: Mapping[str, Any] = MappingProxyType({}), **facts: Any) -> Event:
     response = {**so_far.note, "id": f"resp_{so_far.run}", "status": kind, "output": [], **facts}
     event = f"response.{kind}"
-    return Event({"type": event, "sequence_number": so_far.events, "response": response}, event)
+    return Event({"type": event, "sequence_number": so_far.events, "response": response, **more}, event)
 
 
 def _object(event: Event | None) -> Mapping[str, Any]:
@@ -264,6 +276,8 @@ def error_frames(error: Exception, dialect: Dialect, so_far: SoFar = NOTHING) ->
     """A failed stream's last events."""
     code = error.code if isinstance(error, SSEAppError) else SSEAppError.code
     try:
+        if isinstance(error, UpstreamRefusal):
+            return [encode(event) for event in dialect.upstream_refusal(error, so_far)]
         return [encode(event) for event in dialect.error(public_text(error), code, so_far)]
     except EncodeError as invalid:
         return error_frames(invalid, dialect, so_far)

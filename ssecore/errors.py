@@ -5,6 +5,7 @@ They become a problem document (RFC 9457), or after a response's first byte an `
 """
 
 import random
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ __all__ = [
     "UnprocessableContent",
     "UnsupportedMediaType",
     "UpstreamError",
+    "UpstreamRefusal",
     "WriterFenced",
 ]
 
@@ -180,6 +182,22 @@ class UpstreamError(SSEAppError):
     """A server that the handler called failed."""
 
     status, code = 502, "upstream_error"
+
+
+class UpstreamRefusal(UpstreamError):
+    """A server that the handler called refused the client's own request, with this `status` (4xx).
+
+    `error` is that server's error object in OpenAI's form: `message`, `type`, `param`, `code`.
+    """
+
+    status, code = 400, "upstream_refused"
+
+    def __init__(
+        self, detail: str = "", *, status: int = 400, error: Mapping[str, str | None] | None = None, **options: Any
+    ) -> None:
+        super().__init__(detail, **options)
+        self.status = status
+        self.error = error or {"message": self.detail, "type": "invalid_request_error", "param": None, "code": None}
 
 
 class Unavailable(_Passing):

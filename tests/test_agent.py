@@ -768,6 +768,42 @@ def test_session_carries_the_conversation_on_without_a_model(mock: Server) -> No
     assert events[-2][1]["content"] == "I counted 1 task (words invoice, status done)."
 
 
+@pytest.mark.parametrize(
+    ("questions", "told"),
+    [
+        (["what is 6*7?", "and how many tasks are there?"], "I counted 3 tasks."),
+        (["what is 6 times 7?", "and how many of them are done?"], "I counted 1 task (status done)."),
+        (["what time is it in Berlin?", "and how many tasks are there?"], "I counted 3 tasks."),
+        (
+            ["what is 6*7, and which tasks mention an invoice?", "How many of them?"],
+            "I counted 2 tasks (words invoice).",
+        ),
+        (
+            ["Find the invoice", "and what is 6*7?", "And how many are open?"],
+            "I counted 1 task (words invoice, status open).",
+        ),
+        (
+            ["Find the invoice", "Which of them are open?", "And how many?"],
+            "I counted 1 task (words invoice, status open).",
+        ),
+        (["Find the invoice", "what is 6*7?", "And how many are there?"], "I counted 3 tasks."),
+    ],
+)
+def test_a_question_goes_on_with_the_tasks_of_the_one_before_and_not_with_its_numbers(
+    mock: Server, questions: list[str], told: str
+) -> None:
+    session = uuid.uuid4().hex
+    answers = [tell(mock, "chat", question, session_id=session)[-2][1]["content"] for question in questions]
+    assert answers[-1] == told
+
+    messages: list[dict[str, str]] = []
+    for question, text in zip(questions, answers, strict=True):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    body = {"model": "agent", "messages": messages[:-1]}
+    completion = mock.client.post("/v1/chat/completions", json=body).json()
+    assert completion["choices"][0]["message"]["content"] == told
+
+
 async def test_session_is_there_after_a_restart_and_belongs_to_its_caller(tmp_path: Path) -> None:
     async with service(tmp_path) as app:
         for caller in ("ann", "ben", None):

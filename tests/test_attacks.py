@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import gc
 import hmac
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import StringIO
@@ -24,7 +26,7 @@ import httpx
 import pytest
 
 from handlers import ROUTES
-from sseapp import BODIES, UPLOADS_PER_CALLER
+from sseapp import BODIES, UPLOADS_PER_CALLER, Settings, create_app
 from ssecore.errors import Unauthorized
 from ssecore.http.guard import MAX_HEADER_LINES
 from ssecore.http.routes import Route
@@ -713,6 +715,36 @@ def test_trickled_bodies_hold_little_where_nobody_has_a_name(tmp_path: Path) -> 
             assert set(answered(socks)) == {503}
             assert memory(server, "VmHWM") - before < 250 * MIB, "of 400 MB"
         wait_until(lambda: server.client.post("/topics/a", json="x" * 900_000).status_code == 202)
+
+
+@pytest.mark.parametrize(("path", "status"), [("/topics/a", 413), ("/nothing", 404), ("/topics/a?event=", 400)])
+async def test_a_refused_request_is_freed_without_a_garbage_collection(tmp_path: Path, path: str, status: int) -> None:
+    """Its headers and what came of its body: a MiB each, of very many clients at once."""
+
+    class Client:
+        statuses: Final[list[int]] = []
+
+        async def receive(self) -> dict[str, Any]:
+            return {"type": "http.request", "body": b" " * 60_000, "more_body": status == 413}
+
+        async def send(self, message: Any) -> None:
+            self.statuses.append(message.get("status", 0))
+
+    app = create_app(Settings(data_dir=tmp_path, max_body_bytes=100_000, auth="off"))
+    async with app.running():
+        client = Client()
+        path, _, query = path.partition("?")
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": query.encode(), "headers": headers}
+        gc.disable()
+        try:
+            await app(scope, client.receive, client.send)
+            assert client.statuses == [status, 0]
+            kept = weakref.ref(client)
+            del client
+            assert kept() is None
+        finally:
+            gc.enable()
 
 
 def answered(socks: list[socket.socket]) -> list[int]:

@@ -177,6 +177,16 @@ def run(command: list[str], folder: Path, url: str, input: str = "") -> str:
     return done.stdout
 
 
+def node_program(server: Server, folder: Path, name: str) -> list[str]:
+    """The command of an example, with what its head says to install beside it."""
+    (folder / "node_modules").symlink_to(NODE / "node_modules")
+    (folder / "resuming-fetch.js").write_bytes(server.client.get("/static/resuming-fetch.js").content)
+    (folder / "package.json").write_text('{"type": "module"}')
+    program = folder / name
+    program.write_bytes((EXAMPLES / name).read_bytes())
+    return ["node", str(program)]
+
+
 @needs("node-clients")
 @pytest.mark.parametrize(
     ("name", "arguments", "input", "shown"),
@@ -188,15 +198,30 @@ def run(command: list[str], folder: Path, url: str, input: str = "") -> str:
 def test_a_chat_in_node_goes_on_over_cuts(
     nearby: Server, tmp_path: Path, name: str, arguments: list[str], input: str, shown: list[str]
 ) -> None:
-    (tmp_path / "node_modules").symlink_to(NODE / "node_modules")
-    (tmp_path / "resuming-fetch.js").write_bytes(nearby.client.get("/static/resuming-fetch.js").content)
-    (tmp_path / "package.json").write_text('{"type": "module"}')
-    program = tmp_path / name
-    program.write_bytes((EXAMPLES / name).read_bytes())
+    command = node_program(nearby, tmp_path, name)
     with relay(nearby.port, [900, re.compile(b"text-delta|TEXT_MESSAGE_CONTENT")]) as line:
-        printed = run(["node", str(program), *arguments], tmp_path, line.url, input)
+        printed = run([*command, *arguments], tmp_path, line.url, input)
         line.wait_streams(3)
     assert all(text in printed for text in shown), printed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("ai_sdk_chat.mjs", marks=needs("node-clients")),
+        pytest.param("ag_ui_chat.mjs", marks=needs("node-clients")),
+        "openai_background.py",
+    ],
+)
+def test_a_client_without_its_service_says_in_one_line_what_to_do(server: Server, tmp_path: Path, name: str) -> None:
+    url = f"http://127.0.0.1:{serving.free_port()}"
+    command = node_program(server, tmp_path, name) if name.endswith(".mjs") else [sys.executable, str(EXAMPLES / name)]
+    environ = {"PATH": os.environ["PATH"], "SSEAPP_URL": url}
+    done = subprocess.run(
+        [*command, "hello"], cwd=tmp_path, env=environ, input="hello\n", capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.strip()) == (1, "")
+    assert done.stderr == f"can't reach {url}: start the service (make run), or set SSEAPP_URL\n"
 
 
 @needs("time")

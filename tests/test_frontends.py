@@ -655,14 +655,14 @@ def test_reasoning_and_usage_are_in_a_response(behind: Server, upstream: Upstrea
 
 def test_an_upstream_that_refuses_to_tell_the_usage_is_asked_without(behind: Server, upstream: Upstream) -> None:
     refusal = llm.refuse(422, b'{"detail": "stream_options: extra fields not permitted"}')
-    upstream.plan(refusal, llm.answer("Hi"), refusal, llm.answer("Hi"), llm.refuse(422), llm.refuse(422))
+    upstream.plan(refusal, llm.answer("Hi"), refusal, llm.answer("Hi"), llm.refuse(422, b""), llm.refuse(422))
     asked: Any = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
     with openai.OpenAI(api_key="none", base_url=f"{behind.url}/v1", max_retries=0) as client:
         completion = client.chat.completions.create(**asked)
         assert (completion.choices[0].message.content, completion.usage) == ("Hi", None)
         response = client.responses.create(model="m", input="hello")
         assert (response.output_text, response.usage) == ("Hi", None)
-        with pytest.raises(openai.InternalServerError, match="422"):
+        with pytest.raises(openai.UnprocessableEntityError, match="no"):
             client.chat.completions.create(**asked)
     assert ["stream_options" in call.json for call in upstream.calls] == [True, False] * 3
     upstream.settle()

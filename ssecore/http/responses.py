@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from ssecore.dialects import NAMED, Dialect
-from ssecore.errors import SSEAppError
+from ssecore.errors import SSEAppError, UpstreamRefusal
 from ssecore.wire import encode_json
 
 __all__ = [
@@ -60,6 +60,8 @@ def problem(error: SSEAppError, reference: str | None = None, dialect: Dialect =
     if reference is not None:
         data["reference"] = reference
     data |= dialect.refusal(error.detail, error.code, error.field)
+    if isinstance(error, UpstreamRefusal) and "error" in data:
+        data["error"] = error.error
     return Response(encode_json(data), error.status, "application/problem+json", error.headers)
 
 

@@ -442,7 +442,9 @@ class Sender:
         if self.source.events:
             self._before_first += not batch
             preamble, opening = self._full_request.preamble, self.source.opening
-            if opening and self._full_request.from_browser and not self._full_request.dialect.only_json:
+            if self._full_request.dialect.only_json:
+                opening = b""  # openai-python parses the data of every block, also of one that has none
+            elif opening and self._full_request.from_browser:
                 opening = CURSOR_EVENT + opening
             self._full_request.forget()
             batch = b"%bretry: %d\n%b" % (preamble, self._options.retry_ms, batch or opening)

@@ -92,6 +92,7 @@ const CLIENTS = {
       }
     } catch (error) {
       tell("threw", `${error.status ?? ""} ${error.code ?? ""} ${error.message}`)
+      tell("refused", error.constructor.name)
     }
   },
 }
