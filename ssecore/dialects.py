@@ -47,7 +47,7 @@ CURSOR_EVENT: Final = b"event: cursor\ndata:\n"
 
 @dataclass(frozen=True, slots=True)
 class SoFar:
-    """The state of a stream."""
+    """A stream's state."""
 
     run: str = ""
     note: Mapping[str, Any] = field(default_factory=dict)  #: see `routes.About`

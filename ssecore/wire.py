@@ -119,7 +119,7 @@ def encode(event: Event) -> bytes:
 def cut(cursor: str) -> bytes:
     """The first bytes for a browser's `EventSource` that sent `cursor`.
 
-    After a reset within an event WebKit joins the half event to the next connection (seen: `{"contretry: 600`); npm's
+    After a reset within an event WebKit joins the half event to the next connection; npm's
     `eventsource` 2 keeps its whole lines. Colon and line end complete a half line, or are a comment; a line end alone
     might dispatch. The blank line dispatches the rest as `cut`, without listeners. The id replaces a half id. Without
     data the standard dispatches nothing.

@@ -33,8 +33,8 @@ _BEGINNING: Final = b'{"id":'
 async def to_file(source: Source, path: str | os.PathLike[str]) -> int:
     """Append a stream's events to a file, one JSON object `{"id", "event", "data"}` a line. Returns their number.
 
-    Called again it resumes after the last complete line. An incomplete line at the end is cut off, and so are `gap`
-    events, which the server will send again.
+    Called again it resumes after the last complete line. It cuts off an incomplete line, and `gap` events, which the
+    server will send again.
 
     Raises `SourceError` if the file has other content, another writer, or no id in its last event; and what `Source`
     raises; and `OSError`.

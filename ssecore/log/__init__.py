@@ -1,7 +1,7 @@
 """The event log: streams of events that outlive the connections that read them.
 
-A stream is a named, append-only sequence of events, numbered from 1 without holes. A *run* ends and is kept whole; a
-*topic* goes on and is trimmed.
+A stream is an append-only sequence of events, numbered from 1 without holes. A *run* ends and is kept whole; a *topic*
+is trimmed.
 
 1.  A reader sees only what is in the log: append first, then deliver.
 2.  An append is atomic: events of one epoch, maybe the close and new `meta`, even if its caller is cancelled.

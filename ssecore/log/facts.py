@@ -157,8 +157,7 @@ def framed(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
     """The row's events after `after`, each with its `id:` line.
 
     The id is the last line of its block: some clients (`@microsoft/fetch-event-source` 2.0.1, npm `eventsource` 2.0.2)
-    take an id as soon as its line is complete: cut before the data, they would miss it. `id_first`: some dialects'
-    clients pair an id with the data after it.
+    take an id as soon as its line is complete. `id_first`: some dialects' clients pair an id with the data after it.
 
     Hot path, once per row and process; 0.2 µs an event.
     """

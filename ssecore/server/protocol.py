@@ -42,7 +42,7 @@ class BoundedProtocol(HttpToolsProtocol):
     - `max_head_bytes` also limits chunk sizes and trailers. The app refuses a complete head that is too large.
     - After one pipelined request too many, or other bytes, the connection closes after the last response that is due.
     - It reads while requests wait, to detect a disconnect.
-    - An idle connection drops its last request (up to half a MiB).
+    - An idle connection drops its last request.
     """
 
     # More attributes in `__dict__` would end its key sharing: a KiB each.

@@ -1,7 +1,6 @@
 """Our runner: uvicorn with a drain, and with socket options that disconnect frozen clients.
 
-uvicorn sends `lifespan.shutdown` after all connections are closed, so this server drains the app first. ARCHITECTURE.md
-has the sequence.
+uvicorn sends `lifespan.shutdown` after all connections are closed, so this server drains the app first.
 """
 
 import asyncio
@@ -40,12 +39,12 @@ SEND_BUFFER_BYTES = 256 * 1024
 BACKLOG = 4096
 #: Until uvicorn cancels requests that outlive the drain; an integer for uvicorn.
 SHUTDOWN_S = 1
-#: From the drain's end, or the last stream, run or request that ended since, to the exit: a second for farewells,
-#: SHUTDOWN_S, and a second for the rest, such as the event log's last commit.
+#: From the drain's end, or the last stream, run or request that ended since, to the exit: farewells, SHUTDOWN_S, the
+#: log's last commit.
 END_S = 3.0
 #: From the drain's end to the exit, even while streams still end (thousands do, on a busy machine).
 MAX_END_S: Final = 10.0
-#: For an infinite `drain_s`: eleven days.
+#: For an infinite `drain_s`.
 LONGEST_S: Final = 1e6
 #: Exit code if the app failed while it served, or something ignored END_S.
 FAILED: Final = 1
@@ -55,8 +54,8 @@ KEEP_ALIVE_S = 620
 
 MAX_NAMED: Final = 20
 
-#: By default 700. A connection is some 60 objects, and the collector would scan thousands of them again and again. Much
-#: higher, and the cycles of closed connections (13 objects of uvicorn's each) stay for long.
+#: By default 700, so the collector would scan thousands of connections, 60 objects each, again and again. Much higher,
+#: and the cycles of closed connections stay for long.
 COLLECT_EACH = 5_000
 
 

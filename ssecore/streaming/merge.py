@@ -28,7 +28,7 @@ class merge(Generic[T]):
                 yield Event(item)
 
     Sources wait while `buffer` items wait. A source's exception is raised here and ends the others; with
-    `failures=True` it becomes an item. Leaving the block closes every source in its own task, and waits.
+    `failures=True` it becomes an item. Leaving the block closes every source, and waits.
     """
 
     @overload

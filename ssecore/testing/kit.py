@@ -361,7 +361,7 @@ async def lifespan(app: App) -> AsyncIterator[dict[str, Any]]:
 async def assert_stream(
     stream: Exchange | httpx.Response, *expected: Event | tuple[str | None, Any] | EllipsisType, ends: bool = True
 ) -> list[Event]:
-    """Read a stream and compare it with the expected events. Returns the events read.
+    """Compare a stream with the expected events. Returns the events read.
 
         await assert_stream(response, ("countdown", {"remaining": 1}), ..., Event("", "complete"))
 
