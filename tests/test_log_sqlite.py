@@ -167,6 +167,18 @@ async def test_in_one_process_the_file_is_opened_once_and_again_when_closed(path
         assert await written(first, "run") == ["a"]
 
 
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_on_trio_too_what_was_appended_is_read(path: Path, anyio_backend: str) -> None:
+    log = SqliteLog(path)
+    async with log.running():
+        epoch = await run(log)
+        for number in range(3):
+            assert await log.append("run", [frame(str(number))], epoch=epoch, close=number == 2) == number + 1
+        assert await written(log, "run") == ["0", "1", "2"]
+        with pytest.raises(WriterFenced):
+            await log.append("run", [frame("late")], epoch=epoch)
+
+
 async def test_nothing_works_outside_of_running(path: Path) -> None:
     log = SqliteLog(path)
     calls: list[Callable[[], Awaitable[object]]] = [
