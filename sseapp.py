@@ -228,8 +228,10 @@ class SSEApp:
                 if hosted is not None and isinstance(theirs, Exception) and http_error(theirs) is not None:
                     raise theirs from None
                 answer, start = self._refused(request, http_error(failure) or failure)
+                failure.__traceback__ = None
             finally:
-                # Else this frame and the traceback keep each other, and the request's body, until a garbage collection.
+                # Else this frame (or a run's worker) and the traceback keep each other and the request's body until a
+                # garbage collection.
                 del failure, theirs
         finally:
             if sender is None:  # else at the stream's end, which may come long after this call's
