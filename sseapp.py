@@ -231,8 +231,9 @@ class SSEApp:
                 if hosted is not None and isinstance(theirs, Exception) and http_error(theirs) is not None:
                     raise theirs from None
                 answer = self._refused(request, http_error(failure) or failure)
+                failure.__traceback__ = None
             finally:
-                del failure, theirs  # breaks a reference cycle that holds the request's body
+                del failure, theirs  # breaks reference cycles that hold the request's body
         finally:
             if sender is None:  # else `_over`: a parked stream outlives this call
                 self._leave(request)

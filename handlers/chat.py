@@ -152,7 +152,10 @@ class OpenAIModel:
             failure = error if isinstance(error, ModelError) else ModelError(error)
             said = failure.said.replace(self.key, "***") if self.key else failure.said
             logger.warning("%s: %.500r", failure.code, said)
-            raise failure from None
+            try:
+                raise failure from None
+            finally:
+                del failure  # its traceback has this frame, and with it the request
 
     async def _open_with_usage(self, body: Mapping[str, Any]) -> httpx.Response:
         """Ask for the usage. If the server refuses that, ask once more without.
@@ -179,7 +182,10 @@ class OpenAIModel:
             if failure is None:
                 return response
             if failure.pause_s is None or failure.pause_s > MAX_PAUSE_S or retries == MAX_RETRIES:
-                raise failure
+                try:
+                    raise failure
+                finally:
+                    del failure  # as in `_answer`
             logger.info("%s, trying again", failure.code)
             await anyio.sleep(max(failure.pause_s, BACKOFF_S * 2**retries * random.uniform(0.5, 1)))
             retries += 1

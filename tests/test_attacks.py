@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import StringIO
@@ -29,11 +28,14 @@ from handlers import ROUTES
 from sseapp import BODIES, UPLOADS_PER_CALLER, Settings, create_app
 from ssecore.errors import Unauthorized
 from ssecore.http.guard import MAX_HEADER_LINES
+from ssecore.http.request import Request
 from ssecore.http.routes import Route
 from ssecore.http.tokens import Tokens, add_token, revoke_tokens, session_of
 from ssecore.wire import Decoder, Event
 from tests.needs import find, needs
 from tests.serving import Server, free_port, serve, serve_hypercorn, serve_uvicorn, wait_until
+from tests.upstream import refuse
+from tests.upstream import serve as serve_upstream
 
 FAST: Final = {"SSEAPP_MOCK_DELAY_S": "0", "SSEAPP_HEARTBEAT_S": "1"}
 #: What would become a field, an event or a header of its own wherever it is written out as it came.
@@ -717,34 +719,49 @@ def test_trickled_bodies_hold_little_where_nobody_has_a_name(tmp_path: Path) -> 
         wait_until(lambda: server.client.post("/topics/a", json="x" * 900_000).status_code == 202)
 
 
-@pytest.mark.parametrize(("path", "status"), [("/topics/a", 413), ("/nothing", 404), ("/topics/a?event=", 400)])
-async def test_a_refused_request_is_freed_without_a_garbage_collection(tmp_path: Path, path: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("path", "body", "status", "calls"),
+    [
+        ("/topics/a", b" " * 60_000, 413, 0),
+        ("/nothing", b" " * 60_000, 404, 0),
+        ("/topics/a?event=", b"1", 400, 0),
+        ("/v1/chat/completions", b'{"model": "x", "messages": [{}]}', 404, 0),  # by its handler, in a run
+        ("/v1/chat/completions", b'{"messages": [{}]}', 400, 1),  # by the model's server
+        ("/v1/responses", b'{"input": "x"}', 400, 1),
+        ("/chat/stream", b'[{"role": "user", "content": "x"}]', 502, 1),
+    ],
+)
+async def test_a_refused_request_is_freed_without_a_garbage_collection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, body: bytes, status: int, calls: int
+) -> None:
     """Its headers and what came of its body: a MiB each, of very many clients at once."""
 
-    class Client:
-        statuses: Final[list[int]] = []
+    told: list[int] = []
 
-        async def receive(self) -> dict[str, Any]:
-            return {"type": "http.request", "body": b" " * 60_000, "more_body": status == 413}
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": status == 413}
 
-        async def send(self, message: Any) -> None:
-            self.statuses.append(message.get("status", 0))
+    async def send(message: Any) -> None:
+        told.append(message.get("status", 0))
 
-    app = create_app(Settings(data_dir=tmp_path, max_body_bytes=100_000, auth="off"))
-    async with app.running():
-        client = Client()
-        path, _, query = path.partition("?")
-        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": path, "query_string": query.encode(), "headers": headers}
-        gc.disable()
-        try:
-            await app(scope, client.receive, client.send)
-            assert client.statuses == [status, 0]
-            kept = weakref.ref(client)
-            del client
-            assert kept() is None
-        finally:
-            gc.enable()
+    monkeypatch.setenv("no_proxy", "*")
+    path, _, query = path.partition("?")
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    with serve_upstream() as upstream:
+        upstream.plan(*[refuse(400)] * calls)
+        app = create_app(Settings(data_dir=tmp_path, max_body_bytes=100_000, auth="off", openai_base_url=upstream.url))
+        async with app.running():
+            gc.collect()
+            gc.disable()
+            try:
+                scope = {"type": "http", "method": "POST", "path": path, "query_string": query.encode()}
+                await app({**scope, "headers": headers}, receive, send)
+                assert told == [status, 0]
+                requests = [each for each in gc.get_objects() if isinstance(each, Request)]
+                assert not [each for each in requests if each._receive is receive], "a run has its own"
+            finally:
+                gc.enable()
+        upstream.settle()
 
 
 def answered(socks: list[socket.socket]) -> list[int]:

@@ -1,5 +1,6 @@
 """The chat routes, from a real server process, with a model made by hand (upstream.py) or the mock behind them."""
 
+import gc
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -564,6 +565,23 @@ async def test_refusal_is_read_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> No
     with serve() as upstream:
         upstream.plan(script)
         assert (await fails(upstream.url)).code == "upstream_error"
+
+
+@pytest.mark.parametrize("status", [400, 500])
+async def test_refusal_is_freed_without_a_garbage_collection(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    """Its frames have the request: up to a MiB of messages."""
+    monkeypatch.setenv("no_proxy", "*")
+    with serve() as upstream:
+        upstream.plan(refuse(status))
+        gc.collect()
+        gc.disable()
+        try:
+            with suppress(ModelError):  # `pytest.raises` would keep it
+                await texts(upstream.url)
+            assert len(upstream.calls) == 1
+            assert not [each for each in gc.get_objects() if isinstance(each, ModelError)]
+        finally:
+            gc.enable()
 
 
 # Asking again
