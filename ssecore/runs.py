@@ -178,6 +178,8 @@ class Worker:
             self._request.close()
             self._runs._ended(self)
             self.started.set()
+            self._pump.close()
+            del self._writer  # no cycle may hold the request's body
 
     async def _write(self) -> None:
         try:

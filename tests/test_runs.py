@@ -4,6 +4,7 @@ The table and the cursors are tested over the engines of the log and both ways o
 the memory log alone, in virtual time: no test waits, and each moment is exact.
 """
 
+import gc
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from ssecore.log import Log, Stat
 from ssecore.log.memory import MemoryLog
 from ssecore.log.sqlite import SqliteLog
 from ssecore.log.writer import Posted
-from ssecore.runs import DRAIN_CLOSE_S
+from ssecore.runs import DRAIN_CLOSE_S, Worker
 from ssecore.settings import Settings
 from ssecore.streaming.pump import CLOSE_S, FIRST_ITEM_S
 from ssecore.testing import connect
@@ -287,6 +288,19 @@ async def test_the_first_request_starts_a_run_and_streams_it_from_its_start(hous
 
         again = await ask(app, "/count")
         assert again.headers["run-id"] != run, "without a key or an id it is another run"
+
+
+async def test_a_run_that_has_ended_is_freed_without_a_garbage_collection(house: House) -> None:
+    """It has the request, with its body."""
+    async with house.open(COUNT) as app:
+        gc.collect()
+        gc.disable()
+        try:
+            assert (await ask(app, "/count")).complete
+            await anyio.wait_all_tasks_blocked()
+            assert not [each for each in gc.get_objects() if isinstance(each, Worker)]
+        finally:
+            gc.enable()
 
 
 @engines
