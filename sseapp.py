@@ -233,7 +233,7 @@ class SSEApp:
                 answer = self._refused(request, http_error(failure) or failure)
                 failure.__traceback__ = None
             finally:
-                del failure, theirs  # breaks reference cycles that hold the request's body
+                del failure, theirs  # cycles would hold the body
         finally:
             if sender is None:  # else `_over`: a parked stream outlives this call
                 self._leave(request)

@@ -179,7 +179,7 @@ class Worker:
             self._runs._ended(self)
             self.started.set()
             self._pump.close()
-            del self._writer  # no cycle may hold the request's body
+            del self._writer  # no cycle holds the body
 
     async def _write(self) -> None:
         try:
