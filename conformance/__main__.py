@@ -53,7 +53,11 @@ def _options(arguments: list[str] | None) -> tuple[argparse.Namespace, Target]:
     add("--list", action="store_true", help="print the checks")
     add("--json", action="store_true", help="print the results as JSON")
     add("-v", "--verbose", action="store_true", help="print what was sent and received also where it is ok")
-    given = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--lost" in words[:-1]:  # an id may begin with a dash
+        at = words.index("--lost")
+        words[at : at + 2] = [f"--lost={words[at + 1]}"]
+    given = parser.parse_args(words)
     if given.list:
         print("\n".join(f"{check.name:15} {check.required} ({check.source})" for check in CHECKS))
         parser.exit()

@@ -343,6 +343,11 @@ def test_what_cannot_be_run_is_exit_code_2(arguments: list[str], capsys: pytest.
     assert (code, written.out) == (2, "") and written.err
 
 
+def test_an_id_may_begin_with_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    with raw() as url:
+        assert not failed(capsys, url, "--lost", "-abc.1", "--only", "retry")
+
+
 def test_the_help_and_the_documentation_name_each_check(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["--list"])

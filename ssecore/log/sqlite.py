@@ -107,8 +107,8 @@ _MAX_KNOWN: Final = 10_000
 #: In a step of upkeep: some milliseconds.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: SQLite's own. A checkpoint delays appends by three syncs. A bounded log has an eighth at most.
-_CHECKPOINT_PAGES: Final = 1000
+#: 2 MiB. A checkpoint holds appends up for three syncs. A bounded log has an eighth at most.
+_CHECKPOINT_PAGES: Final = 512
 _PAGE_BYTES: Final = 4096
 #: Readers can keep the WAL from restarting.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
