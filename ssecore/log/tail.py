@@ -141,9 +141,7 @@ class Tail:
     def _begin_round(self) -> None:
         if len(self.readers) == 1:
             self._scheduled = False
-            for sender in self._senders():
-                sender.poke()
-            return
+            return deliver(self._senders(), b"", b"", NO_READER, NO_READER)
         self._seen = (self.top, self.ended)
         self._deliver(self._senders())
 
