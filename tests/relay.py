@@ -114,10 +114,10 @@ class Relay:
                         budget = max(match.end() - len(come), 1)
                 if isinstance(budget, int):
                     data, budget = data[:budget], budget - len(data[:budget])
-                sink.sendall(data)
-                if answer is not None:
+                if answer is not None:  # kept before it is sent: who has read it finds it here
                     with self._changed:
                         answer += data
+                sink.sendall(data)
                 if budget == 0:
                     if self._reset:
                         time.sleep(RESET_AFTER_S)
