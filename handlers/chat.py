@@ -4,15 +4,16 @@ A request is not repeated if tokens may have been generated, since they cost mon
 upstream's error goes to the log, without our key; `handlers.openai` may pass it on.
 """
 
-import asyncio
 import logging
 import random
 import re
+from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import anyio
 import httpx
@@ -40,6 +41,7 @@ from ssecore.http.request import Request
 from ssecore.http.routes import GET, POST, Run
 from ssecore.metrics import AnswerTimes
 from ssecore.settings import Settings
+from ssecore.streaming.pump import asyncio_loop
 from ssecore.wire import CONTENT_TYPE, Event, encode_json
 
 __all__ = ["LINGERING", "ROUTES", "ChatMessage", "MockModel", "Model", "OpenAIModel", "answer_times", "open_model"]
@@ -171,11 +173,13 @@ class OpenAIModel:
             return await self._open(encode_json(body))
 
     async def _open(self, content: bytes) -> httpx.Response:
+        # Without `client.send`: its cookies, redirects and authentication, all unused, cost 0.15 ms.
+        transport = self.client._transport_for_url(self.url)
         request = self.client.build_request("POST", self.url, content=content)
         retries = 0
         while True:
             try:
-                response = await self.client.send(request, stream=True)
+                response = await transport.handle_async_request(request)
                 failure = await _refusal(response)
             except httpx.HTTPError as error:
                 failure = ModelError(error)
@@ -265,6 +269,8 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
     headers = {"accept": CONTENT_TYPE, "accept-encoding": "identity", "content-type": "application/json"}
     if key:
         headers["authorization"] = f"Bearer {key}"
+    if url.userinfo:
+        headers["authorization"] = "Basic " + b64encode(unquote_to_bytes(url.userinfo)).decode()
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=POOL_TIMEOUT_S)
     limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=20)
     async with http_client(headers=headers, timeout=timeout, limits=limits, transport=_transport()) as client:
@@ -274,11 +280,7 @@ async def open_model(settings: Settings) -> AsyncIterator[Model]:
 
 def _transport() -> Transport | None:
     """Ours takes a third of the CPU of httpx's own, which is used under trio."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-    return UpstreamTransport
+    return UpstreamTransport if asyncio_loop() is not None else None
 
 
 def answer_times(request: Request) -> AnswerTimes:

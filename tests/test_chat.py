@@ -1,5 +1,6 @@
 """The chat routes, from a real server process, with a model made by hand (upstream.py) or the mock behind them."""
 
+import base64
 import gc
 import json
 import logging
@@ -786,6 +787,15 @@ async def test_refused_connection_is_tried_three_times(
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.INFO] == [
         "upstream_unreachable, trying again"
     ] * 2
+
+
+@both_backends
+async def test_a_name_and_a_password_in_the_url_are_sent_in_place_of_the_key(anyio_backend: str) -> None:
+    with serve() as upstream:
+        upstream.plan(answer("Hi"))
+        assert await texts(upstream.url.replace("//", "//us%40er:p%3Ass@"), KEY) == ["Hi"]
+        (call,) = upstream.calls
+    assert call.headers["authorization"] == "Basic " + base64.b64encode(b"us@er:p:ss").decode()
 
 
 @both_backends
