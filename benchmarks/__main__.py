@@ -8,6 +8,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable
+from time import monotonic
 
 from benchmarks import (
     charts,
@@ -82,13 +83,16 @@ def main() -> int:
     broken = []
     for name in names:
         given = {key: value for key, value in options.items() if value is not None and name in defaults[key]}
+        began = monotonic()
+        print(f"{name} …", flush=True)
         try:
             report = BENCHMARKS[name](**given)
         except Exception:  # the others are an hour's work
             traceback.print_exc()
             broken.append(name)
         else:
-            print(report, f"written to {report.write()}", sep="\n", end="\n\n", flush=True)
+            took = f"written to {report.write()} after {monotonic() - began:.0f} s"
+            print(report, took, sep="\n", end="\n\n", flush=True)
     print("drawn:", *charts.draw())
     if broken:
         print(f"broken off: {', '.join(broken)}", file=sys.stderr)

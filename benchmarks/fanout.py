@@ -36,7 +36,7 @@ def run(
     readers: int = 1000,
     more_readers: int = 4000,
     most_readers: int = 9000,
-    deliveries: int = 200_000,
+    deliveries: int = 100_000,
     peers_python: Path = PEERS_PYTHON,
 ) -> Report:
     """`deliveries` to `readers` of one topic, to more, and to most: ours, the peers, and the floor in Python."""

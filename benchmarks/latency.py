@@ -17,7 +17,7 @@ P50, P99, P999, CPU, LOAD = "p50 ms", "p99 ms", "p99.9 ms", "CPU µs/event", "lo
 INTERVAL_S = 0.1
 
 
-def run(*, rounds: int = 9, streams: int = 1000, seconds: int = 5, peers_python: Path = PEERS_PYTHON) -> Report:
+def run(*, rounds: int = 5, streams: int = 1000, seconds: int = 5, peers_python: Path = PEERS_PYTHON) -> Report:
     """`streams` of 10 events a second each, for `seconds`."""
     report = Report("latency", {"rounds": rounds, "streams": streams, "seconds": seconds})
     with ahead_of_others(), ExitStack() as stack:

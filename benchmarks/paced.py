@@ -33,7 +33,7 @@ WHOLE_RUNS = 500
 
 def run(
     *,
-    rounds: int = 5,
+    rounds: int = 3,
     seconds: int = 5,
     readers: int = 1000,
     followers: int = 2000,

@@ -15,7 +15,7 @@ FIRST, GROWTH = "first row after ms", "growth MiB"
 TITLE = b"Task of the benchmark"
 
 
-def run(*, rounds: int = 5, rows: int = 1_000_000) -> Report:
+def run(*, rounds: int = 3, rows: int = 1_000_000) -> Report:
     """Tables of 1,000, 100,000 and `rows` rows, streamed whole, by status, by words, and by both; and as CSV.
 
     The last hundredth is open and all before it is done, so that who asks for open ones has much to pass over.

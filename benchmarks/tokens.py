@@ -48,7 +48,7 @@ Contender = Callable[[], AbstractContextManager[tuple[Server, str]]]
 
 def run(
     *,
-    rounds: int = 5,
+    rounds: int = 3,
     streams: int = 100,
     many: int = 400,
     most: int = 1000,
