@@ -325,8 +325,8 @@ class LocalLog(Log):
         self._process = secrets.token_urlsafe(8)
 
     @abstractmethod
-    async def _apply(self, work: Callable[[Ledger], T]) -> T:
-        """Run `work` on the ledger, in a commit."""
+    async def _apply(self, work: Callable[[Ledger], T], *, long: bool = False) -> T:
+        """Run `work` on the ledger, in a commit. `long`: the loop must not wait for it."""
 
     async def _create(self, stat: Stat) -> tuple[Stat, bool]:
         return await self._apply(lambda ledger: ledger.create(stat))
@@ -340,7 +340,7 @@ class LocalLog(Log):
         return True
 
     async def _upkeep(self) -> bool:
-        return await self._apply(lambda ledger: ledger.upkeep())
+        return await self._apply(lambda ledger: ledger.upkeep(), long=True)
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         return self._watchers.add(stream, watcher)

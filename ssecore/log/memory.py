@@ -49,7 +49,7 @@ class MemoryLog(LocalLog):
                 )
             yield
 
-    async def _apply(self, work: Callable[[Ledger], T]) -> T:
+    async def _apply(self, work: Callable[[Ledger], T], *, long: bool = False) -> T:
         await checkpoint()
         self._ledger.now = self._clock()
         try:

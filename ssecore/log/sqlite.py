@@ -158,8 +158,9 @@ class _Order(Generic[T]):
 
     work: Callable[["_Transaction"], T]
     done: Callable[[Any], None]
-    size: int
+    size: int = _BATCH_BYTES
     awaited: bool = False
+    long: bool = False
     result: T = field(init=False)
     error: SSEAppError | None = None
 
@@ -240,11 +241,11 @@ class SqliteLog(LocalLog):
         size = sum([batch.size + _BATCH_BYTES for batch in batches])
         self._put(_Order(lambda turn: turn.commit(batches), committed, size))
 
-    async def _apply(self, work: Callable[[Ledger], T], *, size: int = _BATCH_BYTES) -> T:
+    async def _apply(self, work: Callable[[Ledger], T], *, long: bool = False) -> T:
         if not self._running or self._stuck:
             raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
         signal = anyio.Event()
-        order = _Order(work, lambda _: signal.set(), size, awaited=True)
+        order = _Order(work, lambda _: signal.set(), awaited=True, long=long)
         self._put(order)
         await signal.wait()
         if order.error:
@@ -264,7 +265,7 @@ class SqliteLog(LocalLog):
         if self.unavailable:
             with suppress(SSEAppError):
                 await self._apply(_Transaction.probe)  # type: ignore[arg-type]
-        return await self._apply(lambda ledger: ledger.upkeep(), size=_LOOP_BYTES + 1)
+        return await super()._upkeep()
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         return await self._query(lambda db: _read(db, stream, after, max_bytes))
@@ -297,7 +298,7 @@ class SqliteLog(LocalLog):
         """Rule 8."""
         return (
             order.size <= _LOOP_BYTES
-            and not (self._full_sync or self.unavailable or self._syncs_header or self.connection is None)
+            and not (order.long or self._full_sync or self.unavailable or self._syncs_header or self.connection is None)
             and self._wal_pages < self._most_wal_pages
             and time.monotonic() >= self._slow_until
         )
@@ -318,14 +319,17 @@ class SqliteLog(LocalLog):
     def _work(self) -> None:
         while orders := self._take():
             outcome: _Transaction | BaseException
+            due = False
             try:
                 outcome = self._transact(orders, _BUSY_S)
-                self._checkpoint()
+                due = self._syncs_header = self._wal_pages >= self._most_wal_pages  # first (rule 8)
             except BaseException as error:  # nothing may wait forever
                 outcome = error
             with suppress(RuntimeError):  # the loop has ended
                 self._call_soon(self._done, orders, outcome)
             del orders, outcome
+            if due:
+                self._checkpoint()
 
     def _take(self) -> list[_Order[Any]]:
         """At least one; nothing at the end."""
@@ -416,15 +420,14 @@ class SqliteLog(LocalLog):
                 db.close()
 
     def _checkpoint(self) -> None:
-        """In the thread."""
-        self._syncs_header = self._wal_pages >= self._most_wal_pages
-        if self._syncs_header and self.connection:
-            self._wal_pages = 0
-            try:
-                held_up = os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES
-                self.connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if held_up else 'PASSIVE'})").fetchall()
-            except (OSError, sqlite3.Error) as error:
-                logger.warning("can't checkpoint the WAL of %s: %s", self.path, error)
+        """In the thread, while `_syncs_header` keeps the loop from the connection. Nobody waits for it."""
+        self._wal_pages = 0
+        try:
+            held_up = os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES
+            assert self.connection
+            self.connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if held_up else 'PASSIVE'})").fetchall()
+        except Exception as error:
+            logger.warning("can't checkpoint the WAL of %s: %s", self.path, error)
 
     # The readers
 
