@@ -515,7 +515,7 @@ async def test_a_small_commit_is_made_on_the_loop_and_a_large_one_and_upkeep_are
             await log.append("run", [frame("small")], epoch=epoch)
             assert found[-1] == ("INSERT", True)
             found.clear()
-            await log.append("run", [frame("x" * 100_000)], epoch=epoch)
+            await log.append("run", [frame("x" * 200_000)], epoch=epoch)
             await log.upkeep()
             assert found and not any(on_loop for _, on_loop in found)
         assert len(await written(log, "run")) == 2
@@ -814,6 +814,28 @@ async def test_the_wal_is_taken_into_the_file_before_it_is_large(path: Path, mon
         for _ in range(50):
             await log.append("run", [frame("x" * 60_000)], epoch=epoch)
             assert size(path.with_name("log.sqlite-wal")) < MIB // 2
+
+
+async def test_an_idle_log_gives_its_wal_back(path: Path) -> None:
+    wal = path.with_name("log.sqlite-wal")
+    log = SqliteLog(path, upkeep_s=3600)
+    async with log.running():
+        epoch = await run(log)
+        for _ in range(2):
+            await log.append("run", [frame("x" * 60_000)], epoch=epoch)
+            await log.upkeep()
+            assert size(wal) > 60_000, "it was written to since the upkeep before"
+        with closing(sqlite3.connect(path)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM rows").fetchall()
+            with anyio.fail_after(4):  # nothing waits for another program's reader
+                await log.upkeep()
+        await log.append("run", [frame("y")], epoch=epoch)
+        for _ in range(3):  # the third waits for what the second began
+            await log.upkeep()
+        assert size(wal) == 0
+        assert await log.append("run", [frame("z")], epoch=epoch) == 4
+        assert len(await written(log, "run")) == 4
 
 
 async def test_a_large_run_is_deleted_step_by_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,16 +107,16 @@ _MAX_KNOWN: Final = 10_000
 #: In a step of upkeep: some milliseconds.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: 2 MiB. A checkpoint holds appends up for three syncs. A bounded log has an eighth at most.
-_CHECKPOINT_PAGES: Final = 512
+#: 8 MiB. A checkpoint holds appends up for three syncs. A bounded log has an eighth at most; an idle one gives it back.
+_CHECKPOINT_PAGES: Final = 2048
 _PAGE_BYTES: Final = 4096
 #: Readers can keep the WAL from restarting.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
 #: A row to test for free space.
 _PROBE_STREAM: Final = 0
 _PROBE_BYTES: Final = 64 * 1024
-#: Rule 8.
-_LOOP_BYTES: Final = 64 * 1024
+#: Rule 8. More than a full buffer of a run, which as fast as it goes would wait for the thread at each.
+_LOOP_BYTES: Final = 128 * 1024
 _SLOW_S: Final = 0.005
 _SLOW_PAUSE: Final = 100
 #: For another program's lock (a backup, `sqlite3`).
@@ -195,6 +195,8 @@ class SqliteLog(LocalLog):
         self._stuck = False  # since `give_up`, until earlier orders are done
         self._busy_s = _BUSY_S  # the writer's
         self._wal_pages = 0  # written since the last checkpoint, roughly
+        self._pages_then = 0  # `_wal_pages` at the last upkeep
+        self._gives_back = False  # the next checkpoint empties the WAL
         self._most_wal_pages = min(_CHECKPOINT_PAGES, self.max_bytes // 8 // _PAGE_BYTES)
         self._syncs_header = True  # the next transaction may
         self._slow_until = 0.0
@@ -265,6 +267,8 @@ class SqliteLog(LocalLog):
         if self.unavailable:
             with suppress(SSEAppError):
                 await self._apply(_Transaction.probe)  # type: ignore[arg-type]
+        # Nothing was written since the last upkeep.
+        self._gives_back, self._pages_then = 0 < self._wal_pages == self._pages_then, self._wal_pages
         return await super()._upkeep()
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
@@ -322,7 +326,7 @@ class SqliteLog(LocalLog):
             due = False
             try:
                 outcome = self._transact(orders, _BUSY_S)
-                due = self._syncs_header = self._wal_pages >= self._most_wal_pages  # first (rule 8)
+                due = self._syncs_header = self._wal_pages >= self._most_wal_pages or self._gives_back  # first (rule 8)
             except BaseException as error:  # nothing may wait forever
                 outcome = error
             with suppress(RuntimeError):  # the loop has ended
@@ -377,9 +381,7 @@ class SqliteLog(LocalLog):
                 self.connection.execute("BEGIN IMMEDIATE")
                 self._files = self._present()
                 self.connection.execute("ROLLBACK")
-            if busy_s != self._busy_s:
-                self.connection.execute(f"PRAGMA busy_timeout = {round(busy_s * 1000)}")
-                self._busy_s = busy_s
+            self._set_busy(self.connection, busy_s)
             changes = self.connection.total_changes
             transaction = _Transaction(self, self.connection, self._known, self._clock())
             for order in orders:
@@ -402,10 +404,16 @@ class SqliteLog(LocalLog):
         while len(known) > _MAX_KNOWN:
             del known[next(iter(known))]
         size = sum([order.size for order in orders])
-        self._wal_pages += changes + 1 + size // _PAGE_BYTES  # of the index, and of bodies
+        if changes:
+            self._wal_pages += changes + 1 + size // _PAGE_BYTES  # of the index, and of bodies
         if self.written >= 0:
             self.written += size
         return transaction
+
+    def _set_busy(self, db: sqlite3.Connection, busy_s: float) -> None:
+        if busy_s != self._busy_s:
+            db.execute(f"PRAGMA busy_timeout = {round(busy_s * 1000)}")
+            self._busy_s = busy_s
 
     def _present(self) -> "_Files":
         return _inode(self.path), _inode(f"{self.path}-wal")
@@ -421,11 +429,13 @@ class SqliteLog(LocalLog):
 
     def _checkpoint(self) -> None:
         """In the thread, while `_syncs_header` keeps the loop from the connection. Nobody waits for it."""
-        self._wal_pages = 0
+        self._wal_pages, gives_back, self._gives_back = 0, self._gives_back, False
         try:
-            held_up = os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES
             assert self.connection
-            self.connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if held_up else 'PASSIVE'})").fetchall()
+            if gives_back:  # commits may come while it would wait for a reader
+                self._set_busy(self.connection, 0.0)
+            empties = gives_back or os.path.getsize(f"{self.path}-wal") > _MAX_WAL_BYTES
+            self.connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if empties else 'PASSIVE'})").fetchall()
         except Exception as error:
             logger.warning("can't checkpoint the WAL of %s: %s", self.path, error)
 
