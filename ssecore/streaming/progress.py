@@ -289,8 +289,10 @@ class _Work(GeneratorTask[Any]):
         self._report = report
 
     async def iterate(self) -> None:
+        run = self._run
+        del self._run  # breaks a reference cycle
         try:
-            await self._run()
+            await run()
         except StopAsyncIteration as error:
             raise RuntimeError(f"{self.what} was ended by {error!r}") from error
 
@@ -325,9 +327,6 @@ class LogEntry:
     message: str
     details: Any
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class ProgressState:
@@ -337,9 +336,6 @@ class ProgressState:
     total_steps: int
     step_name: str
     percent: int  #: of completed steps
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class ProgressLogger:
@@ -367,8 +363,8 @@ class ProgressLogger:
     def reporting(cls, report: Callable[[Event], object], total_steps: int) -> Self:
         return cls(
             total_steps,
-            on_log=lambda entry: report(Event(entry.to_dict(), "log")),
-            on_progress=lambda state: report(Event(state.to_dict(), "progress")),
+            on_log=lambda entry: report(Event(asdict(entry), "log")),
+            on_progress=lambda state: report(Event(asdict(state), "progress")),
         )
 
     def set_step(self, n: int, name: str) -> None:
