@@ -10,6 +10,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -635,7 +636,7 @@ def test_steps_are_told_as_they_begin_and_at_the_end() -> None:
     told.progress.next_step("Counting")
     told.progress.set_step(4, "Writing")
     told.progress.complete()
-    assert [state.to_dict() for state in told.states] == [
+    assert [asdict(state) for state in told.states] == [
         {"current_step": 1, "total_steps": 4, "step_name": "Reading", "percent": 0},
         {"current_step": 2, "total_steps": 4, "step_name": "Counting", "percent": 25},
         {"current_step": 4, "total_steps": 4, "step_name": "Writing", "percent": 75},
@@ -712,7 +713,7 @@ def test_a_log_line_says_when_and_how_much_it_matters() -> None:
     told = Told(1)
     told.progress.log("hello")
     told.progress.log("careful", LogLevel.WARNING, {"file": "a.txt", "sizes": [1, 2]})
-    first, second = (entry.to_dict() for entry in told.entries)
+    first, second = (asdict(entry) for entry in told.entries)
     assert list(first) == ["timestamp", "level", "message", "details"]
     assert (first["level"], first["message"], first["details"]) == ("info", "hello", None)
     assert (second["level"], second["details"]) == ("warning", {"file": "a.txt", "sizes": [1, 2]})

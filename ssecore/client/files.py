@@ -45,7 +45,7 @@ async def to_file(source: Source, path: str | os.PathLike[str]) -> int:
         if last:
             source.resume_from(last, first)
         written = 0
-        async with aclosing(batches(source, MAX_LINES, 0)) as groups:  # type: ignore[type-var]
+        async with aclosing(batches(source, MAX_LINES, 0)) as groups:
             async for group in groups:
                 lines = b"".join([json_line(event) for event in group])
                 await anyio.to_thread.run_sync(_append, file, lines)

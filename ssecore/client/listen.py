@@ -26,12 +26,11 @@ from ssecore.client import (
     json_object,
     to_file,
 )
-from ssecore.client.publish import json_argument
+from ssecore.client.publish import authorization, explain, fail, json_argument
 from ssecore.wire import Event
 
 __all__ = ["ENDS", "configure", "listen"]
 
-TOKEN: Final = "SSEAPP_TOKEN"
 #: Exit codes, for --help.
 ENDS: Final = {
     0: "the stream has ended",
@@ -55,20 +54,17 @@ _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in ENDS.items())
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = (
+    description = (
         "Read a stream to its end; lost connections are reopened and resumed. A terminal shows progress as a bar\n"
         'and tokens as text. Otherwise each event is printed as a line of JSON, {"id", "event", "data"}.'
     )
-    parser.epilog = f"environment variables:\n  {TOKEN}  the token, hidden from `ps`\n\nexit codes:\n{codes}"
+    explain(parser, description, ENDS)
     parser.add_argument("url", metavar="URL")
     parser.add_argument("--post", metavar="JSON", help="send a POST with this body; @FILE reads a file, @- stdin")
     parser.add_argument("--method", help="HTTP method; default: GET, or POST with --post")
     parser.add_argument(
         "--header", metavar="NAME:VALUE", action="append", default=[], help="send this header; can be repeated"
     )
-    parser.add_argument("--token", help=f"send `Authorization: Bearer TOKEN`; the variable {TOKEN} is safer")
     parser.add_argument(
         "--to", metavar="FILE", help="append JSON Lines to this file; if it has events, resume after the last one"
     )
@@ -82,37 +78,26 @@ def listen(options: argparse.Namespace) -> int:
     try:
         source = _source(options)
     except ValueError as error:
-        print(f"sseapp: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), 2)
     screen = Screen(sys.stdout)
     try:
         return anyio.run(_listen, source, options, screen)
     except KeyboardInterrupt:
         return 130
-    except Refused as error:
-        return _fail(error, 3)
     except (SourceError, httpx.InvalidURL, OSError) as error:
         if isinstance(error, BrokenPipeError):  # such as `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports an error at exit
             return 0
-        return _fail(error, 4 if isinstance(error, Broken | GaveUp) else 2)
+        return fail(str(error), 3 if isinstance(error, Refused) else 4 if isinstance(error, Broken | GaveUp) else 2)
     finally:
         screen.close()
-
-
-def _fail(error: Exception, code: int) -> int:
-    print(f"sseapp: {_safe(str(error))}", file=sys.stderr)
-    return code
 
 
 def _source(options: argparse.Namespace) -> Source:
     if options.batch is not None and (options.batch < 1 or options.to):
         raise ValueError("--batch must be at least 1, and can't be combined with --to")
     content = None if options.post is None else json_argument(options.post, "--post")
-    headers = {} if content is None else {"content-type": "application/json"}
-    token = options.token or os.environ.get(TOKEN)
-    if token is not None:
-        headers["authorization"] = f"Bearer {token}"
+    headers = authorization(options) | ({} if content is None else {"content-type": "application/json"})
     for header in options.header:
         name, colon, value = header.partition(":")
         if not colon or not _NAME.fullmatch(name):
@@ -130,7 +115,7 @@ async def _listen(source: Source, options: argparse.Namespace, screen: "Screen")
             if not await to_file(source, options.to) and source.last_event_id:
                 print(f"sseapp: {options.to} is complete: the stream has no more events", file=sys.stderr)
         elif options.batch:
-            async with aclosing(batches(source, options.batch, WITHIN_S)) as groups:  # type: ignore[type-var]
+            async with aclosing(batches(source, options.batch, WITHIN_S)) as groups:
                 async for group in groups:
                     screen.write(b"[" + b",".join([json_line(event)[:-1] for event in group]) + b"]\n")
         else:

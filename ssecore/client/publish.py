@@ -1,4 +1,4 @@
-"""The command `sseapp publish`.
+"""The command `sseapp publish`, and what it shares with `sseapp listen`.
 
 It never retries: if only the response was lost, a second request would publish a second event.
 """
@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -17,7 +18,7 @@ import orjson
 
 from ssecore.client.outbound import http_client
 
-__all__ = ["configure", "json_argument", "publish"]
+__all__ = ["authorization", "configure", "explain", "fail", "json_argument", "publish"]
 
 TOKEN: Final = "SSEAPP_TOKEN"
 TIMEOUT_S: Final = 30.0
@@ -33,15 +34,11 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in ENDS.items())
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = "Publish one event to /topics/TOPIC of a running service."
-    parser.epilog = f"environment variables:\n  {TOKEN}  the token, hidden from `ps`\n\nexit codes:\n{codes}"
+    explain(parser, "Publish one event to /topics/TOPIC of a running service.", ENDS)
     parser.add_argument("topic", metavar="TOPIC")
     parser.add_argument("data", metavar="JSON", help="the event's data; @FILE reads a file, @- stdin")
     parser.add_argument("--event", help="the event's name; default: message")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the service; default: %(default)s")
-    parser.add_argument("--token", help=f"send `Authorization: Bearer TOKEN`; the variable {TOKEN} is safer")
 
 
 def publish(options: argparse.Namespace) -> int:
@@ -53,17 +50,13 @@ def publish(options: argparse.Namespace) -> int:
             raise ValueError(f"--url: {options.url!r} is not an http or https URL")
         query = "" if options.event is None else f"?event={quote(options.event, safe='')}"
         url = f"{str(base).rstrip('/')}/topics/{quote(options.topic, safe='')}{query}"
-        token = options.token or os.environ.get(TOKEN)
-        if token is not None and not (token.isascii() and token.isprintable()):
-            raise ValueError("the token can't be sent: it has a character that is invalid in a header")
-        headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        return anyio.run(_publish, url, content, {"content-type": "application/json", **headers})
+        return anyio.run(_publish, url, content, {"content-type": "application/json", **authorization(options)})
     except KeyboardInterrupt:
         return 130
     except (httpx.TransportError, TimeoutError) as error:
-        return _fail(f"no response from {options.url}: {error or type(error).__name__}", 4)
+        return fail(f"no response from {options.url}: {error or type(error).__name__}", 4)
     except (ValueError, OSError, httpx.InvalidURL) as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
 
 
 async def _publish(url: str, content: bytes, headers: dict[str, str]) -> int:
@@ -77,10 +70,30 @@ async def _publish(url: str, content: bytes, headers: dict[str, str]) -> int:
         print(_CONTROL.sub("", str(body.get("id"))))
         return 0
     detail = body.get("detail") if isinstance(body, dict) else None
-    return _fail(f"the service answered {answer.status_code}{f': {detail}' if detail else ''}", 3)
+    return fail(f"the service answered {answer.status_code}{f': {detail}' if detail else ''}", 3)
 
 
-def _fail(text: str, code: int) -> int:
+def explain(parser: argparse.ArgumentParser, description: str, ends: Mapping[int, str]) -> None:
+    """The command's help, and its option for a token."""
+    codes = "\n".join(f"  {code:<4} {meaning}" for code, meaning in ends.items())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = description
+    parser.epilog = f"environment variables:\n  {TOKEN}  the token, hidden from `ps`\n\nexit codes:\n{codes}"
+    parser.add_argument("--token", help=f"send `Authorization: Bearer TOKEN`; the variable {TOKEN} is safer")
+
+
+def authorization(options: argparse.Namespace) -> dict[str, str]:
+    """The token's header. Raises `ValueError`."""
+    token = options.token or os.environ.get(TOKEN)
+    if token is None:
+        return {}
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError("the token can't be sent: it has a character that is invalid in a header")
+    return {"authorization": f"Bearer {token}"}
+
+
+def fail(text: str, code: int) -> int:
+    """Print an error in one line. Returns the exit code."""
     print(f"sseapp: {_CONTROL.sub(' ', text)}", file=sys.stderr)
     return code
 

@@ -15,11 +15,10 @@ import random
 import re
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 import anyio
@@ -175,14 +174,12 @@ class Source:
         self._last_two: deque[Event] = deque(maxlen=2)
         self._first_id: str | None = None  # to detect a server that restarts the stream
         self._received = False  # an event, on this connection
-        self._received_ever = False
         # Between the reader's task and the iterating one (rule 3).
         self._ready: deque[Event] = deque()
         self._arrived = anyio.Event()
         self._wanted = anyio.Event()
         self._waiting = False
-        self._over = False
-        self._failure: Exception | None = None
+        self._end: Exception | None = None
         self._started = False
 
     async def __aenter__(self) -> Self:
@@ -190,12 +187,7 @@ class Source:
         self._tasks: TaskGroup = await anyio.create_task_group().__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self._tasks.cancel_scope.cancel()
         try:
             await self._tasks.__aexit__(None, None, None)  # without the error, which the group would wrap
@@ -228,10 +220,8 @@ class Source:
         self._waiting = True
         try:
             while not self._ready:
-                if self._failure is not None:
-                    raise self._failure
-                if self._over:
-                    raise StopAsyncIteration
+                if self._end is not None:
+                    raise self._end
                 self._arrived = anyio.Event()
                 self._wanted.set()
                 await self._arrived.wait()
@@ -250,21 +240,18 @@ class Source:
         words = [event for event in self._last_two if event.data != "[DONE]"]
         if not words:
             return False
-        if words[-1].event is not None:
-            return words[-1].event in _FAILURES
-        data = json_object(words[-1].data)
-        return data.get("type") in _FAILURES
+        name = words[-1].event
+        return (json_object(words[-1].data).get("type") if name is None else name) in _FAILURES
 
     # The reader's task
 
     async def _read(self) -> None:
         try:
             await self._read_connections()
+            self._end = StopAsyncIteration()
         except Exception as error:
-            self._failure = error
-        finally:
-            self._over = True
-            self._arrived.set()
+            self._end = error
+        self._arrived.set()
 
     async def _read_connections(self) -> None:
         attempt, lost_at = 0, current_time()
@@ -313,7 +300,7 @@ class Source:
             raise _Lost(text, at_once=clean and not farewell and self.run_id is not None)
         if clean and not farewell:
             return
-        if not self._received_ever and self._may_repeat():
+        if not self._last_two and self._may_repeat():
             raise _Lost(text)
         raise Broken(f"{text}, and the stream can't be resumed: {self._why_not()}. Start it again.")
 
@@ -357,7 +344,7 @@ class Source:
                 self._first_id = next((event.id for event in events if event.id), None)
         elif not self._received and first == self._first_id != resumed_from:
             raise SourceError("the server restarted the stream instead of resuming it: it ignores Last-Event-ID")
-        self._received = self._received_ever = True
+        self._received = True
         self._last_two.extend(events[-2:])
         self._ready.extend(events)
         self._arrived.set()
@@ -370,30 +357,26 @@ class Source:
     async def _open(self) -> httpx.Response | None:
         request = self._next_request()
         for _ in range(MAX_REDIRECTS + 1):
-            response = await self._send(request)
+            response, following = await self._send(request), None
             try:
                 following = await self._classify(response)
-            except BaseException:
-                with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
-                    await response.aclose()
-                raise
-            if following is response:
-                return response
-            await response.aclose()
-            if following is None:
-                return None
-            assert isinstance(following, httpx.Request)
+            finally:
+                if following is not response:
+                    with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+                        await response.aclose()
+            if not isinstance(following, httpx.Request):
+                return following
             request = following
         raise SourceError(f"more than {MAX_REDIRECTS} redirects")
 
     def _next_request(self) -> httpx.Request:
-        headers = httpx.Headers(self._request["headers"])
+        headers = httpx.Headers(self._request["headers"], encoding="utf-8")
         # No `cache-control: no-cache`: our server would answer as to a browser.
         headers.setdefault("accept", CONTENT_TYPE)
         headers["accept-encoding"] = "identity"
         last = self._decoder.last_event_id
         if last and _sendable(last):
-            headers = httpx.Headers([*headers.raw, (b"last-event-id", last.encode())])
+            headers["last-event-id"] = last
         # Our own limits count bytes, with any transport.
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         return self._client.build_request(**{**self._request, "headers": headers, "timeout": timeout})
@@ -429,8 +412,12 @@ class Source:
         status = response.status_code
         if status == 204:
             return None
-        if response.next_request is not None:
-            return self._redirected(response, response.next_request)
+        if (request := response.next_request) is not None:
+            if not _same_origin(response.url, request.url):
+                # httpx removes only `Authorization`.
+                for name in self._request["headers"].keys() - {"accept", "content-type"}:
+                    request.headers.pop(name, None)
+            return request
         if status == 202 and "location" in response.headers:
             self._continue_at(response, response.headers["location"])
             return self._next_request()
@@ -447,14 +434,6 @@ class Source:
             if self._request["method"] != "GET" and "content-location" in response.headers:
                 self._continue_at(response, response.headers["content-location"])
         return response
-
-    def _redirected(self, response: httpx.Response, request: httpx.Request) -> httpx.Request:
-        if not _same_origin(response.url, request.url):
-            # httpx removes only `Authorization`.
-            for name in self._request["headers"]:
-                if name not in ("accept", "content-type"):
-                    request.headers.pop(name, None)
-        return request
 
     def _continue_at(self, response: httpx.Response, location: str) -> None:
         url = response.url.join(location)
@@ -499,7 +478,7 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-async def batches(source: Source, size: int, within_s: float) -> AsyncIterator[list[Event]]:
+async def batches(source: Source, size: int, within_s: float) -> AsyncGenerator[list[Event], None]:
     """Yield lists of up to `size` events, each when it is full or `within_s` after its first event.
 
     Closing the iterator loses an unfinished batch.

@@ -6,7 +6,6 @@ uvicorn sends `lifespan.shutdown` after all connections are closed, so this serv
 import asyncio
 import faulthandler
 import gc
-import importlib
 import ipaddress
 import logging
 import math
@@ -20,7 +19,7 @@ import traceback
 from contextlib import suppress
 from queue import SimpleQueue
 from types import FrameType
-from typing import Any, Final, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import uvicorn
 
@@ -29,6 +28,9 @@ from ssecore.server import logs, stderr
 from ssecore.server.protocol import HEAD_SYNTAX_BYTES, BoundedProtocol
 from ssecore.settings import Settings
 from ssecore.streaming.sender import EXTENSION
+
+if TYPE_CHECKING:
+    from sseapp import SSEApp
 
 __all__ = ["Hosted", "serve"]
 
@@ -59,25 +61,8 @@ MAX_NAMED: Final = 20
 COLLECT_EACH = 5_000
 
 
-class Drainable(Protocol):
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
-
-    drained_by_runner: bool
-    failed: bool
-
-    @property
-    def private(self) -> bool: ...
-
-    def at_work(self) -> list[str]: ...
-
-    async def drain(self, grace_s: float) -> None: ...
-
-    def abort(self) -> None: ...
-    def give_up(self) -> None: ...
-
-
 class Hosted:
-    """Makes any ASGI app `Drainable`. Authentication is left to the app."""
+    """Any other ASGI app, with what the runner needs of an `SSEApp`. Authentication is left to the app."""
 
     drained_by_runner = failed = private = False
 
@@ -109,7 +94,7 @@ class Hosted:
         self._idle = asyncio.Event()
         if self._open:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), min(grace_s, LONGEST_S))
+                await asyncio.wait_for(self._idle.wait(), grace_s)
 
     def abort(self) -> None:
         """uvicorn cancels open requests."""
@@ -119,10 +104,10 @@ class Hosted:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, app: Drainable, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, app: "SSEApp | Hosted", drain_s: float) -> None:
         super().__init__(config)
         self._app = app
-        self._grace_s = drain_s
+        self._grace_s = min(drain_s, LONGEST_S)
         self._limited = False
         self._grace: SimpleQueue[float] = SimpleQueue()  # reentrant, for the signal handler
         self._thread = threading.get_ident()
@@ -148,7 +133,6 @@ class _Server(uvicorn.Server):
     def _limit_end(self, grace_s: float) -> None:
         if not self._limited:
             self._limited = True
-            grace_s = min(grace_s, LONGEST_S)
             self._grace.put(grace_s)
             self._exit_within(grace_s + END_S)
 
@@ -216,7 +200,7 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-def serve(app: Drainable, settings: Settings) -> int:
+def serve(app: "SSEApp | Hosted", settings: Settings) -> int:
     """Serve until a signal comes. Returns the exit code. Raises `SettingsError` if it can't or must not listen.
 
     END_S after `drain_s` the process ends by `os._exit`, including what the caller does after `serve`.
@@ -228,7 +212,7 @@ def serve(app: Drainable, settings: Settings) -> int:
     limit = sum(filter(None, bounds)) + HEAD_SYNTAX_BYTES if None not in bounds else None
     config = uvicorn.Config(
         app,
-        loop=_loop(),
+        loop="auto",  # uvloop, except on Windows
         http=type("_Bounded", (BoundedProtocol,), {"max_head_bytes": limit}),
         ws="none",
         lifespan="auto" if isinstance(app, Hosted) else "on",  # not every app has one
@@ -253,14 +237,6 @@ def serve(app: Drainable, settings: Settings) -> int:
         if server.started and not server.should_exit:
             logger.error("the server was ended by %r", error)
     return server.exit_code
-
-
-def _loop() -> Literal["uvloop", "asyncio"]:
-    try:
-        importlib.import_module("uvloop")
-    except ImportError:  # Windows
-        return "asyncio"
-    return "uvloop"
 
 
 def _listen(settings: Settings, *, private: bool) -> socket.socket:

@@ -1,9 +1,8 @@
 """Merges async iterators."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, overload
 
 import anyio
@@ -12,7 +11,7 @@ from anyio.streams.memory import MemoryObjectSendStream
 
 from ssecore.streaming.pump import GeneratorTask, asyncio_loop
 
-__all__ = ["merge"]
+__all__ = ["Block", "merge"]
 
 logger = logging.getLogger("sseapp")
 
@@ -20,7 +19,44 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-class merge(Generic[T]):
+class Block(Generic[T]):
+    """`async with` starts tasks and ends them; `async for` takes their items."""
+
+    _tasks: TaskGroup | None = None  # on trio; a worker's failure doesn't cancel it
+    _workers: Sequence[GeneratorTask[Any]] | None = None
+
+    def _make_workers(self) -> Sequence[GeneratorTask[Any]]:
+        raise NotImplementedError
+
+    def _stop(self) -> None:
+        for worker in self._workers or ():
+            worker.stop()
+
+    async def __aenter__(self) -> Self:
+        if asyncio_loop() is None:
+            self._tasks = await anyio.create_task_group().__aenter__()
+        self._workers = self._make_workers()
+        for worker in self._workers:
+            worker.start(self._tasks)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._stop()
+        try:
+            for worker in self._workers or ():
+                await worker.closed()
+        finally:
+            if self._tasks is not None:
+                # Without the caller's exception, which the group would wrap.
+                await self._tasks.__aexit__(None, None, None)
+
+    def __aiter__(self) -> Self:
+        if self._workers is None:
+            raise RuntimeError(f"use `async with {type(self).__name__}(...) as items`, so that its work is ended")
+        return self
+
+
+class merge(Block[T]):
     """Merges async iterators, in the order of arrival.
 
         async with merge(prices(), news()) as items:
@@ -41,39 +77,15 @@ class merge(Generic[T]):
         self._sources = sources
         self._failures = failures
         self._buffer = buffer
-        self._tasks: TaskGroup | None = None  # on trio; a source's failure doesn't cancel it
-        self._workers: list[_Worker[Any]] | None = None
 
-    async def __aenter__(self) -> Self:
+    def _make_workers(self) -> Sequence[GeneratorTask[Any]]:
         to_us, self._items = anyio.create_memory_object_stream[tuple[T | None, Exception | None]](self._buffer)
-        if asyncio_loop() is None:
-            self._tasks = anyio.create_task_group()
-            await self._tasks.__aenter__()
         with to_us:
-            self._workers = [_Worker(source, to_us.clone()) for source in self._sources]
-            for worker in self._workers:
-                worker.start(self._tasks)
-        return self
+            return [_Worker(source, to_us.clone()) for source in self._sources]
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def _stop(self) -> None:
         self._items.close()
-        workers = self._workers or []
-        for worker in workers:
-            worker.stop()
-        try:
-            for worker in workers:
-                await worker.closed()
-        finally:
-            if self._tasks is not None:
-                # Without the caller's exception, which the group would wrap.
-                await self._tasks.__aexit__(None, None, None)
-
-    def __aiter__(self) -> Self:
-        if self._workers is None:
-            raise RuntimeError("use `async with merge(...) as items`, so that the sources are closed")
-        return self
+        super()._stop()
 
     async def __anext__(self) -> T:
         try:

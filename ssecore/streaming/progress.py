@@ -17,15 +17,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar, TypeVarTuple
 
 import anyio
 from anyio import CancelScope, CapacityLimiter
-from anyio.abc import TaskGroup, TaskStatus
-from anyio.from_thread import BlockingPortal
-from anyio.lowlevel import RunVar, checkpoint
+from anyio.lowlevel import RunVar, checkpoint, current_token
 
+from ssecore.streaming.merge import Block
 from ssecore.streaming.pump import CLOSE_S, GeneratorTask
 from ssecore.wire import Event
 
@@ -63,12 +61,14 @@ class _Items(Generic[T]):
         if buffer < 1:
             raise ValueError(f"buffer must be at least 1, not {buffer}")
         self._buffer = buffer
-        self._portal = BlockingPortal()
         self._loop_thread = threading.get_ident()
+        loop: Any = current_token().native_token
+        self._call_soon = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon  # asyncio's or trio's
         self._items: deque[T] = deque()
         self._changed = threading.Condition()  # rule 3
         self._ended = False
         self._wanted: anyio.Event | None = None
+        self._room: anyio.Event | None = None
 
     def _wake_reader(self) -> None:
         if self._wanted is None:
@@ -76,22 +76,25 @@ class _Items(Generic[T]):
         if threading.get_ident() == self._loop_thread:
             self._wake()
         else:
-            with suppress(RuntimeError):  # the work has ended, which wakes the reader too
-                self._portal.start_task_soon(self._wake)
-
-    def _item_taken(self) -> None:
-        """With the lock."""
+            with suppress(RuntimeError):  # the loop has ended
+                self._call_soon(self._wake)
 
     def _wake(self) -> None:
         if self._wanted is not None:
             self._wanted.set()
             self._wanted = None
 
+    def _make_room(self) -> None:
+        if self._room is not None:
+            self._room.set()
+            self._room = None
+
     def _end(self) -> None:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
         self._wake()
+        self._make_room()
 
     async def _next(self) -> T:
         await checkpoint()
@@ -99,7 +102,8 @@ class _Items(Generic[T]):
             with self._changed:
                 if self._items:
                     item = self._items.popleft()
-                    self._item_taken()
+                    self._changed.notify()
+                    self._make_room()
                     return item
                 if self._ended:
                     raise anyio.EndOfStream
@@ -126,11 +130,80 @@ class Report(_Items[T]):
         if self._ended:
             raise WorkCancelled
 
-    def _item_taken(self) -> None:
-        self._changed.notify()
+
+class TaskReport(_Items[T]):
+    """Sends items from a task:
+
+        report(item)            # from any thread; dropped if `buffer` items wait
+        await report(item)      # waits for room
+
+    After the reader has left all are dropped.
+    """
+
+    dropped = 0
+
+    def __call__(self, item: T) -> Awaitable[None]:
+        with self._changed:
+            added = self._add(item)
+            self.dropped += not added
+        return _Reported(self, item, added)
+
+    def _add(self, item: T) -> bool:
+        """False if there is no room."""
+        with self._changed:
+            if not self._ended:
+                if len(self._items) >= self._buffer:
+                    return False
+                self._items.append(item)
+        self._wake_reader()
+        return True
+
+    async def _wait_for_room(self, item: T) -> None:
+        if threading.get_ident() != self._loop_thread:
+            raise RuntimeError("await report(…) only in the task of the work; in other threads call it without await")
+        with self._changed:
+            self.dropped -= 1
+        while not self._add(item):
+            self._room = self._room or anyio.Event()
+            await self._room.wait()
 
 
-class from_thread(Generic[T]):
+class _Reported(Generic[T]):
+    __slots__ = ("_added", "_item", "_report")
+
+    def __init__(self, report: TaskReport[T], item: T, added: bool) -> None:
+        self._report, self._item, self._added = report, item, added
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        if self._report._ended:  # for cancellations of work that reports in a loop
+            yield from checkpoint().__await__()
+        elif not self._added:
+            yield from self._report._wait_for_room(self._item).__await__()
+
+
+class _Reading(Block[T]):
+    """Work that reports, and the reader of its reports."""
+
+    def __init__(self, report: _Items[T], run: Callable[[], Coroutine[Any, Any, object]], work: object) -> None:
+        self._report = report
+        self._work = _Work(report, run, getattr(work, "__qualname__", repr(work)))
+
+    def _make_workers(self) -> list[GeneratorTask[Any]]:
+        return [self._work]
+
+    async def __aexit__(self, *error: object) -> None:
+        await super().__aexit__(*error)
+        if self._work.failure is not None:
+            logger.warning("%s failed after its reader had left", self._work.what, exc_info=self._work.failure)
+
+    async def __anext__(self) -> T:
+        with suppress(anyio.EndOfStream):
+            return await self._report._next()
+        failure, self._work.failure = self._work.failure, None
+        raise StopAsyncIteration if failure is None else failure
+
+
+class from_thread(_Reading[T]):
     """Runs a blocking function in a worker thread; iterates over its reports.
 
         async with from_thread(work, folder) as items:      # work(report, folder)
@@ -142,6 +215,8 @@ class from_thread(Generic[T]):
     (rule 2), with a warning after `CLOSE_S`. Work that still waits for `limiter` never runs.
     """
 
+    _report: Report[T]
+
     def __init__(
         self,
         work: Callable[[Report[T], *Ts], object],
@@ -149,198 +224,56 @@ class from_thread(Generic[T]):
         buffer: int = 16,
         limiter: CapacityLimiter | None = None,
     ) -> None:
-        self._work: Callable[[Report[T]], object] = lambda report: work(report, *args)
-        self._name = getattr(work, "__qualname__", repr(work))
+        report = Report[T](buffer)
+        super().__init__(report, self._in_thread, work)
+        self._call = lambda: work(report, *args)
         self._limiter = limiter
-        self._failure: Exception | None = None
-        self._report = Report[T](buffer)
-        self._tasks: TaskGroup | None = None
         self._scope = CancelScope(shield=True)
         self._ended = anyio.Event()
 
-    async def __aenter__(self) -> Self:
-        self._tasks = anyio.create_task_group()
-        await self._tasks.__aenter__()
-        self._tasks.start_soon(self._run)
-        return self
+    async def _in_thread(self) -> None:
+        try:
+            with self._scope:
+                await anyio.to_thread.run_sync(self._call, limiter=self._limiter or _loop_limiter())
+        except WorkCancelled:
+            if not self._report._ended:
+                raise
+        finally:
+            self._ended.set()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        assert self._tasks is not None
+    def _stop(self) -> None:
         self._report._end()
         self._scope.cancel()  # while it waits for a thread
-        with CancelScope(shield=True):  # rule 2
-            with anyio.move_on_after(CLOSE_S):
+
+    async def __aexit__(self, *error: object) -> None:
+        self._stop()
+        try:
+            with CancelScope(shield=True), anyio.move_on_after(CLOSE_S):
                 await self._ended.wait()
             if not self._ended.is_set():
-                logger.warning("%s still runs in its thread %s s after it was cancelled", self._name, CLOSE_S)
-                await self._ended.wait()
-        # Without the caller's exception, which it would wrap.
-        await self._tasks.__aexit__(None, None, None)
-        if self._failure is not None:
-            logger.warning("%s failed after its reader had left", self._name, exc_info=self._failure)
-
-    async def _run(self) -> None:
-        with self._scope:
-            async with self._report._portal:
-                try:
-                    await anyio.to_thread.run_sync(self._in_thread, limiter=self._limiter or _loop_limiter())
-                except Exception as error:
-                    self._failure = error
-        self._report._end()
-        self._ended.set()
-
-    def _in_thread(self) -> None:
-        try:
-            self._work(self._report)
-        except BaseException as error:
-            # SystemExit would end the server, StopAsyncIteration the loop.
-            if isinstance(error, Exception) and not isinstance(error, StopAsyncIteration):
-                raise
-            if not (isinstance(error, WorkCancelled) and self._report._ended):
-                raise RuntimeError(f"work in a thread was ended by {error!r}") from error
-
-    def __aiter__(self) -> Self:
-        if self._tasks is None:
-            raise RuntimeError("use `async with from_thread(...) as items`, so that the thread is ended")
-        return self
-
-    async def __anext__(self) -> T:
-        with suppress(anyio.EndOfStream):
-            return await self._report._next()
-        failure, self._failure = self._failure, None
-        raise StopAsyncIteration if failure is None else failure
-
-
-class TaskReport(_Items[T]):
-    """Sends items from a task:
-
-        report(item)            # from any thread; dropped if `buffer` items wait
-        await report(item)      # waits for room
-
-    After the reader has left all are dropped.
-    """
-
-    def __init__(self, buffer: int) -> None:
-        super().__init__(buffer)
-        self.dropped = 0
-        self._waiting: deque[_Reported[T]] = deque()
-
-    def __call__(self, item: T) -> Awaitable[None]:
-        reported = _Reported(self, item)
-        with self._changed:
-            if self._ended:
-                reported.done = True
-            elif len(self._items) < self._buffer:
-                self._items.append(item)
-                reported.done = True
-            else:
-                self.dropped += 1
-        self._wake_reader()
-        return reported
-
-    def _item_taken(self) -> None:
-        if self._waiting:
-            first = self._waiting.popleft()
-            self._items.append(first.item)
-            first.done = True
-            first.settled.set()
-
-    def _end(self) -> None:
-        super()._end()
-        for reported in self._waiting:
-            reported.settled.set()
-
-    async def _wait_for_room(self, reported: "_Reported[T]") -> None:
-        if threading.get_ident() != self._loop_thread:
-            raise RuntimeError("await report(…) only in the task of the work; in other threads call it without await")
-        with self._changed:
-            self.dropped -= 1
-            if len(self._items) < self._buffer:
-                self._items.append(reported.item)
-                reported.done = True
-            else:
-                reported.settled = anyio.Event()
-                self._waiting.append(reported)
-        if reported.done:
-            return self._wake_reader()
-        try:
-            await reported.settled.wait()
+                logger.warning("%s still runs in its thread %s s after it was cancelled", self._work.what, CLOSE_S)
         finally:
-            with self._changed:
-                if not reported.done and reported in self._waiting:
-                    self._waiting.remove(reported)
+            await super().__aexit__(*error)  # rule 2
 
 
-class _Reported(Generic[T]):
-    __slots__ = ("_report", "done", "item", "settled")
-
-    def __init__(self, report: TaskReport[T], item: T) -> None:
-        self._report = report
-        self.item = item
-        self.done = False
-        self.settled: anyio.Event
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        if self._report._ended:  # for cancellations of work that reports in a loop
-            yield from checkpoint().__await__()
-        elif not self.done:
-            yield from self._report._wait_for_room(self).__await__()
-
-
-class from_task(Generic[T]):
+class from_task(_Reading[T]):
     """As `from_thread`, for a coroutine function in a task (rule 4)."""
+
+    _report: TaskReport[T]
 
     def __init__(
         self, work: Callable[[TaskReport[T], *Ts], Coroutine[Any, Any, object]], *args: *Ts, buffer: int = 100
     ) -> None:
-        self._report = TaskReport[T](buffer)
-        self._work = _Work(lambda: work(self._report, *args), self._report)
-        self._tasks: TaskGroup | None = None
-        self._ended = anyio.Event()
+        report = TaskReport[T](buffer)
+        super().__init__(report, lambda: work(report, *args), work)
 
     @property
     def dropped(self) -> int:
         return self._report.dropped
 
-    async def __aenter__(self) -> Self:
-        self._tasks = anyio.create_task_group()
-        await self._tasks.__aenter__()
-        await self._tasks.start(self._serve_threads)
-        self._work.start(self._tasks)
-        return self
-
-    async def _serve_threads(self, *, task_status: TaskStatus[None]) -> None:
-        with CancelScope(shield=True):
-            async with self._report._portal:
-                task_status.started()
-                await self._ended.wait()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        assert self._tasks is not None
+    def _stop(self) -> None:
         self._report._end()
-        self._work.stop()
-        try:
-            await self._work.closed()
-        finally:
-            self._ended.set()
-            await self._tasks.__aexit__(None, None, None)
-        if self._work.failure is not None:
-            logger.warning("work in a task failed after its reader had left", exc_info=self._work.failure)
-
-    def __aiter__(self) -> Self:
-        if self._tasks is None:
-            raise RuntimeError("use `async with from_task(...) as items`, so that the task is ended")
-        return self
-
-    async def __anext__(self) -> T:
-        with suppress(anyio.EndOfStream):
-            return await self._report._next()
-        failure, self._work.failure = self._work.failure, None
-        raise StopAsyncIteration if failure is None else failure
+        super()._stop()
 
 
 async def _nothing() -> AsyncGenerator[Any, None]:
@@ -349,18 +282,19 @@ async def _nothing() -> AsyncGenerator[Any, None]:
 
 
 class _Work(GeneratorTask[Any]):
-    what = "a task"
-
-    def __init__(self, work: Callable[[], Coroutine[Any, Any, object]], report: TaskReport[Any]) -> None:
+    def __init__(self, report: _Items[Any], run: Callable[[], Coroutine[Any, Any, object]], what: str) -> None:
         super().__init__(_nothing())
-        self._begin = work
+        self.what = what
+        self._run = run
         self._report = report
 
     async def iterate(self) -> None:
+        run = self._run
+        del self._run  # breaks a reference cycle
         try:
-            await self._begin()
+            await run()
         except StopAsyncIteration as error:
-            raise RuntimeError(f"work in a task was ended by {error!r}") from error
+            raise RuntimeError(f"{self.what} was ended by {error!r}") from error
 
     def on_end(self) -> None:
         self._report._end()
@@ -393,9 +327,6 @@ class LogEntry:
     message: str
     details: Any
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class ProgressState:
@@ -405,9 +336,6 @@ class ProgressState:
     total_steps: int
     step_name: str
     percent: int  #: of completed steps
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class ProgressLogger:
@@ -435,8 +363,8 @@ class ProgressLogger:
     def reporting(cls, report: Callable[[Event], object], total_steps: int) -> Self:
         return cls(
             total_steps,
-            on_log=lambda entry: report(Event(entry.to_dict(), "log")),
-            on_progress=lambda state: report(Event(state.to_dict(), "progress")),
+            on_log=lambda entry: report(Event(asdict(entry), "log")),
+            on_progress=lambda state: report(Event(asdict(state), "progress")),
         )
 
     def set_step(self, n: int, name: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing, asynccontextmanager
-from types import EllipsisType, TracebackType
+from types import EllipsisType
 from typing import Any, Self
 
 import anyio
@@ -141,17 +141,20 @@ class Exchange:
             self._events.extend(self._decoder.feed(chunk))
 
 
-def _scope(
-    method: str,
-    target: str,
-    headers: Mapping[str, str] | Sequence[tuple[bytes, bytes]],
-    root_path: str,
-    state: Mapping[str, Any] | None,
-) -> dict[str, Any]:
+def _exchange(
+    method: str = "GET",
+    target: str = "/",
+    *,
+    headers: Mapping[str, str] | Sequence[tuple[bytes, bytes]] | None = None,
+    body: bytes | Sequence[bytes] = b"",
+    root_path: str = "",
+    state: Mapping[str, Any] | None = None,
+    window: float = math.inf,
+) -> Exchange:
     url = httpx.URL("http://testserver" + target)
     if isinstance(headers, Mapping):
         headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    return {
+    scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
@@ -161,11 +164,12 @@ def _scope(
         "raw_path": url.raw_path.partition(b"?")[0],
         "query_string": url.query,
         "root_path": root_path,
-        "headers": list(headers),
+        "headers": list(headers or ()),
         "client": ("127.0.0.1", 50000),
         "server": ("testserver", 80),
         **({} if state is None else {"state": dict(state)}),
     }
+    return Exchange(scope, [body] if isinstance(body, bytes) else body, window)
 
 
 @asynccontextmanager
@@ -175,19 +179,8 @@ async def opening(*, leave_s: float = 10) -> AsyncIterator[Callable[..., Exchang
     failure: BaseException | None = None  # raised outside the group, which would wrap it
     async with anyio.create_task_group() as tasks:
 
-        def open_one(
-            app: App,
-            method: str = "GET",
-            target: str = "/",
-            *,
-            headers: Mapping[str, str] | None = None,
-            body: bytes | Sequence[bytes] = b"",
-            root_path: str = "",
-            state: Mapping[str, Any] | None = None,
-            window: float = math.inf,
-        ) -> Exchange:
-            parts = [body] if isinstance(body, bytes) else body
-            exchange = Exchange(_scope(method, target, headers or {}, root_path, state), parts, window)
+        def open_one(app: App, *arguments: Any, **options: Any) -> Exchange:
+            exchange = _exchange(*arguments, **options)
             exchanges.append(exchange)
             tasks.start_soon(exchange.run, app)
             return exchange
@@ -275,10 +268,8 @@ class Transport(httpx.AsyncBaseTransport):
         cuts: Iterable[int] = (),
     ) -> None:
         self._app = app
-        self._root_path = root_path
-        self._state = state
+        self._options: dict[str, Any] = {"root_path": root_path, "state": state, "window": window}
         self._cuts = deque[float](cuts)
-        self._window = window
         self._leave_s = leave_s
         self._tasks: TaskGroup | None = None
 
@@ -286,12 +277,7 @@ class Transport(httpx.AsyncBaseTransport):
         self._tasks = await anyio.create_task_group().__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         assert self._tasks is not None
         self._tasks.cancel_scope.cancel()
         await self._tasks.__aexit__(None, None, None)
@@ -302,7 +288,7 @@ class Transport(httpx.AsyncBaseTransport):
         headers = [(name.lower(), value) for name, value in request.headers.raw]
         target = request.url.raw_path.decode("ascii")
         body = [part async for part in request.stream]  # type: ignore[union-attr]
-        exchange = Exchange(_scope(request.method, target, headers, self._root_path, self._state), body, self._window)
+        exchange = _exchange(request.method, target, headers=headers, body=body, **self._options)
         self._tasks.start_soon(exchange.run, self._app)
         try:
             await exchange.started.wait()
@@ -368,11 +354,12 @@ async def assert_stream(
     A pair is name and data; of an `Event` the set fields are compared. Data other than a string is compared as JSON
     (`unittest.mock.ANY` works). `...` matches any events. The stream must then be complete, unless `ends=False`.
     """
-    if isinstance(stream, httpx.Response):
-        status, media_type = stream.status_code, stream.headers.get("content-type", "")
-    else:
+    if isinstance(stream, Exchange):
         await stream.started.wait()
-        status, media_type = stream.status, stream.headers.get("content-type", "")
+        status, decoded = stream.status, stream.events()
+    else:
+        status, decoded = stream.status_code, _decoded(stream)
+    media_type = stream.headers.get("content-type", "")
     if status != 200 or not media_type.startswith(CONTENT_TYPE):
         raise AssertionError(f"not an event stream: the answer is {status}, {media_type or 'without a Content-Type'}")
     steps, skips = deque[tuple[bool, Event | tuple[str | None, Any]]](), False
@@ -383,7 +370,7 @@ async def assert_stream(
             steps.append((skips, one))
             skips = False
     received: list[Event] = []
-    async with aclosing(_events_of(stream)) as events:
+    async with aclosing(decoded) as events:
         while (steps or ends) and (event := await anext(events, None)) is not None:
             received.append(event)
             may_skip, wanted = steps[0] if steps else (skips, None)
@@ -418,14 +405,9 @@ def _mismatch(received: list[Event], wanted: str) -> str:
     return f"expected {wanted}; received (the last event is wrong, or more were expected):{lines or ' nothing'}"
 
 
-async def _events_of(stream: Exchange | httpx.Response) -> AsyncGenerator[Event, None]:
-    if isinstance(stream, Exchange):
-        async with aclosing(stream.events()) as events:
-            async for event in events:
-                yield event
-        return
+async def _decoded(response: httpx.Response) -> AsyncGenerator[Event, None]:
     decoder = Decoder()
-    async for chunk in stream.aiter_bytes():
+    async for chunk in response.aiter_bytes():
         for event in decoder.feed(chunk):
             yield event
 
