@@ -413,7 +413,7 @@ class SSEApp:
                 return _whole(preflight)
             route, params = await self._enter(request)
         pulse: _Pulse | None = None
-        result = None if route.streams else await route.handler(request, **params)
+        result = None if route.streams else await route.call(request, params)
         if route.streams or isinstance(result, Subscription):
             if route.streams and request.method in ("GET", "HEAD") and request.last_event_id == "end":
                 return Answer(204, [])  # `EventSource` doesn't reconnect after a 204
@@ -427,7 +427,7 @@ class SSEApp:
             result = await request.runs.respond(request, route, params)
         elif route.streams:
             pump = EventPump(
-                route.handler(request, **params),
+                route.call(request, params),
                 request,
                 buffer_bytes=self.settings.buffer_bytes,
                 ends_for_good=request.method == "GET",

@@ -48,6 +48,10 @@ _NOT_RUNNING: Final = (
 )
 
 
+#: The code of each status: that of the first class which has it.
+CODES: Final = {500: "internal_error"}
+
+
 class SSEAppError(Exception):
     """The root, and a 500 with a text.
 
@@ -56,6 +60,9 @@ class SSEAppError(Exception):
 
     status: int = 500
     code: str = "internal_error"
+
+    def __init_subclass__(cls) -> None:
+        CODES.setdefault(cls.status, cls.code)
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ Streams count per write and are read at each scrape. A model's token costs 0.1 Â
 """
 
 from collections import Counter as Sums
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from platform import python_version
 from time import monotonic
 from typing import Final, NamedTuple, Protocol
@@ -91,45 +91,35 @@ class Metrics:
         self._facts = facts
         self._past = {attribute: Sums[str]() for attribute, _, _ in _SENT}
         self._registry = registry = CollectorRegistry()
-        self.first_event = Histogram(
-            "sseapp_first_event_seconds",
-            "From a stream's opening to its first event, by route",
-            ["route"],
-            buckets=_SECONDS,
-            registry=registry,
+
+        def times(name: str, meaning: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(name, meaning, labels, buckets=buckets, registry=registry)
+
+        def count(name: str, meaning: str, *labels: str) -> Counter:
+            return Counter(name, meaning, labels, registry=registry)
+
+        self.first_event = times(
+            "sseapp_first_event_seconds", "From a stream's opening to its first event, by route", _SECONDS, "route"
         )
-        self._first_token = Histogram(
+        self._first_token = times(
             "gen_ai_server_time_to_first_token_seconds",
             "From the request to a model to the first token of its answer, by route",
-            ["route"],
-            buckets=_FIRST_TOKEN_S,
-            registry=registry,
+            _FIRST_TOKEN_S,
+            "route",
         )
-        self._output_token = Histogram(
+        self._output_token = times(
             "gen_ai_server_time_per_output_token_seconds",
             "Time per token after the first, averaged over an answer, by route",
-            ["route"],
-            buckets=_OUTPUT_TOKEN_S,
-            registry=registry,
+            _OUTPUT_TOKEN_S,
+            "route",
         )
-        self.appends = Histogram(
-            "sseapp_log_append_seconds",
-            "Duration of the event log's commits",
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.appended = Counter("sseapp_log_events", "Events appended to the event log", registry=registry)
-        self.log_failures = Counter("sseapp_log_failures", "Failed appends to the event log", registry=registry)
-        self.resumes = Counter(
-            "sseapp_resumes", "Streams that resumed after a cursor, by route", ["route"], registry=registry
-        )
-        self.runs_ended = Counter("sseapp_runs_ended", "Runs that ended, by state", ["state"], registry=registry)
-        self.refused = Counter(
-            "sseapp_refused", "Refused requests and streams, by status", ["status"], registry=registry
-        )
-        self._ended = Counter(
-            "sseapp_streams_ended", "Streams that ended, by route and reason", ["route", "reason"], registry=registry
-        )
+        self.appends = times("sseapp_log_append_seconds", "Duration of the event log's commits", _SECONDS)
+        self.appended = count("sseapp_log_events", "Events appended to the event log")
+        self.log_failures = count("sseapp_log_failures", "Failed appends to the event log")
+        self.resumes = count("sseapp_resumes", "Streams that resumed after a cursor, by route", "route")
+        self.runs_ended = count("sseapp_runs_ended", "Runs that ended, by state", "state")
+        self.refused = count("sseapp_refused", "Refused requests and streams, by status", "status")
+        self._ended = count("sseapp_streams_ended", "Streams that ended, by route and reason", "route", "reason")
         build = Info("sseapp_build", "Versions of the service and of Python", registry=registry)
         build.info({"version": ssecore.__version__, "python": python_version()})
         ProcessCollector(registry=registry)

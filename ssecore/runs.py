@@ -142,7 +142,7 @@ class Worker:
         self._reason: Literal["asked", "linger", "drain"] | None = None
         self._request = request.for_run(id)
         self._pump: Pump[Event] = Pump(
-            route.handler(self._request, **params),
+            route.call(self._request, params),
             encoded,
             self._request,
             buffer_bytes=BUFFERS // 2 * runs.settings.buffer_bytes,

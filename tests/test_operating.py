@@ -17,7 +17,7 @@ ROWS: Final = [line for line in PAGE.splitlines() if line.startswith("|")]
 
 
 def variable(field: "dataclasses.Field[Any]") -> str:
-    name: str = field.metadata["variable"] or f"SSEAPP_{field.name.upper()}"
+    name = field.name.upper() if field.name.startswith("openai_") else f"SSEAPP_{field.name.upper()}"
     return name
 
 

@@ -21,9 +21,10 @@ from ssecore.errors import SettingsError
 from ssecore.settings import Settings
 from tests.serving import call_sseapp, free_port, is_clean, run_sseapp, serve
 
-#: Variables, as the field's metadata or the prefix have them.
+#: The variables of the fields.
 VARIABLES = {
-    field.name: field.metadata["variable"] or f"SSEAPP_{field.name.upper()}" for field in dataclasses.fields(Settings)
+    field.name: field.name.upper() if field.name.startswith("openai_") else f"SSEAPP_{field.name.upper()}"
+    for field in dataclasses.fields(Settings)
 }
 
 

@@ -66,8 +66,11 @@ _FORWARDED: Final = re.compile(
     "|(x-)?(forwarded|original|proxy|proxied|real|remote|rewrite|envoy|azure|arr|amzn?|appengine|vercel|nf|varnish)"
     "(-.+)?|(cf|cloudfront|fly|fastly|akamai|tailscale)-.+|(.+-)?(client|connecting)-ip"
 )
+#: 0.05 µs a header instead of 0.3.
+_forwarded: Final = lru_cache(128)(_FORWARDED.fullmatch)
 # The dot first: a search from each digit would take 21 ms for 60 KiB.
 _TOKEN_IN_URL: Final = re.compile(rb"(?:^|&)(?:access_token|api_key|token)=|\.(?<=[0-9a-f]{16}\.)[A-Za-z0-9_-]{43}")
+#: HTTP/2 may split the header; then commas join the parts.
 _OUR_COOKIE: Final = re.compile(rf"(?:^|[;,] *){COOKIE}=([^;,]*)")
 
 
@@ -87,7 +90,6 @@ class Guard:
         self._caller = caller
         origins = frozenset(settings.cors_origins or ())
         self._any_origin, self._origins = "*" in origins, origins - {"*"}
-        self._names_origins = bool(origins)
         # Also without an Origin: caches store it.
         self._vary = [(b"vary", b"Origin")] if self._origins else []
 
@@ -124,7 +126,7 @@ class Guard:
     def _check_private(self, request: Request) -> None:
         """Rule 1."""
         headers, peer, origin = request.headers, request.scope.get("client"), request.headers.get("origin")
-        forwarded = [name for name in headers if _FORWARDED.fullmatch(name)]
+        forwarded = [name for name in headers if _forwarded(name)]
         if forwarded or request.scope.get("http_version") == "1.0":
             raise Forbidden(
                 f"this request was forwarded ({[*forwarded, 'HTTP/1.0'][0]:.80}); {self._how_to_open}", code="private"
@@ -143,7 +145,7 @@ class Guard:
         """Authenticate, and check the origin, if the route isn't `open`."""
         if self.mode == "off":
             return
-        foreign = self._is_foreign(request) and not (self.mode == "caller" and not self._names_origins)
+        foreign = self._is_foreign(request) and (self.mode != "caller" or bool(self._settings.cors_origins))
         safe = request.method in ("GET", "HEAD")
         with_token = self._any_origin and "authorization" in request.headers
         if foreign and (self.mode == "private" or not (safe or with_token)):
@@ -205,7 +207,7 @@ class Guard:
             if scheme.lower() != "bearer":
                 raise _unauthorized("the only scheme of this service is Bearer")
             return tokens.find(token.strip()), False
-        values = _cookies(request.headers.get("cookie", ""))
+        values = set(_OUR_COOKIE.findall(request.headers.get("cookie", "")))
         if len(values) > 1:  # perhaps from another host of the domain
             raise _unauthorized(f"there are several cookies {COOKIE}: delete them")
         if not values:
@@ -282,11 +284,6 @@ def _unauthorized(detail: str) -> Unauthorized:
     return Unauthorized(text, headers={"www-authenticate": "Bearer"})
 
 
-def _cookies(header: str) -> set[str]:
-    """HTTP/2 may split the header; then commas join the parts."""
-    return set(_OUR_COOKIE.findall(header))
-
-
 def _cookie(request: Request, value: str, more: str) -> dict[str, str]:
     # No Max-Age: it ends with the browser.
     cookie = f"{COOKIE}={value}; Path={request.root_path or '/'}; HttpOnly; SameSite=Strict{more}"
@@ -302,6 +299,7 @@ def _is_loopback(authority: str) -> bool:
     return name == "localhost" or name.endswith(".localhost") or _is_loopback_address(match[1] or name)
 
 
+@lru_cache(64)
 def _is_loopback_address(text: str) -> bool:
     """Rule 4: not IPv4 in IPv6."""
     try:

@@ -60,6 +60,8 @@ _RUN_PARAMETERS: Final = (
     ("header", "Last-Event-ID", "Resume after this event"),
     ("header", "Idempotency-Key", "A request with the same key reads the run that the first one started"),
     ("header", "Prefer", "`respond-async`: respond 202 at once, with the run's location"),
+    ("query", "key", "As Idempotency-Key, for `EventSource`"),
+    ("query", "last_event_id", "As Last-Event-ID"),
 )
 
 
@@ -161,7 +163,7 @@ def _operation(route: Route, guard: Guard, schemas: _Schemas, version: Version) 
         operation["summary"] = first.rstrip(".")
     if any(described):
         operation["description"] = "\n\n".join(filter(None, described))
-    if parameters := [*_path_parameters(route), *_query_parameters(route, schemas), *_engine_parameters(route)]:
+    if parameters := [*_parameters(route, schemas)]:
         operation["parameters"] = parameters
     if isinstance(route.body, Upload):
         operation["requestBody"] = {"required": True, "content": {route.body.media_type: {}}}
@@ -173,29 +175,16 @@ def _operation(route: Route, guard: Guard, schemas: _Schemas, version: Version) 
     return operation
 
 
-def _path_parameters(route: Route) -> Iterable[dict[str, Any]]:
+def _parameters(route: Route, schemas: _Schemas) -> Iterable[dict[str, Any]]:
     for name, kind in PARAMETER.findall(route.path):
-        parameter: dict[str, Any] = {"name": name, "in": "path", "required": True, "schema": _PATH_TYPES[kind]}
-        if kind == "path":
-            parameter["description"] = "May contain slashes"
-        yield parameter
-
-
-def _query_parameters(route: Route, schemas: _Schemas) -> Iterable[dict[str, Any]]:
+        described = {"description": "May contain slashes"} if kind == "path" else {}
+        yield {"name": name, "in": "path", "required": True, "schema": _PATH_TYPES[kind], **described}
     fields = schemas.fields(route.query) if route.query is not None else {}
     for name, schema in fields.get("properties", {}).items():
-        parameter: dict[str, Any] = {"name": name, "in": "query", "schema": schema}
-        if name in fields.get("required", ()):
-            parameter["required"] = True
-        yield parameter
-
-
-def _engine_parameters(route: Route) -> Iterable[dict[str, Any]]:
+        yield {"name": name, "in": "query", "required": name in fields.get("required", ()), "schema": schema}
     for place, name, description in _RUN_PARAMETERS if route.run is not None else ():
-        yield {"name": name, "in": place, "description": description, "schema": _TEXT}
-    if route.run is not None and route.method == "GET":
-        yield {"name": "key", "in": "query", "description": "As Idempotency-Key, for `EventSource`", "schema": _TEXT}
-        yield {"name": "last_event_id", "in": "query", "description": "As Last-Event-ID", "schema": _TEXT}
+        if place == "header" or route.method == "GET":
+            yield {"name": name, "in": place, "description": description, "schema": _TEXT}
 
 
 def _responses(route: Route, schemas: _Schemas, version: Version) -> dict[str, Any]:

@@ -84,26 +84,24 @@ class Room:
         self._limit = limit
         self._limit_per_caller = limit_per_caller
         self._taken = 0
-        self._taken_by: Counter[str] = Counter()
+        self._taken_by: Counter[str | None] = Counter()
 
     def take(self, caller: str | None, amount: int) -> None:
         """Raises `TooManyRequests` over the caller's limit, `Unavailable` over the total."""
-        wait_s = random.randint(1, 5)
         if self._limit is not None and self._taken + amount > self._limit:
-            raise Unavailable(f"too many {self._what} at once; try again", retry_after_s=wait_s)
-        if caller is not None:
-            limit = self._limit_per_caller
-            if limit is not None and self._taken_by[caller] + amount > limit:
-                raise TooManyRequests(f"you have too many {self._what} at once; try again", retry_after_s=wait_s)
-            self._taken_by[caller] += amount
+            raise Unavailable(f"too many {self._what} at once; try again", retry_after_s=random.randint(1, 5))
+        limit = self._limit_per_caller
+        if caller is not None and limit is not None and self._taken_by[caller] + amount > limit:
+            text = f"you have too many {self._what} at once; try again"
+            raise TooManyRequests(text, retry_after_s=random.randint(1, 5))
         self._taken += amount
+        self._taken_by[caller] += amount
 
     def give_back(self, caller: str | None, amount: int) -> None:
         self._taken -= amount
-        if caller is not None:
-            self._taken_by[caller] -= amount
-            if not self._taken_by[caller]:
-                del self._taken_by[caller]
+        self._taken_by[caller] -= amount
+        if not self._taken_by[caller]:
+            del self._taken_by[caller]
 
 
 class Services(NamedTuple):
@@ -177,6 +175,14 @@ class Request(RequestFacts):
 
     # On the class, because few requests set them.
     answer_headers: Sequence[tuple[bytes, bytes]] = ()
+    query: Any = None
+    body: Any = None
+    raw_body = b""
+    body_digest = ""  #: SHA-256
+    run_id: str | None = None  #: for the handler of a run
+    #: Set by a run's handler that yields its own error event: the run has failed.
+    failed = False
+    _upload: SpooledTemporaryFile[bytes] | None = None
     _room: Room | None = None
     _held = 0
 
@@ -195,16 +201,8 @@ class Request(RequestFacts):
         self.draining = draining
         self.root_path: str = scope.get("root_path", "")
         self.path_params: Mapping[str, Any] = {}
-        self.query: Any = None
-        self.body: Any = None
-        self.raw_body = b""
         self._receive = receive
-        self.body_digest = ""  #: SHA-256
-        self.run_id: str | None = None  #: for the handler of a run
-        #: Set by a run's handler that yields its own error event: the run has failed.
-        self.failed = False
         self._services = services
-        self._upload: SpooledTemporaryFile[bytes] | None = None
 
     @property
     def running(self) -> bool:

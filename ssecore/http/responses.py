@@ -1,12 +1,12 @@
 """What unary handlers return, and problem documents (RFC 9457)."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
 
 from ssecore.dialects import NAMED, Dialect
-from ssecore.errors import SSEAppError, UpstreamRefusal
+from ssecore.errors import CODES, SSEAppError, UpstreamRefusal
 from ssecore.wire import encode_json
 
 __all__ = [
@@ -80,8 +80,7 @@ def http_error(error: Exception) -> SSEAppError | None:
     if isinstance(error, SSEAppError) or not isinstance(status, int) or detail is None or status not in _ERRORS:
         return None
     status = int(status)  # it may be an HTTPStatus
-    kinds = {kind.status: kind for kind in reversed([*_kinds(SSEAppError)])}
-    code = kinds[status].code if status in kinds else HTTPStatus(status).name.lower()
+    code = CODES.get(status) or HTTPStatus(status).name.lower()
     given = getattr(error, "headers", None)
     headers = {str(name): str(value) for name, value in given.items()} if isinstance(given, Mapping) else {}
     ours = SSEAppError(detail if isinstance(detail, str) else encode_json(detail).decode(), code=code, headers=headers)
@@ -91,9 +90,3 @@ def http_error(error: Exception) -> SSEAppError | None:
 
 
 _ERRORS: Final = frozenset(int(status) for status in HTTPStatus if status >= 400)
-
-
-def _kinds(of: type[SSEAppError]) -> Iterator[type[SSEAppError]]:
-    yield of
-    for kind in of.__subclasses__():
-        yield from _kinds(kind)

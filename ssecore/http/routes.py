@@ -12,7 +12,8 @@ import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypedDict, Unpack, get_args, get_origin
+from functools import cached_property, partial
+from typing import Any, Final, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import inspect as types
@@ -30,7 +31,6 @@ __all__ = [
     "PUT",
     "About",
     "Handler",
-    "Options",
     "Route",
     "Run",
     "Table",
@@ -88,8 +88,7 @@ class Run:
     def __post_init__(self) -> None:
         linger_s: Any = self.linger_s
         if linger_s is not None and linger_s != "setting":
-            number = isinstance(linger_s, int | float) and not isinstance(linger_s, bool)
-            if not (number and 0 <= linger_s < math.inf):
+            if isinstance(linger_s, bool) or not isinstance(linger_s, int | float) or not 0 <= linger_s < math.inf:
                 raise TypeError(f"linger_s must be a number of seconds, None or 'setting', not {linger_s!r}")
         if self.accepted is not None and not callable(self.accepted):
             raise TypeError("accepted must be a function of the request and the run's id")
@@ -103,7 +102,7 @@ class Route:
 
     method: str
     path: str
-    handler: Callable[..., Any]
+    handler: Handler
     query: Any = None
     body: Any = None
     media_types: Sequence[str] = ("application/json",)
@@ -120,47 +119,49 @@ class Route:
     may: str = ""
     #: For one request of an embedding program; `handler` returns an existing iterator.
     hosted: bool = False
-    streams: bool = field(init=False)
-    #: Query parameters that may be repeated.
-    lists: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.hosted:
-            object.__setattr__(self, "lists", frozenset())
-            object.__setattr__(self, "streams", not inspect.iscoroutinefunction(self.handler))
-            return
+        if not self.hosted:
+            try:
+                self._check()
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{self.name}: {error}") from None
+
+    def _check(self) -> None:
         if not self.path.startswith("/"):
-            raise ValueError(f"{self.path!r}: a path begins with /")
+            raise ValueError("a path begins with /")
         if self.run is not None and not isinstance(self.run, Run):
-            raise TypeError(f"{self.method} {self.path}: run must be a Run, as in run=Run(), not {self.run!r}")
-        try:
-            object.__setattr__(self, "lists", frozenset(_list_fields(self.query)))
-            if not isinstance(self.body, Upload):
-                _type_info(self.body)
-            for kind in (self.events or {}).values():
-                _type_info(kind)
-        except TypeError as error:
-            raise TypeError(f"{self.method} {self.path}: {error}") from None
+            raise TypeError(f"run must be a Run, as in run=Run(), not {self.run!r}")
         if not isinstance(self.dialect, Dialect):
-            raise TypeError(f"{self.method} {self.path}: dialect must be a Dialect, such as DATA_ONLY")
+            raise TypeError("dialect must be a Dialect, such as DATA_ONLY")
+        body = None if isinstance(self.body, Upload) else self.body
+        for kind in (self.query, body, *(self.events or {}).values()):
+            _check_type(kind)
+        _ = self.lists
         names = {name: name for name, _ in PARAMETER.findall(self.path)}
         try:
             self.may.format(**names)
         except (KeyError, IndexError, ValueError):
-            text = f"{self.method} {self.path}: may={self.may!r} has a parameter that is not in the path"
-            raise ValueError(text) from None
-        handler = self.handler
-        streams = inspect.isasyncgenfunction(handler)
-        if not streams and (self.run is not None or not inspect.iscoroutinefunction(handler)):
+            raise ValueError(f"may={self.may!r} has a parameter that is not in the path") from None
+        if not inspect.isasyncgenfunction(self.handler) and (self.run is not None or self.streams):
             what = "an async generator" if self.run is not None else "an async generator or an async function"
-            raise TypeError(f"{self.method} {self.path}: the handler must be {what}")
+            raise TypeError(f"the handler must be {what}")
         try:
-            inspect.signature(handler).bind(None, **names)
+            inspect.signature(self.handler).bind(None, **names)
         except TypeError as error:
-            raise TypeError(
-                f"{self.method} {self.path}: the handler doesn't take its path parameters: {error}"
-            ) from None
-        object.__setattr__(self, "streams", streams)
+            raise TypeError(f"the handler doesn't take its path parameters: {error}") from None
+
+    def call(self, request: Any, params: Mapping[str, Any]) -> Any:
+        return self.handler(request, **params)
+
+    @cached_property
+    def streams(self) -> bool:
+        return not inspect.iscoroutinefunction(self.handler)
+
+    @cached_property
+    def lists(self) -> frozenset[str]:
+        """Query parameters that may be repeated."""
+        return frozenset(_list_fields(self.query))
 
     @property
     def name(self) -> str:
@@ -168,43 +169,12 @@ class Route:
         return f"{self.method} {self.path}".strip()
 
 
-class Options(TypedDict, total=False):
-    """See `Route`."""
-
-    query: Any
-    body: Any
-    media_types: Sequence[str]
-    dialect: Dialect
-    run: Run | None
-    open: bool
-    publishes: bool
-    events: Mapping[str, Any] | None
-    may: str
-
-
-def GET(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
-    """A route for GET, and for HEAD, which starts nothing."""
-    return Route("GET", path, handler, **options)
-
-
-def POST(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
-    """See `GET`."""
-    return Route("POST", path, handler, **options)
-
-
-def PUT(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
-    """See `GET`."""
-    return Route("PUT", path, handler, **options)
-
-
-def PATCH(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
-    """See `GET`."""
-    return Route("PATCH", path, handler, **options)
-
-
-def DELETE(path: str, handler: Handler, **options: Unpack[Options]) -> Route:
-    """See `GET`."""
-    return Route("DELETE", path, handler, **options)
+#: A route for GET, and for HEAD, which starts nothing.
+GET: Final = partial(Route, "GET")
+POST: Final = partial(Route, "POST")
+PUT: Final = partial(Route, "PUT")
+PATCH: Final = partial(Route, "PATCH")
+DELETE: Final = partial(Route, "DELETE")
 
 
 def is_model(kind: Any) -> bool:
@@ -214,44 +184,33 @@ def is_model(kind: Any) -> bool:
     )
 
 
-def _type_info(kind: Any) -> Any:
-    """msgspec's description. Raises `TypeError` if it can't be decoded."""
-    if kind is None:
-        return None
-    if kind is Run or isinstance(kind, Upload | Run | Route):
-        raise TypeError(f"{kind!r} is not the type of a body")
+def _check_type(kind: Any) -> None:
+    """Raises `TypeError` if JSON can't be decoded into it."""
     try:
         info = types.type_info(kind)
-        msgspec.json.Decoder(kind, dec_hook=lambda kind, value: value)
     except Exception as error:
         raise TypeError(f"{kind!r} can't be decoded into: {error}") from error
-    for found in _type_and_parts(info, set()):
+    for found in _parts(info, set()):
         if isinstance(found, types.CustomType) and not is_model(found.cls):
             raise TypeError(f"{found.cls!r} can't be decoded into: use a Struct, a dataclass or a pydantic model")
-    return info
 
 
-def _type_and_parts(info: Any, seen: set[int]) -> Iterator[types.Type]:
-    if isinstance(info, types.Type):
-        if id(info) in seen:
-            return
+def _parts(info: Any, seen: set[int]) -> Iterator[Any]:
+    """A type's description, and those of all that it consists of."""
+    if isinstance(info, types.Type | types.Field | tuple) and id(info) not in seen:
         seen.add(id(info))
         yield info
-    if isinstance(info, types.Type | types.Field):
-        for name in info.__struct_fields__:
-            yield from _type_and_parts(getattr(info, name), seen)
-    elif isinstance(info, tuple):
-        for part in info:
-            yield from _type_and_parts(part, seen)
+        for part in info if isinstance(info, tuple) else msgspec.structs.astuple(info):
+            yield from _parts(part, seen)
 
 
 _LISTS: Final = (types.ListType, types.SetType, types.FrozenSetType, types.VarTupleType, types.TupleType)
 
 
 def _list_fields(query: Any) -> Iterator[str]:
-    """Names of list fields. Raises `TypeError`."""
-    info = _type_info(query)
-    if info is None or isinstance(info, types.DictType):
+    """Raises `TypeError`."""
+    info = types.type_info(query)
+    if isinstance(info, types.NoneType | types.DictType):
         return
     if isinstance(info, types.CustomType):
         model: Any = info.cls
@@ -299,9 +258,9 @@ class Table:
             groups += len(parameters) + 1
             self._dynamic[groups] = (methods, first, parameters)
         # DOTALL: a path may contain line ends.
-        self._pattern = re.compile("|".join(alternatives) or "(?!)", re.DOTALL)
-        pattern = "|".join(alternatives).replace(_CONVERTERS["int"][0], _CONVERTERS[""][0])
-        self._lenient_pattern = re.compile(pattern or "(?!)", re.DOTALL)
+        pattern = "|".join(alternatives) or "(?!)"
+        self._pattern = re.compile(pattern, re.DOTALL)
+        self._lenient_pattern = re.compile(pattern.replace(_CONVERTERS["int"][0], _CONVERTERS[""][0]), re.DOTALL)
 
     def match(self, method: str, path: str) -> tuple[Route, dict[str, Any]]:
         """With path parameters. Raises `NotFound`, `MethodNotAllowed`, `BadRequest` for a whole number."""

@@ -13,11 +13,12 @@ The rights are in docs/operating.md.
 import hashlib
 import hmac
 import logging
+import math
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
@@ -119,7 +120,7 @@ class Tokens:
         self._path = path
         self._known: dict[str, Credential] = {}
         self._seen: object = ...
-        self._grace_until: float | None = None
+        self._grace_until = math.inf  #: a time while tokens are missing
         self._read(_signature(path))
         if not self._known:
             logger.warning("%s has no tokens, so every request is refused: `sseapp token add NAME` creates one", path)
@@ -148,12 +149,11 @@ class Tokens:
     def refresh(self) -> None:
         """Read the file if it has changed; costs one `stat`."""
         signature = _signature(self._path)
-        grace_over = self._grace_until is not None and time.monotonic() >= self._grace_until
-        if signature != self._seen or grace_over:
+        if signature != self._seen or time.monotonic() >= self._grace_until:
             try:
                 self._read(signature)
             except SettingsError as error:  # half an edit must not revoke tokens
-                self._grace_until = None
+                self._grace_until = math.inf
                 logger.error("%s; the tokens stay as they were", error)
 
     async def watch(self) -> None:
@@ -170,16 +170,14 @@ class Tokens:
             old = self._known.get(entry.id)
             known[entry.id] = old if old is not None and old.entry == entry else Credential(entry)
         missing = {} if complete else {id: old for id, old in self._known.items() if id not in known}
-        until = self._grace_until
-        if missing and until is None:
-            until = time.monotonic() + GRACE_S
+        if missing and self._grace_until == math.inf:
+            self._grace_until = time.monotonic() + GRACE_S
             text = "%s may be incomplete: tokens missing from it (%d) are revoked in %g s"
             logger.warning(text, self._path, len(missing), GRACE_S)
-        if missing and until is not None and time.monotonic() < until:
+        if missing and time.monotonic() < self._grace_until:
             known |= missing
         else:
-            until = None
-        self._grace_until = until
+            self._grace_until = math.inf
         for id, credential in self._known.items():
             credential.revoked = known.get(id) is not credential
         self._known = known
@@ -255,32 +253,23 @@ def add_token(path: Path, name: str, expires: datetime | None = None, may: Seque
     session = session_of(token).partition(".")[2]
     now = datetime.now(UTC).replace(microsecond=0)
     entry = Entry(id, name, _sha256(secret), _sha256(session), now, expires, tuple(may))
-    with _locked(path):
-        _replace(path, [*read_tokens(path), entry])
+    with _edited(path) as entries:
+        entries[id] = entry
     return token
 
 
 def revoke_tokens(path: Path, which: str) -> list[Entry]:
     """By id or name; returns them."""
-    with _locked(path):
-        entries = read_tokens(path)
-        revoked = [entry for entry in entries if which in (entry.name, entry.id)]
-        if revoked:
-            _replace(path, [entry for entry in entries if entry not in revoked])
-    return revoked
+    with _edited(path) as entries:
+        return [entries.pop(id) for id, entry in [*entries.items()] if which in (entry.name, id)]
 
 
 def set_rights(path: Path, which: str, may: Sequence[str]) -> list[Entry]:
     """By id or name; returns them. Their open streams end. Raises `SettingsError`."""
-    with _locked(path):
-        entries = read_tokens(path)
-        changed = {
-            entry.id: msgspec.structs.replace(entry, may=tuple(may))
-            for entry in entries
-            if which in (entry.name, entry.id)
-        }
-        if changed:
-            _replace(path, [changed.get(entry.id, entry) for entry in entries])
+    with _edited(path) as entries:
+        found = [entry for entry in entries.values() if which in (entry.name, entry.id)]
+        changed = {entry.id: msgspec.structs.replace(entry, may=tuple(may)) for entry in found}
+        entries |= changed
     return list(changed.values())
 
 
@@ -303,8 +292,8 @@ def parse_expiry(text: str) -> datetime:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Locks the folder, because the file is replaced; on Windows another file."""
+def _edited(path: Path) -> Iterator[dict[str, Entry]]:
+    """The entries by id, to be changed. Locks the folder, because the file is replaced; on Windows another file."""
     place, flags = os.path.realpath(path.parent), os.O_RDONLY
     if not FOLDERS:
         place, flags = os.path.join(place, f".{path.name}.lock"), os.O_RDWR | os.O_CREAT
@@ -314,12 +303,16 @@ def _locked(path: Path) -> Iterator[None]:
         raise SettingsError(f"{path.parent} can't be opened: {error.strerror}", field="tokens_file") from None
     try:
         lock(folder)
-        yield
+        before = {entry.id: entry for entry in read_tokens(path)}
+        entries = dict(before)
+        yield entries
+        if entries != before:
+            _replace(path, entries.values())
     finally:
         os.close(folder)
 
 
-def _replace(path: Path, entries: list[Entry]) -> None:
+def _replace(path: Path, entries: Iterable[Entry]) -> None:
     target = os.path.realpath(path)
     new = None
     try:
