@@ -19,10 +19,10 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from handlers.answer import ModelError, Piece, Reasoning, ToolCall, Usage
+from handlers.answer import ModelError, Piece, Reasoning, ToolCall, Usage, is_object
 from handlers.chat import LINGERING, ChatMessage, MockModel, Model, OpenAIModel, answer_times
 from handlers.database import Exchange, Tasks
-from handlers.planner import plan, write
+from handlers.planner import counted, plan, write
 from handlers.tools import DESCRIPTIONS, use
 from ssecore.dialects import DATA_ONLY, public_text
 from ssecore.errors import BadRequest, SSEAppError, UpstreamError
@@ -272,9 +272,9 @@ class Agent:
         failed = sum("error" in result for _, result in self._results)
         text = "I answer without a tool."
         if self._results:
-            text = f"I answer from {_counted(len(self._results) - failed, 'result')}"
-            text += f" and {_counted(len(self._sources()), 'task')}" if self._sources() else ""
-            text += f"; {_counted(failed, 'call')} failed." if failed else "."
+            text = f"I answer from {counted(len(self._results) - failed, 'result')}"
+            text += f" and {counted(len(self._sources()), 'task')}" if self._sources() else ""
+            text += f"; {counted(failed, 'call')} failed." if failed else "."
         return Thought(3, text), Status("synthesizing")
 
     def _sources(self) -> list[Source]:
@@ -305,11 +305,7 @@ def _assistant_message(text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
 
 def _object(arguments: str) -> str:
     """Servers parse the arguments again, and refuse malformed ones."""
-    try:
-        msgspec.json.decode(arguments, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return "{}"
-    return arguments
+    return arguments if is_object(arguments) else "{}"
 
 
 def _too_many(call: ToolCall) -> ToolResult:
@@ -319,10 +315,6 @@ def _too_many(call: ToolCall) -> ToolResult:
 def _shortened(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= QUOTED_CHARS else text[: QUOTED_CHARS - 1] + "\u2026"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 # The four routes
@@ -344,22 +336,29 @@ def steps_of(request: Request, question: str, history: Sequence[Exchange] = ()) 
     return aclosing(agent.steps(question, history))
 
 
+def _of_answer(step: Step) -> Event | None:
+    match step:
+        case Token(text):
+            return Event({"token": text}, "token")
+        case Reasoning(text):
+            return Event({"reasoning": text}, "reasoning")
+        case End(usage=Usage() as usage):
+            return Event(usage, "usage")
+    return None
+
+
 async def stream(request: Request) -> AsyncIterator[Event]:
     """Ask the agent; stream its steps and its answer."""
     query: str = request.query.query
     async with steps_of(request, query) as steps:
         async for step in steps:
+            if (event := _of_answer(step)) is not None:
+                yield event
             match step:
                 case Status(stage="analyzing"):
                     yield Event({"message": step.message}, "status")
                 case Thought(number, text):
                     yield Event({"step": number, "total": THOUGHTS, "thought": text}, "thought")
-                case Token(text):
-                    yield Event({"token": text}, "token")
-                case Reasoning(text):
-                    yield Event({"reasoning": text}, "reasoning")
-                case End(usage=Usage() as usage):
-                    yield Event(usage, "usage")
     yield Event({"done": True, "query": query}, "complete")
 
 
@@ -368,6 +367,8 @@ async def think(request: Request) -> AsyncIterator[Event]:
     thoughts = 0
     async with steps_of(request, request.query.query) as steps:
         async for step in steps:
+            if (event := _of_answer(step)) is not None:
+                yield event
             match step:
                 case Thought(1, text):
                     thoughts += 1
@@ -378,13 +379,7 @@ async def think(request: Request) -> AsyncIterator[Event]:
                     yield Event(data, "thought")
                 case Status(stage="synthesizing"):
                     yield Event({"message": step.message}, "status")
-                case Token(text):
-                    yield Event({"token": text}, "token")
-                case Reasoning(text):
-                    yield Event({"reasoning": text}, "reasoning")
-                case End(answer, usage=usage):
-                    if usage is not None:
-                        yield Event(usage, "usage")
+                case End(answer):
                     data = {"message": "The answer is complete", "thoughts_count": thoughts}
                     yield Event({**data, "response_length": len(answer)}, "complete")
 
@@ -394,6 +389,8 @@ async def process(request: Request) -> AsyncIterator[Event]:
     tokens = 0
     async with steps_of(request, request.query.query) as steps:
         async for step in steps:
+            if (event := _of_answer(step)) is not None:
+                yield event
             match step:
                 case Thought(1, text):
                     yield Event({"step": "understanding", "message": text}, "thinking")
@@ -403,13 +400,8 @@ async def process(request: Request) -> AsyncIterator[Event]:
                     yield Event({"tool": tool, "status": "calling"}, "tool")
                 case ToolResult(tool, result):
                     yield Event({"tool": tool, "status": "complete", "result": result}, "tool")
-                case Token(text):
+                case Token():
                     tokens += 1
-                    yield Event({"token": text}, "token")
-                case Reasoning(text):
-                    yield Event({"reasoning": text}, "reasoning")
-                case End(usage=Usage() as usage):
-                    yield Event(usage, "usage")
     yield Event({"message": "The answer is complete", "tokens": tokens}, "complete")
 
 

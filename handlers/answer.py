@@ -39,6 +39,7 @@ __all__ = [
     "ToolCall",
     "Usage",
     "error_object",
+    "is_object",
     "loads_leniently",
     "says_error",
 ]
@@ -429,11 +430,11 @@ def _begins(call: ToolCall, id: str, name: str, arguments: str) -> bool:
     with arguments only it must follow a complete call. Some servers send no ids.
     """
     if id and id != call.id:
-        return bool(name) or not arguments or _is_object(call.arguments)
-    return bool(name) and not id and _is_object(call.arguments)
+        return bool(name) or not arguments or is_object(call.arguments)
+    return bool(name) and not id and is_object(call.arguments)
 
 
-def _is_object(arguments: str) -> bool:
+def is_object(arguments: str) -> bool:
     if not arguments.rstrip().endswith("}"):
         return False
     try:

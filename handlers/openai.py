@@ -12,8 +12,9 @@ name is refused, so that a caller can't choose what the service's key pays for.
 5.  `handlers.answer` decides whether an upstream's answer is whole, as for `/chat`. An answer that its maximum length
     or a content filter has cut keeps its finish reason in a completion, and ends a response with `response.incomplete`.
 6.  If the upstream refuses the client's own request (`CLIENTS_MISTAKES`), the client gets the upstream's HTTP status
-    and error object; after the first second a streaming client gets them in an event. So `response.created` is sent
-    with the upstream's first piece, or after `PATIENCE_S`.
+    and error object. If the upstream has no room at the moment (`PASSING`), the client gets that status and the
+    `Retry-After`, by which SDKs retry. After the first second a streaming client gets all this in an event. So
+    `response.created` is sent with the upstream's first piece, or after `PATIENCE_S`.
 
 Boundary of trust: `max_body_bytes` and the limits of its lists apply to a request, `handlers.answer`'s to an upstream.
 """
@@ -50,6 +51,7 @@ MAX_TOOLS: Final = 128  # OpenAI's own bound
 #: The HTTP statuses of an upstream that are about the client's own request. Not 401, 402, 403 and 404: key, account,
 #: URL and model are the service's. Not 409, which is about the upstream's state: SDKs retry it, as they retry a 502.
 CLIENTS_MISTAKES: Final = (400, 413, 422)
+PASSING: Final = (429, 503)
 #: How long `response.created` waits for the upstream: less than the second in which a failure is an HTTP status.
 PATIENCE_S: Final = 0.8
 
@@ -158,24 +160,30 @@ async def completion(request: Request) -> AsyncIterator[Event]:
     yield Event("[DONE]")
 
 
-def _for_client(error: ModelError, model: Model) -> SSEAppError:
-    """Rule 6."""
+def _for_client(error: ModelError, model: Model | None) -> SSEAppError:
+    """Rule 6. `model`: the one that got the client's own request."""
+    if error.refused in PASSING:
+        return UpstreamRefusal(error.detail, status=error.refused, code=error.code, headers=error.headers)
     if error.refused not in CLIENTS_MISTAKES or not isinstance(model, OpenAIModel):
         return error
-    given = error_object(error.body, model.key) or {}
-    text = given.get("message") or f"the model's server refused the request with the HTTP status {error.refused}"
-    return UpstreamRefusal(text, status=error.refused, error=given, field=given.get("param"))
+    text = f"the model's server refused the request with the HTTP status {error.refused}"
+    unsaid = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+    given = error_object(error.body, model.key) or unsaid
+    return UpstreamRefusal(given["message"] or text, status=error.refused, error=given, field=given["param"])
 
 
 async def _agents(
     request: Request, question: str, history: list[Exchange]
 ) -> AsyncGenerator[dict[str, str] | Usage, None]:
-    async with aclosing(parts_of(request, question, history)) as parts:
-        async for part in parts:
-            if isinstance(part, Delta):
-                yield {"content" if part.kind == "text" else "reasoning_content": part.text}
-            elif isinstance(part, End) and part.usage is not None:
-                yield part.usage
+    try:
+        async with aclosing(parts_of(request, question, history)) as parts:
+            async for part in parts:
+                if isinstance(part, Delta):
+                    yield {"content" if part.kind == "text" else "reasoning_content": part.text}
+                elif isinstance(part, End) and part.usage is not None:
+                    yield part.usage
+    except ModelError as error:
+        raise _for_client(error, None) from None
 
 
 async def _mocks(request: Request, model: Model, question: str) -> AsyncGenerator[dict[str, str] | Usage, None]:
@@ -202,7 +210,7 @@ async def whole_completion(request: Request, run: str) -> Response | None:
             break
         chunk = loads_leniently(event.data.encode())
         if chunk.get("error"):
-            return JSON({"error": chunk["error"]}, status=chunk.get("status", 502))
+            return JSON({"error": chunk["error"]}, chunk.get("status", 502), chunk.get("headers"))
         chunk["choices"] = [choice for choice in chunk.get("choices") or () if choice is not None]
         for choice in chunk["choices"]:
             choice.setdefault("index", 0)
@@ -282,7 +290,7 @@ async def response(request: Request) -> AsyncIterator[Event]:
             times.end()
     except ModelError as error:
         if error.code not in _INCOMPLETE:
-            raise (_for_client(error, model) if by_upstream else error) from None
+            raise _for_client(error, model if by_upstream else None) from None
         for event in (*writer.begin(), *writer.closed("incomplete")):
             yield event
         yield writer.response("incomplete", "incomplete", incomplete_details={"reason": _INCOMPLETE[error.code]})
@@ -571,7 +579,7 @@ async def accepted_response(request: Request, run: str) -> Response | None:
         return JSON({**_facts(body, _chosen(request)), "id": f"resp_{run}", "status": "queued", "output": []})
     last = await _last_event(request, run)
     if "status" in last:  # the upstream's refusal came after the first second
-        return JSON({"error": last["response"]["error"]}, status=last["status"])
+        return JSON({"error": last["response"]["error"]}, last["status"], last.get("headers"))
     return JSON(last["response"])
 
 

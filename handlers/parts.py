@@ -69,15 +69,13 @@ class Returned:
 Part = Status | Opened | Delta | Closed | Called | Returned | End
 
 
-async def parts_of(
-    request: Request, question: str, history: list[Exchange] | None = None
-) -> AsyncGenerator[Part, None]:
+async def parts_of(request: Request, question: str, history: list[Exchange]) -> AsyncGenerator[Part, None]:
     """The agent's answer. Use with `aclosing`. Raises what the model and the database raise."""
     ids = (f"{request.run_id}-{number}" for number in count(1))
     opened: Opened | None = None
     said: list[str] = []
     call = ""
-    async with steps_of(request, question, history or []) as steps:
+    async with steps_of(request, question, history) as steps:
         async for step in steps:
             kind: Kind | None = (
                 "text" if isinstance(step, Token) else "reasoning" if isinstance(step, Reasoning) else None

@@ -13,7 +13,7 @@ from handlers.answer import ToolCall
 from handlers.tools import MAX_WORDS_CHARS
 from ssecore.wire import encode_json
 
-__all__ = ["plan", "write"]
+__all__ = ["counted", "plan", "write"]
 
 _WORD: Final = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 #: Arithmetic between numbers; dates are excluded later.
@@ -149,7 +149,7 @@ def _write_found(given: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     if not total:
         return "I found no task that matches."
     shown = f"; the first {len(rows)} of them" if total > len(rows) else ""
-    lines = [f"I found {_tasks(total)}{shown}:"]
+    lines = [f"I found {counted(total, 'task')}{shown}:"]
     for row in rows:
         due = f", due {row['due']}" if row["due"] else ""
         lines.append(f"- #{row['id']} {row['title']} ({row['status']}, priority {row['priority']}{due})")
@@ -158,9 +158,9 @@ def _write_found(given: Mapping[str, Any], result: Mapping[str, Any]) -> str:
 
 def _write_counted(given: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     which = ", ".join(f"{name} {given[name]}" for name in ("words", "status", "priority", "due") if name in given)
-    counted = f"I counted {_tasks(result['count'])}{f' ({which})' if which else ''}."
+    text = f"I counted {counted(result['count'], 'task')}{f' ({which})' if which else ''}."
     groups = ", ".join(f"{name} {number}" for name, number in result.get("groups", {}).items())
-    return f"{counted} By {result['by']}: {groups}." if groups else counted
+    return f"{text} By {result['by']}: {groups}." if groups else text
 
 
 def _write_calculated(given: Mapping[str, Any], result: Mapping[str, Any]) -> str:
@@ -172,8 +172,8 @@ def _write_today(given: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     return f"Today is {result['weekday']}, {day.day} {day:%B %Y}, {result['time']} {result['timezone']}."
 
 
-def _tasks(count: int) -> str:
-    return f"{count} task{'' if count == 1 else 's'}"
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 _WRITERS: Final = {

@@ -95,7 +95,7 @@ class Dialect:
         """The last events if the rest of the stream is lost."""
         return [self.gap(gap)]
 
-    def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
+    def refusal(self, error: SSEAppError) -> Mapping[str, Any]:
         """Additional members of problem documents."""
         return {}
 
@@ -195,8 +195,17 @@ class AGUI(Dialect):
         return _object(event).get("type") in ("RUN_FINISHED", "RUN_ERROR")
 
 
-def _openai_refusal(text: str, code: str, field: str | None) -> Mapping[str, Any]:
-    return {"error": {"message": text, "type": "invalid_request_error", "param": field, "code": code}}
+def _openai_error(error: SSEAppError) -> Mapping[str, str | None]:
+    if isinstance(error, UpstreamRefusal) and error.error is not None:
+        return error.error
+    limited = "rate_limit_error" if error.status == 429 else "invalid_request_error"
+    kind = "server_error" if error.status >= 500 else limited
+    return {"message": error.detail, "type": kind, "param": error.field, "code": error.code}
+
+
+def _answer_of(refusal: UpstreamRefusal) -> Mapping[str, Any]:
+    """For a route that answers with the whole run at once."""
+    return {"status": refusal.status, **({"headers": refusal.headers} if refusal.headers else {})}
 
 
 class OpenAI(DataOnly):
@@ -205,14 +214,14 @@ class OpenAI(DataOnly):
     name = "openai"
     only_json = True
 
-    def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
-        return _openai_refusal(text, code, field)
+    def refusal(self, error: SSEAppError) -> Mapping[str, Any]:
+        return {"error": _openai_error(error)}
 
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
         return [Event({"error": {"message": text, "type": "server_error", "param": None, "code": code}}), _DONE]
 
     def upstream_refusal(self, refusal: UpstreamRefusal, so_far: SoFar) -> list[Event]:
-        return [Event({"error": refusal.error, "status": refusal.status}), _DONE]
+        return [Event({"error": _openai_error(refusal), **_answer_of(refusal)}), _DONE]
 
     def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
         return self.error(f"the answer was cancelled ({reason})", "cancelled", so_far)
@@ -227,15 +236,16 @@ class OpenAIResponses(Dialect):
     name = "openai_responses"
     only_json = True
 
-    def refusal(self, text: str, code: str, field: str | None) -> Mapping[str, Any]:
-        return _openai_refusal(text, code, field)
+    def refusal(self, error: SSEAppError) -> Mapping[str, Any]:
+        return {"error": _openai_error(error)}
 
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
         return [_response("failed", so_far, error={"code": code, "message": text})]
 
     def upstream_refusal(self, refusal: UpstreamRefusal, so_far: SoFar) -> list[Event]:
-        error = {**refusal.error, "code": refusal.error["code"] or refusal.code}  # here it must be a string
-        return [_response("failed", so_far, {"status": refusal.status}, error=error)]
+        error = _openai_error(refusal)
+        error = {**error, "code": error["code"] or refusal.code}  # here it must be a string
+        return [_response("failed", so_far, _answer_of(refusal), error=error)]
 
     def cancelled(self, reason: str, so_far: SoFar) -> list[Event]:
         # There is no `response.cancelled` (openai 3.57).

@@ -192,9 +192,9 @@ class UpstreamError(SSEAppError):
 
 
 class UpstreamRefusal(UpstreamError):
-    """A server that the handler called refused the client's own request, with this `status` (4xx).
+    """A server that the handler called refused the request with this `status`, which the client gets.
 
-    `error` is that server's error object in OpenAI's form: `message`, `type`, `param`, `code`.
+    `error` is that server's error object in OpenAI's form (`message`, `type`, `param`, `code`), if the client gets it.
     """
 
     status, code = 400, "upstream_refused"
@@ -204,7 +204,7 @@ class UpstreamRefusal(UpstreamError):
     ) -> None:
         super().__init__(detail, **options)
         self.status = status
-        self.error = error or {"message": self.detail, "type": "invalid_request_error", "param": None, "code": None}
+        self.error = error
 
 
 class Unavailable(_Passing):

@@ -1402,7 +1402,9 @@ def refused(response: httpx.Response, status: int, field: Any = None, *, code: s
     code = code or CODES[status]
     wanted = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "code": code}
     if openai:
-        wanted["error"] = {"message": detail, "type": "invalid_request_error", "param": field, "code": code}
+        kinds = {429: "rate_limit_error", 500: "server_error", 502: "server_error", 503: "server_error"}
+        kind = kinds.get(status, "invalid_request_error")
+        wanted["error"] = {"message": detail, "type": kind, "param": field, "code": code}
     assert problem == wanted | ({"field": field} if field is not None else {})
     assert detail and len(detail) < 500
     assert "Traceback" not in detail and "msgspec" not in detail

@@ -37,8 +37,9 @@ NODE: Final = Path(__file__).parent / "node"
 def test_all_of_them_are_here() -> None:
     tested = {"fastapi_host.py", "merge_sources.py", "status_callback.py", "streamlit_chat.py", "vanilla.html"}
     tested |= {"ai_sdk_chat.mjs", "ag_ui_chat.mjs", "openai_background.py"}
+    tested |= {"react_chat.html", "react_chat.jsx"}  # in test_react.py
     tested |= {"langgraph_agent.py", "openai_agents_agent.py", "pydantic_ai_agent.py"}  # in test_agent_examples.py
-    assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".html", ".mjs")} == tested
+    assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".html", ".mjs", ".jsx")} == tested
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -6,6 +6,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +38,9 @@ ASKED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "a streamed response": ("/v1/responses", {"input": "hello", "stream": True}),
     "a background response": ("/v1/responses", {"input": "hello", "background": True}),
 }
+#: What becomes of a limit that passes.
+KINDS: Final = {429: "rate_limit_error", 503: "server_error"}
+CODES: Final = {429: "upstream_rate_limited", 503: "upstream_error"}
 each_way = pytest.mark.parametrize(("path", "body"), ASKED.values(), ids=ASKED)
 
 
@@ -62,6 +67,14 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 def refusing(status: int, error: Any = TOO_LONG, **headers: str) -> Script:
     return refuse(status, json.dumps({"error": error}).encode(), **headers)
+
+
+def node(server: Server, **asked: Any) -> list[Any]:
+    options = json.dumps({"url": f"{server.url}/v1", "model": "m", "text": "hello", **asked})
+    command = ["node", "frontends.js", "openai", options]
+    done = subprocess.run(command, cwd=NODE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def refusals(server: Server, status: int) -> float:
@@ -119,11 +132,7 @@ def test_openais_python_package_raises_it(
 )
 def test_openais_node_package_raises_it(server: Server, upstream: Upstream, asked: dict[str, Any]) -> None:
     upstream.plan(refusing(400))
-    options = json.dumps({"url": f"{server.url}/v1", "model": "m", "text": "hello", **asked})
-    command = ["node", "frontends.js", "openai", options]
-    done = subprocess.run(command, cwd=NODE, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
+    told = node(server, **asked)
     assert told == [["threw", f"400 context_length_exceeded 400 {TOO_LONG['message']}"], ["refused", "BadRequestError"]]
 
 
@@ -180,12 +189,15 @@ def test_any_servers_refusal_becomes_openais_error_object(
 # Refused after the first second
 
 
-def after(condition: Callable[[], Any], status: int = 400) -> Script:
-    def script(call: Call) -> None:
-        condition()
-        refusing(status)(call)
+REFUSING: Final = refusing(400)
 
-    return script
+
+def after(condition: Callable[[], Any], script: Script = REFUSING) -> Script:
+    def waiting(call: Call) -> None:
+        condition()
+        script(call)
+
+    return waiting
 
 
 def test_a_late_refusal_ends_a_streamed_completion_with_the_upstreams_words(
@@ -262,7 +274,7 @@ def test_what_is_not_the_clients_mistake_stays_a_502_and_is_logged(
 ) -> None:
     upstream.plan(refusing(status, {**TOO_LONG, "message": f"secret words {KEY} {path} {status}"}))
     response = server.client.post(path, json=body)
-    assert response.status_code == 502
+    assert (response.status_code, response.json()["error"]["type"]) == (502, "server_error")
     assert "secret words" not in response.text and "context_length" not in response.text
     assert status != 404 or "OPENAI_MODEL" in response.json()["error"]["message"]
     wait_until(lambda: f"secret words *** {path} {status}" in server.log())
@@ -276,9 +288,62 @@ def test_a_limit_that_passes_has_its_retry_after(
 ) -> None:
     upstream.plan(refusing(status, retry_after="60"))
     response = server.client.post(path, json=body)
-    assert (response.status_code, response.headers["retry-after"]) == (503, "60")
-    assert response.json()["error"]["message"].endswith("try again in 60 s")
+    assert (response.status_code, response.headers["retry-after"]) == (status, "60")
+    error = response.json()["error"]
+    assert error.pop("message").endswith("try again in 60 s")
+    assert error == {"type": KINDS[status], "param": None, "code": CODES[status]}
     assert "maximum context length" not in response.text
+
+
+def late(status: int, *, in_s: float = 60) -> Script:
+    """A limit that passes, after the first second. The service leaves a pause that is a date to its client."""
+    at = format_datetime(datetime.now(UTC) + timedelta(seconds=in_s), usegmt=True)
+    return after(lambda: time.sleep(FIRST_ITEM_S + 0.2), refusing(status, retry_after=at))
+
+
+@pytest.mark.parametrize("model", ["m", "agent"])
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_limit_that_comes_late_has_its_status_in_a_whole_answer(
+    client: openai.OpenAI, upstream: Upstream, model: str, status: int
+) -> None:
+    asks: list[Callable[[], Any]] = [
+        lambda: client.chat.completions.create(model=model, messages=MESSAGES),
+        lambda: client.responses.create(model=model, input="hello"),
+    ]
+    for ask in asks:
+        upstream.plan(late(status))
+        with pytest.raises(openai.RateLimitError if status == 429 else openai.InternalServerError) as caught:
+            ask()
+        error = caught.value
+        assert (error.status_code, error.code) == (status, CODES[status])
+        assert error.response.headers["retry-after"].endswith("GMT")
+
+
+def test_openais_python_package_waits_and_asks_again_after_a_late_limit(
+    client: openai.OpenAI, upstream: Upstream
+) -> None:
+    upstream.plan(late(429, in_s=4), answer("Hi"))
+    begun = time.monotonic()
+    whole = client.with_options(max_retries=1).chat.completions.create(model="m", messages=MESSAGES)
+    assert whole.choices[0].message.content == "Hi"
+    assert time.monotonic() - begun > 2.5  # its own pause would be 0.5 s
+
+
+@needs("node-clients")
+@pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("status", [429, 503])
+def test_openais_node_package_asks_again_after_a_limit(
+    server: Server, upstream: Upstream, status: int, is_late: bool
+) -> None:
+    upstream.plan(late(status, in_s=2) if is_late else refusing(status, retry_after="60"), answer("Hi"))
+    told = node(server, whole=True, maxRetries=int(is_late))
+    if is_late:
+        [[what, final]] = told
+        assert (what, final["choices"][0]["message"]["content"]) == ("final", "Hi")
+    else:
+        kind = "RateLimitError" if status == 429 else "InternalServerError"
+        assert told[1] == ["refused", kind] and told[0][1].startswith(f"{status} {CODES[status]} {status} ")
+        upstream.plan()  # the second script is not asked for
 
 
 @pytest.mark.parametrize("route", ["chat", "stream"])

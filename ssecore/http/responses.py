@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from ssecore.dialects import NAMED, Dialect
-from ssecore.errors import CODES, SSEAppError, UpstreamRefusal
+from ssecore.errors import CODES, SSEAppError
 from ssecore.wire import encode_json
 
 __all__ = [
@@ -59,9 +59,7 @@ def problem(error: SSEAppError, reference: str | None = None, dialect: Dialect =
         data["field"] = error.field
     if reference is not None:
         data["reference"] = reference
-    data |= dialect.refusal(error.detail, error.code, error.field)
-    if isinstance(error, UpstreamRefusal) and "error" in data:
-        data["error"] = error.error
+    data |= dialect.refusal(error)
     return Response(encode_json(data), error.status, "application/problem+json", error.headers)
 
 

@@ -69,7 +69,7 @@ const CLIENTS = {
 
   async openai() {
     const { default: OpenAI } = await import("openai")
-    const openai = new OpenAI({ apiKey: asked.key ?? "none", baseURL: asked.url, fetch, maxRetries: 0 })
+    const openai = new OpenAI({ apiKey: asked.key ?? "none", baseURL: asked.url, fetch, maxRetries: asked.maxRetries ?? 0 })
     const messages = [{ role: "user", content: asked.text }]
     try {
       if (asked.models) {
