@@ -21,8 +21,8 @@ from redis import Redis
 from redis.asyncio.connection import Connection, UnixDomainSocketConnection
 
 from ssecore.dialects import NAMED
-from ssecore.errors import LogError, LogUnavailable, NotFound, Unavailable, WriterFenced
-from ssecore.log import Cursor, Gap, Retention, Row, Stat, framed, locate, new_epoch
+from ssecore.errors import LogError, LogUnavailable, NotFound, WriterFenced
+from ssecore.log import Cursor, Gap, Retention, Row, framed, locate, new_epoch
 from ssecore.log import Ended as End
 from ssecore.log.facts import packed
 from ssecore.log.redis import RedisLog
@@ -139,32 +139,24 @@ async def test_what_one_process_appends_is_told_in_another(server: RedisServer) 
         assert here.texts == there.texts == await whole(two, "topic") == list(map(str, range(100)))
 
 
-async def test_a_publication_goes_in_however_often_others_delete_the_topic_within_reason(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    times = 0
-
-    async def created_and_deleted(stat: Stat) -> tuple[Stat, bool]:
-        nonlocal times
-        result = await create(stat)
-        if times:
-            times -= 1
-            await two.delete("topic")
-        return result
-
+async def test_a_publication_goes_in_however_often_others_delete_the_topic(server: RedisServer) -> None:
     async with logs(server, 2) as (one, two):
-        create = one._create
-        monkeypatch.setattr(one, "_create", created_and_deleted)
-        for number in range(4):
-            times = number
-            await one.delete("topic")
-            assert (await one.publish("topic", frames("a"), retention=Retention())).seq == 1
+        over = False
+
+        async def delete() -> None:
+            while not over:
+                await two.delete("topic")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(delete)
+            seqs = [(await one.publish("topic", frames("a"), retention=Retention())).seq for _ in range(200)]
+            over = True
+        assert seqs.count(1) > 1, "it was deleted in between"
         await one.delete("topic")
-        times = 100
-        with pytest.raises(Unavailable):
-            await one.publish("topic", frames("a"), retention=Retention())
-        times = 0
-        assert (await one.publish("topic", frames("a"), retention=Retention())).seq == 1
+        created = await one.publish("topic", frames("a"), retention=Retention(events=7))
+        stat = await two.stat("topic")
+        assert stat is not None and (stat.kind, stat.epochs) == ("topic", ((created.epoch, 1),))
+        assert stat.retention == Retention(events=7) and await two.find(epoch=created.epoch) == stat
 
 
 async def test_a_process_is_told_of_a_run_or_the_run_is_deleted_and_never_both(server: RedisServer) -> None:

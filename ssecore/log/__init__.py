@@ -97,8 +97,6 @@ class Log(ABC):
     unavailable = False
     #: See `Commits`.
     gap_s: float | None = GAP_S
-    #: Upkeep is needed now (rule 7).
-    _over_bound = False
     #: Calls don't wait any more.
     _closing = False
 
@@ -107,7 +105,7 @@ class Log(ABC):
         self._upkeep_s = upkeep_s
         self._commits = Commits(self._commit, self.gap_s)
         self._commits.on_commit = self._committed
-        self._upkeep_wanted = anyio.Event()
+        self._upkeep_wanted = anyio.Event()  # set it if upkeep is needed now (rule 7)
         #: Called with each commit's batches and seconds.
         self.on_commit: Callable[[list[Batch], float], None] | None = None
 
@@ -122,21 +120,22 @@ class Log(ABC):
         Raises `LogError` if the log can't be used.
         """
         failure = None
-        async with self._opened():
-            self._closing = False
-            self._upkeep_wanted = anyio.Event()
-            self._commits.open()
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._keep_up)
-                try:
-                    yield
-                except Exception as error:  # raised below: the task group would wrap it
-                    failure = error
-                finally:
-                    self._closing = True
-                    with CancelScope(shield=True):
-                        await self._commits.close()
-                    group.cancel_scope.cancel()
+        async with anyio.create_task_group() as self._tasks:
+            try:
+                async with self._opened():
+                    self._closing = False
+                    self._upkeep_wanted = anyio.Event()
+                    self._commits.open()
+                    self._tasks.start_soon(self._keep_up)
+                    try:
+                        yield
+                    finally:
+                        self._closing = True
+                        with CancelScope(shield=True):
+                            await self._commits.close()
+            except Exception as error:  # raised below: the task group would wrap it
+                failure = error
+            self._tasks.cancel_scope.cancel()
         if failure:
             raise failure
 
@@ -157,11 +156,7 @@ class Log(ABC):
         """
         now, facts, keep = self._clock(), json_copy(meta) or {}, retention or Retention()
         stat = Stat(stream, kind, ((epoch, 1),), now, now, owner=owner, meta=facts, key=key, retention=keep)
-        try:
-            return await self._create(stat)
-        finally:
-            if self._over_bound:
-                self._upkeep_wanted.set()
+        return await self._create(stat)
 
     @abstractmethod
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
@@ -191,7 +186,7 @@ class Log(ABC):
         """Append to a topic, creating it, and return the last event's id.
 
         Opens an epoch, with this `retention`, if this process (or one that shares the log) hasn't written to it yet.
-        Raises `TooLarge`, `WriterFenced`, `Unavailable` if others keep opening or deleting it.
+        Raises `TooLarge`, `WriterFenced`.
         """
         return await self._append(topic, frames, "", meta=meta, retention=retention)
 
@@ -268,8 +263,6 @@ class Log(ABC):
                 await self.upkeep()
 
     def _committed(self, batches: list[Batch], seconds: float) -> None:
-        if self._over_bound:
-            self._upkeep_wanted.set()
         if self.on_commit is not None:
             try:
                 self.on_commit(batches, seconds)
@@ -279,7 +272,8 @@ class Log(ABC):
     # Of each engine
 
     @abstractmethod
-    def _opened(self) -> AbstractAsyncContextManager[None]: ...
+    def _opened(self) -> AbstractAsyncContextManager[None]:
+        """Its tasks may run in `_tasks`."""
 
     @abstractmethod
     async def _create(self, stat: Stat) -> tuple[Stat, bool]: ...

@@ -10,9 +10,8 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 import orjson
-from msgspec.structs import replace
 
-from ssecore.errors import BadRequest, EncodeError, LogUnavailable, TooLarge, TooManyRequests, WriterFenced
+from ssecore.errors import BadRequest, EncodeError, LogUnavailable, TooLarge, TooManyRequests
 from ssecore.wire import Event, encode, encode_json
 
 __all__ = [
@@ -32,20 +31,14 @@ __all__ = [
     "Row",
     "Stat",
     "Watcher",
-    "appended",
     "cost",
-    "deleted_at",
-    "due",
     "encoded",
     "framed",
-    "has_expired",
-    "is_full",
     "joined",
     "json_copy",
     "locate",
     "log_full",
     "new_epoch",
-    "opened",
     "packed",
     "parse_cursor",
     "readable",
@@ -255,77 +248,9 @@ def json_copy(meta: dict[str, Any] | None) -> dict[str, Any] | None:
     return copy
 
 
-def opened(stat: Stat, epoch: str, retention: Retention | None, now: float) -> Stat:
-    """With a new epoch. Raises `WriterFenced`."""
-    if stat.closed:
-        raise WriterFenced("the stream is closed")
-    epochs = (*stat.epochs, (epoch, stat.last + 1))
-    while len(epochs) > MAX_EPOCHS and epochs[1][1] <= stat.first:  # the oldest has no events
-        epochs = epochs[1:]
-    stat = replace(stat, epochs=epochs, retention=retention or stat.retention, updated=now)
-    return replace(stat, first=_first(stat, stat.last))
-
-
-def appended(
-    stat: Stat, epoch: str, events: int, size: int, close: bool, meta: dict[str, Any] | None, now: float
-) -> Stat:
-    """With an append. Raises `WriterFenced` (rule 3)."""
-    if stat.closed:
-        raise WriterFenced("the stream is closed")
-    if stat.epochs[-1][0] != epoch:
-        raise WriterFenced("another writer has taken over the stream")
-    if not events and not close and meta is None:
-        return stat
-    last = stat.last + events
-    return replace(
-        stat,
-        first=_first(stat, last),
-        last=last,
-        size=stat.size + size,
-        closed=close,
-        meta=stat.meta if meta is None else meta,
-        updated=now,
-    )
-
-
-def _first(stat: Stat, last: int) -> int:
-    """The oldest sequence kept by count."""
-    limit = stat.retention.events
-    return stat.first if limit is None or stat.kind == "run" else max(stat.first, last - limit + 1)
-
-
-def has_expired(stat: Stat, last: int, at: float, now: float) -> bool:
-    """Whether the oldest row, up to `last` and appended `at`, has expired (rule 6)."""
-    if stat.kind != "topic" or stat.closed:
-        return False
-    max_bytes, age_s = stat.retention.bytes, stat.retention.age_s
-    return (
-        last < stat.first
-        or (max_bytes is not None and stat.size > max_bytes and last < stat.last)
-        or (age_s is not None and at + age_s <= now)
-    )
-
-
-def deleted_at(stat: Stat) -> float | None:
-    """When the stream is deleted as it is (rule 6)."""
-    if stat.closed:
-        return due(stat, stat.updated)
-    return stat.updated + EMPTY_TOPIC_S if stat.kind == "topic" and stat.first > stat.last else None
-
-
-def due(stat: Stat, at: float) -> float:
-    """When what was appended, or closed, `at` expires."""
-    return at + (FOREVER_S if stat.retention.age_s is None else stat.retention.age_s)
-
-
 def cost(stat: Stat) -> int:
     """Rule 7."""
     return STREAM_BYTES + stat.size + EVENT_BYTES * (stat.last - stat.first + 1)
-
-
-def is_full(bytes: int, bound: int) -> bool:
-    """Whether appends are refused (rule 7)."""
-    return bytes > bound + bound // 10
 
 
 def log_full() -> LogUnavailable:

@@ -8,28 +8,24 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, Final, TypeVar
 
 from msgspec.structs import replace
 
-from ssecore.errors import Conflict, NotFound, SSEAppError
+from ssecore.errors import Conflict, NotFound, SSEAppError, WriterFenced
 from ssecore.log import Log, facts
 from ssecore.log.facts import (
+    FOREVER_S,
     OWNERS,
     Ended,
     Retention,
     Row,
     Stat,
     Watcher,
-    appended,
     cost,
-    deleted_at,
-    due,
-    has_expired,
-    is_full,
     joined,
     log_full,
-    opened,
     share_full,
 )
 from ssecore.log.watchers import Watchers
@@ -77,7 +73,7 @@ class Ledger(ABC):
         if there is not None:
             return there.stat, False
         self.check_room()
-        if stat.owner is not None and is_full(self.account(stat.owner), self.max_bytes // OWNERS):
+        if stat.owner is not None and is_full(self.used(stat.owner), self.max_bytes // OWNERS):
             raise share_full()
         self._check_new(stat.epochs[0][0])
         self.insert(stat, deleted_at(stat))
@@ -98,13 +94,54 @@ class Ledger(ABC):
 
     def delete(self, stream: str) -> None:
         if (entry := self.look_up(stream)) is not None:
-            self.charge(entry, 0)
             self.remove(entry)
             self.notices.append((stream, None, "deleted"))
 
     def upkeep(self) -> bool:
         """One step. False if there was nothing to do."""
-        overdue = self.due_until(self.now)
+        return self._expire() or self._make_room()
+
+    # Their parts
+
+    def _append(self, batch: Batch) -> None:
+        entry, retention = self.look_up(batch.stream), batch.retention
+        if entry is None and retention is None:
+            raise NotFound("no such stream")
+        if entry is None or (batch.frames and not batch.close):
+            self.check_room()
+        if retention is not None:
+            entry = self._topic(batch.stream, entry, retention)
+            batch.epoch = entry.stat.epochs[-1][0]
+        assert entry
+        stat = entry.stat
+        body, ends = joined(batch.frames)
+        entry.stat = after = appended(stat, batch.epoch, len(ends), len(body), batch.close, batch.meta, self.now)
+        batch.last = after.last
+        row = Row(batch.epoch, stat.last + 1, body, ends) if ends else None
+        if row is not None:
+            self.insert_row(entry, row)
+        if row is not None or batch.close:
+            self.notices.append((batch.stream, row, "closed" if batch.close else None))
+        if batch.close or (after.kind == "topic" and after is not stat and self._may_trim(entry, stat)):
+            self._trim(entry)
+        elif after.kind == "topic" or batch.meta is not None:
+            self.save(entry)
+        elif ends:
+            self.grew(entry)
+
+    def _topic(self, stream: str, entry: Entry | None, retention: Retention) -> Entry:
+        """Created if needed, in an epoch of this process."""
+        if entry is not None and entry.stat.epochs[-1][0].startswith(self.process):
+            return entry
+        epoch = self.process + facts.new_epoch()[len(self.process) :]
+        if entry is None:
+            stat = Stat(stream, "topic", ((epoch, 1),), self.now, self.now, retention=retention)
+            return self.insert(stat, deleted_at(stat))
+        self._open(entry, opened(entry.stat, epoch, retention, self.now))
+        return entry
+
+    def _expire(self) -> bool:
+        overdue = self.due_between(-inf, self.now)
         for stream in overdue:
             entry = self._entry(stream)
             at = deleted_at(entry.stat)
@@ -112,46 +149,7 @@ class Ledger(ABC):
                 self.delete(stream)
             else:
                 self._trim(entry)
-        swept = self.sweep()
-        return bool(overdue) or swept or self._make_room() or self.give_back()
-
-    # Their parts
-
-    def _append(self, batch: Batch) -> None:
-        entry = self.look_up(batch.stream)
-        if entry is None:
-            if batch.retention is None:
-                raise NotFound("no such stream")
-            self.check_room()
-            epoch, now = self.process + facts.new_epoch()[len(self.process) :], self.now
-            stat = Stat(batch.stream, "topic", ((epoch, 1),), now, now, retention=batch.retention)
-            entry = self.insert(stat, deleted_at(stat))
-        stat = entry.stat
-        body, ends = joined(batch.frames)
-        if ends and not batch.close:
-            self.check_room()
-        if batch.retention is not None:
-            epoch = stat.epochs[-1][0]
-            if not epoch.startswith(self.process):
-                epoch = self.process + facts.new_epoch()[len(self.process) :]
-                self._open(entry, opened(stat, epoch, batch.retention, self.now))
-                stat = entry.stat
-        else:
-            epoch = batch.epoch
-        entry.stat = after = appended(stat, epoch, len(ends), len(body), batch.close, batch.meta, self.now)
-        batch.last, batch.epoch = after.last, epoch
-        if ends:
-            row = Row(epoch, stat.last + 1, body, ends)
-            self.insert_row(entry, row)
-            self.notices.append((batch.stream, row, "closed" if batch.close else None))
-        elif batch.close:
-            self.notices.append((batch.stream, None, "closed"))
-        if batch.close or (after.kind == "topic" and after is not stat and self._may_trim(entry, stat)):
-            self._trim(entry)
-        elif after.kind == "topic" or batch.meta is not None:
-            self.save(entry)
-        elif ends:
-            self.grew(entry)
+        return bool(overdue)
 
     def _may_trim(self, entry: Entry, before: Stat) -> bool:
         """Whether an append may have expired a row, or added the first."""
@@ -202,7 +200,7 @@ class Ledger(ABC):
             if self._take(self.closed_runs(owner), used - share):
                 return True
         excess = self.used() - self.max_bytes
-        return excess > 0 and self._take(self.due_after(self.now + facts.EMPTY_TOPIC_S), excess)
+        return excess > 0 and self._take(self.due_between(self.now + facts.EMPTY_TOPIC_S, inf), excess)
 
     def _take(self, streams: Sequence[str], excess: int) -> bool:
         """Delete closed streams, or rows of topics, until `excess` bytes are free."""
@@ -281,15 +279,8 @@ class Ledger(ABC):
         """With its rows, key and epochs."""
 
     @abstractmethod
-    def charge(self, entry: Entry, bytes: int) -> None:
-        """Charge the owner so much for the stream."""
-
-    @abstractmethod
-    def used(self) -> int:
-        """The bytes that count against `max_bytes`."""
-
-    @abstractmethod
-    def account(self, owner: str) -> int: ...
+    def used(self, owner: str | None = None) -> int:
+        """The bytes that count against `max_bytes`, or the owner's share."""
 
     @abstractmethod
     def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
@@ -300,20 +291,74 @@ class Ledger(ABC):
         """The oldest, one step."""
 
     @abstractmethod
-    def due_until(self, at: float) -> Sequence[str]:
+    def due_between(self, after: float, until: float) -> Sequence[str]:
         """The earliest first, one step."""
 
-    @abstractmethod
-    def due_after(self, at: float) -> Sequence[str]:
-        """The earliest first, one step."""
 
-    def sweep(self) -> bool:
-        """One step of deleting rows of deleted streams."""
-        return False
+def opened(stat: Stat, epoch: str, retention: Retention | None, now: float) -> Stat:
+    """With a new epoch. Raises `WriterFenced`."""
+    if stat.closed:
+        raise WriterFenced("the stream is closed")
+    epochs = (*stat.epochs, (epoch, stat.last + 1))
+    while len(epochs) > facts.MAX_EPOCHS and epochs[1][1] <= stat.first:  # the oldest has no events
+        epochs = epochs[1:]
+    stat = replace(stat, epochs=epochs, retention=retention or stat.retention, updated=now)
+    return replace(stat, first=_first(stat, stat.last))
 
-    def give_back(self) -> bool:
-        """One step of returning space to the system."""
-        return False
+
+def appended(
+    stat: Stat, epoch: str, events: int, size: int, close: bool, meta: dict[str, Any] | None, now: float
+) -> Stat:
+    """With an append. Raises `WriterFenced` (rule 3)."""
+    if stat.closed:
+        raise WriterFenced("the stream is closed")
+    if stat.epochs[-1][0] != epoch:
+        raise WriterFenced("another writer has taken over the stream")
+    if not events and not close and meta is None:
+        return stat
+    last = stat.last + events
+    return replace(
+        stat,
+        first=_first(stat, last),
+        last=last,
+        size=stat.size + size,
+        closed=close,
+        meta=stat.meta if meta is None else meta,
+        updated=now,
+    )
+
+
+def _first(stat: Stat, last: int) -> int:
+    """The oldest sequence kept by count."""
+    limit = stat.retention.events
+    return stat.first if limit is None or stat.kind == "run" else max(stat.first, last - limit + 1)
+
+
+def has_expired(stat: Stat, last: int, at: float, now: float) -> bool:
+    """Whether an open topic's oldest row, up to `last` and appended `at`, has expired (rule 6)."""
+    max_bytes, age_s = stat.retention.bytes, stat.retention.age_s
+    return (
+        last < stat.first
+        or (max_bytes is not None and stat.size > max_bytes and last < stat.last)
+        or (age_s is not None and at + age_s <= now)
+    )
+
+
+def deleted_at(stat: Stat) -> float | None:
+    """When the stream is deleted as it is (rule 6)."""
+    if stat.closed:
+        return due(stat, stat.updated)
+    return stat.updated + facts.EMPTY_TOPIC_S if stat.kind == "topic" and stat.first > stat.last else None
+
+
+def due(stat: Stat, at: float) -> float:
+    """When what was appended, or closed, `at` expires."""
+    return at + (FOREVER_S if stat.retention.age_s is None else stat.retention.age_s)
+
+
+def is_full(bytes: int, bound: int) -> bool:
+    """Whether appends are refused (rule 7)."""
+    return bytes > bound + bound // 10
 
 
 class LocalLog(Log):
@@ -323,6 +368,14 @@ class LocalLog(Log):
         super().__init__(clock, upkeep_s)
         self._watchers = Watchers()
         self._process = secrets.token_urlsafe(8)
+
+    def _over(self, ledger: Ledger) -> None:
+        """Call after each commit, in the loop."""
+        if ledger.over_bound:
+            self._upkeep_wanted.set()
+        notices, ledger.notices, ledger.over_bound = ledger.notices, [], False
+        for notice in notices:
+            self._watchers.notify(*notice)
 
     @abstractmethod
     async def _apply(self, work: Callable[[Ledger], T], *, long: bool = False) -> T:

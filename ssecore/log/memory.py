@@ -55,7 +55,7 @@ class MemoryLog(LocalLog):
         try:
             return work(self._ledger)
         finally:
-            self._notify()
+            self._over(self._ledger)
 
     def _commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
         self._ledger.now = self._clock()
@@ -65,15 +65,8 @@ class MemoryLog(LocalLog):
             logger.exception("the event log can't be written")
             for batch in batches:
                 batch.error = LogUnavailable("the event log can't be written at the moment: internal error")
-        self._notify()
+        self._over(self._ledger)
         done()
-
-    def _notify(self) -> None:
-        ledger = self._ledger
-        self._over_bound, ledger.over_bound = ledger.over_bound, False
-        notices, ledger.notices = ledger.notices, []
-        for notice in notices:
-            self._watchers.notify(*notice)
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         await checkpoint()
@@ -92,10 +85,8 @@ class MemoryLog(LocalLog):
 
     async def _find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
         await checkpoint()
-        if epoch is not None:
-            name = self._ledger.epochs.get(epoch)
-        elif key is not None:
-            name = self._ledger.keys.get(key)
+        if name is None:
+            name = self._ledger.epochs.get(epoch) if epoch is not None else self._ledger.keys.get(key or "")
         entry = self._ledger.streams.get(name) if name is not None else None
         return entry.stat if entry else None
 
@@ -149,7 +140,7 @@ class _Streams(Ledger):
         entry.rows.append((row, self.now))
 
     def save(self, entry: Entry) -> None:
-        self.charge(entry, cost(entry.stat))
+        self._charge(entry, cost(entry.stat))
 
     def oldest(self, entry: Entry) -> Iterable[tuple[int, float, int]]:
         return [(row.last, at, len(row.body)) for row, at in islice(entry.rows, self.step_rows)]
@@ -160,23 +151,21 @@ class _Streams(Ledger):
 
     def remove(self, entry: Entry) -> None:
         stat = entry.stat
+        self._charge(entry, 0)
         del self.streams[stat.stream]
         for epoch, _ in stat.epochs:
             del self.epochs[epoch]
         if stat.key is not None:
             del self.keys[stat.key]
 
-    def charge(self, entry: Entry, bytes: int) -> None:
+    def _charge(self, entry: Entry, bytes: int) -> None:
         more, entry.charged = bytes - entry.charged, bytes
         for account in {None, entry.stat.owner}:
             self._accounts[account] += more
             if not self._accounts[account]:
                 del self._accounts[account]
 
-    def used(self) -> int:
-        return self._accounts[None]
-
-    def account(self, owner: str) -> int:
+    def used(self, owner: str | None = None) -> int:
         return self._accounts[owner]
 
     def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
@@ -187,14 +176,6 @@ class _Streams(Ledger):
         closed = (stat.stream for stat in stats if stat.owner == owner and stat.closed and stat.kind == "run")
         return list(islice(closed, self.step_streams))
 
-    def due_until(self, at: float) -> Sequence[str]:
-        return self._by_due(lambda due: due <= at)
-
-    def due_after(self, at: float) -> Sequence[str]:
-        return self._by_due(lambda due: due > at)
-
-    def _by_due(self, wanted: Callable[[float], bool]) -> list[str]:
-        found = (
-            (entry.due, name) for name, entry in self.streams.items() if entry.due is not None and wanted(entry.due)
-        )
-        return [name for _, name in nsmallest(self.step_streams, found)]
+    def due_between(self, after: float, until: float) -> Sequence[str]:
+        found = ((due, name) for name, entry in self.streams.items() if (due := entry.due) is not None)
+        return [name for _, name in nsmallest(self.step_streams, (one for one in found if after < one[0] <= until))]

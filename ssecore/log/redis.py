@@ -30,9 +30,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import islice
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import anyio
+import msgspec
 import orjson
 from anyio import CancelScope, current_time
 from anyio.lowlevel import checkpoint
@@ -42,7 +43,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
-from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, Unavailable, WriterFenced
+from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, WriterFenced
 from ssecore.log import Log, facts
 from ssecore.log.facts import (
     EVENT_BYTES,
@@ -72,9 +73,8 @@ from ssecore.wire import encode_json
 __all__ = ["RedisLog"]
 
 logger = logging.getLogger("sseapp")
+T = TypeVar("T")
 
-#: Attempts to append: Redis may restart twice.
-_TRIES: Final = 5
 #: Calls in one pipeline.
 _MAX_PIPELINE: Final = 64
 #: For calls once the service is stopping.
@@ -115,8 +115,7 @@ class _Call(NamedTuple):
 class _Line:
     def __init__(self, log: "RedisLog") -> None:
         self._log = log
-        self._calls: deque[_Call] = deque()
-        self._in_flight: list[_Call] = []  # in flight
+        self._calls: deque[_Call] = deque()  # until they have an answer
         self._wake = anyio.Event()
         self._scope = CancelScope(shield=True)
         self._closed = False
@@ -154,8 +153,8 @@ class _Line:
 
     def give_up(self) -> None:
         self._stopping = True
-        self._stuck = bool(self._in_flight or self._calls)
-        for call in (*self._in_flight, *self._calls):
+        self._stuck = bool(self._calls)
+        for call in self._calls:
             call.resolve(_stopping())
 
     def close(self) -> None:
@@ -169,74 +168,60 @@ class _Line:
         try:
             with self._scope:
                 while True:
+                    while self._calls and self._calls[0].answer.done():
+                        self._calls.popleft()
                     if not self._calls:
+                        self._wake = anyio.Event()
                         await self._wake.wait()
-                    self._wake = anyio.Event()
-                    self._in_flight = self._take()
-                    if not self._in_flight:
-                        continue
+                    calls = [call for call in islice(self._calls, _MAX_PIPELINE) if not call.answer.done()]
                     try:
                         if session is not None and session.instance != self._log.instance:
                             await _disconnect(session.connection)
                             session = None
                         session = session or await self._log.connect()
-                        await _send_pipeline(session, self._in_flight, self._log.log_error)
+                        await self._send(session, calls)
                         self._log.note_reachable(None)
-                        self._in_flight, self._stuck, self._failure = [], False, None
+                        self._stuck, self._failure = False, None
                         pause = _PAUSES_S[0]
                     except Exception as error:
-                        if session is not None:
-                            await _disconnect(session.connection)
+                        await _disconnect(session and session.connection)
                         session = None
                         self._stuck = self._stopping
-                        self._retry(error, pause)
+                        self._fail(calls, error, pause)
                         await anyio.sleep(pause * random.uniform(0.5, 1))
                         pause = min(2 * pause, _PAUSES_S[1])
         finally:
             self._closed = True
-            if session is not None:
-                await _disconnect(session.connection)
-            for call in (*self._in_flight, *self._calls):
+            await _disconnect(session and session.connection)
+            for call in self._calls:
                 call.resolve(LogUnavailable("the event log is closed"))
 
-    def _take(self) -> list[_Call]:
-        calls: list[_Call] = []
-        while self._calls and len(calls) < _MAX_PIPELINE:
-            if not (call := self._calls.popleft()).answer.done():
-                calls.append(call)
-        return calls
+    async def _send(self, session: _Session, calls: list[_Call]) -> None:
+        shas = session.shas
+        commands = [
+            ("EVALSHA", shas[name], 0, *values) if name in shas else (name, *values) for (name, *values), _, _ in calls
+        ]
+        await session.connection.send_packed_command(session.connection.pack_commands(commands))
+        for call in calls:
+            try:
+                call.resolve(await session.connection.read_response())
+            except (NoScriptError, ReadOnlyError):
+                raise
+            except ResponseError as error:
+                self._log.log_error(f"{call.command[0]} failed", error)
+                call.resolve(_unavailable(error))
 
-    def _retry(self, error: Exception, pause: float) -> None:
-        """Rule 2."""
+    def _fail(self, calls: list[_Call], error: Exception, pause: float) -> None:
+        """All but those that are repeated (rule 2)."""
         passing = isinstance(error, _BROKEN)
         if passing:
             self._failure = error
             self._log.note_reachable(error)
         elif not isinstance(error, SSEAppError):
             self._log.log_error("the connection failed", error)
-        again = []
-        for call in self._in_flight:
-            if passing and call.until > current_time() + pause and not call.answer.done():
-                again.append(call)
-            else:
+        for call in calls:
+            if not passing or call.until <= current_time() + pause:
                 call.resolve(error if isinstance(error, SSEAppError) else _unavailable(error))
-        self._calls.extendleft(reversed(again))
-
-
-async def _send_pipeline(session: _Session, calls: list[_Call], log_error: Callable[[str, Exception], None]) -> None:
-    connection, shas = session.connection, session.shas
-    commands = [
-        ("EVALSHA", shas[name], 0, *values) if name in shas else (name, *values) for (name, *values), _, _ in calls
-    ]
-    await connection.send_packed_command(connection.pack_commands(commands))
-    for call in calls:
-        try:
-            call.resolve(await connection.read_response())
-        except (NoScriptError, ReadOnlyError):
-            raise
-        except ResponseError as error:
-            log_error(f"{call.command[0]} failed", error)
-            call.resolve(_unavailable(error))
 
 
 class RedisLog(Log):
@@ -286,39 +271,28 @@ class RedisLog(Log):
 
     @asynccontextmanager
     async def _opened(self) -> AsyncIterator[None]:
-        failure: Exception | None = None
         self._make = self._connection_factory()
-        self._wake, self._dirtied, self._channels, self._command_signal = (anyio.Event() for _ in range(4))
-        self._writing = CancelScope(shield=True)
+        self._dirtied, self._channels, self._command_signal = (anyio.Event() for _ in range(3))
         self._reads, self._writes = lines = _Line(self), _Line(self)
-        async with anyio.create_task_group() as group:
+        try:
+            for line in lines:
+                self._tasks.start_soon(line.run)
             try:
-                for line in lines:
-                    group.start_soon(line.run)
-                try:
-                    await self._reads.ask("PING")
-                except LogUnavailable as error:
-                    raise LogError(f"the event log's Redis can't be used: {error.__cause__}") from error
-                self._reconnected_at = self._renewed_at = current_time()
-                for task in (self._listen, self._read_dirty, self._renew_lease):
-                    group.start_soon(self._restarting, task)
-                group.start_soon(self._write)
-                try:
-                    yield
-                except Exception as error:  # raised below, unwrapped
-                    failure = error
+                await self._reads.ask("PING")
+            except LogUnavailable as error:
+                raise LogError(f"the event log's Redis can't be used: {error.__cause__}") from error
+            self._reconnected_at = self._renewed_at = current_time()
+            for task in (self._listen, self._read_dirty, self._renew_lease):
+                self._tasks.start_soon(self._restarting, task)
+            try:
+                yield
+            finally:
                 with anyio.move_on_after(1, shield=True), suppress(LogUnavailable):
                     names = self._name(f"lease:{self._process}"), self._name(f"calls:{self._process}")
                     await self._writes.ask("DEL", *names, wait_s=0)
-            except SSEAppError as error:
-                failure = error
-            finally:
-                group.cancel_scope.cancel()
-                self._writing.cancel()
-                for line in lines:
-                    line.close()
-        if failure:
-            raise failure
+        finally:
+            for line in lines:
+                line.close()
 
     def _connection_factory(self) -> Callable[[], Any]:
         ours = {
@@ -368,15 +342,16 @@ class RedisLog(Log):
 
     def _constants(self) -> str:
         bound = "math.huge" if self._max_bytes is None else self._max_bytes
-        values = (STREAM_BYTES, EVENT_BYTES, OWNERS, FOREVER_S, facts.EMPTY_TOPIC_S, bound)
-        return f"local stream_bytes, event_bytes, owners, forever_s, empty_s, bound = {', '.join(map(str, values))}"
+        values = (STREAM_BYTES, EVENT_BYTES, OWNERS, FOREVER_S, facts.EMPTY_TOPIC_S, _REMEMBER_S, bound)
+        names = "stream_bytes, event_bytes, owners, forever_s, empty_s, remember_s, bound"
+        return f"local {names} = {', '.join(map(str, values))}"
 
     async def _check_all(self, session: _Session) -> None:
         """Rule 3."""
         known = [(stream, cursor) for stream, cursor in self._notified.items() if cursor is not None]
         for start in range(0, len(known), _POLL_STREAMS):
             some = known[start : start + _POLL_STREAMS]
-            asked = [("EVALSHA", session.shas["stat"], "0", stream) for stream, _ in some]
+            asked = [("EVALSHA", session.shas["find"], "0", "", stream) for stream, _ in some]
             for (stream, cursor), found in zip(some, await _exchange(session.connection, *asked), strict=True):
                 self._check(stream, cursor, found)
 
@@ -427,7 +402,7 @@ class RedisLog(Log):
             self._tops.setdefault(stream, 0)
         try:
             names = (stream, epoch, stat.kind, _optional(stat.owner), _optional(stat.key))
-            values = (repr(stat.created), encode_json(stat.meta), self._process, *_limits(stat.retention))
+            values = (repr(stat.created), encode_json(stat.meta), self._process, _limits(stat.retention))
             stat = _stat_or_refusal(await self._writes.ask("create", *names, *values))
             created = (
                 stat.stream == stream and stat.epochs[0][0] == epoch
@@ -438,27 +413,23 @@ class RedisLog(Log):
                 self._tops.pop(stream, None)
 
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
-        limits = [] if retention is None else _limits(retention)
-        return await self._open(stream, epoch, new_epoch(), *limits)
-
-    async def _open(self, stream: str, epoch: str, mark: str, *limits: str) -> Stat:
-        now, most = repr(self._clock()), facts.MAX_EPOCHS
-        return _stat_or_refusal(await self._writes.ask("open", stream, epoch, now, mark, most, *limits))
+        now, limits = repr(self._clock()), "" if retention is None else _limits(retention)
+        mark = new_epoch()
+        return _stat_or_refusal(await self._writes.ask("open", stream, epoch, now, facts.MAX_EPOCHS, mark, limits))
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         await self._await_subscription(stream)
         return _rows(await self._reads.ask("read", stream, after, max_bytes, wait_s=math.inf))
 
     async def _find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
-        if name is not None:
-            await self._await_subscription(name)
-            stat = _stat(await self._reads.ask("stat", name))
-            if stat is not None and name in self._notified and self._notified[name] is None:
-                self._notified[name] = Cursor(stat.epochs[-1][0], stat.last)
-            return stat
-        if epoch is not None:
-            return _stat(await self._reads.ask("find", "epochs", epoch))
-        return _stat(await self._reads.ask("find", "keys", _optional(key)))
+        if name is None:
+            index = ("epochs", epoch) if epoch is not None else ("keys", _optional(key))
+            return _stat(await self._reads.ask("find", *index))
+        await self._await_subscription(name)
+        stat = _stat(await self._reads.ask("find", "", name))
+        if stat is not None and name in self._notified and self._notified[name] is None:
+            self._notified[name] = Cursor(stat.epochs[-1][0], stat.last)
+        return stat
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
         return self._stats(await self._reads.ask("runs", _optional(owner), limit - 1))
@@ -473,16 +444,16 @@ class RedisLog(Log):
         return [stat for stat in self._stats(left) if stat.stream not in self._tops]
 
     def _stats(self, found: list[Any]) -> list[Stat]:
+        stats = (self._legible(_stat, one) for one in found)
+        return [stat for stat in stats if stat is not None]
+
+    def _legible(self, read: Callable[[Any], T], found: Any) -> T | None:
         """Rule 8."""
-        stats = []
-        for one in found:
-            try:
-                stat = _stat(one)
-            except LogError as error:
-                self.log_error("a stream can't be read", error)
-            else:
-                stats += [stat] if stat is not None else []
-        return stats
+        try:
+            return read(found)
+        except LogError as error:
+            self.log_error("a stream can't be read", error)
+            return None
 
     def _cut_off(self) -> bool:
         """Whether others may have lost their leases, too (rule 6)."""
@@ -557,75 +528,46 @@ class RedisLog(Log):
     # The writer
 
     def _commit(self, batches: list[Batch], done: Callable[[], None]) -> None:
-        self._to_commit.append((batches, done))
-        self._wake.set()
+        # No task of anyio: nothing cancels it.
+        self._storing = asyncio.get_running_loop().create_task(self._store(batches, done))
 
-    async def _write(self) -> None:
-        with self._writing:
-            while True:
-                await self._wake.wait()
-                self._wake = anyio.Event()
-                batches, done = self._to_commit.popleft()
-                await self._send(batches)
-                done()
-
-    async def _send(self, batches: list[Batch]) -> None:
+    async def _store(self, batches: list[Batch], done: Callable[[], None]) -> None:
         try:
-            for _ in range(_TRIES):
-                batches = await self._call(batches)
-                if not batches:
-                    return
-                for batch in batches:
-                    with suppress(NotFound, WriterFenced):
-                        await self._prepare(batch)
-            raise Unavailable("other processes keep opening or deleting this stream; try again", retry_after_s=1)
+            await self._append_all(batches)
         except Exception as error:  # nothing may wait forever
             if not isinstance(error, SSEAppError):
                 logger.exception("the event log can't be written")
             for batch in batches:
                 batch.error = error if isinstance(error, SSEAppError) else _unavailable(error)
+        done()
 
-    async def _prepare(self, batch: Batch) -> None:
-        if batch.last < 0 and batch.retention is not None:
-            now = self._clock()
-            epochs = ((new_epoch(), 1),)
-            await self._create(Stat(batch.stream, "topic", epochs, now, now, retention=batch.retention))
-        else:
-            await self._open(batch.stream, new_epoch(), "")
-
-    async def _call(self, batches: list[Batch]) -> list[Batch]:
-        """Returns the batches that first need an epoch or, with `last` -1, their topic."""
+    async def _append_all(self, batches: list[Batch]) -> None:
         self._number += 1
         values: list[Any] = []
         rows = [joined(batch.frames) for batch in batches]
         for batch, (body, ends) in zip(batches, rows, strict=True):
             meta = b"" if batch.meta is None else encode_json(batch.meta)
-            least = self._tops.get(batch.stream, 0)
-            values += (batch.stream, batch.epoch, int(batch.close), meta, len(ends), packed(ends), body, least)
+            values += (batch.stream, batch.epoch, int(batch.close), meta, len(ends), packed(ends), body)
+            values += self._tops.get(batch.stream, 0), "" if batch.retention is None else _limits(batch.retention)
         wait_s = 0.0 if self._closing else self.wait_s
         if self.unavailable:  # batches behind a failed call have waited as long
             wait_s += min(batch.since for batch in batches) - time.monotonic()
             if wait_s <= 0:
                 raise _unavailable(RedisConnectionError())
-        common = (self._process, self._number, repr(self._clock()), _REMEMBER_S)
+        common = (self._process, self._number, repr(self._clock()), facts.MAX_EPOCHS, new_epoch())
         answers = await self._writes.ask("append", *common, *values, wait_s=wait_s)
-        again = []
         for batch, (body, ends), (status, *details) in zip(batches, rows, answers, strict=True):
             if status == b"ok":
                 batch.last, batch.epoch = int(details[0]), details[1].decode()
                 self._appended(batch, Row(batch.epoch, batch.last - len(ends) + 1, body, ends) if ends else None)
-            elif status == b"instance" or (status == b"none" and batch.retention is not None):
-                batch.last = 0 if status == b"instance" else -1
-                again.append(batch)
-            else:
-                if status == b"failed":
-                    self.log_error("append failed", details[0].decode(errors="replace"))
-                elif status == b"lost" and batch.stream in self._tops:
-                    self._tops[batch.stream] = 0  # its worker still has to append the failure
-                elif status != b"full":
-                    self._tops.pop(batch.stream, None)
-                batch.error = _refusal(status, *details)
-        return again
+                continue
+            if status == b"failed":
+                self.log_error("append failed", details[0].decode(errors="replace"))
+            elif status == b"lost" and batch.stream in self._tops:
+                self._tops[batch.stream] = 0  # its worker still has to append the failure
+            elif status != b"full":
+                self._tops.pop(batch.stream, None)
+            batch.error = _refusal(status, *details)
 
     def _appended(self, batch: Batch, row: Row | None) -> None:
         if batch.close:
@@ -641,7 +583,7 @@ class RedisLog(Log):
     def _notify_append(self, stream: str, top: Cursor, row: Row | None, ended: Ended | None) -> None:
         """Notify watchers of our own append, unless rows before it are missing (rule 5)."""
         known = self._notified.get(stream)
-        if known is not None and ended != "deleted":
+        if known is not None:
             first = top.seq + 1 if row is None else row.first
             if top.epoch != known.epoch or first > known.seq + 1:
                 self._mark_dirty(stream)
@@ -662,16 +604,12 @@ class RedisLog(Log):
 
     def _check(self, stream: str, known: Cursor, found: Any) -> bool:
         """Whether the log still has what watchers got. If not, ends the stream: clients resume with a `gap`."""
-        try:
-            stat = _stat(found)
-            if stat is None or not known.epoch:
-                fine = stat is not None and known.seq <= stat.last
-            else:
-                gap = locate(stat, known)[1]
-                fine = gap is None or gap.reason == "trimmed"
-        except LogError as error:
-            self.log_error("a stream can't be read", error)
-            fine = False
+        stat = self._legible(_stat, found)
+        if stat is None or not known.epoch:
+            fine = stat is not None and known.seq <= stat.last
+        else:
+            gap = locate(stat, known)[1]
+            fine = gap is None or gap.reason == "trimmed"
         if not fine:
             self._notify(stream, None, "deleted")
         return fine
@@ -774,31 +712,20 @@ class RedisLog(Log):
             with CancelScope(deadline=poll_at):
                 await self._dirtied.wait()
             self._dirtied = anyio.Event()
+            if current_time() >= poll_at:
+                poll_at = current_time() + self._poll_s
+                self._dirty.update(dict.fromkeys(self._notified))
             with suppress(SSEAppError):  # the next poll repeats it
-                if current_time() >= poll_at:
-                    poll_at = current_time() + self._poll_s
-                    await self._poll()
                 await self._read_all_dirty()
-
-    async def _poll(self) -> None:
-        known = [(stream, *cursor) for stream, cursor in self._notified.items() if cursor is not None]
-        for start in range(0, len(known), _POLL_STREAMS):
-            asked = [value for facts in known[start : start + _POLL_STREAMS] for value in facts]
-            for stream in await self._reads.ask("news", *asked):
-                self._mark_dirty(stream.decode())
 
     async def _read_all_dirty(self) -> None:
         while asked := dict(islice(self._dirty_cursors(), _MORE_STREAMS)):
             for stream in asked:
                 del self._dirty[stream]
             facts = [value for stream, known in asked.items() for value in (stream, *known)]
-            try:
-                news = await self._reads.ask("more", MAX_ROW_BYTES, *facts)
-            except SSEAppError:
-                self._dirty.update(dict.fromkeys(stream for stream in asked if stream in self._notified))
-                raise
-            for (stream, known), one in zip(asked.items(), news, strict=True):
-                self._notify_rows(stream, known, *one)
+            for news in await self._reads.ask("more", MAX_ROW_BYTES, *facts):
+                stream = news[0].decode()
+                self._notify_rows(stream, asked[stream], *news)
 
     def _dirty_cursors(self) -> Iterator[tuple[str, Cursor]]:
         return ((stream, known) for stream in self._dirty if (known := self._notified.get(stream)) is not None)
@@ -808,12 +735,11 @@ class RedisLog(Log):
     ) -> None:
         if facts is not None and not self._check(stream, asked, [name, facts]):
             return
-        try:
-            found, top = _rows(rows), int(last)
-        except (LogError, ValueError) as error:
-            self.log_error("a stream can't be read", error)
+        found = self._legible(_rows, rows)
+        if found is None or not last.isdigit():
             self._notify(stream, None, "deleted")
             return
+        top = int(last)
         for row in found:
             known = self._notified.get(stream)
             if known is not None and row.last > known.seq:
@@ -831,8 +757,9 @@ class RedisLog(Log):
 
 
 async def _disconnect(connection: Any) -> None:
-    with CancelScope(shield=True), suppress(*_BROKEN):
-        await connection.disconnect(nowait=True)
+    if connection is not None:
+        with CancelScope(shield=True), suppress(*_BROKEN):
+            await connection.disconnect(nowait=True)
 
 
 async def _exchange(connection: Any, *commands: tuple[str, ...]) -> list[Any]:
@@ -840,8 +767,9 @@ async def _exchange(connection: Any, *commands: tuple[str, ...]) -> list[Any]:
     return [await connection.read_response() for _ in commands]
 
 
-def _limits(retention: Retention) -> list[str]:
-    return ["" if limit is None else repr(limit) for limit in (retention.events, retention.bytes, retention.age_s)]
+def _limits(retention: Retention) -> str:
+    limits = (retention.events, retention.bytes, retention.age_s)
+    return ",".join("" if limit is None else repr(limit) for limit in limits)
 
 
 def _stat_or_refusal(answer: Any) -> Stat:
@@ -873,28 +801,22 @@ def _stat(found: list[Any]) -> Stat | None:
     if not fields and not isinstance(fields, Exception):
         return None
     try:
-        facts = {field.decode(): value.decode() for field, value in zip(fields[::2], fields[1::2], strict=True)}
+        facts: dict[str, Any] = {
+            field.decode(): value.decode() for field, value in zip(fields[::2], fields[1::2], strict=True)
+        }
         pairs = (pair.partition(":") for pair in facts["epochs"].split())
-        epochs = tuple((epoch, int(first)) for epoch, _, first in pairs)
-        events, bytes, age_s = (facts[limit] for limit in ("max_events", "max_bytes", "age_s"))
-        meta = orjson.loads(facts["meta"])
-        if not epochs or not isinstance(meta, dict):
-            raise ValueError("no epoch, or meta is not an object")
-        return Stat(
-            name.decode(),
-            "run" if facts["kind"] == "run" else "topic",
-            epochs,
-            float(facts["created"]),
-            float(facts["updated"]),
-            int(facts["first"]),
-            int(facts["last"]),
-            int(facts["size"]),
-            facts["closed"] == "1",
-            facts["owner"][1:] if facts["owner"] else None,
-            meta,
-            facts["key"][1:] if facts["key"] else None,
-            Retention(int(events) if events else None, int(bytes) if bytes else None, float(age_s) if age_s else None),
-        )
+        limits = (facts[limit] or None for limit in ("max_events", "max_bytes", "age_s"))
+        facts |= {
+            "stream": name.decode(),
+            "epochs": [(epoch, first) for epoch, _, first in pairs],
+            "owner": facts["owner"][1:] if facts["owner"] else None,
+            "key": facts["key"][1:] if facts["key"] else None,
+            "meta": orjson.loads(facts["meta"]),
+            "retention": dict(zip(Retention.__struct_fields__, limits, strict=True)),
+        }
+        if not facts["epochs"] or not facts.keys() >= set(Stat.__struct_fields__):
+            raise ValueError("no epoch, or a fact is missing")
+        return msgspec.convert(facts, Stat, strict=False)
     except (LookupError, TypeError, ValueError) as error:
         raise _unreadable(error) from error
 

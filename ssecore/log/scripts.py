@@ -15,9 +15,10 @@ from typing import Final
 
 __all__ = ["COMMON", "SCRIPTS"]
 
-#: Starts each script, after `instance`, `prefix`, constants and `bound` (`max_bytes`). `trim` applies
-#: `ssecore.log.facts.has_expired` to the oldest rows, and returns first and size. `safely` removes a stream that it
-#: can't read from `due`, unless Redis is full or read-only.
+#: Starts each script, after `instance`, `prefix`, constants and `bound` (`max_bytes`). `trim` drops
+#: the oldest rows that have expired, and returns first and size; `retain` does so for a topic, up to `taken` at least,
+#: and returns whether it is empty. `safely` removes a stream that it can't read from `due`, unless Redis is full or
+#: read-only.
 COMMON: Final = """
 local function num(n) return string.format('%.0f', n) end
 local function facts(stream) return prefix .. 'facts:' .. stream end
@@ -53,18 +54,24 @@ local function trim(stream, first, last, size, max_bytes, age_s, now)
   return first, size
 end
 local function used(owner) return tonumber(redis.call('HGET', prefix .. 'bytes', owner) or 0) end
-local function charge(stream, owner, known, cost)
-  if cost == known then return end
-  for _, account in ipairs(owner == '' and {''} or {'', owner}) do
-    if redis.call('HINCRBY', prefix .. 'bytes', account, num(cost - known)) <= 0 then
+local function charge(owner, known, cost)
+  local more = cost - tonumber(known or 0)
+  for _, account in ipairs(more == 0 and {} or owner == '' and {''} or {'', owner}) do
+    if redis.call('HINCRBY', prefix .. 'bytes', account, num(more)) <= 0 then
       redis.call('HDEL', prefix .. 'bytes', account)
     end
   end
+  return num(cost)
 end
-local function recharge(stream, first, last, size)
-  local f, cost = get(stream, 'owner', 'cost'), stream_bytes + size + event_bytes * (last - first + 1)
-  charge(stream, f[1], tonumber(f[2] or 0), cost)
-  set(stream, 'first', num(first), 'last', num(last), 'size', num(size), 'cost', num(cost))
+local function cost(first, last, size) return stream_bytes + size + event_bytes * (last - first + 1) end
+local function retain(stream, now, taken)
+  local f = get(stream, 'first', 'last', 'size', 'max_events', 'max_bytes', 'age_s', 'owner', 'cost')
+  local before, last, size = tonumber(f[1]), tonumber(f[2]), tonumber(f[3])
+  local first = math.max(before, last - (tonumber(f[4]) or math.huge) + 1, taken and taken + 1 or 0)
+  first, size = trim(stream, first, last, size, tonumber(f[5]), tonumber(f[6]), tonumber(now))
+  set(stream, 'first', num(first), 'size', num(size), 'cost', charge(f[7], f[8], cost(first, last, size)))
+  if first > last and before <= last then set(stream, 'updated', now) end
+  return first > last
 end
 local function delete(stream)
   local f = get(stream, 'owner', 'key', 'epochs', 'cost')
@@ -72,7 +79,7 @@ local function delete(stream)
   redis.call('ZREM', prefix .. 'open', stream)
   redis.call('ZREM', prefix .. 'due', stream)
   if not f[1] then return end
-  charge(stream, f[1], tonumber(f[4] or 0), 0)
+  charge(f[1], f[4], 0)
   redis.call('ZREM', prefix .. 'runs:' .. f[1], stream)
   if f[2] ~= '' then redis.call('HDEL', prefix .. 'keys', f[2]) end
   for name in string.gmatch(f[3], '([^ :]+):') do redis.call('HDEL', prefix .. 'epochs', name) end
@@ -86,13 +93,10 @@ local function safely(work, stream, now)
   redis.call('ZREM', prefix .. 'due', stream)
 end
 local function take(stream, now)
-  local f = get(stream, 'last', 'size', 'closed')
-  if f[3] ~= '0' then return delete(stream) end
-  local some, last = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 32), tonumber(f[1])
-  local after = some[1] and tonumber(string.match(some[#some][1], '^%d+')) or last
-  local first, size = trim(stream, after + 1, last, tonumber(f[2]), nil, nil, tonumber(now))
-  recharge(stream, first, last, size)
-  if first > last then set(stream, 'updated', now) end
+  local f = get(stream, 'last', 'closed')
+  if f[2] ~= '0' then return delete(stream) end
+  local some = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 32)
+  retain(stream, now, tonumber(some[1] and string.match(some[#some][1], '^%d+') or f[1]))
   redis.call('ZADD', prefix .. 'due', now, stream)
 end
 local function make_room(many, now)
@@ -105,72 +109,68 @@ local function make_room(many, now)
   end
   return #next
 end
+local function limit(stream, keep)
+  local events, bytes, age_s = string.match(keep, '(.*),(.*),(.*)')
+  set(stream, 'max_events', events, 'max_bytes', bytes, 'age_s', age_s)
+end
+local function create(stream, epoch, kind, owner, key, now, meta, process, keep)
+  make_room(4, now)
+  if used('') > 1.1 * bound then return 'full' end
+  if owner ~= '' and used(owner) > 1.1 * bound / owners then return 'share' end
+  if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
+  redis.call('DEL', rows(stream))  -- of a stream whose facts alone were lost: its numbers are given again
+  set(stream, 'kind', kind, 'owner', owner, 'key', key, 'created', now, 'updated', now, 'meta', meta, 'holder', process,
+    'first', 1, 'last', 0, 'size', 0, 'closed', 0, 'epochs', epoch .. ':1', 'epoch', epoch, 'writer', epoch,
+    'instance', instance, 'cost', charge(owner, 0, stream_bytes))
+  limit(stream, keep)
+  if key ~= '' then redis.call('HSET', prefix .. 'keys', key, stream) end
+  if kind == 'run' then
+    local order = redis.call('INCR', prefix .. 'count')
+    redis.call('ZADD', prefix .. 'open', order, stream)
+    redis.call('ZADD', prefix .. 'runs:' .. owner, order, stream)
+  else
+    redis.call('ZADD', prefix .. 'due', now, stream)
+  end
+end
+local function open(stream, epoch, now, most)
+  if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
+  local f, epochs = get(stream, 'epochs', 'first', 'last'), {}
+  for one in string.gmatch(f[1] .. ' ' .. epoch .. ':' .. num(f[3] + 1), '%S+') do table.insert(epochs, one) end
+  while #epochs > tonumber(most) and tonumber(string.match(epochs[2], ':(%d+)')) <= tonumber(f[2]) do
+    redis.call('HDEL', prefix .. 'epochs', string.match(table.remove(epochs, 1), '[^:]+'))
+  end
+  set(stream, 'epochs', table.concat(epochs, ' '), 'epoch', epoch, 'updated', now, 'instance', instance)
+end
 """
 SCRIPTS: Final = {
-    # stream, epoch, kind, owner, key (both '' or '=…'), now, meta, process, limits: events, bytes, age
+    # stream, epoch, kind, owner, key (both '' or '=…'), now, meta, process, limits ('events,bytes,age')
     "create": """
-local stream, epoch, kind, owner, key, now, meta, process, max_events, max_bytes, age_s = unpack(ARGV)
-local named = key ~= '' and redis.call('HGET', prefix .. 'keys', key) or stream
+local named = ARGV[5] ~= '' and redis.call('HGET', prefix .. 'keys', ARGV[5]) or ARGV[1]
 if redis.call('EXISTS', facts(named)) == 1 then return whole(named) end
-make_room(4, now)
-if used('') > 1.1 * bound then return 'full' end
-if owner ~= '' and used(owner) > 1.1 * bound / owners then return 'share' end
-if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
-redis.call('DEL', rows(stream))  -- of a stream whose facts alone were lost: its numbers are given again
-set(stream, 'kind', kind, 'owner', owner, 'key', key, 'created', now, 'updated', now, 'meta', meta, 'holder', process,
-  'first', 1, 'last', 0, 'size', 0, 'closed', 0, 'epochs', epoch .. ':1', 'epoch', epoch, 'writer', epoch,
-  'instance', instance, 'max_events', max_events, 'max_bytes', max_bytes, 'age_s', age_s)
-recharge(stream, 1, 0, 0)
-if key ~= '' then redis.call('HSET', prefix .. 'keys', key, stream) end
-if kind == 'run' then
-  local order = redis.call('INCR', prefix .. 'count')
-  redis.call('ZADD', prefix .. 'open', order, stream)
-  redis.call('ZADD', prefix .. 'runs:' .. owner, order, stream)
-else
+return create(unpack(ARGV)) or whole(ARGV[1])
+""",
+    # stream, epoch, now, most epochs, a mark of this call, '' or new limits
+    "open": """
+local stream, epoch, now, most, mark, keep = unpack(ARGV)
+local f = get(stream, 'closed', 'kind', 'opened')
+if not f[1] then return 'none' end
+if f[1] == '1' then return 'closed' end
+if f[3] == mark then return whole(stream) end
+local refusal = open(stream, epoch, now, most)
+if refusal then return refusal end
+set(stream, 'writer', epoch, 'opened', mark)
+if keep ~= '' then limit(stream, keep) end
+if f[2] == 'topic' then
+  retain(stream, now)
   redis.call('ZADD', prefix .. 'due', now, stream)
 end
 return whole(stream)
 """,
-    # stream, epoch, now, a mark of this call or '' (the instance has changed), most epochs, then '' or a new retention:
-    # events, bytes, age
-    "open": """
-local stream, epoch, now, mark = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local f = get(stream, 'closed', 'first', 'last', 'epochs', 'size', 'kind', 'instance', 'opened')
-if not f[1] then return 'none' end
-if f[1] == '1' then return 'closed' end
-if (mark ~= '' and f[8] == mark) or (mark == '' and f[7] == instance) then return whole(stream) end
-if redis.call('HSETNX', prefix .. 'epochs', epoch, stream) == 0 then return 'conflict' end
-local first, last, size = tonumber(f[2]), tonumber(f[3]), tonumber(f[5])
-local names, starts = {}, {}
-for name, start in string.gmatch(f[4] .. ' ' .. epoch .. ':' .. num(last + 1), '([^ :]+):(%d+)') do
-  table.insert(names, name)
-  table.insert(starts, tonumber(start))
-end
-local at = 1
-while #names - at + 1 > tonumber(ARGV[5]) and starts[at + 1] <= first do
-  redis.call('HDEL', prefix .. 'epochs', names[at])
-  at = at + 1
-end
-local kept = {}
-for n = at, #names do table.insert(kept, names[n] .. ':' .. num(starts[n])) end
-set(stream, 'epochs', table.concat(kept, ' '), 'epoch', epoch, 'updated', ARGV[3], 'instance', instance, 'opened', mark)
--- A run goes on with its writer. A topic's writers have to hear of the epoch: they tell its ids.
-if mark ~= '' or f[6] == 'topic' then set(stream, 'writer', epoch) end
-if ARGV[6] then set(stream, 'max_events', ARGV[6], 'max_bytes', ARGV[7], 'age_s', ARGV[8]) end
-if f[6] == 'topic' then
-  local r = get(stream, 'max_events', 'max_bytes', 'age_s')
-  if tonumber(r[1]) then first = math.max(first, last - tonumber(r[1]) + 1) end
-  first, size = trim(stream, first, last, size, tonumber(r[2]), tonumber(r[3]), now)
-  recharge(stream, first, last, size)
-  redis.call('ZADD', prefix .. 'due', ARGV[3], stream)
-end
-return whole(stream)
-""",
-    # process, number of the call (rule 2), now, seconds to keep the answer; then of each batch: stream, epoch, close,
-    # meta, events, ends, body, the least that `last` must be (rule 4). The message is: first, last, closed, process,
-    # nothing; earlier versions read any message as "more".
+    # process, number of the call (rule 2), now, most epochs, a new epoch; then of each batch: stream, epoch, close,
+    # meta, events, ends, body, the least that `last` must be (rule 4), '' or the limits of a topic to create. The
+    # message is: first, last, closed, process, nothing; earlier versions read any message as "more".
     "append": """
-local process, number, now = prefix .. 'process:' .. ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local process, number, now, most = prefix .. 'process:' .. ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
 local known = redis.call('GET', process)
 if known then
   known = cmsgpack.unpack(known)
@@ -178,13 +178,28 @@ if known then
   if known[1] > number then return 'late' end
 end
 local crowded = used('') > 1.1 * bound
-local function append(stream, epoch, closes, meta, events, ends, body, least)
-  local f = get(stream, 'last', 'closed', 'writer', 'instance', 'first', 'size', 'kind', 'max_events', 'max_bytes',
+local function look(stream)
+  return get(stream, 'last', 'closed', 'writer', 'instance', 'first', 'size', 'kind', 'max_events', 'max_bytes',
     'age_s', 'epoch', 'owner', 'cost')
-  if not f[1] then return {'none'} end
+end
+local function append(new, stream, epoch, closes, meta, events, ends, body, least, keep)
+  local f, refusal = look(stream), nil
+  if not f[1] and keep ~= '' then
+    refusal = create(stream, new, 'topic', '', '', now, '{}', ARGV[1], keep)
+    f = look(stream)
+  end
+  if refusal or not f[1] then return {refusal or 'none'} end
   if f[2] == '1' then return {'closed'} end
   if epoch ~= '' and f[3] ~= epoch then return {'fenced'} end  -- '': a topic's, whoever opened it
-  if f[4] ~= instance then return {'instance'} end
+  if f[4] ~= instance then  -- rule 3. A run goes on with its writer. A topic's have to hear of it: they tell its ids.
+    refusal = open(stream, new, now, most)
+    if refusal then return {refusal} end
+    f[11] = new
+    if f[7] == 'topic' then
+      set(stream, 'writer', new)
+      if epoch ~= '' then return {'fenced'} end
+    end
+  end
   local last = tonumber(f[1])
   if last < tonumber(least) then return {'lost'} end
   if events == '0' and closes == '0' and meta == '' then return {'ok', f[1], f[11]} end
@@ -203,10 +218,8 @@ local function append(stream, epoch, closes, meta, events, ends, body, least)
     if tonumber(f[8]) then first = math.max(first, last - tonumber(f[8]) + 1) end
     if closes == '0' then first, size = trim(stream, first, last, size, tonumber(f[9]), age_s, tonumber(now)) end
   end
-  local cost = stream_bytes + size + event_bytes * (last - first + 1)
-  charge(stream, f[12], tonumber(f[13] or 0), cost)
   set(stream, 'first', num(first), 'last', num(last), 'size', num(size), 'closed', closes, 'updated', now,
-    'cost', num(cost))
+    'cost', charge(f[12], f[13], cost(first, last, size)))
   if meta ~= '' then set(stream, 'meta', meta) end
   if closes == '1' then
     redis.call('ZREM', prefix .. 'open', stream)
@@ -219,15 +232,16 @@ local function append(stream, epoch, closes, meta, events, ends, body, least)
   return {'ok', num(last), f[11]}
 end
 local answers = {}
-for n = 5, #ARGV, 8 do
-  local fine, answer = pcall(append, unpack(ARGV, n, n + 7))
+for n = 6, #ARGV, 9 do
+  local new = string.format('%s%03d', string.sub(ARGV[5], 1, 19), #answers)
+  local fine, answer = pcall(append, new, unpack(ARGV, n, n + 8))
   if not fine then
     answer = {'failed', type(answer) == 'table' and answer.err or tostring(answer)}
     if string.find(answer[2], 'READONLY', 1, true) then return redis.error_reply(answer[2]) end
   end
   table.insert(answers, answer)
 end
-redis.pcall('SET', process, cmsgpack.pack({number, answers}), 'EX', ARGV[4])
+redis.pcall('SET', process, cmsgpack.pack({number, answers}), 'EX', remember_s)
 return answers
 """,
     # now, step: handles the streams that are due, then frees space over the bounds; returns how many streams it handled
@@ -235,23 +249,15 @@ return answers
 local now = tonumber(ARGV[1])
 local function look(stream)
   if redis.call('EXISTS', facts(stream)) == 0 then return delete(stream) end
-  local f = get(stream, 'first', 'last', 'size', 'closed', 'kind', 'max_bytes', 'age_s', 'updated')
-  local last, age_s, updated, at = tonumber(f[2]), tonumber(f[7]) or forever_s, tonumber(f[8]), nil
-  if f[4] == '1' then
-    at = updated + age_s
-  elseif f[5] == 'topic' then
-    local first, size = trim(stream, tonumber(f[1]), last, tonumber(f[3]), tonumber(f[6]), age_s, now)
-    if first > last and tonumber(f[1]) <= last then
-      updated = now
-      set(stream, 'updated', ARGV[1])
-    end
-    recharge(stream, first, last, size)
-    if first > last then
-      at = updated + empty_s
-    else
-      local oldest = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 1)[1]
-      at = (oldest and tonumber(oldest[2][6]) or now) + age_s
-    end
+  local f, at = get(stream, 'closed', 'kind', 'age_s'), nil
+  local age_s = tonumber(f[3]) or forever_s
+  if f[1] == '1' then
+    at = get(stream, 'updated')[1] + age_s
+  elseif f[2] == 'topic' and retain(stream, ARGV[1]) then
+    at = get(stream, 'updated')[1] + empty_s
+  elseif f[2] == 'topic' then
+    local oldest = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 1)[1]
+    at = (oldest and tonumber(oldest[2][6]) or now) + age_s
   end
   if at and at <= now then
     delete(stream)
@@ -296,11 +302,9 @@ return 1
 local first = tonumber(get(ARGV[1], 'first')[1])
 return first and read(ARGV[1], num(math.max(tonumber(ARGV[2]) + 1, first)), tonumber(ARGV[3])) or {}
 """,
-    # stream
-    "stat": "return whole(ARGV[1])",
-    # index, name
+    # '' or an index, name
     "find": """
-local stream = redis.call('HGET', prefix .. ARGV[1], ARGV[2])
+local stream = ARGV[1] == '' and ARGV[2] or redis.call('HGET', prefix .. ARGV[1], ARGV[2])
 return stream and whole(stream) or {'', {}}
 """,
     # owner, limit
@@ -327,21 +331,13 @@ for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'open', 0, -1)) do
 end
 return left
 """,
-    # stream, epoch, last, stream, epoch, last, …: returns the streams that have changed since, or are closed
-    "news": """
-local news = {}
-for n = 1, #ARGV, 3 do
-  local f = redis.pcall('HMGET', facts(ARGV[n]), 'epoch', 'last', 'closed')
-  if f[1] ~= ARGV[n + 1] or f[2] ~= ARGV[n + 2] or f[3] == '1' then table.insert(news, ARGV[n]) end
-end
-return news
-""",
-    # max bytes of each; then stream, epoch, last, stream, …: returns of each its name, last, closed, the rows after
-    # that, and, if earlier rows may be lost, its facts
+    # max bytes of each; then stream, epoch, last, stream, …: returns of each that has changed since, or is closed, its
+    # name, last, closed, the rows after that, and, if earlier rows may be lost, its facts
     "more": """
 local function more(stream, epoch, after)
   local f = get(stream, 'epoch', 'last', 'closed', 'first')
   local last, known, found = tonumber(f[2]), false, {}
+  if f[1] == epoch and last == after and f[3] == '0' then return nil end
   if f[1] ~= epoch or last < after then known = redis.call('HGETALL', facts(stream)) end
   if last and last > after then found = read(stream, num(math.max(after + 1, tonumber(f[4]))), tonumber(ARGV[1])) end
   return {stream, f[2] or '0', f[3] or '0', found, known}

@@ -278,11 +278,11 @@ class SqliteLog(LocalLog):
         # A run's first epoch is its name.
         if (known := self._known.get(name or epoch or "")) and (name or known.stat.epochs[0][0] == epoch):
             return known.stat
-        if name is not None:
-            return await self._one("WHERE name = ?", name)
-        if epoch is not None:
-            return await self._one("WHERE id = (SELECT stream FROM epochs WHERE epoch = ?)", epoch)
-        return await self._one("WHERE key = ?", key)
+        where = "name = ?"
+        if name is None:
+            where = "key = ?" if epoch is None else "id = (SELECT stream FROM epochs WHERE epoch = ?)"
+        found = await self._all(f"WHERE {where}", name or epoch or key)
+        return found[0] if found else None
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
         return await self._all("WHERE kind = 'run' AND owner IS ? ORDER BY id DESC LIMIT ?", owner, limit)
@@ -360,9 +360,7 @@ class SqliteLog(LocalLog):
             if self.unavailable and outcome.wrote:
                 logger.warning("the event log %s is written again", self.path)
                 self.unavailable = False
-            self._over_bound = outcome.over_bound
-            for notice in outcome.notices:
-                self._watchers.notify(*notice)
+            self._over(outcome)
         for order in orders:
             del self._in_flight[order]
             order.done(order)
@@ -440,10 +438,6 @@ class SqliteLog(LocalLog):
             logger.warning("can't checkpoint the WAL of %s: %s", self.path, error)
 
     # The readers
-
-    async def _one(self, where: str, *values: object) -> Stat | None:
-        found = await self._all(where, *values)
-        return found[0] if found else None
 
     async def _all(self, where: str, *values: object) -> list[Stat]:
         return await self._query(lambda db: readable(lambda row: _entry(row).stat, db.execute(_SELECT + where, values)))
@@ -624,7 +618,7 @@ class _Transaction(Ledger):
     def finish(self) -> None:
         for entry in self.entries.values():
             if entry and not entry.saved:
-                self.charge(entry, 0 if entry.stat.owner is None else cost(entry.stat))
+                self._charge(entry, cost(entry.stat))
                 self.db.execute(_UPDATE, (*_changing(entry.stat), entry.due, entry.id))
                 entry.saved = True
         for owner, bytes in self._charges.items():
@@ -660,7 +654,7 @@ class _Transaction(Ledger):
         values = (stat.stream, stat.kind, stat.owner, stat.key, stat.created, due, *_changing(stat))
         entry = self.entries[stat.stream] = Entry(stat, due, id=self._insert(_INSERT, values))
         self.insert_epoch(entry, *stat.epochs[0], [])
-        self.charge(entry, 0 if stat.owner is None else cost(stat))
+        self._charge(entry, cost(stat))
         return entry
 
     def insert_epoch(self, entry: Entry, epoch: str, first: int, forgotten: list[str]) -> None:
@@ -694,18 +688,22 @@ class _Transaction(Ledger):
         self.db.execute("DELETE FROM rows WHERE stream = ? AND last <= ?", (entry.id, last))
 
     def remove(self, entry: Entry) -> None:
+        self._charge(entry, 0)
         self.db.execute("DELETE FROM streams WHERE id = ?", (entry.id,))
         self.db.execute("DELETE FROM epochs WHERE stream = ?", (entry.id,))
         self.db.execute("INSERT INTO garbage VALUES (?)", (entry.id,))  # rule 5
         self.entries[entry.stat.stream] = None
 
-    def charge(self, entry: Entry, bytes: int) -> None:
+    def _charge(self, entry: Entry, bytes: int) -> None:
         if entry.stat.owner is not None:
             self._charges[entry.stat.owner] += bytes - entry.charged
             entry.charged = bytes
 
-    def used(self) -> int:
-        """Counted when it may exceed the bound."""
+    def used(self, owner: str | None = None) -> int:
+        """In all: counted when it may exceed the bound."""
+        if owner is not None:
+            found = self.db.execute("SELECT bytes FROM accounts WHERE owner = ?", (owner,)).fetchone()
+            return found[0] if found else 0
         log = self._log
         if self.max_bytes == sys.maxsize:
             return 0
@@ -715,10 +713,6 @@ class _Transaction(Ledger):
             log.used, log.written = int((pages - free) * size), 0
         return log.used
 
-    def account(self, owner: str) -> int:
-        found = self.db.execute("SELECT bytes FROM accounts WHERE owner = ?", (owner,)).fetchone()
-        return found[0] if found else 0
-
     def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
         return self.db.execute("SELECT owner, bytes FROM accounts WHERE bytes > ?", (bytes,)).fetchall()
 
@@ -726,20 +720,19 @@ class _Transaction(Ledger):
         oldest = "SELECT name FROM streams WHERE kind = 'run' AND owner = ? AND closed ORDER BY id LIMIT ?"
         return self._names(oldest, owner, self.step_streams)
 
-    def due_until(self, at: float) -> Sequence[str]:
-        return self._names("SELECT name FROM streams WHERE due <= ? ORDER BY due LIMIT ?", at, self.step_streams)
-
-    def due_after(self, at: float) -> Sequence[str]:
-        return self._names("SELECT name FROM streams WHERE due > ? ORDER BY due LIMIT ?", at, self.step_streams)
+    def due_between(self, after: float, until: float) -> Sequence[str]:
+        due = "SELECT name FROM streams WHERE due > ? AND due <= ? ORDER BY due LIMIT ?"
+        return self._names(due, after, until, self.step_streams)
 
     def _names(self, select: str, *values: object) -> list[str]:
         return [name for (name,) in self.db.execute(select, values)]
 
     def upkeep(self) -> bool:
         self._log.written = -1
-        return super().upkeep()
+        expired, swept = self._expire(), self._sweep()
+        return expired or swept or self._make_room() or self._give_back()
 
-    def sweep(self) -> bool:
+    def _sweep(self) -> bool:
         garbage = self.db.execute("SELECT stream FROM garbage LIMIT ?", (_STEP_ROWS,)).fetchall()
         rows = _STEP_ROWS
         for stream in garbage:
@@ -751,7 +744,7 @@ class _Transaction(Ledger):
             self.db.execute("DELETE FROM garbage WHERE stream = ?", stream)
         return bool(garbage)
 
-    def give_back(self) -> bool:
+    def _give_back(self) -> bool:
         """Once a quarter of the file is free."""
         pages, free = (self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
         if free <= max(_STEP_PAGES, pages // 4):
@@ -795,7 +788,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     closed, meta, keep = bool(closed), orjson.loads(meta), msgspec.json.decode(keep, type=Retention)
     stat = Stat(stream, kind, epochs, created, updated, first, last, size, closed, owner, meta, key, keep)
     paid = msgspec.structs.replace(stat, first=first_written, last=last_written, size=size_written)
-    return Entry(stat, due, 0 if owner is None else cost(paid), id, epoch)
+    return Entry(stat, due, cost(paid), id, epoch)
 
 
 def _changing(stat: Stat) -> tuple[object, ...]:
