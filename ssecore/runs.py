@@ -18,14 +18,13 @@ and a `Worker` that pumps the generator into it. All clients read the log.
 import asyncio
 import hashlib
 import logging
-import math
-from collections import Counter
-from collections.abc import AsyncIterable, Iterable, Mapping
+import sys
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from inspect import isawaitable, iscoroutinefunction
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from typing import Annotated, Any, Final, Literal
 
 import anyio
@@ -109,16 +108,8 @@ def _meta(stat: Stat) -> _Meta:
         return _Meta()
 
 
-@dataclass(frozen=True, slots=True)
-class _Fingerprint:
-    """Hashes of a request, without and with its body."""
-
-    target: str
-    whole: str
-
-
 class Worker:
-    """A run in this process."""
+    """A run in this process. It has a task at its end only: the generator's and the log call `_advance`."""
 
     def __init__(
         self,
@@ -131,97 +122,70 @@ class Worker:
     ) -> None:
         self.id = id
         self.owner = request.caller
-        self.started = anyio.Event()  #: set with its first stored event, or its end
-        self.failed_early: Exception | None = None  #: rule 2
-        self.answered = False  #: 200 or 202: too late for rule 2
-        self.readers = 0
         self.meta = meta
         self._runs = runs
         self._route = route
-        self.began = current_time()
+        self._began = current_time()
+        self._started = anyio.Event()  # with its first stored event, or its end
+        self._failed_early: Exception | None = None  # rule 2
+        self._answered = False  # 200 or 202: too late for rule 2
         self._reason: Literal["asked", "linger", "drain"] | None = None
         self._request = request.for_run(id)
+        self._most_unstored = BUFFERS // 2 * runs.settings.buffer_bytes
         self._pump: Pump[Event] = Pump(
-            route.call(self._request, params),
-            encoded,
-            self._request,
-            buffer_bytes=BUFFERS // 2 * runs.settings.buffer_bytes,
+            route.call(self._request, params), encoded, self._request, buffer_bytes=self._most_unstored
         )
-        self._pump.on_ready = self._post_ready
+        self._pump.on_ready = self._advance
         self._writer = runs.log.writer(id, id, self._confirm)
         self._unstored = 0  # bytes posted and not stored yet
-        self._most_unstored = BUFFERS // 2 * runs.settings.buffer_bytes
-        self._events_left = runs.retention.events or math.inf
-        self._bytes_left = runs.retention.bytes or math.inf
         self._failure: SSEAppError | None = None  # the log's
-        self._finished = anyio.Event()  # no more events, and all are stored or failed
+        self._events_left = runs.retention.events or sys.maxsize
+        self._bytes_left = runs.retention.bytes or sys.maxsize
+        self._too_large = False
         self._last = b""  # the newest event
         self._count = 0  # their number
-        self._read = anyio.Event()
-        self._unread = anyio.Event()
+        self._touched: anyio.Event | None = None  # while it lingers
 
-    async def run(self) -> None:
-        try:
-            async with anyio.create_task_group() as tasks:
-                self._pump.start(tasks)
-                if (limit := self._runs.linger_s(self._route)) is not None:
-                    tasks.start_soon(self._linger, limit)
-                try:
-                    await self._write()
-                finally:
-                    self._pump.stop()
-                    await self._pump.closed()
-                tasks.cancel_scope.cancel()
-        except Exception:  # ours
-            logger.exception("run %s: its worker failed", self.id)
-        finally:
-            self._request.close()
-            self._runs._ended(self)
-            self.started.set()
-            self._pump.close()
-            del self._writer  # no cycle holds the body
+    def start(self) -> None:
+        self._pump.start(self._runs.tasks)
 
-    async def _write(self) -> None:
-        try:
-            try:
-                await self._store()
-            except (LogUnavailable, LogError, WriterFenced, NotFound):
-                raise
-            except Exception as error:  # too large, or a bug of ours
-                self._stop_generator()
-                await self._append(error_frames(error, self._route.dialect, self._so_far()), "failed")
-        except (LogUnavailable, LogError) as error:
-            self._stop_generator()
-            await self._end_unstored(error)
-        except (WriterFenced, NotFound):
-            self._stop_generator()
-            logger.warning("run %s was taken over or deleted while it was running", self.id)
+    async def wait_started(self) -> None:
+        """Before an answer. Raises an early failure (rule 2)."""
+        if not self._answered:
+            with anyio.move_on_after(FIRST_ITEM_S - (current_time() - self._began)):
+                await self._started.wait()
+            if self._failed_early is not None:
+                raise self._failed_early
+            self._answered = True
 
-    def _post_ready(self) -> None:
-        """Post the pump's frames, or leave them to `_confirm`. Hot path, once per wait of the generator."""
-        if self._pump.ended or self._failure is not None:
-            self._check_finished()
-        elif self._unstored < self._most_unstored and self._pump.has_something:
-            self._post(self._pump.take())
-            if self._failure is not None:
-                self._check_finished()
+    def _advance(self) -> None:
+        """Post the pump's frames, or leave them to `_confirm`. Hot path, once per wait of the generator.
 
-    def _post(self, frames: list[bytes]) -> None:
-        frames, size = self._admit(frames)
-        if frames:
-            self._unstored += size
-            try:
-                self._writer.post(frames, size)
-            except SSEAppError as error:
-                self._confirm(size, error)
+        The end begins once all posts are stored: there must be no hole.
+        """
+        pump = self._pump
+        if self._failure is None and not pump.ended:
+            if self._unstored < self._most_unstored and pump.has_something:
+                frames, size = self._admit(pump.take())
+                if frames:
+                    self._unstored += size
+                    try:
+                        self._writer.post(frames, size)
+                    except SSEAppError as error:
+                        self._confirm(size, error)
+        elif pump.on_ready is not None and (self._failure is not None or not self._unstored):
+            pump.close()
+            self._runs.spawn(self._end)
 
     def _admit(self, frames: list[bytes]) -> tuple[list[bytes], int]:
         """The frames that fit the run's retention, and their size."""
-        size = sum(map(len, frames))
-        if len(frames) > self._events_left or size > min(self._bytes_left, facts.MAX_APPEND_BYTES):
-            self._failure = TooLarge("the run is larger than the log keeps of one stream")
-            frames = _fitting(frames, self._events_left, self._bytes_left)
+        size, room = sum(map(len, frames)), min(self._bytes_left, facts.MAX_APPEND_BYTES)
+        if len(frames) > self._events_left or size > room:
+            frames = frames[: self._events_left]
+            frames = [frame for frame, end in zip(frames, accumulate(map(len, frames)), strict=True) if end <= room]
             size = sum(map(len, frames))
+            self._too_large, self._events_left = True, len(frames)  # none behind them
+            self._stop_generator()
         if frames:
             self._last = frames[-1]
             self._count += len(frames)
@@ -233,85 +197,90 @@ class Worker:
         """Posted bytes are stored, or have failed."""
         self._unstored -= size
         if error is None:
-            self.started.set()
-        elif self._failure is None or isinstance(self._failure, TooLarge):
+            self._started.set()
+        elif self._failure is None:
             self._failure = error
         if self._pump.has_something or self._failure is not None:
-            self._post_ready()
+            self._advance()
 
-    def _check_finished(self) -> None:
-        """Finish once all posts are stored: there must be no hole."""
-        if not self._unstored or not (self._failure is None or isinstance(self._failure, TooLarge)):
-            self._finished.set()
+    def _stop_generator(self) -> None:
+        self._request.end_for("failed")
+        self._pump.stop()
 
-    async def _store(self) -> None:
-        await self._finished.wait()
-        if self._failure is not None:
-            raise self._failure
+    async def _end(self) -> None:
+        try:
+            try:
+                if self._failure is not None:
+                    raise self._failure
+                await self._store(*self._ending())
+            except (WriterFenced, NotFound):
+                self._stop_generator()
+                logger.warning("run %s was taken over or deleted while it was running", self.id)
+            except Exception as error:  # the log's; else the dialect's, or ours
+                self._stop_generator()
+                await self._store_later(error)
+        except Exception:
+            logger.exception("run %s: its worker failed", self.id)
+        finally:
+            await self._pump.closed()
+            self._request.close()
+            self._runs._ended(self)
+            self._started.set()
+            del self._writer  # no cycle holds the body
+
+    def _ending(self) -> tuple[list[bytes], State]:
+        """The last events."""
         frames, _ = self._admit(self._pump.take())
-        if self._failure is not None:
-            await self._runs.log.append(self.id, frames, epoch=self.id)
-            raise self._failure
-        failure = self._pump.failure
-        if failure is not None and not frames and self._reason is None and self._may_be_deleted():
-            self.failed_early = failure
-            if await self._runs.log.delete(self.id, unless_answered=True):
+        failure, dialect = self._pump.failure, self._route.dialect
+        if self._too_large:
+            failure = TooLarge("the run is larger than the log keeps of one stream")
+        elif self._pump.exhausted:
+            failed = self._request.failed or self._last.startswith(b"event: error\n")
+            return frames, "failed" if failed else "completed"
+        elif self._reason is not None:
+            if failure is not None:
+                logger.warning("run %s: its handler failed while it was closed", self.id, exc_info=failure)
+            if self._reason != "drain":
+                return [*frames, *cancelled_frames(self._reason, dialect, self._so_far())], "cancelled"
+            stopped = error_frames(Interrupted("the service stopped"), dialect, self._so_far())
+            return [*frames, *stopped], "interrupted"
+        elif failure is not None and not frames and self._may_be_deleted():
+            self._failed_early = failure
+        failure = failure or RuntimeError("the handler was stopped without a reason")
+        return [*frames, *error_frames(failure, dialect, self._so_far())], "failed"
+
+    async def _store(self, frames: list[bytes], state: State) -> None:
+        """Append the end, or delete the run (rule 2)."""
+        if self._failed_early is not None and await self._runs.log.delete(self.id, unless_answered=True):
+            return
+        self._failed_early = None
+        meta = msgspec.to_builtins(msgspec.structs.replace(self.meta, state=state))
+        await self._runs.log.append(self.id, frames, epoch=self.id, close=True, meta=meta)
+
+    async def _store_later(self, error: Exception) -> None:
+        """Send readers an error without an id; store it when possible."""
+        frames = error_frames(error, self._route.dialect, self._so_far())
+        logger.error("run %s: its events can't be stored: %s", self.id, error)
+        if self._failed_early is None and self._may_be_deleted():
+            self._failed_early = error
+        tail = self._runs.tails.get(self.id)
+        if tail is not None:
+            tail.fail(b"".join(frames))
+        self._started.set()
+        for wait_s in chain(RETRY_S, repeat(RETRY_S[-1])):
+            if self._runs.stopping.is_set():
                 return
-            self.failed_early = None
-        last, state = self._ending()
-        await self._append([*frames, *last], state)
+            with anyio.move_on_after(wait_s):
+                await self._runs.stopping.wait()
+            with suppress(LogUnavailable, LogError):
+                return await self._store(frames, "failed")
 
     def _so_far(self) -> SoFar:
         return SoFar(self.id, self.meta.note, self._count, _decoded(self._last))
 
     def _may_be_deleted(self) -> bool:
         """Rule 2, for this process."""
-        return not self.answered and not self.started.is_set() and current_time() - self.began < FIRST_ITEM_S
-
-    def _stop_generator(self) -> None:
-        self._request.end_for("failed")
-        self._pump.stop()
-
-    def _ending(self) -> tuple[list[bytes], State]:
-        dialect = self._route.dialect
-        if self._pump.exhausted:
-            failed = self._request.failed or self._last.startswith(b"event: error\n")
-            return [], "failed" if failed else "completed"
-        if self._reason is not None and self._pump.failure is not None:
-            logger.warning("run %s: its handler failed while it was closed", self.id, exc_info=self._pump.failure)
-        if self._reason == "drain":
-            return error_frames(Interrupted("the service stopped"), dialect, self._so_far()), "interrupted"
-        if self._reason is not None:
-            return cancelled_frames(self._reason, dialect, self._so_far()), "cancelled"
-        failure = self._pump.failure or RuntimeError("the handler was stopped without a reason")
-        return error_frames(failure, dialect, self._so_far()), "failed"
-
-    async def _append(self, frames: list[bytes], state: State) -> None:
-        meta = msgspec.to_builtins(msgspec.structs.replace(self.meta, state=state))
-        await self._runs.log.append(self.id, frames, epoch=self.id, close=True, meta=meta)
-
-    async def _end_unstored(self, error: SSEAppError) -> None:
-        """Send readers an error without an id; store it when possible."""
-        frames = error_frames(error, self._route.dialect, self._so_far())
-        logger.error("run %s: its events can't be stored: %s", self.id, error)
-        if self.failed_early is None and self._may_be_deleted():
-            self.failed_early = error
-        tail = self._runs.tails.get(self.id)
-        if tail is not None:
-            tail.fail(b"".join(frames))
-        self.started.set()
-        attempt = 0
-        while self._reason != "drain":
-            with anyio.move_on_after(RETRY_S[min(attempt, len(RETRY_S) - 1)]):
-                await self._runs.stopping.wait()
-            attempt += 1
-            try:
-                if self.failed_early is None or not await self._runs.log.delete(self.id, unless_answered=True):
-                    await self._append(frames, "failed")
-                return
-            except (LogUnavailable, LogError):
-                if self._runs.stopping.is_set():
-                    return
+        return not self._answered and not self._started.is_set() and current_time() - self._began < FIRST_ITEM_S
 
     def cancel(self, reason: Literal["asked", "linger", "drain"]) -> None:
         """Idempotent."""
@@ -320,51 +289,35 @@ class Worker:
             self._request.end_for("drain" if reason == "drain" else "cancelled")
             self._pump.stop()
 
-    def attach(self) -> None:
-        self.readers += 1
-        self.touch()
-
-    def detach(self) -> None:
-        self.readers -= 1
-        if not self.readers:
-            self._unread.set()
-
     def touch(self) -> None:
         """Restart the linger time."""
-        self._read.set()
+        if self._touched is not None:
+            self._touched.set()
 
-    async def _linger(self, limit: float) -> None:
-        """Cancel it after `limit` seconds without readers."""
-        while True:
-            await self._unread.wait()
-            self._unread = anyio.Event()
-            while not self.readers:
-                self._read = anyio.Event()
-                if not await self._is_unread_for(limit):
-                    continue
-                peers = self._runs.log.peers
+    def linger(self) -> None:
+        """It has no readers here from now on."""
+        limit_s = self.meta.linger_s
+        if self._touched is None and limit_s is not None:
+            self._touched = anyio.Event()
+            self._runs.tasks.start_soon(self._linger, limit_s)
+        self.touch()
+
+    async def _linger(self, limit_s: float) -> None:
+        """Cancel it after `limit_s` seconds without readers."""
+        step_s, steps = limit_s / LINGER_STEPS, 0
+        peers = self._runs.log.peers
+        while self._runs.is_unread(self):
+            self._touched, planned = anyio.Event(), current_time() + step_s
+            with anyio.move_on_after(step_s):
+                await self._touched.wait()
+            steps = 0 if self._touched.is_set() else steps + (current_time() < planned + LATE_S)
+            if steps == LINGER_STEPS and self._runs.is_unread(self):
+                steps = 0
                 with suppress(LogUnavailable):  # it may have readers elsewhere: don't cancel
                     if peers is None or not await peers.touched(self.id):
                         self.cancel("linger")
-                        return
-
-    async def _is_unread_for(self, limit_s: float) -> bool:
-        step_s, steps = limit_s / LINGER_STEPS, 0
-        while steps < LINGER_STEPS:
-            planned = current_time() + step_s
-            with anyio.move_on_after(step_s):
-                await self._read.wait()
-                return False
-            steps += current_time() < planned + LATE_S
-        return True
-
-
-def _fitting(frames: list[bytes], events: float, size: float) -> list[bytes]:
-    size = min(size, facts.MAX_APPEND_BYTES)
-    for before, total in enumerate(accumulate(map(len, frames))):
-        if before >= events or total > size:
-            return frames[:before]
-    return frames
+                        break
+        self._touched = None
 
 
 def _decoded(frame: bytes) -> Event | None:
@@ -382,27 +335,22 @@ class Runs:
         self.log = log
         self._dialects = {**DIALECTS, **{dialect.name: dialect for dialect in dialects}}
         self.tails = tails
+        tails.on_unread = self._on_unread
         self.settings = settings
         self.retention = Retention(settings.retention_events, settings.retention_bytes, settings.retention_s)
         self.draining = False
         self.stopping = anyio.Event()
         self._waiting: set[anyio.Event] = set()
-        self._tasks = tasks
+        self.tasks = tasks
         self._workers: dict[str, Worker] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._idle = anyio.Event()
         #: Runs that could not be closed.
         self._unclosable: set[str] = set()
         self._give_up_at = 0.0  #: of the drain
-        #: Readers here of other processes' runs.
-        self._remote_readers: Counter[str] = Counter()
         self._peers = log.peers
         if log.peers is not None:
             log.peers.on_command = self._on_command
-
-    def linger_s(self, route: Route) -> float | None:
-        linger_s = route.run.linger_s if route.run else None
-        return self.settings.linger_s if linger_s == "setting" else linger_s
 
     async def keep_watch(self) -> None:
         """Rules 5 and 7, if processes share the log."""
@@ -410,7 +358,9 @@ class Runs:
             await anyio.sleep(self.settings.lease_s / 3)
             try:
                 await self.recover()
-                for run in list(self._remote_readers):
+                for run in self.tails.streams():
+                    if ":" in run or run in self._workers:  # a topic, or read here
+                        continue
                     await self._peers.touch(run, max(self.settings.linger_s, self.settings.lease_s))
             except (LogUnavailable, LogError):
                 pass  # the log has logged it
@@ -455,13 +405,18 @@ class Runs:
         return _decoded(rows[-1].body[(0, *rows[-1].ends)[-2] :] if rows else b"")  # not all of the row
 
     def _on_command(self, run: str, command: str) -> None:
-        if (worker := self._workers.get(run)) is None:
-            return
-        if command == "cancel":
+        if command == "cancel" and (worker := self._workers.get(run)) is not None:
             worker.cancel("asked")
-        elif command == "read":  # starts the linger time
-            worker.attach()
-            worker.detach()
+        elif command == "read":
+            self._on_unread(run)
+
+    def _on_unread(self, run: str) -> None:
+        if (worker := self._workers.get(run)) is not None:
+            worker.linger()
+
+    def is_unread(self, worker: Worker) -> bool:
+        """It is at work, and has no readers here."""
+        return worker.id in self._workers and self.tails.get(worker.id) is None
 
     async def drain(self, grace_s: float) -> None:
         """Start no more runs, wait `grace_s`, interrupt the rest."""
@@ -493,16 +448,26 @@ class Runs:
 
     async def _no_workers(self) -> None:
         while self._workers:
+            if self._idle.is_set():
+                self._idle = anyio.Event()
             await self._idle.wait()
 
     def _ended(self, worker: Worker) -> None:
         self._workers.pop(worker.id, None)
-        self._idle.set()
-        self._idle = anyio.Event()
+        worker.touch()
+        if not self._workers:
+            self._idle.set()
+
+    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Not in the app's task group: it would wait for a handler that never ends."""
+        if (loop := asyncio_loop()) is not None:
+            task = loop.create_task(work())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        else:
+            self.tasks.start_soon(work)
 
     async def respond(self, request: Request, route: Route, params: Mapping[str, Any]) -> Response | Attached:
-        if request.last_event_id == "end":
-            return Response(status=204)
         if request.last_event_id:
             return _with_location(request, await self._resume(request, route=route))
         about = _about(route, request)
@@ -513,7 +478,8 @@ class Runs:
         if preferred and (accepted is None or iscoroutinefunction(accepted)):
             accepted = _accepted  # the route's own might wait for the end
         if accepted is not None:
-            await _wait_started(worker)
+            if worker is not None:
+                await worker.wait_started()
             given: Any = accepted(request, stat.stream)
             answer: Response | None = await given if isawaitable(given) else given
             if answer is not None:
@@ -521,16 +487,7 @@ class Runs:
                 if preferred:
                     headers["preference-applied"] = "respond-async"
                 return replace(answer, headers=headers)
-        if worker is not None:
-            worker.attach()  # counts as a reader, even if it disconnects now
-        tail = self.tails.acquire(stat.stream, id_first=route.dialect.id_first)  # collects events from now on
-        try:
-            await _wait_started(worker)
-            return _with_location(request, await self._attach(stat.stream, None, route.dialect))
-        finally:
-            tail.release()
-            if worker is not None:
-                worker.detach()
+        return _with_location(request, await self._attach(stat.stream, None, route.dialect))
 
     async def start(
         self,
@@ -555,7 +512,8 @@ class Runs:
         request.route, request.caller = route, caller
         hashed = None if key is None else _digest(caller or "", "", name, key)
         stat, worker = await self._start(request, route, {}, hashed, About())
-        await _wait_started(worker)
+        if worker is not None:
+            await worker.wait_started()
         return stat.stream
 
     async def wait(self, run: str, *, caller: str | None) -> Mapping[str, Any]:
@@ -563,17 +521,21 @@ class Runs:
 
         Raises `NotFound`, and `Draining` if this app stops before.
         """
+        return _state(await self._end_of(run, caller))
+
+    async def _end_of(self, run: str, caller: str | None, *, reading: bool = False) -> Stat:
         over = anyio.Event()
         unwatch = self.log.watch(run, lambda row, ended: over.set() if ended else None)
         self._waiting.add(over)
         try:
-            stat = await self._owned(run, caller)
-            if not stat.closed and not self.stopping.is_set():
-                await over.wait()
-                stat = await self._owned(run, caller)
-            if not stat.closed:
-                raise Draining
-            return _state(stat)
+            while not (stat := await self._owned(run, caller)).closed:
+                if over.is_set() or (self.stopping.is_set() and not self._workers):
+                    raise Draining
+                if reading:
+                    await self._mark_read(stat)
+                with anyio.move_on_after(self.settings.lease_s / 3):
+                    await over.wait()
+            return stat
         finally:
             self._waiting.discard(over)
             unwatch()
@@ -581,52 +543,43 @@ class Runs:
     async def _start(
         self, request: Request, route: Route, params: Mapping[str, Any], key: str | None, about: About
     ) -> tuple[Stat, Worker | None]:
-        fingerprint = _fingerprint(request)
-        while True:
-            known = await self.log.find(key=key) if key is not None else None
-            if known is None:
-                known, worker = await self._create(request, route, params, about, key, fingerprint)
-                if worker is not None:
-                    return known, worker
-            worker = self._workers.get(known.stream)
-            if worker is not None or await self._stat_for_answer(known.stream) is not None:
-                if _meta(known).request != fingerprint.whole:
-                    raise UnprocessableContent(
-                        "this Idempotency-Key was used with another query or body: use a new one"
-                    )
-                return known, worker
-            # Deleted meanwhile (rule 2): the key is free.
-
-    async def _create(
-        self,
-        request: Request,
-        route: Route,
-        params: Mapping[str, Any],
-        about: About,
-        key: str | None,
-        fingerprint: _Fingerprint,
-    ) -> tuple[Stat, Worker | None]:
-        """A new run and its worker; or the key's run, and `None`."""
-        self._check_room(request)
-        if about.thread is not None and len(about.thread) > MAX_KEY:
-            raise BadRequest(f"thread must have at most {MAX_KEY} characters", field="thread")
+        """A new run, or the key's, and its worker if it runs here."""
+        target = _target(request)
+        linger_s = route.run.linger_s if route.run else None
         meta = _Meta(
             state="running",
             route=route.name,
             dialect=route.dialect.name,
-            linger_s=self.linger_s(route),
-            target=fingerprint.target,
-            request=fingerprint.whole,
+            linger_s=self.settings.linger_s if linger_s == "setting" else linger_s,
+            target=target,
+            request=_digest(target, request.headers.get("content-type", ""), request.body_digest),
             thread=about.thread,
             note=dict(about.note),
             about=_line(about.text),
         )
+        while True:
+            stat = await self.log.find(key=key) if key is not None else None
+            stat = stat or await self._create(request, route, params, meta, key)
+            worker = self._workers.get(stat.stream)
+            if worker is not None or await self._stat_for_answer(stat.stream) is not None:
+                if stat.meta.get("request") != meta.request:
+                    raise UnprocessableContent(
+                        "this Idempotency-Key was used with another query or body: use a new one"
+                    )
+                return stat, worker
+            # Deleted meanwhile (rule 2): the key is free.
+
+    async def _create(
+        self, request: Request, route: Route, params: Mapping[str, Any], meta: _Meta, key: str | None
+    ) -> Stat:
+        """Start a run, unless there is one with the key."""
+        self._check_room(request)
         worker = Worker(self, new_epoch(), route, request, params, meta)
         self._workers[worker.id] = worker  # rule 3
-        started = False
+        created = False
         try:
-            with anyio.CancelScope(shield=True):  # a created run must get its worker
-                stat, started = await self.log.create(
+            with anyio.CancelScope(shield=True):  # a created run must be started
+                stat, created = await self.log.create(
                     worker.id,
                     epoch=worker.id,
                     owner=request.caller,
@@ -634,23 +587,13 @@ class Runs:
                     key=key,
                     retention=self.retention,
                 )
-            if started:
-                request.hand_over()
-                self._start_task(worker)
-                return stat, worker
         finally:
-            if not started:
+            if created:
+                request.hand_over()
+                worker.start()
+            else:
                 self._ended(worker)
-        return stat, None
-
-    def _start_task(self, worker: Worker) -> None:
-        """Not in the app's task group: it would wait for a handler that never ends."""
-        if (loop := asyncio_loop()) is not None:
-            task = loop.create_task(worker.run())
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
-        else:
-            self._tasks.start_soon(worker.run)
+        return stat
 
     def _key(self, request: Request, key: str | None, method: str | None = None, path: str | None = None) -> str | None:
         if not key:
@@ -680,6 +623,8 @@ class Runs:
         only: str | None = None,
         translate: Translate | None = None,
     ) -> Response | Attached:
+        if request.last_event_id == "end":
+            return Response(status=204)
         cursor = parse_cursor(request.last_event_id)
         stat = await self.log.find(epoch=cursor.epoch)
         if stat is None or stat.kind != "run" or stat.owner != request.caller:
@@ -687,7 +632,7 @@ class Runs:
         if run is not None and stat.stream != run:
             raise Conflict("this event id belongs to another run", field="last_event_id")
         meta = _meta(stat)
-        asked = (route.name, _fingerprint(request).target) if route is not None else None
+        asked = (route.name, _target(request)) if route is not None else None
         if asked is not None and asked != (meta.route, meta.target):
             raise Conflict("this event id belongs to another request", field="last_event_id")
         if only is not None and meta.route != only:
@@ -705,38 +650,30 @@ class Runs:
         self, run: str, cursor: Cursor | None, dialect: Dialect, *, translate: Translate | None = None
     ) -> Response | Attached:
         worker = self._workers.get(run)
-        await _wait_started(worker)
+        tail = self.tails.acquire(run, id_first=dialect.id_first)  # a reader from now on, even if it disconnects
         try:
-            reader, stat = await self.tails.attach(
-                run, cursor or Place.START, dialect=dialect, translate=translate, get_stat=self._stat_for_answer
-            )
-        except NotFound:
-            raise NotFound("there is no such run") from None
+            if worker is not None:
+                await worker.wait_started()
+            try:
+                reader, stat = await self.tails.attach(
+                    run, cursor or Place.START, dialect=dialect, translate=translate, get_stat=self._stat_to_read
+                )
+            except NotFound:
+                raise NotFound("there is no such run") from None
+        finally:
+            tail.release()
         if cursor is not None and stat.closed and locate(stat, cursor) == (stat.last, None):
             reader.close()
             return Response(status=204)
         reader.opening = b"" if reader.after else b"id: %b.0\n\n" % run.encode()
-        peers = None if worker is not None or stat.closed or _meta(stat).linger_s is None else self._peers
-        if worker is not None:
-            worker.attach()
-        elif peers is not None:
-            self._remote_readers[run] += 1
-
-        def closed() -> None:
-            if worker is not None:
-                worker.detach()
-            elif peers is not None:
-                self._remote_readers -= Counter([run])  # drops keys at zero
-
-        reader.on_close = closed
-        if peers is not None:
-            try:
-                await self._mark_read(stat)
-                await peers.send_command(run, "read")
-            except BaseException:
-                reader.close()
-                raise
         return Attached(reader, {"run-id": run, **dialect.headers(run)})
+
+    async def _stat_to_read(self, run: str) -> Stat | None:
+        """The run's facts; its process has been told that it is read."""
+        stat = await self._stat_for_answer(run)
+        if self._peers is not None and stat is not None and run not in self._workers and await self._mark_read(stat):
+            await self._peers.send_command(run, "read")
+        return stat
 
     async def _stat_for_answer(self, run: str) -> Stat | None:
         """The run's facts; it can't be deleted any more (rule 2)."""
@@ -748,10 +685,13 @@ class Runs:
                 return None
         return stat
 
-    async def _mark_read(self, stat: Stat) -> None:
+    async def _mark_read(self, stat: Stat) -> bool:
+        """For another process's run, if it lingers."""
         linger_s = _meta(stat).linger_s
-        if self._peers is not None and not stat.closed and linger_s is not None:
-            await self._peers.touch(stat.stream, max(linger_s, self.settings.lease_s))
+        if self._peers is None or stat.closed or linger_s is None:
+            return False
+        await self._peers.touch(stat.stream, max(linger_s, self.settings.lease_s))
+        return True
 
     async def view(
         self,
@@ -767,8 +707,6 @@ class Runs:
         `only`: the route whose runs are shown, such as "POST /jobs". `translate`: see `log.tail.Translate`. `after`:
         skip this many events, unless the request has a cursor.
         """
-        if request.last_event_id == "end":
-            return Response(status=204)
         if request.last_event_id:
             return await self._resume(request, run=run, only=only, translate=translate)
         stat = await self._owned(run, request.caller)
@@ -780,20 +718,11 @@ class Runs:
     async def whole(self, request: Request, run: str) -> list[Event]:
         """All events of a run, once it has ended. Counts as reading."""
         stat = await self._owned(run, request.caller)
-        worker, ended = self._workers.get(run), anyio.Event()
-        unwatch = self.log.watch(run, lambda row, end: ended.set() if end is not None else None)
-        if worker is not None:
-            worker.attach()
+        tail = self.tails.acquire(run, id_first=self._dialect(stat).id_first)
         try:
-            while not stat.closed:
-                with anyio.move_on_after(self.settings.lease_s / 3):
-                    await ended.wait()
-                await self._mark_read(stat)
-                stat = await self._owned(run, request.caller)
+            await self._end_of(run, request.caller, reading=True)
         finally:
-            unwatch()
-            if worker is not None:
-                worker.detach()
+            tail.release()
         events: list[Event] = []
         after = 0
         while rows := await self.log.read(run, after, READ_BYTES):
@@ -869,16 +798,6 @@ class Runs:
         if not keep:
             await self.log.delete(run)
         return 204
-
-
-async def _wait_started(worker: Worker | None) -> None:
-    """Raises the run's failure (rule 2)."""
-    if worker is not None and not worker.answered:
-        with anyio.move_on_after(FIRST_ITEM_S - (current_time() - worker.began)):
-            await worker.started.wait()
-        if worker.failed_early is not None:
-            raise worker.failed_early
-        worker.answered = True
 
 
 def _events_path(request: Request, run: str) -> str:
@@ -977,12 +896,11 @@ def _line(text: str) -> str:
     return line if len(line) <= MAX_ABOUT_CHARS else f"{line[: MAX_ABOUT_CHARS - 1]}…"
 
 
-def _fingerprint(request: Request) -> _Fingerprint:
+def _target(request: Request) -> str:
+    """A hash of path and query."""
     own = ("key", *CURSOR_PARAMETERS)
     query = sorted((name, value) for name, value in request.query_pairs() if name not in own)
-    target = _digest(request.path, repr(query))
-    media_type = request.headers.get("content-type", "")
-    return _Fingerprint(target, _digest(target, media_type, request.body_digest))
+    return _digest(request.path, repr(query))
 
 
 def _digest(*parts: str) -> str:

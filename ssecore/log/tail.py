@@ -246,7 +246,6 @@ class Reader:
         "failure",
         "finished",
         "is_shared",
-        "on_close",
         "opening",
         "tail",
     )
@@ -275,7 +274,6 @@ class Reader:
         self.finished = False
         #: The log's, or `translate`'s.
         self.failure: Exception | None = None
-        self.on_close: Callable[[], None] | None = None
         self.is_shared = translate is None
         self._dialect = dialect
         self._translate = translate
@@ -362,8 +360,6 @@ class Reader:
             del self.tail.readers[self]
             self.tail.caught_up(self)
             self.tail.release()
-            if self.on_close is not None:
-                self.on_close()
 
 
 def _translate_all(frames: bytes, translate: Translate, id_first: bool) -> Iterator[bytes]:
@@ -395,6 +391,8 @@ class Tails:
     def __init__(self, log: Log) -> None:
         self.log = log
         self.gaps: Counter[str] = Counter()  #: sent, by reason
+        #: Called with a stream that has no readers here any more.
+        self.on_unread: Callable[[str], None] | None = None
         self._tails: dict[str, Tail] = {}
 
     def get(self, stream: str) -> Tail | None:
@@ -452,3 +450,5 @@ class Tails:
     def _drop(self, tail: Tail) -> None:
         if self._tails.get(tail.stream) is tail:
             del self._tails[tail.stream]
+            if self.on_unread is not None:
+                self.on_unread(tail.stream)
