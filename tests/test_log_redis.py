@@ -870,11 +870,11 @@ def test_whatever_an_older_version_hears_from_this_one_it_looks_into_the_log(ser
             epoch = await topic(log)
             with client(server) as redis, redis.pubsub() as listening:
                 listening.subscribe(key("appended:topic"))
-                assert listening.get_message(timeout=5)
+                assert listening.get_message(timeout=20)
                 await log.append("topic", frames("a", "b"), epoch=epoch)
                 await log.append("topic", [], epoch=epoch, close=True)
                 await log.delete("topic")
-                messages = [listening.get_message(timeout=5)["data"].split(b" ", 4) for _ in range(3)]
+                messages = [listening.get_message(timeout=20)["data"].split(b" ", 4) for _ in range(3)]
             assert [(int(m[0]), int(m[1]), m[2], m[4]) for m in messages[:2]] == [(1, 2, b"0", b""), (3, 2, b"1", b"")]
             assert messages[1][3] != epoch.encode()  # it doesn't know this epoch: it looks then, too
             assert messages[2] == [b"0", b"0", b"2", b"-", b""]
@@ -1061,7 +1061,7 @@ async def test_a_call_to_a_frozen_redis_ends_soon_once_the_process_is_about_to_e
                 group.start_soon(ask, name)
             for _ in range(10):
                 await checkpoint()
-            with anyio.fail_after(5):
+            with anyio.fail_after(20):
                 log.give_up()
                 await ask("late")
         assert sorted(failed) == ["late", "other", "topic"]
