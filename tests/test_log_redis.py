@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import anyio
 import orjson
@@ -36,6 +36,10 @@ from tests.serving import free_port, wait_until
 T = TypeVar("T")
 
 KINDS = [pytest.param(kind, marks=needs(kind)) for kind in ("redis", "valkey")]
+
+
+#: A short one, for tests that wait for its end. Half of it is how long a call waits for Redis.
+LEASE_S: Final = 1.0
 
 
 @pytest.fixture(params=KINDS)
@@ -196,7 +200,7 @@ async def test_a_process_is_told_of_a_run_or_the_run_is_deleted_and_never_both(s
 
 
 async def test_a_run_whose_facts_are_not_legible_hides_no_other(server: RedisServer) -> None:
-    async with logs(server, lease_s=0.3) as (one, two):
+    async with logs(server, lease_s=LEASE_S) as (one, two):
         runs = [await run(one) for _ in range(3)]
         server.call("HDEL", f"{{sseapp}}:facts:{runs[0]}", "first")
         server.call("HSET", f"{{sseapp}}:facts:{runs[1]}", "meta", "{")
@@ -406,7 +410,7 @@ async def test_a_failover_that_lost_the_tail_is_told(server: RedisServer) -> Non
 async def test_an_instance_that_became_a_replica_is_left_for_its_successor(server: RedisServer) -> None:
     """It is still there, still answers whoever is connected, and has what its successor lacks."""
     with serving(server.kind) as successor:
-        async with logs(server, lease_s=0.6) as (one, two):
+        async with logs(server, lease_s=LEASE_S) as (one, two):
             id, epoch = await run(one), await topic(one)
             heard = [Heard(two, id), Heard(two, "topic")]
             for stream, writer in ((id, id), ("topic", epoch)):
@@ -497,8 +501,8 @@ async def test_an_append_whose_answer_was_lost_goes_in_once(
 
 
 async def test_unfinished_are_the_open_runs_whose_process_is_gone(server: RedisServer) -> None:
-    async with logs(server, 1, lease_s=0.3) as (watch,):
-        async with logs(server, 2, lease_s=0.3) as (one, two):
+    async with logs(server, 1, lease_s=LEASE_S) as (watch,):
+        async with logs(server, 2, lease_s=LEASE_S) as (one, two):
             left, closed, taken = await run(one), await run(one), await run(one)
             await one.append(closed, frames("end"), epoch=closed, close=True)
             await two.open(taken, new_epoch())  # and then it was cut off: whoever opens a run doesn't hold it
@@ -928,7 +932,7 @@ def test_facts_that_cant_be_read_are_an_error_of_their_stream_alone(
 async def test_a_foreign_key_in_the_place_of_a_streams_is_an_error_of_that_stream_alone(
     server: RedisServer, part: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with logs(server, lease_s=0.3) as (one, two):
+    async with logs(server, lease_s=LEASE_S) as (one, two):
         bad, good = await run(one), await run(one)
         await topic(one, age_s=60)
         heard = [Heard(two, stream) for stream in (bad, good, "topic")]
