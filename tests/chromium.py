@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Final
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.needs import find
 
 __all__ = ["LISTEN", "Seen", "browser", "launched", "page", "seen"]
+
+expect.set_options(timeout=20_000)  # playwright's own 5 s are little for a machine that is busy
 
 #: What it needs to run as root and without a screen, and nothing that it sends by itself.
 ARGUMENTS: Final = (

@@ -27,6 +27,7 @@ async def swallow(request: Request) -> AsyncIterator[Event]:
 
 
 async def swallow_answer(request: Request) -> Response:
+    print("begun", flush=True)
     await _sleep_on()
     return Response()
 

@@ -17,7 +17,7 @@ Tests that change nothing in the server can share one for the whole run:
     server = serving.server     # the fixture; a test takes it as the argument `server: Server`
 
 `run_sseapp` and `call_sseapp` are for commands that end by themselves. `wait_until` waits for what can only be seen by
-looking again.
+looking again. `assert_takes_less` is for a promised time.
 """
 
 import os
@@ -40,6 +40,7 @@ from ssecore.server.cli import main
 
 __all__ = [
     "Server",
+    "assert_takes_less",
     "call_sseapp",
     "free_port",
     "is_clean",
@@ -192,6 +193,15 @@ def wait_until(condition: Callable[[], T], timeout_s: float = _TIMEOUT_S) -> T:
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition}"
         time.sleep(0.02)
     return value
+
+
+def assert_takes_less(limit_s: float, work: Callable[[], float]) -> None:
+    """Of what `work` measures, the least of three: a machine is slow for a moment, and too long a wait is there each
+    time."""
+    took: list[float] = []
+    while len(took) < 3 and not (took and took[-1] < limit_s):
+        took.append(work())
+    assert min(took) < limit_s, took
 
 
 def written_on(terminal: int) -> bytes:

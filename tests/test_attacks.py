@@ -667,7 +667,7 @@ def test_a_stream_whose_client_pipelined_and_left_ends(tmp_path: Path) -> None:
             while b"remaining" not in answer:
                 answer += sock.recv(65536)
             sock.sendall(HIDDEN)
-        wait_until(lambda: "ended: client" in server.log(), 5)
+        wait_until(lambda: "ended: client" in server.log())
 
 
 @needs("time")

@@ -201,7 +201,7 @@ def test_a_run_and_a_topic_go_on_over_a_restart(browser: Browser, tmp_path: Path
 def test_a_run_of_a_killed_process_ends_with_an_error(browser: Browser, tmp_path: Path) -> None:
     options, environ = ("--port", str(free_port())), RETRY | {"SSEAPP_MOCK_DELAY_S": "0.2"}
     with serve(tmp_path, *options, env=environ) as server:
-        begin(browser, server.url, "/chat?prompt=" + "+".join("abcdefghijklmnop"))
+        begin(browser, server.url, "/chat?prompt=" + "word+" * 1000)
         browser.wait_events("it", 3)
         server.process.kill()
         server.wait()

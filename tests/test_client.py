@@ -689,7 +689,7 @@ async def test_a_wait_can_be_cancelled_and_nothing_is_lost(foreign: Upstream, an
     def slowly(call: Call) -> None:
         call.head()
         for number, event in enumerate(go_on):
-            event.wait(5)
+            assert event.wait(upstream.LIMIT_S)
             call.send(b"data: %d\n\n" % number)
         call.end()
 
@@ -759,7 +759,7 @@ async def test_batches_are_full_or_on_time(foreign: Upstream) -> None:
     def script(call: Call) -> None:
         call.head()
         call.send(numbered(1, 2, 3, 4, 5))
-        go_on.wait(5)
+        assert go_on.wait(upstream.LIMIT_S)
         call.send(numbered(6))
         call.end()
 

@@ -205,7 +205,7 @@ def test_without_credentials_it_doesnt_start_on_all_addresses(container: Contain
 @in_a_container
 def test_sigterm_drains_and_a_restart_has_it_all(container: Container) -> None:
     """The last of this file: the container is stopped here."""
-    answer = json.loads(container.get("/chat?prompt=" + "one+" * 20, "--header", "prefer: respond-async"))
+    answer = json.loads(container.get("/chat?prompt=" + "one+" * 40, "--header", "prefer: respond-async"))
     command = [str(word) for word in container.curl("--no-buffer", f"http://127.0.0.1:8000/{answer['events']}")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as reader:
         assert reader.stdout is not None
@@ -220,5 +220,5 @@ def test_sigterm_drains_and_a_restart_has_it_all(container: Container) -> None:
     wait_until(container.is_ready)
     events = Decoder().feed(container.get(f"/{answer['events']}").encode())
     words = "".join(json.loads(event.data)["content"] for event in events[:-1])
-    assert words.split()[-20:] == ["one"] * 20
+    assert words.split()[-40:] == ["one"] * 40
     assert events[-1].data == "[DONE]"

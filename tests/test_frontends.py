@@ -488,6 +488,7 @@ def test_openai_python_cancels_a_response(behind: Server, upstream: Upstream) ->
     with openai.OpenAI(api_key="none", base_url=f"{behind.url}/v1", max_retries=0) as client:
         begun = client.responses.create(model="m", input="hello", background=True)
         assert begun.status == "queued"
+        upstream.wait_call()
         assert client.responses.retrieve(begun.id).status == "in_progress"
         assert client.responses.cancel(begun.id).status == "cancelled"
         assert client.responses.retrieve(begun.id).status == "cancelled"

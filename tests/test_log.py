@@ -91,7 +91,8 @@ def make(request: pytest.FixtureRequest, engine: str, tmp_path: Path, clock: Clo
             return MemoryLog(clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
         if engine in KINDS:
             url = request.getfixturevalue("redis_urls")(engine)
-            return RedisLog(url, prefix=str(tmp_path), clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
+            options: Any = {"upkeep_s": upkeep_s, "max_bytes": max_bytes, "wait_s": 20.0, "lease_s": 40.0}
+            return RedisLog(url, prefix=str(tmp_path), clock=clock, **options)
         return SqliteLog(tmp_path / "log.sqlite", clock=clock, upkeep_s=upkeep_s, max_bytes=max_bytes)
 
     return make

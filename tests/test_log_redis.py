@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import anyio
 import orjson
@@ -36,6 +36,10 @@ from tests.serving import free_port, wait_until
 T = TypeVar("T")
 
 KINDS = [pytest.param(kind, marks=needs(kind)) for kind in ("redis", "valkey")]
+
+
+#: A short one, for tests that wait for its end. Half of it is how long a call waits for Redis.
+LEASE_S: Final = 1.0
 
 
 @pytest.fixture(params=KINDS)
@@ -188,7 +192,7 @@ async def test_a_process_is_told_of_a_run_or_the_run_is_deleted_and_never_both(s
 
 
 async def test_a_run_whose_facts_are_not_legible_hides_no_other(server: RedisServer) -> None:
-    async with logs(server, lease_s=0.3) as (one, two):
+    async with logs(server, lease_s=LEASE_S) as (one, two):
         runs = [await run(one) for _ in range(3)]
         server.call("HDEL", f"{{sseapp}}:facts:{runs[0]}", "first")
         server.call("HSET", f"{{sseapp}}:facts:{runs[1]}", "meta", "{")
@@ -398,7 +402,7 @@ async def test_a_failover_that_lost_the_tail_is_told(server: RedisServer) -> Non
 async def test_an_instance_that_became_a_replica_is_left_for_its_successor(server: RedisServer) -> None:
     """It is still there, still answers whoever is connected, and has what its successor lacks."""
     with serving(server.kind) as successor:
-        async with logs(server, lease_s=0.6) as (one, two):
+        async with logs(server, lease_s=LEASE_S) as (one, two):
             id, epoch = await run(one), await topic(one)
             heard = [Heard(two, id), Heard(two, "topic")]
             for stream, writer in ((id, id), ("topic", epoch)):
@@ -489,8 +493,8 @@ async def test_an_append_whose_answer_was_lost_goes_in_once(
 
 
 async def test_unfinished_are_the_open_runs_whose_process_is_gone(server: RedisServer) -> None:
-    async with logs(server, 1, lease_s=0.3) as (watch,):
-        async with logs(server, 2, lease_s=0.3) as (one, two):
+    async with logs(server, 1, lease_s=LEASE_S) as (watch,):
+        async with logs(server, 2, lease_s=LEASE_S) as (one, two):
             left, closed, taken = await run(one), await run(one), await run(one)
             await one.append(closed, frames("end"), epoch=closed, close=True)
             await two.open(taken, new_epoch())  # and then it was cut off: whoever opens a run doesn't hold it
@@ -862,11 +866,11 @@ def test_whatever_an_older_version_hears_from_this_one_it_looks_into_the_log(ser
             epoch = await topic(log)
             with client(server) as redis, redis.pubsub() as listening:
                 listening.subscribe(key("appended:topic"))
-                assert listening.get_message(timeout=5)
+                assert listening.get_message(timeout=20)
                 await log.append("topic", frames("a", "b"), epoch=epoch)
                 await log.append("topic", [], epoch=epoch, close=True)
                 await log.delete("topic")
-                messages = [listening.get_message(timeout=5)["data"].split(b" ", 4) for _ in range(3)]
+                messages = [listening.get_message(timeout=20)["data"].split(b" ", 4) for _ in range(3)]
             assert [(int(m[0]), int(m[1]), m[2], m[4]) for m in messages[:2]] == [(1, 2, b"0", b""), (3, 2, b"1", b"")]
             assert messages[1][3] != epoch.encode()  # it doesn't know this epoch: it looks then, too
             assert messages[2] == [b"0", b"0", b"2", b"-", b""]
@@ -920,7 +924,7 @@ def test_facts_that_cant_be_read_are_an_error_of_their_stream_alone(
 async def test_a_foreign_key_in_the_place_of_a_streams_is_an_error_of_that_stream_alone(
     server: RedisServer, part: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with logs(server, lease_s=0.3) as (one, two):
+    async with logs(server, lease_s=LEASE_S) as (one, two):
         bad, good = await run(one), await run(one)
         await topic(one, age_s=60)
         heard = [Heard(two, stream) for stream in (bad, good, "topic")]
@@ -1053,7 +1057,7 @@ async def test_a_call_to_a_frozen_redis_ends_soon_once_the_process_is_about_to_e
                 group.start_soon(ask, name)
             for _ in range(10):
                 await checkpoint()
-            with anyio.fail_after(5):
+            with anyio.fail_after(20):
                 log.give_up()
                 await ask("late")
         assert sorted(failed) == ["late", "other", "topic"]

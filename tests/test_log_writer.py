@@ -226,7 +226,7 @@ async def test_each_writer_stores_a_beginning_of_what_it_posted_and_hears_of_eve
             posted[which].append(frame)
         else:
             awaited.append((frame, engine.commits.add("topic", "epoch", [frame], len(frame))))
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(engine.commits.close)
             while engine.commits._queue or engine.commits._in_flight:

@@ -17,7 +17,7 @@ from playwright.sync_api import Page
 
 from ssecore.server.runner import KEEP_ALIVE_S
 from ssecore.wire import Decoder
-from tests import chromium, redis_server
+from tests import chromium, redis_server, upstream
 from tests.chromium import LISTEN, seen
 from tests.clients import BROWSER, REAL_BROWSER
 from tests.needs import needs
@@ -335,7 +335,7 @@ def test_an_event_source_survives_a_moment_without_a_replica(page: Page, tmp_pat
 
 @needs("chromium")
 def test_streams_go_on_over_a_reload(page: Page, service: Server) -> None:
-    with nginx(service.port, changes={"worker_shutdown_timeout 20s;": "worker_shutdown_timeout 1s;"}) as proxy:
+    with nginx(service.port, changes={"worker_shutdown_timeout 20s;": "worker_shutdown_timeout 3s;"}) as proxy:
         listen(page, proxy.url, "news", "/topics/reload")
         has_events(page, "news", 1)
         ids = publish(service.url, 3, "reload")
@@ -389,15 +389,26 @@ def keep_publishing(url: str, topic: str, stop: threading.Event, acknowledged: l
 @needs("valkey")
 @needs("chromium")
 def test_an_event_source_goes_on_over_a_rolling_restart_of_all_replicas(page: Page, tmp_path: Path) -> None:
-    ports = (free_port(), free_port())
-    with redis_server.serving("valkey") as redis, ExitStack() as stack:
+    ports, draining = (free_port(), free_port()), threading.Event()
+
+    def short_answer(call: upstream.Call) -> None:
+        """It finishes while its replica drains."""
+        call.head()
+        call.send(upstream.token("one "))
+        assert draining.wait(upstream.LIMIT_S)
+        call.send(upstream.token("two"), upstream.STOP, upstream.DONE)
+        call.end()
+
+    with redis_server.serving("valkey") as redis, upstream.serve() as model, ExitStack() as stack:
         environ = {"SSEAPP_LOG": redis.url, "SSEAPP_RETRY_MS": "50", "SSEAPP_DRAIN_S": "3", **OFF}
+        environ["OPENAI_BASE_URL"] = model.url
+        model.plan(short_answer, upstream.silent(upstream.token("one ")))
 
         def replica(port: int) -> Server:
             return stack.enter_context(serve(tmp_path, "--port", str(port), env=environ))
 
-        def start(server: Server, prompt: str) -> str:
-            answer = server.client.get("/chat", params={"prompt": prompt}, headers={"prefer": "respond-async"})
+        def start(server: Server) -> str:
+            answer = server.client.get("/chat?prompt=hi", headers={"prefer": "respond-async"})
             run: str = answer.json()["run"]
             return run
 
@@ -411,14 +422,16 @@ def test_an_event_source_goes_on_over_a_rolling_restart_of_all_replicas(page: Pa
         publisher.start()
         stack.callback(publisher.join)
         stack.callback(stop.set)
-        short = start(replicas[0], "one " * 14)  # 2 s: it finishes while its replica drains
-        long = start(replicas[0], "one " * 300)  # 30 s: it doesn't
-        for name, run in (("short", short), ("long", long)):
+        for number, name in enumerate(("short", "long"), 1):
+            run = start(replicas[0])
+            model.wait_call(number)
             listen(page, proxy.url, name, f"/runs/{run}/events")
             has_events(page, name, 1)
-        assert replicas[0].client.get(f"/runs/{short}").json()["state"] == "running"
         for server, port in zip(replicas, ports, strict=True):
             server.process.terminate()
+            if not draining.is_set():
+                wait_until(lambda server=server: server.client.get("/readyz").status_code == 503)  # type: ignore[misc]
+                draining.set()
             assert server.wait() == 0
             replica(port)
         stop.set()
@@ -426,12 +439,12 @@ def test_an_event_source_goes_on_over_a_rolling_restart_of_all_replicas(page: Pa
         page.wait_for_function("window.seen.short.closed && window.seen.long.closed", timeout=20_000)
         page.wait_for_function(f"window.seen.news.events.at(-1)[2] === {acknowledged[-1]!r}", timeout=20_000)
         news, short_run, long_run = (seen(page, name) for name in ("news", "short", "long"))
+        model.settle()
     assert not news.closed
     assert news.opened >= 2  # its replica went away under it
     assert contiguous(news.ids[1:])
     assert set(acknowledged) <= set(news.ids)
-    words = "".join(json.loads(data)["content"] for data in short_run.data[:-1])
-    assert words.split() == ["This", "is", "a", "mock", "response", "to:", *["one"] * 14]
+    assert "".join(json.loads(data)["content"] for data in short_run.data[:-1]) == "one two"
     assert short_run.data[-1] == "[DONE]"
     assert contiguous(short_run.ids)
     assert json.loads(long_run.data[-2])["code"] == "interrupted"

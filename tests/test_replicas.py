@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ import ssecore.runs
 from sseapp import GET, Request, Run, Settings, SSEApp
 from ssecore.errors import UpstreamError
 from ssecore.wire import Decoder, Event
-from tests import redis_server
+from tests import redis_server, upstream
 from tests.clients import ask, listening
 from tests.needs import needs
 from tests.redis_server import RedisServer
@@ -29,6 +30,8 @@ from tests.serving import Server, run_sseapp, serve, wait_until
 pytestmark = needs("valkey")
 
 KEY: Final = "0123456789abcdef0123456789"
+#: For a test that waits for its end. The others have the default: a replica that a busy machine doesn't let run for a
+#: moment isn't taken for dead.
 LEASE_S: Final = 1.0
 
 
@@ -43,7 +46,7 @@ class Replicas:
         self._redis, self._folder, self._stack = redis, folder, stack
 
     def start(self, **env: str) -> Server:
-        environ = {"SSEAPP_LOG": self._redis.url, "SSEAPP_LEASE_S": str(LEASE_S), "SSEAPP_RETRY_MS": "50", **env}
+        environ = {"SSEAPP_LOG": self._redis.url, "SSEAPP_RETRY_MS": "50", **env}
         return self._stack.enter_context(serve(self._folder, env=environ))
 
 
@@ -87,11 +90,28 @@ def test_any_replica_serves_any_cursor(replicas: Replicas) -> None:
 
 
 def test_a_run_is_read_live_at_a_replica_that_doesnt_work_on_it(replicas: Replicas) -> None:
-    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="0.02"), replicas.start()
-    run = start(one, "/chat?prompt=a%20b%20c%20d")
-    assert state(two, run) == "running"
-    here, there = read(one, f"/runs/{run}/events"), read(two, f"/runs/{run}/events")
-    assert here == there
+    go_on = threading.Event()
+
+    def script(call: upstream.Call) -> None:
+        call.head()
+        call.send(upstream.token("one "))
+        assert go_on.wait(upstream.LIMIT_S)
+        call.send(upstream.token("two"), upstream.STOP, upstream.DONE)
+        call.end()
+
+    with upstream.serve() as model:
+        model.plan(script)
+        one, two = replicas.start(OPENAI_BASE_URL=model.url), replicas.start()
+        run = start(one, "/chat?prompt=hi")
+        with httpx.stream("GET", f"{two.url}/runs/{run}/events", timeout=20) as answer:
+            chunks, decoder, there = answer.iter_raw(), Decoder(), list[Event]()
+            while not there:
+                there += decoder.feed(next(chunks))
+            assert state(two, run) == "running"
+            go_on.set()
+            there += decoder.feed(b"".join(chunks))
+        model.settle()
+    assert there == Decoder().feed(one.client.get(f"/runs/{run}/events").content)
     assert there[-1].data == "[DONE]"
 
 
@@ -115,7 +135,8 @@ def test_any_replica_cancels_any_run(replicas: Replicas) -> None:
 
 
 def test_runs_of_a_replica_that_died_are_closed_by_another(replicas: Replicas) -> None:
-    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="30"), replicas.start()
+    environ = {"SSEAPP_LEASE_S": str(LEASE_S)}
+    one, two = replicas.start(SSEAPP_MOCK_DELAY_S="30", **environ), replicas.start(**environ)
     run = start(one, "/chat?prompt=hi")
     one.process.send_signal(signal.SIGKILL)
     events = read(two, f"/runs/{run}/events")
@@ -125,14 +146,18 @@ def test_runs_of_a_replica_that_died_are_closed_by_another(replicas: Replicas) -
 
 
 def test_a_reader_elsewhere_keeps_a_run_and_its_leaving_lets_it_go(replicas: Replicas) -> None:
-    environ = {"SSEAPP_LINGER_S": "0.2", "SSEAPP_MOCK_DELAY_S": "30"}
+    lease_s = 2 * LEASE_S
+    environ = {"SSEAPP_LINGER_S": "0.2", "SSEAPP_MOCK_DELAY_S": "30", "SSEAPP_LEASE_S": str(lease_s)}
     one, two = replicas.start(**environ), replicas.start(**environ)
-    run = start(one, "/chat?prompt=hi")
-    with httpx.stream("GET", f"{two.url}/runs/{run}/events", timeout=20) as answer:
-        chunks = answer.iter_raw()  # held: it closes the answer when it is collected
-        assert next(chunks)
-        asked = iter(range(100))
-        wait_until(lambda: next(asked) == 60)  # more than a second: several times its linger time
+    with ExitStack() as stack:
+        with httpx.stream("GET", f"{one.url}/chat?prompt=hi", timeout=20) as first:
+            held = first.iter_raw()  # it closes the answer when it is collected
+            assert next(held)
+            run = first.headers["run-id"]
+            answer = stack.enter_context(httpx.stream("GET", f"{two.url}/runs/{run}/events", timeout=20))
+            chunks = answer.iter_raw()
+            assert next(chunks)
+        time.sleep(lease_s + 0.4)  # one sign of interest is over by then, and the linger time several times
         assert state(two, run) == "running"
     wait_until(lambda: state_quietly(redis=replicas._redis, run=run) == "cancelled")
 
@@ -265,8 +290,9 @@ def test_all_who_wait_for_a_frozen_redis_while_the_service_stops_are_told(tmp_pa
             with ThreadPoolExecutor() as threads:
                 answers = threads.submit(statuses, server, requests)
                 log = server.log()
-                wait_until(lambda: connections(server) >= len(requests))
-                time.sleep(0.2)  # they are connected, and now have to be read
+                wait_until(lambda: len(unread(server)) >= len(requests))
+                time.sleep(0.2)  # they are connected, and send
+                wait_until(lambda: not any(unread(server)))
                 server.process.terminate()
                 found, _ = answers.result()
             assert set(found) == {503}
@@ -275,17 +301,17 @@ def test_all_who_wait_for_a_frozen_redis_while_the_service_stops_are_told(tmp_pa
         redis.freeze(signal.SIGCONT)
 
 
-def connections(server: Server) -> int:
-    """How many the server has accepted."""
-    table = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    return sum(row.split()[1].endswith(f":{server.port:04X}") and row.split()[3] == "01" for row in table)
+def unread(server: Server) -> list[int]:
+    """Of each connection that is open at the server, the bytes that it has not read."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [int(row[4].split(":")[1], 16) for row in rows if row[1].endswith(f":{server.port:04X}") and row[3] == "01"]
 
 
 def test_a_full_redis_is_said_to_who_publishes_and_ends_a_run_with_a_reason(tmp_path: Path) -> None:
     with redis_server.serving("valkey") as redis:
         environ = {"SSEAPP_LOG": redis.url, "SSEAPP_MOCK_DELAY_S": "0.2"}
         with serve(tmp_path, env=environ) as server:
-            with httpx.stream("GET", f"{server.url}/chat?prompt=hi", timeout=20) as answer:
+            with httpx.stream("GET", f"{server.url}/chat?prompt={'word+' * 1000}", timeout=20) as answer:
                 chunks, decoder = answer.iter_raw(), Decoder()
                 events = decoder.feed(next(chunks))
                 redis.call("CONFIG", "SET", "maxmemory", "1")
@@ -493,7 +519,7 @@ def test_a_run_that_is_over_and_whose_events_redis_lost_ends_its_readers_once(
 
 def test_a_run_at_work_whose_events_redis_lost_fails_and_says_so(replicas: Replicas, redis: RedisServer) -> None:
     one, two = replicas.start(SSEAPP_MOCK_DELAY_S="0.3"), replicas.start()
-    run = start(one, "/chat?prompt=" + "%20".join("abcdefgh"))
+    run = start(one, "/chat?prompt=" + "word+" * 1000)
     with ExitStack() as stack:
         live = [
             stack.enter_context(httpx.stream("GET", f"{server.url}/runs/{run}/events", timeout=20))

@@ -31,7 +31,7 @@ from ssecore.server.protocol import LATE_S, MAX_AHEAD_BYTES, MAX_PIPELINED, Boun
 from tests import serving
 from tests.clients import listening
 from tests.needs import find, needs
-from tests.serving import Server, is_clean, run_sseapp, serve, serve_uvicorn, wait_until
+from tests.serving import Server, assert_takes_less, is_clean, run_sseapp, serve, serve_uvicorn, wait_until
 
 server = serving.server
 
@@ -176,16 +176,20 @@ def test_a_websocket_handshake_is_not_accepted(start: Any, tmp_path: Path) -> No
 
 
 def test_ctrl_c_ends_endless_streams_within_a_second(tmp_path: Path) -> None:
-    with serve(tmp_path) as server, ExitStack() as stack:
-        readers = [stack.enter_context(reading(server, target)) for target in ENDLESS]
-        begin = time.monotonic()
-        server.process.send_signal(signal.SIGINT)
-        bodies = [reader.to_the_end() for reader in readers]
-        assert server.wait() == 0
-        assert time.monotonic() - begin < 1
-    for body in bodies:
-        assert farewell(body)
-    assert is_clean(server.log())
+    def end() -> float:
+        with serve(tmp_path) as server, ExitStack() as stack:
+            readers = [stack.enter_context(reading(server, target)) for target in ENDLESS]
+            begin = time.monotonic()
+            server.process.send_signal(signal.SIGINT)
+            bodies = [reader.to_the_end() for reader in readers]
+            assert server.wait() == 0
+            seconds = time.monotonic() - begin
+        for body in bodies:
+            assert farewell(body)
+        assert is_clean(server.log())
+        return seconds
+
+    assert_takes_less(1, end)
 
 
 def test_farewells_are_spread_over_time(tmp_path: Path) -> None:
@@ -248,28 +252,39 @@ def test_sigterm_refuses_new_streams_and_says_that_it_does(tmp_path: Path) -> No
 
 
 def test_a_client_that_takes_nothing_does_not_hold_up_the_end(tmp_path: Path) -> None:
-    with serve(tmp_path, env={"SSEAPP_DRAIN_S": "0.1"}) as server, connect(server, receive_buffer_bytes=4096) as frozen:
-        frozen.sendall(b"GET /stream?count=1000000&interval=0 HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        assert frozen.recv(1)
-        begin = time.monotonic()
-        server.process.terminate()
-        assert server.wait() == 0
-        assert time.monotonic() - begin < 3
-    assert is_clean(server.log()), server.log()
+    def end() -> float:
+        with (
+            serve(tmp_path, env={"SSEAPP_DRAIN_S": "0.1"}) as server,
+            connect(server, receive_buffer_bytes=4096) as frozen,
+        ):
+            frozen.sendall(b"GET /stream?count=1000000&interval=0 HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert frozen.recv(1)
+            begin = time.monotonic()
+            server.process.terminate()
+            assert server.wait() == 0
+            seconds = time.monotonic() - begin
+        assert is_clean(server.log()), server.log()
+        return seconds
+
+    assert_takes_less(3, end)
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(second: signal.Signals, tmp_path: Path) -> None:
-    with serve(tmp_path, env={"SSEAPP_DRAIN_S": "60"}) as server:
-        with reading(server, IDLE) as idle:
-            server.process.terminate()
-            wait_until(lambda: server.client.get("/readyz").status_code == 503)
-            begin = time.monotonic()
-            server.process.send_signal(second)
-            assert server.wait() == 0
-            assert time.monotonic() - begin < 2
-            assert "id: end" not in idle.whatever_comes()
-    assert is_clean(server.log())
+    def end() -> float:
+        with serve(tmp_path, env={"SSEAPP_DRAIN_S": "60"}) as server:
+            with reading(server, IDLE) as idle:
+                server.process.terminate()
+                wait_until(lambda: server.client.get("/readyz").status_code == 503)
+                begin = time.monotonic()
+                server.process.send_signal(second)
+                assert server.wait() == 0
+                seconds = time.monotonic() - begin
+                assert "id: end" not in idle.whatever_comes()
+        assert is_clean(server.log())
+        return seconds
+
+    assert_takes_less(2, end)
 
 
 def test_a_signal_while_nothing_happens_ends_the_server(tmp_path: Path) -> None:
@@ -338,7 +353,7 @@ def test_a_frozen_client_is_dropped_and_its_socket_freed(tmp_path: Path) -> None
             with connect(server, receive_buffer_bytes=4096) as frozen:
                 frozen.sendall(b"GET /stream?count=1000000&interval=0 HTTP/1.1\r\nhost: localhost\r\n\r\n")
                 held = wait_until(lambda: open_sockets(server) - before)
-                wait_until(lambda: not held & open_sockets(server), 8)
+                wait_until(lambda: not held & open_sockets(server))
             # One that has nothing to say for longer than that is not taken for one that nobody reads.
             assert quiet.to_the_end().endswith("id: end\n\n")
         server.process.terminate()
@@ -369,7 +384,7 @@ def test_a_stop_of_the_process_drops_only_the_client_that_does_not_read(tmp_path
         time.sleep(4)  # twice as long as a client may take
         server.process.send_signal(signal.SIGCONT)
         assert body.result().endswith("id: end\n\n")
-        wait_until(lambda: not held & open_sockets(server), 10)
+        wait_until(lambda: not held & open_sockets(server))
         server.process.terminate()
         assert server.wait() == 0
     assert is_clean(server.log())
@@ -390,20 +405,24 @@ def test_a_stop_of_the_process_is_not_part_of_a_streams_life(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_under_uvicorn_streams_get_their_farewell_and_the_server_ends(sent: signal.Signals, tmp_path: Path) -> None:
-    with serve_uvicorn(tmp_path) as server, ExitStack() as stack:
-        targets = [*ENDLESS, "/topics/news", "/users/ann/stream"]
-        readers = [stack.enter_context(reading(server, target)) for target in targets]
-        run = server.client.get("/chat?prompt=hello", headers={"prefer": "respond-async"})
-        assert run.status_code == 202
-        begin = time.monotonic()
-        server.process.send_signal(sent)
-        bodies = [reader.to_the_end() for reader in readers]
-        # uvicorn raises the signal again when it is done.
-        assert server.wait() in (-sent, 0, 130)
-        assert time.monotonic() - begin < 3
-    for body in bodies:
-        assert farewell(body)
-    assert "Traceback" not in server.log().replace("KeyboardInterrupt", "") or sent == signal.SIGINT
+    def end() -> float:
+        with serve_uvicorn(tmp_path) as server, ExitStack() as stack:
+            targets = [*ENDLESS, "/topics/news", "/users/ann/stream"]
+            readers = [stack.enter_context(reading(server, target)) for target in targets]
+            run = server.client.get("/chat?prompt=hello", headers={"prefer": "respond-async"})
+            assert run.status_code == 202
+            begin = time.monotonic()
+            server.process.send_signal(sent)
+            bodies = [reader.to_the_end() for reader in readers]
+            # uvicorn raises the signal again when it is done.
+            assert server.wait() in (-sent, 0, 130)
+            seconds = time.monotonic() - begin
+        for body in bodies:
+            assert farewell(body)
+        assert "Traceback" not in server.log().replace("KeyboardInterrupt", "") or sent == signal.SIGINT
+        return seconds
+
+    assert_takes_less(3, end)
 
 
 def touched(file: Path, server: Server) -> Server:
@@ -437,7 +456,7 @@ async def test_an_embedded_app_puts_the_handlers_back() -> None:
         async with app.running(), listening(app, "/ticks") as stream:
             await stream.event()
             signal.raise_signal(signal.SIGTERM)
-            with anyio.fail_after(5):
+            with anyio.fail_after(20):
                 assert await stream.rest() == []
             assert farewell(stream.raw.decode())
             assert heard == [signal.SIGTERM], "what the host does on it is done too"
@@ -462,11 +481,13 @@ async def nothing(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def bounded(app: Any = nothing) -> AsyncIterator[tuple[tuple[str, int], list[BoundedProtocol]]]:
+async def bounded(
+    app: Any = nothing, keep_alive_s: int = 1
+) -> AsyncIterator[tuple[tuple[str, int], list[BoundedProtocol]]]:
     """A server of this app; gives its address, and the connections that it got."""
     made: list[BoundedProtocol] = []
 
-    config = uvicorn.Config(app, http=BoundedProtocol, ws="none", log_config=None, timeout_keep_alive=1)
+    config = uvicorn.Config(app, http=BoundedProtocol, ws="none", log_config=None, timeout_keep_alive=keep_alive_s)
     config.load()
 
     def protocol() -> BoundedProtocol:
@@ -486,7 +507,7 @@ async def test_a_head_that_does_not_come_to_its_end_is_waited_for_so_long(
     monkeypatch.setattr("ssecore.server.protocol.HEAD_S", 0.2)
     async with bounded() as (address, _):
         reader, writer = await asyncio.open_connection(*address)
-        with anyio.fail_after(3):
+        with anyio.fail_after(10):
             if not first:
                 writer.write(b"GET / HTTP/1.1\r\n\r\n")
                 assert await reader.readuntil(b"\r\n\r\n")
@@ -562,7 +583,7 @@ class Gate:
     @asynccontextmanager
     async def asked_for(self, behind: bytes) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         """A connection with `/gate` in front, and these bytes behind, which the server has had."""
-        async with bounded(self) as (address, _):
+        async with bounded(self, keep_alive_s=60) as (address, _):
             reader, writer = await asyncio.open_connection(*address)
             with anyio.fail_after(10):
                 writer.write(get("/gate") + behind)
@@ -651,9 +672,7 @@ async def test_half_a_head_behind_an_answer_is_waited_for_so_long(monkeypatch: p
     gate = Gate()
     async with gate.asked_for(b"GET /1 HTTP/1.1\r\nhost: loc") as (reader, _):
         gate.opened.set()
-        begin = time.monotonic()
-        assert paths(await reader.read()) == ["/gate"]
-        assert time.monotonic() - begin < 0.8, "not for as long as an idle connection, a second here"
+        assert paths(await reader.read()) == ["/gate"], "not for as long as an idle connection, a minute here"
 
 
 # What a body brings along
@@ -670,7 +689,7 @@ async def test_a_trailer_is_not_a_header() -> None:
 
     async with bounded(app) as (address, _):
         reader, writer = await asyncio.open_connection(*address)
-        with anyio.fail_after(3):
+        with anyio.fail_after(10):
             for _ in range(2):
                 writer.write(b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\n1\r\n")
                 await anyio.wait_all_tasks_blocked()
@@ -683,7 +702,7 @@ async def test_a_trailer_is_not_a_header() -> None:
 async def test_a_connection_that_is_reset_is_not_kept_for_a_next_request() -> None:
     async with bounded() as (address, made):
         reader, writer = await asyncio.open_connection(*address)
-        with anyio.fail_after(3):
+        with anyio.fail_after(10):
             writer.write(b"GET / HTTP/1.1\r\n\r\n")
             assert await reader.readuntil(b"\r\n\r\n")
             (connection,) = made
