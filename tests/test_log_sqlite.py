@@ -549,6 +549,22 @@ async def test_a_checkpoint_and_the_commit_behind_it_are_not_made_on_the_loop(
         assert sum(on_loop for statement, on_loop in found if statement == "INSERT") > 900
 
 
+async def test_most_of_the_wal_is_copied_while_the_loop_commits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssecore.log.sqlite, "_SLOW_S", math.inf)
+    log = SqliteLog(path, upkeep_s=3600)
+    async with log.running():
+        epoch = await run(log)
+        with statements(log) as found:
+            while ("INSERT", False) not in found:  # it goes to the thread, and the checkpoint behind it
+                await log.append("run", [frame("x" * 50_000)], epoch=epoch)
+            await log.upkeep()  # waits for the thread
+            assert size(path) > 6 * MIB
+            assert "wal_checkpoint" not in dict(found), "the writer's connection had nothing to do with it"
+            found.clear()
+            await log.append("run", [frame("small")], epoch=epoch)
+            assert found[-1] == ("INSERT", True)
+
+
 async def test_a_disk_that_hangs_holds_the_loop_up_once(path: Path) -> None:
     log = SqliteLog(path, upkeep_s=3600)
     async with log.running():

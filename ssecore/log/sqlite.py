@@ -107,7 +107,7 @@ _MAX_KNOWN: Final = 10_000
 #: In a step of upkeep: some milliseconds.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: 8 MiB. A checkpoint holds appends up for three syncs. A bounded log has an eighth at most; an idle one gives it back.
+#: 8 MiB. The end of a checkpoint holds appends up. A bounded log has an eighth at most; an idle one gives it back.
 _CHECKPOINT_PAGES: Final = 2048
 _PAGE_BYTES: Final = 4096
 #: Readers can keep the WAL from restarting.
@@ -195,9 +195,11 @@ class SqliteLog(LocalLog):
         self._stuck = False  # since `give_up`, until earlier orders are done
         self._busy_s = _BUSY_S  # the writer's
         self._wal_pages = 0  # written since the last checkpoint, roughly
+        self._copied = False  # most of them
         self._pages_then = 0  # `_wal_pages` at the last upkeep
         self._gives_back = False  # the next checkpoint empties the WAL
         self._most_wal_pages = min(_CHECKPOINT_PAGES, self.max_bytes // 8 // _PAGE_BYTES)
+        self._due_pages = self._most_wal_pages * 7 // 8
         self._syncs_header = True  # the next transaction may
         self._slow_until = 0.0
         self._files: _Files = (None, None)
@@ -303,7 +305,7 @@ class SqliteLog(LocalLog):
         return (
             order.size <= _LOOP_BYTES
             and not (order.long or self._full_sync or self.unavailable or self._syncs_header or self.connection is None)
-            and self._wal_pages < self._most_wal_pages
+            and self._wal_pages < self._due_pages
             and time.monotonic() >= self._slow_until
         )
 
@@ -326,7 +328,8 @@ class SqliteLog(LocalLog):
             due = False
             try:
                 outcome = self._transact(orders, _BUSY_S)
-                due = self._syncs_header = self._wal_pages >= self._most_wal_pages or self._gives_back  # first (rule 8)
+                due = self._wal_pages >= self._due_pages or self._gives_back
+                self._syncs_header = due and (self._copied or self._gives_back)  # before the loop goes on (rule 8)
             except BaseException as error:  # nothing may wait forever
                 outcome = error
             with suppress(RuntimeError):  # the loop has ended
@@ -426,9 +429,16 @@ class SqliteLog(LocalLog):
                 db.close()
 
     def _checkpoint(self) -> None:
-        """In the thread, while `_syncs_header` keeps the loop from the connection. Nobody waits for it."""
-        self._wal_pages, gives_back, self._gives_back = 0, self._gives_back, False
+        """In the thread, in two steps. The first copies nearly all, beside the loop's commits. For the second
+        `_syncs_header` keeps the loop from the connection: only then can the WAL begin anew.
+        """
         try:
+            self._copied = not self._syncs_header
+            self._due_pages = self._most_wal_pages * (8 if self._copied else 7) // 8
+            if self._copied:
+                self._select(lambda db: db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
+                return
+            self._wal_pages, gives_back, self._gives_back = 0, self._gives_back, False
             assert self.connection
             if gives_back:  # commits may come while it would wait for a reader
                 self._set_busy(self.connection, 0.0)
