@@ -204,7 +204,7 @@ def _openai_error(error: SSEAppError) -> Mapping[str, str | None]:
 
 
 def _answer_of(refusal: UpstreamRefusal) -> Mapping[str, Any]:
-    """For a route that answers with the whole run at once."""
+    """For a route's whole answer."""
     return {"status": refusal.status, **({"headers": refusal.headers} if refusal.headers else {})}
 
 

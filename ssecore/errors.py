@@ -192,9 +192,9 @@ class UpstreamError(SSEAppError):
 
 
 class UpstreamRefusal(UpstreamError):
-    """A server that the handler called refused the request with this `status`, which the client gets.
+    """A server that the handler called refused with this `status`, which the client gets.
 
-    `error` is that server's error object in OpenAI's form (`message`, `type`, `param`, `code`), if the client gets it.
+    `error`: that server's own, in OpenAI's form (`message`, `type`, `param`, `code`).
     """
 
     status, code = 400, "upstream_refused"

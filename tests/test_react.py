@@ -1,8 +1,10 @@
 """examples/react_chat.jsx in Chromium: the AI SDK's `useChat` over a line that breaks, over a reload, and stopped."""
 
+import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +19,7 @@ from tests import upstream as llm
 from tests.needs import needs
 from tests.relay import Relay, relay
 from tests.serving import Server, serve, wait_until
-from tests.test_frontends import ENV, LONG, NODE, WORDS, cuts, held
+from tests.test_frontends import ENV, LONG, NODE, WORDS, held
 from tests.upstream import Upstream
 
 pytestmark = [needs("chromium"), needs("node-clients")]
@@ -71,12 +73,26 @@ def is_shown(page: Page, answer: str, status: str = "ready") -> None:
     expect(page.locator("p")).to_have_text(["hello", answer, status], timeout=20_000)
 
 
+#: Each within an event. None within a head: before the page knows `retry:`, it waits for seconds.
+CUTS: Final = [re.compile(rb"word-%d\b" % number) for number in range(40, 280, 40)]
+
+
+def paced(call: llm.Call) -> None:
+    call.head()
+    call.send(llm.FIRST)
+    for word in LONG.split():
+        call.send(llm.token(f"{word} "))
+        time.sleep(0.005)
+    call.send(llm.STOP, llm.DONE)
+    call.end()
+
+
 def test_an_answer_is_whole_over_cuts(page: Page, origin: str, server: Server, upstream: Upstream) -> None:
-    upstream.plan(llm.answer(*(f"{word} " for word in LONG.split())))
-    with relay(server.port, cuts(6, "react")) as line:
+    upstream.plan(paced)
+    with relay(server.port, CUTS) as line:
         ask(page, origin, line)
         is_shown(page, LONG)
-        line.wait_streams(7)
+        line.wait_streams(1 + len(CUTS))
     upstream.settle()
 
 
