@@ -1,6 +1,4 @@
-"""Work in a thread (`from_thread`) or a task (`from_task`), with its progress; see docs/handlers.md.
-
-Rules, cited by number at the code:
+"""Work in a thread or a task, and its progress; see docs/handlers.md.
 
 1.  A thread can't be stopped from outside: its next report raises `WorkCancelled`.
 2.  Leaving the block waits for the thread: only it can release its resources, and the interpreter would wait too.
@@ -182,7 +180,7 @@ class _Reported(Generic[T]):
 
 
 class _Reading(Block[T]):
-    """Work that reports, and the reader of its reports."""
+    """Work that reports, and its reader."""
 
     def __init__(self, report: _Items[T], run: Callable[[], Coroutine[Any, Any, object]], work: object) -> None:
         self._report = report
@@ -335,7 +333,7 @@ class ProgressState:
     current_step: int  #: from 1; 0 before the first
     total_steps: int
     step_name: str
-    percent: int  #: of completed steps
+    percent: int  #: of completed steps; 100 after `complete` only
 
 
 class ProgressLogger:
@@ -356,7 +354,6 @@ class ProgressLogger:
         self.state = ProgressState(0, total_steps, "", 0)
         self._on_log = on_log
         self._on_progress = on_progress
-        self._completed = False
         self._lock = threading.RLock()  # a callback may log
 
     @classmethod
@@ -371,7 +368,7 @@ class ProgressLogger:
         """Begin step `n`, from 1. Raises `ValueError`, or `RuntimeError` after `complete`."""
         with self._lock:
             total = self.state.total_steps
-            if self._completed:
+            if self.state.percent == 100:
                 raise RuntimeError("no step can begin after complete()")
             if not 1 <= n <= total:
                 raise ValueError(f"there is no step {n}: steps go from 1 to {total}")
@@ -383,8 +380,7 @@ class ProgressLogger:
 
     def complete(self) -> None:
         with self._lock:
-            if not self._completed:
-                self._completed = True
+            if self.state.percent < 100:
                 total = self.state.total_steps
                 self._change(ProgressState(total, total, self.state.step_name, 100))
 
