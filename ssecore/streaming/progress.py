@@ -141,10 +141,13 @@ class TaskReport(_Items[T]):
     dropped = 0
 
     def __call__(self, item: T) -> Awaitable[None]:
-        with self._changed:
-            added = self._add(item)
-            self.dropped += not added
+        if not (added := self._add(item)):
+            self._count_dropped(1)
         return _Reported(self, item, added)
+
+    def _count_dropped(self, number: int) -> None:
+        with self._changed:
+            self.dropped += number
 
     def _add(self, item: T) -> bool:
         """False if there is no room."""
@@ -159,8 +162,7 @@ class TaskReport(_Items[T]):
     async def _wait_for_room(self, item: T) -> None:
         if threading.get_ident() != self._loop_thread:
             raise RuntimeError("await report(…) only in the task of the work; in other threads call it without await")
-        with self._changed:
-            self.dropped -= 1
+        self._count_dropped(-1)
         while not self._add(item):
             self._room = self._room or anyio.Event()
             await self._room.wait()
