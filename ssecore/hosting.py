@@ -1,12 +1,6 @@
 """A stream as the response of another framework's route: see docs/frameworks.md.
 
-It differs from a route of an `SSEApp`:
-
-1.  Authentication and CORS are the framework's.
-2.  A run is resumed by the same request with a `Last-Event-ID`, POST included. There is no path to a run, so no
-    `Content-Location`, and `Prefer: respond-async` is ignored.
-3.  Requests with one `Idempotency-Key` are compared by their query alone: the framework has read the body.
-4.  The framework answers an `HTTPException` raised before the first event.
+There is no path to a run, so no `Content-Location`, and `Prefer: respond-async` is ignored.
 """
 
 from collections.abc import AsyncIterable, MutableMapping

@@ -98,19 +98,28 @@ async def _reads_all(steps: list[str], buffer: int) -> None:
             assert items.dropped == len([step for step in steps if step != "take"]) - len(kept)
 
 
-async def test_other_threads_may_call_it() -> None:
+async def test_other_threads_may_call_it_but_not_await_it() -> None:
+    go_on, done = anyio.Event(), anyio.Event()
+
     async def work(report: TaskReport[int]) -> None:
         def in_thread() -> None:
-            report(1)
-            with pytest.raises(RuntimeError, match="another thread"):
-                report(2).__await__().send(None)
+            report(2)
+            with pytest.raises(RuntimeError, match="in other threads call it without await"):
+                report(3).__await__().send(None)
 
+        await anyio.to_thread.run_sync(report, 1)
+        await go_on.wait()
         await anyio.to_thread.run_sync(in_thread)
+        done.set()
         await anyio.sleep_forever()
 
     with anyio.fail_after(LIMIT_S):
         async with from_task(work, buffer=1) as items:
             assert await anext(items) == 1
+            go_on.set()
+            await done.wait()
+            assert await anext(items) == 2
+            assert items.dropped == 1
 
 
 async def test_a_failure_comes_after_the_items_before_it(anyio_backend: str) -> None:

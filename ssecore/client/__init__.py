@@ -1,4 +1,4 @@
-"""The client: read streams of this or any other server, reconnecting as needed; write them to a file."""
+"""The client: read streams of any server, reconnecting as needed; write them to a file."""
 
 from ssecore.client.files import json_line, to_file
 from ssecore.client.source import (

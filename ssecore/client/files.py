@@ -17,7 +17,6 @@ from ssecore.wire import Event
 
 __all__ = ["json_line", "to_file"]
 
-#: In one write.
 MAX_LINES: Final = 1000
 
 
@@ -36,8 +35,8 @@ async def to_file(source: Source, path: str | os.PathLike[str]) -> int:
     Called again it resumes after the last complete line. It cuts off an incomplete line, and `gap` events, which the
     server will send again.
 
-    Raises `SourceError` if the file has other content, another writer, or no id in its last event; and what `Source`
-    raises; and `OSError`.
+    Raises `OSError`, what `Source` raises, and `SourceError` if the file has other content, another writer, or no id in
+    its last event.
     """
     file = await anyio.to_thread.run_sync(_take, Path(path))
     try:

@@ -46,7 +46,7 @@ __all__ = [
 
 logger = logging.getLogger("sseapp")
 
-#: Four of our server's heartbeats (15 s): one may be lost.
+#: Four heartbeats of our server: one may be lost.
 IDLE_TIMEOUT_S: Final = 60.0
 #: Longer than a restart of a service behind a proxy.
 GIVE_UP_S: Final = 300.0
@@ -62,7 +62,6 @@ MAX_ASKED_S: Final = 3600.0
 STEADY_S: Final = 10.0
 #: Browsers follow 20.
 MAX_REDIRECTS: Final = 10
-#: A problem has some hundred bytes.
 MAX_PROBLEM_BYTES, PROBLEM_TIMEOUT_S = 64 * 1024, 5.0
 MAX_TEXT: Final = 1000
 #: Servers refuse heads above 8 to 16 KiB.
@@ -92,7 +91,7 @@ class Refused(SourceError):
     code = "refused"
 
     def __init__(self, upstream_status: int, problem: Mapping[str, Any]) -> None:
-        #: The server's; `status` is what our service answers in turn.
+        #: The server's; `status` is our service's.
         self.upstream_status = upstream_status
         #: Its members (RFC 9457), if the body was one.
         self.problem = dict(problem)
@@ -160,7 +159,7 @@ class Source:
     ) -> None:
         #: Of the last event delivered.
         self.last_event_id = last_event_id
-        #: Set by the first response of a run on our server.
+        #: Set by the first response of a run.
         self.run_id: str | None = None
         self._gaps = gaps
         self._once = once
@@ -200,7 +199,6 @@ class Source:
         return self
 
     async def __anext__(self) -> Event:
-        # Hot path.
         if not self._ready:
             await self._wait()
         event = self._ready.popleft()
@@ -242,8 +240,6 @@ class Source:
             return False
         name = words[-1].event
         return (json_object(words[-1].data).get("type") if name is None else name) in _FAILURES
-
-    # The reader's task
 
     async def _read(self) -> None:
         try:
@@ -292,23 +288,18 @@ class Source:
             await response.aclose()
         if self._decoder.last_event_id == "end":
             return
-        clean, farewell = lost is None, self._decoder.farewell
-        text = lost or ("the server asked to reconnect" if farewell else "the response has ended")
-        if clean and self._once and not farewell:
+        ended = lost is None and not self._decoder.farewell
+        if ended and (self._once or not self._resumable()):
             return
-        if self._resumable():
-            raise _Lost(text, at_once=clean and not farewell and self.run_id is not None)
-        if clean and not farewell:
-            return
-        if not self._last_two and self._may_repeat():
-            raise _Lost(text)
+        text = lost or ("the response has ended" if ended else "the server asked to reconnect")
+        if self._resumable() or (not self._last_two and self._may_repeat()):
+            raise _Lost(text, at_once=ended and self.run_id is not None)
         raise Broken(f"{text}, and the stream can't be resumed: {self._why_not()}. Start it again.")
 
     def _resumable(self) -> bool:
         return bool(self._decoder.last_event_id) and _sendable(self._decoder.last_event_id) and self._may_repeat()
 
-    def _may_repeat(self) -> bool:
-        """Rule 2."""
+    def _may_repeat(self) -> bool:  # rule 2
         headers, goes_on = self._request["headers"], self.run_id is not None and bool(self._decoder.last_event_id)
         return self._request["method"] in _REPEATABLE or "idempotency-key" in headers or goes_on
 
@@ -351,8 +342,6 @@ class Source:
         while self._ready:
             self._wanted = anyio.Event()
             await self._wanted.wait()
-
-    # Requests and response heads
 
     async def _open(self) -> httpx.Response | None:
         request = self._next_request()
@@ -458,7 +447,6 @@ class Source:
         return self._lost(str(refused), done=status not in _NOT_DONE, after_s=after_s or 0)
 
 
-#: Alias for `async with connect(url)`.
 connect = Source
 
 

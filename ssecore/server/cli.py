@@ -100,9 +100,6 @@ def _configure_token(token: argparse.ArgumentParser) -> None:
     revoke.add_argument("which", help="a token's id, or a caller's name for all of their tokens")
 
 
-# `sseapp serve`
-
-
 def _serve(options: argparse.Namespace) -> int:
     from sseapp import SSEApp, create_app
     from ssecore.server.runner import Hosted, serve
@@ -146,9 +143,6 @@ def load(target: str) -> Any:
     if not callable(found):
         raise SettingsError(f"{target!r} is not an ASGI app: its type is {type(found).__name__}", field="app")
     return found
-
-
-# `sseapp token`
 
 
 def _token(options: argparse.Namespace) -> int:

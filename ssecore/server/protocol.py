@@ -2,11 +2,8 @@
 
 The module depends on uvicorn's internals; `tests/test_protocol.py` detects changes.
 
-1.  The engine finds the protocol in the scope's extensions.
-2.  For a parked connection uvicorn takes the response for complete and drops cycle, parser, task and protocol; we write
-    the bytes that its `send` would write.
-3.  Parked connections and their tasks stay in the server's sets, for shutdown and cancellation.
-4.  What a client sends on a parked connection is kept for a new protocol after the response.
+For a parked connection uvicorn takes the response for complete and drops cycle, parser, task and protocol; we write the
+bytes that its `send` would write. What the client sends meanwhile is kept for a new protocol after the response.
 """
 
 import asyncio
@@ -41,8 +38,6 @@ class BoundedProtocol(HttpToolsProtocol):
 
     - `max_head_bytes` also limits chunk sizes and trailers. The app refuses a complete head that is too large.
     - After one pipelined request too many, or other bytes, the connection closes after the last response that is due.
-    - It reads while requests wait, to detect a disconnect.
-    - An idle connection drops its last request.
     """
 
     # More attributes in `__dict__` would end its key sharing: a KiB each.
@@ -205,7 +200,6 @@ class BoundedProtocol(HttpToolsProtocol):
         return parked
 
     def take_over(self, transport: asyncio.Transport, ahead: bytes) -> None:
-        """`ahead`: bytes of the next request."""
         self.connection_made(transport)
         self._stop_head_timer()
         self.on_response_complete()

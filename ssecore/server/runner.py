@@ -1,4 +1,4 @@
-"""Our runner: uvicorn with a drain, and with socket options that disconnect frozen clients.
+"""Our runner: uvicorn with a drain, and socket options that disconnect frozen clients.
 
 uvicorn sends `lifespan.shutdown` after all connections are closed, so this server drains the app first.
 """
@@ -41,10 +41,9 @@ SEND_BUFFER_BYTES = 256 * 1024
 BACKLOG = 4096
 #: Until uvicorn cancels requests that outlive the drain; an integer for uvicorn.
 SHUTDOWN_S = 1
-#: From the drain's end, or the last stream, run or request that ended since, to the exit: farewells, SHUTDOWN_S, the
-#: log's last commit.
+#: From the drain's end, or the last stream, run or request that ended since, to the exit.
 END_S = 3.0
-#: From the drain's end to the exit, even while streams still end (thousands do, on a busy machine).
+#: To the exit, even while streams still end.
 MAX_END_S: Final = 10.0
 #: For an infinite `drain_s`.
 LONGEST_S: Final = 1e6
@@ -56,8 +55,7 @@ KEEP_ALIVE_S = 620
 
 MAX_NAMED: Final = 20
 
-#: By default 700, so the collector would scan thousands of connections, 60 objects each, again and again. Much higher,
-#: and the cycles of closed connections stay for long.
+#: The default, 700, scans thousands of connections again and again; a much higher one keeps those that are closed.
 COLLECT_EACH = 5_000
 
 
@@ -189,13 +187,12 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def _drop_connections(self) -> None:
-        """Drop clients that haven't read their last bytes; uvicorn would wait and log an error."""
+        """Of clients that don't read; uvicorn would wait and log an error."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
 
 def _exit(code: int) -> NoReturn:
-    """After the last log lines are written."""
     stderr.drain()
     os._exit(code)
 

@@ -1,7 +1,7 @@
 """A standard error that never blocks the process.
 
-If its reader stops (a stuck log collector, Ctrl-S), a write after the pipe's 64 KiB would block the event loop. So a
-thread writes; lines that don't fit in its queue are dropped and counted.
+If its reader stops (a stuck log collector, Ctrl-S), writing would block the event loop. So a thread writes; lines that
+don't fit in its queue are dropped and counted.
 """
 
 import atexit

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Block(Generic[T]):
-    """`async with` starts tasks and ends them; `async for` takes their items."""
+    """`async with` starts and ends tasks; `async for` takes their items."""
 
     _tasks: TaskGroup | None = None  # on trio; a worker's failure doesn't cancel it
     _workers: Sequence[GeneratorTask[Any]] | None = None
@@ -105,7 +105,6 @@ class _Worker(GeneratorTask[T]):
     def __init__(self, source: AsyncIterator[T], to_us: MemoryObjectSendStream[Any]) -> None:
         super().__init__(source)
         self._to_us = to_us
-        self._failure_sent = False
 
     async def iterate(self) -> None:
         try:
@@ -114,12 +113,11 @@ class _Worker(GeneratorTask[T]):
         except BaseException as error:
             if self._stopped or not self._store_failure(error):
                 raise
-            self._failure_sent = True
+            failure, self.failure = self.failure, None
             with suppress(anyio.BrokenResourceError):  # the reader left meanwhile
-                await self._to_us.send((None, self.failure))
+                await self._to_us.send((None, failure))
 
     def on_end(self) -> None:
         self._to_us.close()
-        failure = None if self._failure_sent else self.failure
-        if failure is not None and not isinstance(failure, anyio.BrokenResourceError):
-            logger.warning("a merged source failed while it was closed", exc_info=failure)
+        if self.failure is not None and not isinstance(self.failure, anyio.BrokenResourceError):
+            logger.warning("a merged source failed while it was closed", exc_info=self.failure)

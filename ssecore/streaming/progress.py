@@ -1,6 +1,4 @@
-"""Work in a thread (`from_thread`) or a task (`from_task`), with its progress; see docs/handlers.md.
-
-Rules, cited by number at the code:
+"""Work in a thread or a task, and its progress; see docs/handlers.md.
 
 1.  A thread can't be stopped from outside: its next report raises `WorkCancelled`.
 2.  Leaving the block waits for the thread: only it can release its resources, and the interpreter would wait too.
@@ -143,10 +141,13 @@ class TaskReport(_Items[T]):
     dropped = 0
 
     def __call__(self, item: T) -> Awaitable[None]:
-        with self._changed:
-            added = self._add(item)
-            self.dropped += not added
+        if not (added := self._add(item)):
+            self._count_dropped(1)
         return _Reported(self, item, added)
+
+    def _count_dropped(self, number: int) -> None:
+        with self._changed:
+            self.dropped += number
 
     def _add(self, item: T) -> bool:
         """False if there is no room."""
@@ -161,8 +162,7 @@ class TaskReport(_Items[T]):
     async def _wait_for_room(self, item: T) -> None:
         if threading.get_ident() != self._loop_thread:
             raise RuntimeError("await report(…) only in the task of the work; in other threads call it without await")
-        with self._changed:
-            self.dropped -= 1
+        self._count_dropped(-1)
         while not self._add(item):
             self._room = self._room or anyio.Event()
             await self._room.wait()
@@ -182,7 +182,7 @@ class _Reported(Generic[T]):
 
 
 class _Reading(Block[T]):
-    """Work that reports, and the reader of its reports."""
+    """Work that reports, and its reader."""
 
     def __init__(self, report: _Items[T], run: Callable[[], Coroutine[Any, Any, object]], work: object) -> None:
         self._report = report
@@ -335,7 +335,7 @@ class ProgressState:
     current_step: int  #: from 1; 0 before the first
     total_steps: int
     step_name: str
-    percent: int  #: of completed steps
+    percent: int  #: of completed steps; 100 after `complete` only
 
 
 class ProgressLogger:
@@ -356,7 +356,6 @@ class ProgressLogger:
         self.state = ProgressState(0, total_steps, "", 0)
         self._on_log = on_log
         self._on_progress = on_progress
-        self._completed = False
         self._lock = threading.RLock()  # a callback may log
 
     @classmethod
@@ -371,7 +370,7 @@ class ProgressLogger:
         """Begin step `n`, from 1. Raises `ValueError`, or `RuntimeError` after `complete`."""
         with self._lock:
             total = self.state.total_steps
-            if self._completed:
+            if self.state.percent == 100:
                 raise RuntimeError("no step can begin after complete()")
             if not 1 <= n <= total:
                 raise ValueError(f"there is no step {n}: steps go from 1 to {total}")
@@ -383,8 +382,7 @@ class ProgressLogger:
 
     def complete(self) -> None:
         with self._lock:
-            if not self._completed:
-                self._completed = True
+            if self.state.percent < 100:
                 total = self.state.total_steps
                 self._change(ProgressState(total, total, self.state.step_name, 100))
 

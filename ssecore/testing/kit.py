@@ -43,7 +43,7 @@ class Exchange:
         self.raw_headers: list[tuple[bytes, bytes]] = []
         self.started = anyio.Event()
         self.ended = anyio.Event()  #: the app has returned
-        self.complete = False  #: the app has sent the last part of the body
+        self.complete = False  #: the body is
         self.failure: BaseException | None = None  #: raised by the app
         self._to_app = list(body) or [b""]
         self._left = anyio.Event()
@@ -252,8 +252,6 @@ class _Body(httpx.AsyncByteStream):
 class Transport(httpx.AsyncBaseTransport):
     """Calls an app for httpx. Use the client in an `async with` block, which contains the app's tasks.
 
-    httpx's own ASGITransport never returns an endless response.
-
     `cuts`: the n-th event stream breaks off after `cuts[n]` bytes.
     """
 
@@ -426,7 +424,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         return self._now
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - asyncio's own
-        """Without its time limit, which would pass at once."""
+        """Its time limit would pass at once."""
         await super().shutdown_default_executor()
 
 
