@@ -303,7 +303,7 @@ class Transport(httpx.AsyncBaseTransport):
 
 @asynccontextmanager
 async def lifespan(app: App) -> AsyncIterator[dict[str, Any]]:
-    """Yields the state for requests. Raises what the app raises, or `RuntimeError` with a `.failed` event's message."""
+    """Yields the state for requests. Raises what the app raises, or `RuntimeError` for a `.failed` event."""
     state: dict[str, Any] = {}
     failure: BaseException | None = None
     started, leaving = anyio.Event(), anyio.Event()
