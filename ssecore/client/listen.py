@@ -29,7 +29,7 @@ from ssecore.client import (
 from ssecore.client.publish import authorization, explain, fail, json_argument
 from ssecore.wire import Event
 
-__all__ = ["ENDS", "configure", "listen"]
+__all__ = ["configure", "listen"]
 
 #: Exit codes, for --help.
 ENDS: Final = {

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
 import anyio
@@ -17,6 +17,7 @@ import httpx
 import orjson
 
 from ssecore.client.outbound import http_client
+from ssecore.client.source import json_object
 
 __all__ = ["authorization", "configure", "explain", "fail", "json_argument", "publish"]
 
@@ -63,14 +64,12 @@ async def _publish(url: str, content: bytes, headers: dict[str, str]) -> int:
     with anyio.fail_after(TIMEOUT_S):
         async with http_client(timeout=TIMEOUT_S) as http:
             answer = await http.post(url, content=content, headers=headers)
-    body: Any = None
-    if "json" in answer.headers.get("content-type", ""):
-        body = answer.json()
-    if answer.status_code == 202 and isinstance(body, dict):
-        print(_CONTROL.sub("", str(body.get("id"))))
+    body = json_object(answer.content)
+    if answer.status_code == 202 and "id" in body:
+        print(_CONTROL.sub("", str(body["id"])))
         return 0
-    detail = body.get("detail") if isinstance(body, dict) else None
-    return fail(f"the service answered {answer.status_code}{f': {detail}' if detail else ''}", 3)
+    detail = f": {body['detail']}" if "detail" in body else ""
+    return fail(f"the service answered {answer.status_code}{detail}", 3)
 
 
 def explain(parser: argparse.ArgumentParser, description: str, ends: Mapping[int, str]) -> None:

@@ -29,8 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        code: int = options.run(options)
-        return code
+        return int(options.run(options))
     except SSEAppError as error:
         print(f"sseapp: {error}", file=sys.stderr)
         return 2
@@ -182,7 +181,7 @@ def _check_patterns(may: Sequence[str]) -> None:
         return
     try:
         from handlers import ROUTES
-    except ModuleNotFoundError:  # not the service's checkout: the routes belong to another app
+    except ModuleNotFoundError:  # the routes belong to another app
         return
     kinds = sorted({route.may.partition("{")[0] for route in ROUTES if ":" in route.may})
     for right in patterns:

@@ -18,7 +18,7 @@ class _DropTruncated(logging.Filter):
 
 
 class _JSONLines(logging.Formatter):
-    """One object a line; the end of a stream has a member for each fact."""
+    """One object a line; a stream's end has a member for each fact."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC)

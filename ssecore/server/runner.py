@@ -60,7 +60,7 @@ COLLECT_EACH = 5_000
 
 
 class Hosted:
-    """Any other ASGI app, with what the runner needs of an `SSEApp`. Authentication is left to the app."""
+    """Any other ASGI app; authentication is its own."""
 
     drained_by_runner = failed = private = False
 

@@ -18,7 +18,6 @@ __all__ = ["drain", "dropped_lines", "unblock"]
 
 logger = logging.getLogger("sseapp")
 
-#: Some 40,000 lines.
 MAX_QUEUED_BYTES: Final = 4 * 1024 * 1024
 #: The capacity of a pipe.
 WRITE_BYTES: Final = 64 * 1024

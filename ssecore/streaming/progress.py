@@ -39,7 +39,7 @@ __all__ = [
 
 logger = logging.getLogger("sseapp")
 
-#: anyio's and trio's number, but apart: the log and the database must not wait for readers.
+#: anyio's number, but apart: the log and the database must not wait for readers.
 MAX_THREADS: Final = 40
 
 _limiter: Final[RunVar[CapacityLimiter]] = RunVar("sseapp.progress")
@@ -65,15 +65,12 @@ class _Items(Generic[T]):
         self._items: deque[T] = deque()
         self._changed = threading.Condition()  # rule 3
         self._ended = False
-        self._wanted: anyio.Event | None = None
-        self._room: anyio.Event | None = None
+        self._wanted: anyio.Event | None = None  # an item, or room for one: never both
 
-    def _wake_reader(self) -> None:
-        if self._wanted is None:
-            return
+    def _added(self) -> None:
         if threading.get_ident() == self._loop_thread:
             self._wake()
-        else:
+        elif self._wanted is not None:
             with suppress(RuntimeError):  # the loop has ended
                 self._call_soon(self._wake)
 
@@ -82,17 +79,11 @@ class _Items(Generic[T]):
             self._wanted.set()
             self._wanted = None
 
-    def _make_room(self) -> None:
-        if self._room is not None:
-            self._room.set()
-            self._room = None
-
     def _end(self) -> None:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
         self._wake()
-        self._make_room()
 
     async def _next(self) -> T:
         await checkpoint()
@@ -101,7 +92,7 @@ class _Items(Generic[T]):
                 if self._items:
                     item = self._items.popleft()
                     self._changed.notify()
-                    self._make_room()
+                    self._wake()
                     return item
                 if self._ended:
                     raise anyio.EndOfStream
@@ -121,7 +112,7 @@ class Report(_Items[T]):
                 self._changed.wait()
             self.check()
             self._items.append(item)
-        self._wake_reader()
+        self._added()
 
     def check(self) -> None:
         """Raise `WorkCancelled` after the reader has left. Cheap."""
@@ -156,7 +147,7 @@ class TaskReport(_Items[T]):
                 if len(self._items) >= self._buffer:
                     return False
                 self._items.append(item)
-        self._wake_reader()
+        self._added()
         return True
 
     async def _wait_for_room(self, item: T) -> None:
@@ -164,8 +155,8 @@ class TaskReport(_Items[T]):
             raise RuntimeError("await report(…) only in the task of the work; in other threads call it without await")
         self._count_dropped(-1)
         while not self._add(item):
-            self._room = self._room or anyio.Event()
-            await self._room.wait()
+            self._wanted = self._wanted or anyio.Event()
+            await self._wanted.wait()
 
 
 class _Reported(Generic[T]):
@@ -335,7 +326,7 @@ class ProgressState:
     current_step: int  #: from 1; 0 before the first
     total_steps: int
     step_name: str
-    percent: int  #: of completed steps; 100 after `complete` only
+    percent: int  #: 100 after `complete` only
 
 
 class ProgressLogger:

@@ -176,28 +176,26 @@ def _exchange(
 async def opening(*, leave_s: float = 10) -> AsyncIterator[Callable[..., Exchange]]:
     """Yields a function that opens requests, with the arguments of `connect`. The block's end disconnects all."""
     exchanges: list[Exchange] = []
-    failure: BaseException | None = None  # raised outside the group, which would wrap it
-    async with anyio.create_task_group() as tasks:
+    tasks = await anyio.create_task_group().__aenter__()
 
-        def open_one(app: App, *arguments: Any, **options: Any) -> Exchange:
-            exchange = _exchange(*arguments, **options)
-            exchanges.append(exchange)
-            tasks.start_soon(exchange.run, app)
-            return exchange
+    def open_one(app: App, *arguments: Any, **options: Any) -> Exchange:
+        exchange = _exchange(*arguments, **options)
+        exchanges.append(exchange)
+        tasks.start_soon(exchange.run, app)
+        return exchange
 
-        try:
-            yield open_one
-            for exchange in exchanges:
-                await _leave(exchange, leave_s)
-        except Exception as error:
-            failure = error
-        finally:
-            for exchange in exchanges:
-                exchange.disconnect()
-            tasks.cancel_scope.cancel()
-    failures = [failure, *[exchange.failure for exchange in exchanges]]
-    if (failure := next((one for one in failures if one is not None), None)) is not None:
-        raise failure
+    try:
+        yield open_one
+        for exchange in exchanges:
+            await _leave(exchange, leave_s)
+    finally:
+        for exchange in exchanges:
+            exchange.disconnect()
+        tasks.cancel_scope.cancel()
+        await tasks.__aexit__(None, None, None)  # without the error, which the group would wrap
+    for exchange in exchanges:
+        if exchange.failure is not None:
+            raise exchange.failure
 
 
 @asynccontextmanager
@@ -303,7 +301,7 @@ class Transport(httpx.AsyncBaseTransport):
 
 @asynccontextmanager
 async def lifespan(app: App) -> AsyncIterator[dict[str, Any]]:
-    """Yields the state for requests. Raises what the app raises, or `RuntimeError` with a `.failed` event's message."""
+    """Yields the state for requests. Raises what the app raises, or `RuntimeError` for a `.failed` event."""
     state: dict[str, Any] = {}
     failure: BaseException | None = None
     started, leaving = anyio.Event(), anyio.Event()
