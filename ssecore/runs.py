@@ -979,7 +979,7 @@ def _line(text: str) -> str:
 
 def _fingerprint(request: Request) -> _Fingerprint:
     own = ("key", *CURSOR_PARAMETERS)
-    query = sorted((name, value) for name, value in request.query_pairs() if name not in own)
+    query = sorted((name, value) for name, value in request.query_pairs if name not in own)
     target = _digest(request.path, repr(query))
     media_type = request.headers.get("content-type", "")
     return _Fingerprint(target, _digest(target, media_type, request.body_digest))

@@ -41,8 +41,8 @@ def JSON(data: Any, status: int = 200, headers: Mapping[str, str] | None = None)
 class ByteStream:
     """A body in chunks, of which memory holds `buffer_bytes` and one.
 
-    `chunks` is closed at the end, also unread and for HEAD. If it fails, the connection is cut, which the client
-    detects. A `content-length` in `headers` must be exact; the server cuts the rest.
+    `chunks` is closed at the end, also unread and for HEAD. If it fails, the connection is cut. A `content-length` in
+    `headers` must be exact.
     """
 
     chunks: AsyncIterator[bytes]

@@ -3,8 +3,8 @@
 A path parameter is `{name}` (one segment), `{name:int}` or `{name:path}` (the rest with slashes), a keyword argument of
 the handler. Names may be repeated in the query if their fields are lists, sets or tuples.
 
-A match takes one step: a dictionary for paths without parameters, one regular expression for the others. An empty group
-behind each alternative selects the route by `match.lastindex`: `/users/([^/]+)/x()|/topics/([^/]+)()`.
+A match takes one step: a dictionary for paths without parameters, one regular expression for the others, in which an
+empty group behind each alternative selects the route: `/users/([^/]+)/x()|/topics/([^/]+)()`.
 """
 
 import inspect
@@ -78,11 +78,10 @@ class Run:
 
     #: Cancel it after these seconds without a reader; `None`: never; "setting": the setting's.
     linger_s: float | Literal["setting"] | None = None
-    #: Makes the route *detached*: a function of the request and the run's id, whose result is the response; `None`
-    #: streams the run. An async one may await the run's end (`request.runs.whole`), and isn't called for
-    #: `Prefer: respond-async`.
+    #: Makes the route *detached*: a function of the request and the run's id makes the response. An async one may await
+    #: the run's end (`request.runs.whole`), and isn't called for `Prefer: respond-async`.
     accepted: Callable[[Any, str], Any] | None = None
-    #: A function of the request: the description, such as the prompt, or an `About`. Exceptions refuse it.
+    #: A function of the request: a description such as the prompt, or an `About`. Exceptions refuse it.
     about: "Callable[[Any], str | About] | None" = None
 
     def __post_init__(self) -> None:
@@ -196,7 +195,7 @@ def _check_type(kind: Any) -> None:
 
 
 def _parts(info: Any, seen: set[int]) -> Iterator[Any]:
-    """A type's description, and those of all that it consists of."""
+    """Itself, and all that it consists of."""
     if isinstance(info, types.Type | types.Field | tuple) and id(info) not in seen:
         seen.add(id(info))
         yield info
