@@ -34,7 +34,6 @@ _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 #: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/
 _FIRST_TOKEN_S: Final = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _OUTPUT_TOKEN_S: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-#: Attribute, metric, help.
 _SENT: Final = (
     ("events_sent", "sseapp_events_sent", "Events sent to clients (chunks, if the stream is bytes), by route"),
     ("sent_bytes", "sseapp_sent_bytes", "Bytes of bodies written for streams, by route"),
@@ -75,7 +74,7 @@ class AnswerTimes:
 
 
 class Metrics:
-    """One app's; `facts` is called at each scrape."""
+    """One app's."""
 
     def __init__(self, facts: Callable[[], Facts]) -> None:
         self._facts = facts

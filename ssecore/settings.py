@@ -185,7 +185,7 @@ def _as_path(kind: type, value: Any) -> Path:
 
 
 def _checked(name: str, given: Any, hint: Any, field: "dataclasses.Field[Any]", *, written: bool = False) -> Any:
-    """Converted to the field's type. `written`: `given` is the text of a variable or an option."""
+    """`written`: `given` is the text of a variable or an option."""
     kinds = (hint, *get_args(hint))
     optional = type(None) in kinds
     is_list = any(get_origin(kind) is tuple for kind in kinds)

@@ -194,7 +194,7 @@ class Decoder:
         self._started = False
         self._skip_lf = False
         self._too_large = False
-        self._bare_retry = False
+        self._asked_to_retry = False
         self._tail: list[bytes] = []
         self._tail_bytes = 0
         self._clear()
@@ -212,7 +212,7 @@ class Decoder:
     @property
     def farewell(self) -> bool:
         """`retry:` after the last event asks the client to reconnect."""
-        return (self._bare_retry or self._retry is not None) and not self.unfinished
+        return self._asked_to_retry and not self.unfinished
 
     def feed(self, chunk: bytes) -> list[Event]:
         if self._too_large:
@@ -279,7 +279,7 @@ class Decoder:
             last = self._id or None
             ids = [last := id or last for id in ids]
         self.last_event_id = self._id = ids[-1] or ""
-        self._bare_retry = False
+        self._asked_to_retry = False
         return list(map(Event, data, names, ids))
 
     def _exceeds_limit(self, line_bytes: int) -> bool:
@@ -299,9 +299,7 @@ class Decoder:
                     data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
                     name = self._event.decode("utf-8", "replace") if self._event else None
                     events.append(Event(data.decode("utf-8", "replace"), name, self._id or None, self._retry))
-                    self._bare_retry = False
-                elif self._retry is not None:
-                    self._bare_retry = True
+                    self._asked_to_retry = False
                 self._clear()
                 continue
             if limit is not None and self._data_bytes + len(line) > limit:  # inlined: 7 % faster
@@ -322,4 +320,5 @@ class Decoder:
             elif name_bytes == b"retry" and value.isdigit():
                 # "If the field value consists of only ASCII digits"; seventeen exceed the limit.
                 self.retry_ms = self._retry = min(int(value.lstrip(b"0")[:17] or b"0"), MAX_RETRY_MS)
+                self._asked_to_retry = True
         return events

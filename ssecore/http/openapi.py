@@ -6,16 +6,15 @@
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
 
 from ssecore import __version__
 from ssecore.dialects import NAMED
 from ssecore.http.guard import COOKIE, Guard
 from ssecore.http.request import Request
-from ssecore.http.responses import JSON, Response
+from ssecore.http.responses import JSON, Problem, Response
 from ssecore.http.routes import GET, PARAMETER, Route, Upload, is_model
 from ssecore.wire import CONTENT_TYPE
 
@@ -37,18 +36,6 @@ _RUN_PARAMETERS: Final = (
     ("query", "key", "As Idempotency-Key, for `EventSource`"),
     ("query", "last_event_id", "As Last-Event-ID"),
 )
-
-
-class Problem(msgspec.Struct):
-    """RFC 9457"""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: str
-    field: Annotated[str | UnsetType, Meta(description="The wrong parameter or member")] = UNSET
-    reference: Annotated[str | UnsetType, Meta(description="Identifies the failure in the server's log")] = UNSET
 
 
 class Failure(msgspec.Struct):

@@ -132,7 +132,7 @@ class Headers(dict[str, str]):
 
 
 class RequestFacts:
-    """What a stream needs of it."""
+    """What a stream needs of its request."""
 
     __slots__ = ("caller", "credential", "ended_for", "has_place", "method", "route")
 
@@ -307,12 +307,12 @@ class Request(RequestFacts):
 
     @property
     def like_event_source(self) -> bool:
-        """An `EventSource` never reconnects after a 503."""
+        """An `EventSource`, it seems, which never reconnects after a 503."""
         return self.method == "GET" and self.wants_event_stream and "no-cache" in self.headers.get("cache-control", "")
 
     @property
     def from_browser(self) -> bool:
-        """Or it is `fetch` with `cache: "no-store"`."""
+        """A browser's, or `fetch` with `cache: "no-store"`."""
         return self.like_event_source and self.headers.get("user-agent", "").startswith("Mozilla/")
 
     @property

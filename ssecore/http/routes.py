@@ -178,9 +178,7 @@ DELETE: Final = partial(Route, "DELETE")
 
 def is_model(kind: Any) -> bool:
     """A pydantic model; pydantic may not be installed."""
-    return isinstance(kind, type) and all(
-        hasattr(kind, name) for name in ("model_fields", "model_validate", "model_validate_json")
-    )
+    return isinstance(kind, type) and hasattr(kind, "model_validate_json")
 
 
 def _check_type(kind: Any) -> None:
@@ -195,7 +193,6 @@ def _check_type(kind: Any) -> None:
 
 
 def _parts(info: Any, seen: set[int]) -> Iterator[Any]:
-    """Itself, and all that it consists of."""
     if isinstance(info, types.Type | types.Field | tuple) and id(info) not in seen:
         seen.add(id(info))
         yield info
@@ -230,10 +227,9 @@ class Table:
     """Matches routes; the first wins."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
-        self.dialects = list({id(route.dialect): route.dialect for route in routes}.values())
+        self.dialects = list(dict.fromkeys(route.dialect for route in routes))
         for dialect in self.dialects:
-            others = [other for other in [*DIALECTS.values(), *self.dialects] if other is not dialect]
-            if any(other.name == dialect.name for other in others):
+            if any(one.name == dialect.name and one is not dialect for one in (*DIALECTS.values(), *self.dialects)):
                 raise ValueError(f"{type(dialect).__name__}: there is another dialect named {dialect.name!r}")
         by_path: dict[str, dict[str, Route]] = {}
         for route in routes:

@@ -292,7 +292,7 @@ def parse_expiry(text: str) -> datetime:
 
 @contextmanager
 def _edited(path: Path) -> Iterator[dict[str, Entry]]:
-    """The entries by id, to be changed. Locks the folder, because the file is replaced; on Windows another file."""
+    """Entries by id, to be changed. Locks the folder, since the file is replaced; on Windows another file."""
     place, flags = os.path.realpath(path.parent), os.O_RDONLY
     if not FOLDERS:
         place, flags = os.path.join(place, f".{path.name}.lock"), os.O_RDWR | os.O_CREAT
