@@ -67,8 +67,7 @@ class Dialect:
     id_first: bool = False
     #: Clients parse all data as JSON, so it is never empty.
     only_json: bool = False
-    #: A client that resumes a run which is no longer kept gets `gone`, and not 410, even if it doesn't ask for an event
-    #: stream.
+    #: A client that resumes a deleted run gets `gone`, not 410, even if it doesn't accept event streams.
     streams_gone: bool = False
 
     def headers(self, run: str) -> Mapping[str, str]:
@@ -173,7 +172,7 @@ class AGUI(Dialect):
     name = "ag_ui"
     id_first = True  # @tanstack/ai-client 0.33 pairs a pending `id:` line with the next `data:` line
     only_json = True
-    streams_gone = True  # @tanstack/ai-client 0.33 sends no `Accept`, and shows no more of a 410 than its number
+    streams_gone = True  # @tanstack/ai-client 0.33 sends no `Accept`, and shows a 410's number only
 
     def error(self, text: str, code: str, so_far: SoFar) -> list[Event]:
         return [Event({"type": "RUN_ERROR", "message": text, "code": code})]
@@ -308,10 +307,7 @@ def public_text(error: Exception) -> str:
 
 
 def failure_of(error: BaseException, what: str = "a handler") -> Exception:
-    """What user code raised, as an `Exception`.
-
-    `SystemExit`, a Rust panic or a group of them would end the event loop or the app's task group.
-    """
+    """What user code raised: `SystemExit` or a Rust panic would end the event loop or the app's task group."""
     if isinstance(error, Exception):
         return error
     failure = RuntimeError(f"{what} raised {type(error).__name__}")

@@ -1,7 +1,7 @@
 """All exceptions, each with its HTTP status.
 
-They become a problem document (RFC 9457), or after a response's first byte an `error` event. Clients see an
-`SSEAppError`'s text: say what to do, and no secret.
+They become a problem document (RFC 9457), or after a response's first byte an `error` event. Clients see the text: say
+what to do, and no secret.
 """
 
 import random
@@ -48,7 +48,7 @@ _NOT_RUNNING: Final = (
 )
 
 
-#: The code of each status: that of the first class which has it.
+#: By status: its first class's.
 CODES: Final = {500: "internal_error"}
 
 
@@ -208,7 +208,7 @@ class UpstreamRefusal(UpstreamError):
 
 
 class Unavailable(_Passing):
-    """A limit is reached, or something is down; a retry may succeed."""
+    """A limit is reached, or something is down."""
 
     status, code = 503, "unavailable"
 
@@ -227,13 +227,13 @@ class Interrupted(SSEAppError):
 
 
 class LogUnavailable(Unavailable):
-    """The log can't be used at the moment: disk full, read-only, Redis unreachable."""
+    """At the moment: disk full, read-only, Redis unreachable."""
 
     code = "log_unavailable"
 
 
 class LogError(SSEAppError):
-    """The log can't be used: corrupt, foreign, of a newer version, or in use."""
+    """The log is corrupt, foreign, of a newer version, or in use."""
 
     code = "log_error"
 

@@ -7,7 +7,7 @@ from collections import Counter as Sums
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from platform import python_version
 from time import monotonic
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -22,7 +22,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 import ssecore
 
-__all__ = ["MEDIA_TYPE", "AnswerTimes", "Facts", "Measurable", "Metrics"]
+if TYPE_CHECKING:
+    from ssecore.streaming.sender import Sender
+
+__all__ = ["MEDIA_TYPE", "AnswerTimes", "Facts", "Metrics"]
 
 MEDIA_TYPE: Final = CONTENT_TYPE_LATEST
 #: From a commit of SQLite to when people reload the page.
@@ -31,7 +34,6 @@ _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 #: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/
 _FIRST_TOKEN_S: Final = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _OUTPUT_TOKEN_S: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-#: Attribute, metric, help.
 _SENT: Final = (
     ("events_sent", "sseapp_events_sent", "Events sent to clients (chunks, if the stream is bytes), by route"),
     ("sent_bytes", "sseapp_sent_bytes", "Bytes of bodies written for streams, by route"),
@@ -39,23 +41,10 @@ _SENT: Final = (
 )
 
 
-class Measurable(Protocol):
-    """An open stream."""
-
-    sent_bytes: int
-    stalled_s: float
-
-    @property
-    def route(self) -> str: ...
-
-    @property
-    def events_sent(self) -> int: ...
-
-
 class Facts(NamedTuple):
     """Read at each scrape."""
 
-    streams: Collection[Measurable] = ()
+    streams: "Collection[Sender]" = ()
     runs: int = 0
     gaps: Mapping[str, int] = {}
     dropped_lines: int = 0
@@ -85,7 +74,7 @@ class AnswerTimes:
 
 
 class Metrics:
-    """One app's; `facts` is called at each scrape."""
+    """One app's."""
 
     def __init__(self, facts: Callable[[], Facts]) -> None:
         self._facts = facts
@@ -128,7 +117,7 @@ class Metrics:
     def answer(self, route: str) -> AnswerTimes:
         return AnswerTimes(self._first_token.labels(route), self._output_token.labels(route))
 
-    def ended(self, stream: Measurable, reason: str) -> None:
+    def ended(self, stream: "Sender", reason: str) -> None:
         self._ended.labels(stream.route, reason).inc()
         for attribute, sums in self._past.items():
             sums[stream.route] += getattr(stream, attribute)
@@ -136,25 +125,24 @@ class Metrics:
     def collect(self) -> Iterable[Metric]:
         streams, runs, gaps, dropped_lines = self._facts()
         open_streams = GaugeMetricFamily("sseapp_streams_open", "Open streams, by route", labels=["route"])
-        for route, count in Sums(stream.route for stream in streams).items():
-            open_streams.add_metric([route], count)
-        yield open_streams
+        yield _filled(open_streams, Sums(stream.route for stream in streams))
         for attribute, name, meaning in _SENT:
             sums = self._past[attribute].copy()
             for stream in streams:
                 sums[stream.route] += getattr(stream, attribute)
-            sent = CounterMetricFamily(name, meaning, labels=["route"])
-            for route, value in sums.items():
-                sent.add_metric([route], value)
-            yield sent
+            yield _filled(CounterMetricFamily(name, meaning, labels=["route"]), sums)
         yield GaugeMetricFamily("sseapp_runs_running", "Running runs of this process", value=runs)
         announced = CounterMetricFamily("sseapp_gaps", "Gaps announced to readers, by reason", labels=["reason"])
-        for reason, count in gaps.items():
-            announced.add_metric([reason], count)
-        yield announced
+        yield _filled(announced, gaps)
         yield CounterMetricFamily(
             "sseapp_dropped_lines", "Log lines dropped because standard error was not read in time", value=dropped_lines
         )
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
+
+
+def _filled(family: CounterMetricFamily | GaugeMetricFamily, values: Mapping[str, float]) -> Metric:
+    for label, value in values.items():
+        family.add_metric([label], value)
+    return family

@@ -899,7 +899,7 @@ def _line(text: str) -> str:
 def _target(request: Request) -> str:
     """A hash of path and query."""
     own = ("key", *CURSOR_PARAMETERS)
-    query = sorted((name, value) for name, value in request.query_pairs() if name not in own)
+    query = sorted((name, value) for name, value in request.query_pairs if name not in own)
     return _digest(request.path, repr(query))
 
 

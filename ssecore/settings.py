@@ -137,7 +137,7 @@ class Settings:
                 )
                 continue
             if text is not None and (text != "" or not variable.startswith("OPENAI_")):
-                values[field.name] = _parse(name, text, hints[field.name], field)
+                values[field.name] = _checked(name, text, hints[field.name], field, written=True)
         for variable in sorted(set(environ) - set(known)):
             if variable.startswith(_PREFIX) and not _OF_A_SERVICE.fullmatch(variable):
                 near = difflib.get_close_matches(variable, known, 1)
@@ -178,40 +178,37 @@ def _variable(name: str) -> str:
     return name.upper() if name.startswith("openai_") else f"{_PREFIX}{name.upper()}"
 
 
-def _parse(name: str, text: str, hint: Any, field: "dataclasses.Field[Any]") -> Any:
-    kinds = (hint, *get_args(hint))
-    if type(None) in kinds and text.lower() in ("none", ""):
-        return None
-    is_list = any(get_origin(kind) is tuple for kind in kinds)
-    value = [part.strip() for part in text.split(",")] if is_list else text
-    return _checked(name, value, hint, field, text)
-
-
 def _as_path(kind: type, value: Any) -> Path:
     if not isinstance(value, str | Path):
         raise ValueError("expected a path")
     return Path(value)
 
 
-def _checked(name: str, value: Any, hint: Any, field: "dataclasses.Field[Any]", text: str | None = None) -> Any:
-    """Converted to the field's type. `text` is what it was parsed from."""
+def _checked(name: str, given: Any, hint: Any, field: "dataclasses.Field[Any]", *, written: bool = False) -> Any:
+    """`written`: `given` is the text of a variable or an option."""
     kinds = (hint, *get_args(hint))
+    optional = type(None) in kinds
+    is_list = any(get_origin(kind) is tuple for kind in kinds)
+    if written and optional and given.lower() in ("none", ""):
+        return None
     try:
-        value = msgspec.convert(value, hint, strict=text is None or Path in kinds, dec_hook=_as_path)
+        value = [part.strip() for part in given.split(",")] if written and is_list else given
+        value = msgspec.convert(value, hint, strict=not written or Path in kinds, dec_hook=_as_path)
     except msgspec.ValidationError as error:
         expected = str(error).replace("`", "").replace(" | null", "")
     else:
         if field.name in ("log", "openai_base_url"):
             _check_url(name, value or "")
         return value
-    # Without the value, which may contain a password, also as the context of the exception.
+    # Outside of `except`: the context would show a password.
     if field.name == "log":
         raise SettingsError(f"{name}: expected sqlite, memory, or a Redis URL", field=name)
+    if is_list:
+        expected = "comma-separated origins such as https://example.com" if written else "a tuple of origins"
+        expected = f"expected {expected}"
     if choices := [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]:
         expected = f"expected {' or '.join(choices)}"
-    elif any(get_origin(kind) is tuple for kind in kinds):
-        origins = "a tuple of origins" if text is None else "comma-separated origins such as https://example.com"
-        expected = f"expected {origins}"
-    none = "" if type(None) not in kinds else ", or none" if text is not None else ", or None"
-    shown = f"{name}={text!r}" if text is not None else name.replace("…", f"{value!r:.60}" if field.repr else "…")
-    raise SettingsError(f"{shown}: {expected}{none}", field=name)
+    if optional:
+        expected += ", or none" if written else ", or None"
+    shown = f"{name}={given!r}" if written else name.replace("…", f"{given!r:.60}" if field.repr else "…")
+    raise SettingsError(f"{shown}: {expected}", field=name)

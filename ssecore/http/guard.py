@@ -3,16 +3,14 @@
 1.  *Private*: peer, `Host` and `Origin` are loopback (DNS rebinding doesn't change `Host`), no proxy's header, not
     HTTP/1.0 (nginx's default), no page of another origin. A proxy that adds nothing can't be detected.
 2.  Only browsers send a page's origin, which pages can't forge: `Sec-Fetch-Site`, otherwise `Origin`, compared with
-    `Host`, which a proxy may change. (Go's `CrossOriginProtection` has the same order.)
+    `Host`, which a proxy may change (as Go's `CrossOriginProtection`).
 3.  Pages of other origins may not use unsafe methods, nor a cookie. Those in `SSEAPP_CORS_ORIGINS` may; `*` allows
-    requests with a token. In mode `caller` without such origins the embedding program checks: it knows its credentials,
-    and its CORS middleware answers preflights.
+    requests with a token. In mode `caller` without such origins the embedding program checks.
 4.  A request with neither header is a program's, or a browser's GET from any origin (image, frame, link, `fetch` with
     `no-cors`): over plain HTTP browsers send `Sec-Fetch-Site` only to "potentially trustworthy" addresses (Secure
-    Contexts, 3.1), and old ones never (docs/clients.md). Chromium omits it for `[::ffff:127.0.0.1]`, `0.0.0.0` and
-    `[::]`, so these are not loopback here. In mode `private` and with a cookie such a request is refused if its
-    `User-Agent` begins with `Mozilla/`, as every browser's does. Pages can't change that: `fetch` sets it only after a
-    preflight, with `Origin`. Programs gain nothing by another one.
+    Contexts, 3.1), old ones never. Chromium omits it for `[::ffff:127.0.0.1]`, `0.0.0.0` and `[::]`, so these are not
+    loopback here. In mode `private` and with a cookie such a request is refused if its `User-Agent` begins with
+    `Mozilla/`, which pages can't change: `fetch` sets it only after a preflight, with `Origin`.
 5.  The cookie requires HTTPS or loopback: it is sent to all ports, and without HTTPS other ports are the same site. On
     loopback `Sec-Fetch-Site` detects that.
 6.  A token in a URL is refused: it is in logs and histories.
@@ -25,7 +23,7 @@ import shlex
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from inspect import isawaitable
-from typing import Final, Literal
+from typing import Final
 
 from ssecore.errors import (
     BadRequest,
@@ -53,10 +51,10 @@ EXPOSED: Final = (
 )
 #: Chromium's maximum.
 PREFLIGHT_S: Final = 7200
-#: Apache's and Tomcat's limit; browsers send about twenty.
+#: Apache's and Tomcat's.
 MAX_HEADER_LINES: Final = 100
 
-#: Starlette's TestClient; a server's peer is an address.
+#: Starlette's TestClient.
 TEST_CLIENT: Final = "testclient"
 TEST_SERVER: Final = "testserver"
 
@@ -66,9 +64,8 @@ _FORWARDED: Final = re.compile(
     "|(x-)?(forwarded|original|proxy|proxied|real|remote|rewrite|envoy|azure|arr|amzn?|appengine|vercel|nf|varnish)"
     "(-.+)?|(cf|cloudfront|fly|fastly|akamai|tailscale)-.+|(.+-)?(client|connecting)-ip"
 )
-#: 0.05 µs a header instead of 0.3.
 _forwarded: Final = lru_cache(128)(_FORWARDED.fullmatch)
-# The dot first: a search from each digit would take 21 ms for 60 KiB.
+# The dot first: searching from each digit takes 21 ms for 60 KiB.
 _TOKEN_IN_URL: Final = re.compile(rb"(?:^|&)(?:access_token|api_key|token)=|\.(?<=[0-9a-f]{16}\.)[A-Za-z0-9_-]{43}")
 #: HTTP/2 may split the header; then commas join the parts.
 _OUR_COOKIE: Final = re.compile(rf"(?:^|[;,] *){COOKIE}=([^;,]*)")
@@ -78,13 +75,12 @@ class Guard:
     """One app's. Raises `SettingsError`."""
 
     def __init__(self, settings: Settings, caller: Caller | None = None) -> None:
-        given = [caller is not None, settings.tokens_file is not None, settings.auth == "off"]
-        if sum(given) > 1:
+        modes = {"caller": caller, "tokens": settings.tokens_file, "off": settings.auth}
+        given = [mode for mode, value in modes.items() if value is not None]
+        if len(given) > 1:
             names = f"{settings.written('auth', 'off')}, {settings.written('tokens_file')}"
             raise SettingsError(f"{names} and caller= exclude each other", field="auth")
-        self.mode: Literal["caller", "tokens", "off", "private"] = "private"
-        if any(given):
-            self.mode = ("caller", "tokens", "off")[given.index(True)]
+        self.mode = given[0] if given else "private"
         self.tokens = Tokens(settings.tokens_file) if settings.tokens_file is not None else None
         self._settings = settings
         self._caller = caller
@@ -107,7 +103,7 @@ class Guard:
     def routes(self) -> list[Route]:
         if self.tokens is None:
             return []
-        # Open, for expired tokens; another origin would need a preflight.
+        # Open, for expired tokens.
         return [POST("/session", self._log_in), DELETE("/session", self._log_out, open=True)]
 
     def admit(self, request: Request) -> None:
@@ -180,7 +176,7 @@ class Guard:
         raise Forbidden(
             f"this token lacks the right {granting!r}; `{command}` creates one that has it",
             code="insufficient_scope",
-            # RFC 6750, 3.1, which doesn't allow all names of topics.
+            # RFC 6750, 3.1; not all names of topics are allowed there.
             headers={"www-authenticate": f'Bearer error="insufficient_scope", scope="{action}"'},
         )
 
@@ -221,7 +217,7 @@ class Guard:
         if authorization is None or credential is None:
             raise BadRequest("send the token as `Authorization: Bearer …`", field="authorization")
         value = session_of(authorization.partition(" ")[2].strip())
-        # From a proxy that terminates TLS. A forged one gives a useless cookie.
+        # A proxy's; a forged one gives a useless cookie.
         schemes = (request.scope.get("scheme"), headers.get("x-forwarded-proto"))
         secure = "https" in schemes or headers.get("origin", "").startswith("https:")
         if not secure and not _is_loopback(headers.get("host", "")):
@@ -258,7 +254,7 @@ class Guard:
             return None
         if not (self._any_origin or headers["origin"] in self._origins):
             raise Forbidden(f"this origin is not in {self._settings.written('cors_origins')}")
-        # Allows everything: the request itself is checked too.
+        # The request itself is checked too.
         allowed = {
             "access-control-allow-methods": method,
             "access-control-allow-headers": headers.get("access-control-request-headers", ""),

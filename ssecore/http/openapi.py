@@ -14,7 +14,7 @@ from ssecore import __version__
 from ssecore.dialects import NAMED
 from ssecore.http.guard import COOKIE, Guard
 from ssecore.http.request import Request
-from ssecore.http.responses import JSON, Response
+from ssecore.http.responses import JSON, Problem, Response
 from ssecore.http.routes import GET, PARAMETER, Route, Upload, is_model
 from ssecore.wire import CONTENT_TYPE
 
@@ -29,33 +29,6 @@ _PATH_TYPES: Final[Mapping[str, dict[str, Any]]] = {
     "path": {"type": "string", "minLength": 1},
 }
 _TEXT: Final = {"type": "string"}
-_FAILURE: Final = {
-    "type": "object",
-    "properties": {"error": _TEXT, "code": _TEXT},
-    "required": ["error", "code"],
-}
-_RUN_EVENTS: Final = {
-    "cancelled": {"type": "object", "properties": {"reason": _TEXT}, "required": ["reason"]},
-    "gap": {
-        "type": "object",
-        "properties": {"reason": _TEXT, "from": {"type": "integer"}, "to": {"type": ["integer", "null"]}},
-        "required": ["reason", "from"],
-    },
-}
-_PROBLEM: Final = {
-    "type": "object",
-    "description": "RFC 9457",
-    "properties": {
-        "type": _TEXT,
-        "title": _TEXT,
-        "status": {"type": "integer"},
-        "detail": _TEXT,
-        "code": _TEXT,
-        "field": {**_TEXT, "description": "The wrong parameter or member"},
-        "reference": {**_TEXT, "description": "Identifies the failure in the server's log"},
-    },
-    "required": ["type", "title", "status", "detail", "code"],
-}
 _RUN_PARAMETERS: Final = (
     ("header", "Last-Event-ID", "Resume after this event"),
     ("header", "Idempotency-Key", "A request with the same key reads the run that the first one started"),
@@ -63,6 +36,24 @@ _RUN_PARAMETERS: Final = (
     ("query", "key", "As Idempotency-Key, for `EventSource`"),
     ("query", "last_event_id", "As Last-Event-ID"),
 )
+
+
+class Failure(msgspec.Struct):
+    error: str
+    code: str
+
+
+class Cancelled(msgspec.Struct):
+    reason: str
+
+
+class Gap(msgspec.Struct):
+    reason: str
+    first: int = msgspec.field(name="from")
+    to: int | None = None
+
+
+_, _OWN = msgspec.json.schema_components((Problem, Failure, Cancelled, Gap))
 
 
 class _Query(msgspec.Struct, forbid_unknown_fields=True):
@@ -96,7 +87,7 @@ def document(routes: Iterable[Route], guard: Guard, version: Version) -> dict[st
         path = PARAMETER.sub(r"{\1}", route.path)
         if shapes.setdefault(PARAMETER.sub("{}", route.path), path) == path:
             paths.setdefault(path, {}).setdefault(route.method.lower(), _operation(route, guard, schemas, version))
-    components: dict[str, Any] = {"schemas": {"Problem": _PROBLEM, **schemas.components}}
+    components: dict[str, Any] = {"schemas": {"Problem": _OWN["Problem"], **schemas.components}}
     made: dict[str, Any] = {
         "openapi": f"{version}.0",
         "info": {"title": "sseapp", "version": __version__},
@@ -118,22 +109,18 @@ class _Schemas:
         for route in routes:
             declared = [route.query, None if isinstance(route.body, Upload) else route.body]
             kinds += [kind for kind in (*declared, *(route.events or {}).values()) if kind is not None]
-        found, components = msgspec.json.schema_components(kinds, schema_hook=_of_model, ref_template=_REF)
         self.components: dict[str, Any] = {}
-        for schema in (*found, *components.values()):
-            self._lift(schema)
+        found, components = msgspec.json.schema_components(kinds, schema_hook=self._of_model, ref_template=_REF)
         self.components |= components
         self._of = list(zip(kinds, found, strict=True))
 
-    def _lift(self, schema: Any) -> None:
-        if isinstance(schema, dict):
-            brought = schema.pop("$defs", {})
-            self.components |= brought
-            for part in (*brought.values(), *schema.values()):
-                self._lift(part)
-        elif isinstance(schema, list | tuple):
-            for part in schema:
-                self._lift(part)
+    def _of_model(self, kind: type) -> dict[str, Any]:
+        if not is_model(kind):
+            raise NotImplementedError
+        model: Any = kind
+        schema: dict[str, Any] = model.model_json_schema(ref_template=_REF.replace("name", "model"))
+        self.components |= schema.pop("$defs", {})
+        return schema
 
     def of(self, kind: Any) -> dict[str, Any]:
         return next(schema for known, schema in self._of if known is kind)
@@ -144,14 +131,6 @@ class _Schemas:
         while "$ref" in schema:
             schema = self.components[schema["$ref"].rpartition("/")[2]]
         return schema
-
-
-def _of_model(kind: type) -> dict[str, Any]:
-    if not is_model(kind):
-        raise NotImplementedError
-    model: Any = kind
-    schema: dict[str, Any] = model.model_json_schema(ref_template=_REF.replace("name", "model"))
-    return schema
 
 
 def _operation(route: Route, guard: Guard, schemas: _Schemas, version: Version) -> dict[str, Any]:
@@ -219,8 +198,8 @@ def _item(route: Route, schemas: _Schemas) -> dict[str, Any]:
     if route.events:
         known = {name: None if kind is None else schemas.of(kind) for name, kind in route.events.items()}
         if route.dialect is NAMED:
-            engine_events = {"error": _FAILURE, **(_RUN_EVENTS if route.run is not None else {})}
-            known = {**engine_events, **known}
+            of_run = {"cancelled": _OWN["Cancelled"], "gap": _OWN["Gap"]} if route.run is not None else {}
+            known = {"error": _OWN["Failure"], **of_run, **known}
         item["anyOf"] = [_event(name, schema) for name, schema in known.items()]
     return item
 

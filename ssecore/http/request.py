@@ -10,7 +10,6 @@ import json
 import random
 import re
 import sys
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
@@ -84,24 +83,23 @@ class Room:
         self._limit = limit
         self._limit_per_caller = limit_per_caller
         self._taken = 0
-        self._taken_by: Counter[str | None] = Counter()
+        self._taken_by: dict[str | None, int] = {}
 
     def take(self, caller: str | None, amount: int) -> None:
         """Raises `TooManyRequests` over the caller's limit, `Unavailable` over the total."""
         if self._limit is not None and self._taken + amount > self._limit:
             raise Unavailable(f"too many {self._what} at once; try again", retry_after_s=random.randint(1, 5))
-        limit = self._limit_per_caller
-        if caller is not None and limit is not None and self._taken_by[caller] + amount > limit:
+        taken, limit = self._taken_by.get(caller, 0), self._limit_per_caller
+        if caller is not None and limit is not None and taken + amount > limit:
             text = f"you have too many {self._what} at once; try again"
             raise TooManyRequests(text, retry_after_s=random.randint(1, 5))
         self._taken += amount
-        self._taken_by[caller] += amount
+        self._taken_by[caller] = taken + amount
 
     def give_back(self, caller: str | None, amount: int) -> None:
         self._taken -= amount
-        self._taken_by[caller] -= amount
-        if not self._taken_by[caller]:
-            del self._taken_by[caller]
+        if left := self._taken_by.pop(caller, 0) - amount:
+            self._taken_by[caller] = left
 
 
 class Services(NamedTuple):
@@ -134,7 +132,7 @@ class Headers(dict[str, str]):
 
 
 class RequestFacts:
-    """What a stream needs without its request."""
+    """What a stream needs of its request."""
 
     __slots__ = ("caller", "credential", "ended_for", "has_place", "method", "route")
 
@@ -160,7 +158,7 @@ class RequestFacts:
         """For the `finally` of a stream's generator.
 
         `client`: disconnected. `timeout`: `max_stream_s`. `slow`: read too slowly. `drain`: shutdown. `cancelled`: by a
-        request. `unauthorized`: token revoked or expired. Otherwise `failed` during an exception, else `finished`.
+        request. `unauthorized`: its token ended. Otherwise `failed` during an exception, else `finished`.
         """
         if self.ended_for is not None:
             return self.ended_for
@@ -173,14 +171,14 @@ class RequestFacts:
 class Request(RequestFacts):
     """A handler's first argument. `state` is from the lifespan; `query` and `body` have the route's types."""
 
-    # On the class, because few requests set them.
+    # Few requests set these.
     answer_headers: Sequence[tuple[bytes, bytes]] = ()
     query: Any = None
     body: Any = None
     raw_body = b""
     body_digest = ""  #: SHA-256
     run_id: str | None = None  #: for the handler of a run
-    #: Set by a run's handler that yields its own error event: the run has failed.
+    #: Set by a run's handler that yields its own error event.
     failed = False
     _upload: SpooledTemporaryFile[bytes] | None = None
     _room: Room | None = None
@@ -255,10 +253,7 @@ class Request(RequestFacts):
 
     @property
     def cookies(self) -> dict[str, str]:
-        """Without quotes. Of two with one name the first:
-
-        "Cookies with longer paths are listed before cookies with shorter paths" (RFC 6265, 5.4).
-        """
+        """Without quotes. Of two with one name the first, with the longer path (RFC 6265, 5.4)."""
         lines = [value.decode("latin-1") for name, value in self.scope["headers"] if name.lower() == b"cookie"]
         found: dict[str, str] = {}
         for part in ";".join(lines).split(";"):
@@ -273,13 +268,14 @@ class Request(RequestFacts):
     def query_params(self) -> Mapping[str, str]:
         """The first value of each name. Raises `BadRequest` for repeated names, except the route's lists."""
         params: dict[str, str] = {}
-        for name, value in self.query_pairs():
+        for name, value in self.query_pairs:
             if name not in params:
                 params[name] = value
             elif self.route is None or not (self.route.hosted or name in self.route.lists):
                 raise BadRequest(f"{name!r:.60} is given twice", field=name[:60])
         return params
 
+    @cached_property
     def query_pairs(self) -> list[tuple[str, str]]:
         try:
             text = self.scope.get("query_string", b"").decode("ascii")
@@ -292,16 +288,15 @@ class Request(RequestFacts):
         values: dict[str, Any] = {name: value for name, value in self.query_params.items() if name not in own}
         for name in route.lists:
             if name in values:
-                values[name] = [value for other, value in self.query_pairs() if other == name]
+                values[name] = [value for other, value in self.query_pairs if other == name]
         return values
 
     @cached_property
     def last_event_id(self) -> str:
         """The client's cursor, or ""; the header precedes the query."""
-        cursor = self.headers.get("last-event-id", "")
-        with suppress(UnicodeDecodeError):  # browsers send UTF-8, some clients latin-1
-            cursor = cursor.encode("latin-1").decode()
-        if cursor := cursor.strip(" \t"):
+        if cursor := self.headers.get("last-event-id", "").strip(" \t"):
+            with suppress(UnicodeDecodeError):  # browsers send UTF-8, some clients latin-1
+                return cursor.encode("latin-1").decode()
             return cursor
         given = (self.query_params.get(name, "").strip(" \t") for name in CURSOR_PARAMETERS)
         return next(filter(None, given), "")
@@ -312,12 +307,12 @@ class Request(RequestFacts):
 
     @property
     def like_event_source(self) -> bool:
-        """Whether it looks like an `EventSource`, which never reconnects after a 503."""
+        """An `EventSource`, it seems, which never reconnects after a 503."""
         return self.method == "GET" and self.wants_event_stream and "no-cache" in self.headers.get("cache-control", "")
 
     @property
     def from_browser(self) -> bool:
-        """Whether it looks like a browser's. So does `fetch` with `cache: "no-store"`."""
+        """A browser's, or `fetch` with `cache: "no-store"`."""
         return self.like_event_source and self.headers.get("user-agent", "").startswith("Mozilla/")
 
     @property
@@ -387,10 +382,9 @@ class Request(RequestFacts):
         """The next part, whether more follow, and the wait allowed for it."""
         message = None
         while message is None:
-            began = anyio.current_time()
-            with anyio.move_on_after(wait_s):
+            with anyio.move_on_after(wait_s) as scope:
                 message = await self._receive()
-            waited_s = anyio.current_time() - began
+            waited_s = wait_s + anyio.current_time() - scope.deadline
             if message is None:
                 if waited_s < wait_s + LATE_S:
                     raise RequestTimeout("the body arrived too slowly or not at all")
@@ -423,7 +417,7 @@ class Request(RequestFacts):
         self.body_digest = digest.hexdigest()
 
     def for_run(self, id: str) -> "Request":
-        """A copy without the connection, whose end doesn't end the run."""
+        """A copy without the connection."""
         request = copy.copy(self)
         request.forget()
         request.run_id = id
@@ -431,7 +425,7 @@ class Request(RequestFacts):
         return request
 
     def hand_over(self) -> None:
-        """The run's copy will release what this one uses."""
+        """The run's copy releases it."""
         self._upload = self._room = None
 
     def outlive(self, *, whole: bool) -> RequestFacts:
@@ -448,7 +442,7 @@ class Request(RequestFacts):
 
     def forget(self) -> None:
         """Drop decoded headers: saves 0.5 KiB for each open connection."""
-        for name in ("headers", "query_params", "last_event_id"):
+        for name in ("headers", "query_pairs", "query_params", "last_event_id"):
             self.__dict__.pop(name, None)
 
     def close(self) -> None:

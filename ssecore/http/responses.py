@@ -3,7 +3,10 @@
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
 
 from ssecore.dialects import NAMED, Dialect
 from ssecore.errors import CODES, SSEAppError
@@ -12,6 +15,7 @@ from ssecore.wire import encode_json
 __all__ = [
     "JSON",
     "ByteStream",
+    "Problem",
     "Response",
     "Send",
     "http_error",
@@ -41,8 +45,8 @@ def JSON(data: Any, status: int = 200, headers: Mapping[str, str] | None = None)
 class ByteStream:
     """A body in chunks, of which memory holds `buffer_bytes` and one.
 
-    `chunks` is closed at the end, also unread and for HEAD. If it fails, the connection is cut, which the client
-    detects. A `content-length` in `headers` must be exact; the server cuts the rest.
+    `chunks` is closed at the end, also unread and for HEAD. If it fails, the connection is cut. A `content-length` in
+    `headers` must be exact.
     """
 
     chunks: AsyncIterator[bytes]
@@ -51,15 +55,23 @@ class ByteStream:
     status: int = 200
 
 
+class Problem(msgspec.Struct):
+    """RFC 9457"""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    field: Annotated[str | UnsetType, Meta(description="The wrong parameter or member")] = UNSET
+    reference: Annotated[str | UnsetType, Meta(description="Identifies the failure in the server's log")] = UNSET
+
+
 def problem(error: SSEAppError, reference: str | None = None, dialect: Dialect = NAMED) -> Response:
     """For a failure before the first byte. `reference` is the log's."""
-    data = {"type": "about:blank", "title": HTTPStatus(error.status).phrase, "status": error.status}
-    data |= {"detail": error.detail, "code": error.code}
-    if error.field is not None:
-        data["field"] = error.field
-    if reference is not None:
-        data["reference"] = reference
-    data |= dialect.refusal(error)
+    title, field = HTTPStatus(error.status).phrase, UNSET if error.field is None else error.field
+    made = Problem("about:blank", title, error.status, error.detail, error.code, field, reference or UNSET)
+    data = msgspec.to_builtins(made) | dialect.refusal(error)
     return Response(encode_json(data), error.status, "application/problem+json", error.headers)
 
 

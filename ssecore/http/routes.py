@@ -3,8 +3,8 @@
 A path parameter is `{name}` (one segment), `{name:int}` or `{name:path}` (the rest with slashes), a keyword argument of
 the handler. Names may be repeated in the query if their fields are lists, sets or tuples.
 
-A match takes one step: a dictionary for paths without parameters, one regular expression for the others. An empty group
-behind each alternative selects the route by `match.lastindex`: `/users/([^/]+)/x()|/topics/([^/]+)()`.
+A match takes one step: a dictionary for paths without parameters, one regular expression for the others, in which an
+empty group behind each alternative selects the route: `/users/([^/]+)/x()|/topics/([^/]+)()`.
 """
 
 import inspect
@@ -78,11 +78,10 @@ class Run:
 
     #: Cancel it after these seconds without a reader; `None`: never; "setting": the setting's.
     linger_s: float | Literal["setting"] | None = None
-    #: Makes the route *detached*: a function of the request and the run's id, whose result is the response; `None`
-    #: streams the run. An async one may await the run's end (`request.runs.whole`), and isn't called for
-    #: `Prefer: respond-async`.
+    #: Makes the route *detached*: a function of the request and the run's id makes the response. An async one may await
+    #: the run's end (`request.runs.whole`), and isn't called for `Prefer: respond-async`.
     accepted: Callable[[Any, str], Any] | None = None
-    #: A function of the request: the description, such as the prompt, or an `About`. Exceptions refuse it.
+    #: A function of the request: a description such as the prompt, or an `About`. Exceptions refuse it.
     about: "Callable[[Any], str | About] | None" = None
 
     def __post_init__(self) -> None:
@@ -179,9 +178,7 @@ DELETE: Final = partial(Route, "DELETE")
 
 def is_model(kind: Any) -> bool:
     """A pydantic model; pydantic may not be installed."""
-    return isinstance(kind, type) and all(
-        hasattr(kind, name) for name in ("model_fields", "model_validate", "model_validate_json")
-    )
+    return isinstance(kind, type) and hasattr(kind, "model_validate_json")
 
 
 def _check_type(kind: Any) -> None:
@@ -196,7 +193,6 @@ def _check_type(kind: Any) -> None:
 
 
 def _parts(info: Any, seen: set[int]) -> Iterator[Any]:
-    """A type's description, and those of all that it consists of."""
     if isinstance(info, types.Type | types.Field | tuple) and id(info) not in seen:
         seen.add(id(info))
         yield info
@@ -231,10 +227,9 @@ class Table:
     """Matches routes; the first wins."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
-        self.dialects = list({id(route.dialect): route.dialect for route in routes}.values())
+        self.dialects = list(dict.fromkeys(route.dialect for route in routes))
         for dialect in self.dialects:
-            others = [other for other in [*DIALECTS.values(), *self.dialects] if other is not dialect]
-            if any(other.name == dialect.name for other in others):
+            if any(one.name == dialect.name and one is not dialect for one in (*DIALECTS.values(), *self.dialects)):
                 raise ValueError(f"{type(dialect).__name__}: there is another dialect named {dialect.name!r}")
         by_path: dict[str, dict[str, Route]] = {}
         for route in routes:

@@ -1,11 +1,10 @@
 """API tokens: their hashes in a file.
 
 A token is `<id>.<secret>`. The SHA-256 of the secret (256 random bits) is compared in constant time. A browser's cookie
-has a secret derived from it. The file contains neither.
+has a secret derived from it. The file contains neither: one JSON object a line, mode 0600, replaced as a whole.
 
-The file has one JSON object a line, mode 0600, and is replaced as a whole. An editor or a copy may truncate it first,
-so `sseapp token` marks a complete file by an empty last line: tokens missing from it are revoked at once, from others
-after `GRACE_S`. Files with an invalid line are ignored.
+An editor or a copy may truncate it first, so `sseapp token` marks a complete file by an empty last line: tokens missing
+from it are revoked at once, from others after `GRACE_S`. Files with an invalid line are ignored.
 
 The rights are in docs/operating.md.
 """
@@ -50,7 +49,7 @@ logger = logging.getLogger("sseapp")
 #: It appears in paths (`/users/<name>/stream`).
 MAX_NAME: Final = 200
 REFRESH_S: Final = 1.0
-#: An editor writes within milliseconds, a slow copy over a network within seconds.
+#: A slow copy over a network takes seconds.
 GRACE_S: Final = 5.0
 MAX_RIGHTS: Final = 50
 #: `publish:topics/`, the longest name of a topic (200), and stars.
@@ -114,7 +113,7 @@ class Credential:
 
 
 class Tokens:
-    """Raises `SettingsError`; a missing file has none."""
+    """Raises `SettingsError`, not for a missing file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -293,7 +292,7 @@ def parse_expiry(text: str) -> datetime:
 
 @contextmanager
 def _edited(path: Path) -> Iterator[dict[str, Entry]]:
-    """The entries by id, to be changed. Locks the folder, because the file is replaced; on Windows another file."""
+    """Entries by id, to be changed. Locks the folder, since the file is replaced; on Windows another file."""
     place, flags = os.path.realpath(path.parent), os.O_RDONLY
     if not FOLDERS:
         place, flags = os.path.join(place, f".{path.name}.lock"), os.O_RDWR | os.O_CREAT
