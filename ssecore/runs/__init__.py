@@ -137,7 +137,9 @@ class Runs:
     async def _close_left_behind(self, stat: Stat) -> None:
         state: State = "completed"
         frames: list[bytes] = []
-        dialect, last = self._dialect(stat), await self._last_event(stat)
+        rows = await self.log.read(stat.stream, stat.last - 1, 1) if stat.last else []
+        last = last_event(rows[-1].body[(0, *rows[-1].ends)[-2] :]) if rows else None  # not all of the row
+        dialect = self._dialect(stat)
         if last is None or not dialect.is_last(last):
             so_far = SoFar(stat.stream, _meta(stat).note, stat.last, last)
             state, frames = "interrupted", error_frames(Interrupted("the service was stopped"), dialect, so_far)
@@ -151,10 +153,6 @@ class Runs:
         if meta.dialect is not None:
             return self._dialects.get(meta.dialect, NAMED)
         return DATA_ONLY if meta.data_only else NAMED  # from versions without dialects
-
-    async def _last_event(self, stat: Stat) -> Event | None:
-        rows = await self.log.read(stat.stream, stat.last - 1, 1) if stat.last else []
-        return last_event(rows[-1].body[(0, *rows[-1].ends)[-2] :] if rows else b"")  # not all of the row
 
     def _on_command(self, run: str, command: str) -> None:
         if command == "cancel" and (worker := self._workers.get(run)) is not None:

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from itertools import accumulate, chain, repeat
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -234,7 +235,7 @@ class Worker:
         limit_s = self.meta.linger_s
         if self._touched is None and limit_s is not None:
             self._touched = anyio.Event()
-            self._runs.tasks.start_soon(self._linger, limit_s)
+            self._runs.spawn(partial(self._linger, limit_s))
         self.touch()
 
     async def _linger(self, limit_s: float) -> None:
@@ -244,7 +245,7 @@ class Worker:
         while self._runs.is_unread(self):
             if steps == LINGER_STEPS:
                 steps = 0
-                with suppress(LogUnavailable):  # it may have readers elsewhere: don't cancel
+                with suppress(LogUnavailable, LogError):  # it may have readers elsewhere: don't cancel
                     if peers is None or not await peers.touched(self.id):
                         self.cancel("linger")
                         break

@@ -118,9 +118,8 @@ class GeneratorTask(Generic[T]):
                 if not self._stopped:
                     await _watched(self.iterate(), self.on_wait)
             finally:
-                self._start_close_timer()
                 try:
-                    await self._aclose()
+                    await _watched(self._aclose(), self._start_close_timer)
                 finally:
                     if self._close_timer is not None:
                         self._close_timer.cancel()
