@@ -1,7 +1,6 @@
 """Topics: streams in the log with any number of writers and readers.
 
-A process keeps nothing about a topic without readers here. The log deletes a topic without events `EMPTY_TOPIC_S` after
-its last use; `keep` uses those that have readers here.
+The log deletes a topic without events `EMPTY_TOPIC_S` after its last use; `keep` uses those that have readers here.
 
 A subscription begins with `init`, whose id is the newest event's, or is resumed, with a `gap` if events are missing.
 Unlike a run, an `expired` topic goes on with what it has.
@@ -63,12 +62,11 @@ class Topics:
         return await self._log.publish(_stream(topic), frames, retention=self._retention)
 
     def subscribers(self, topic: str) -> int:
-        """The topic's readers in this process."""
+        """Readers in this process."""
         return self._tails.subscribers(_stream(topic))
 
     async def subscribe(self, request: Request, subscription: Subscription) -> Attached:
         """Raises `BadRequest`, `Unavailable`, `LogUnavailable`."""
-        self._check_room(subscription.topic)
         cursor = parse_cursor(request.last_event_id) if request.last_event_id else None
         stream = _stream(subscription.topic)
         init = subscription.init
@@ -82,11 +80,10 @@ class Topics:
             )
         except NotFound:
             raise Unavailable("the topic is being deleted; try again", retry_after_s=1) from None
-        try:
-            self._check_room(subscription.topic, itself=1)  # others may have subscribed meanwhile
-        except Unavailable:
+        limit = self._settings.max_subscribers
+        if limit is not None and self.subscribers(subscription.topic) > limit:
             reader.close()
-            raise
+            raise Unavailable("too many subscribers to this topic; try again")
         return Attached(reader, {})
 
     async def _get_stat(self, stream: str) -> Stat | None:
@@ -97,17 +94,10 @@ class Topics:
             stat = await self._log.stat(stream)
         return stat
 
-    def _check_room(self, topic: str, itself: int = 0) -> None:
-        limit = self._settings.max_subscribers
-        if limit is not None and self.subscribers(topic) - itself >= limit:
-            raise Unavailable("too many subscribers to this topic; try again")
-
     async def _touch(self, stream: str) -> None:
-        """Append no event. It counts as use."""
         await self._log.publish(stream, [], retention=self._retention, meta={})
 
     async def keep(self) -> None:
-        """See above."""
         while True:
             await anyio.sleep(facts.EMPTY_TOPIC_S / KEEPS)
             streams = [stream for stream in self._tails.streams() if stream.startswith(_stream(""))]

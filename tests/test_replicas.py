@@ -17,7 +17,7 @@ import httpx
 import pytest
 from redis import Redis
 
-import ssecore.runs
+import ssecore.runs.worker
 from sseapp import GET, Request, Run, Settings, SSEApp
 from ssecore.errors import UpstreamError
 from ssecore.wire import Decoder, Event
@@ -379,7 +379,7 @@ async def two_replicas(redis: RedisServer) -> AsyncIterator[tuple[Replica, Repli
 @pytest.fixture
 def a_long_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here depends on how fast this machine is."""
-    monkeypatch.setattr(ssecore.runs, "FIRST_ITEM_S", 25.0)
+    monkeypatch.setattr(ssecore.runs.worker, "FIRST_ITEM_S", 25.0)
 
 
 def assert_stored_error(events: list[Event], run: str) -> None:

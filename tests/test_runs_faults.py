@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 import sseapp
-import ssecore.runs
+import ssecore.runs.worker
 from sseapp import GET, Event, Run, Settings, SSEApp
 from ssecore.dialects import DATA_ONLY, NAMED
 from ssecore.errors import LogError
@@ -211,7 +211,7 @@ def test_a_run_of_another_version_that_can_not_be_closed_does_not_stop_the_other
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What could not be stored is tried again soon."""
-    monkeypatch.setattr(ssecore.runs, "RETRY_S", (0.01,))
+    monkeypatch.setattr(ssecore.runs.worker, "RETRY_S", (0.01,))
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The pump: iterates an async generator, ahead of the sender.
 
-Rules, cited by number at the code:
-
 1.  One task makes every `anext` of a generator and its `aclose`, so that anyio's scopes are left in order.
 2.  A generator is cancelled once, and may await in its `finally` for `CLOSE_S`; then repeatedly. (anyio cancels at each
     await: connection pools leak connections.) On asyncio only this module cancels the task, without a cancel scope,
@@ -69,14 +67,13 @@ class GeneratorTask(Generic[T]):
         self._done: anyio.Event | None = None
 
     async def iterate(self) -> None:
-        """For subclasses."""
         raise NotImplementedError
 
     def on_wait(self) -> None:
         """Called before the generator waits."""
 
     def on_end(self) -> None:
-        """Called when it is closed."""
+        """Called at its end."""
 
     def start(self, tasks: TaskGroup | None) -> None:
         if (loop := asyncio_loop()) is not None:
@@ -121,9 +118,8 @@ class GeneratorTask(Generic[T]):
                 if not self._stopped:
                     await _watched(self.iterate(), self.on_wait)
             finally:
-                self._start_close_timer()
                 try:
-                    await self._aclose()
+                    await _watched(self._aclose(), self._start_close_timer)
                 finally:
                     if self._close_timer is not None:
                         self._close_timer.cancel()

@@ -1,7 +1,5 @@
 """The sender: one streaming response. ARCHITECTURE.md has its two states, *sending* and *parked*.
 
-Rules, cited by number at the code:
-
 1.  At most one `send` of a connection is in flight; meanwhile `progress` is odd.
 2.  Under our own runner a parked sender has no task: its request's call has returned, and its connection is a `Line`,
     which refers only to the sender. A task to catch up ends when it parks.
@@ -45,7 +43,6 @@ class Source(Protocol):
     events: bool
     #: An event stream's first bytes if nothing came in `first_s`.
     opening: bytes
-    #: The wait for the first bytes.
     first_s: float
     #: Others have the same bytes after `after`: see `deliver`.
     is_shared: bool
@@ -119,19 +116,19 @@ def chunk(body: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class SenderOptions:
-    """See the settings."""
+    """The settings."""
 
     heartbeat_s: float | None
     send_timeout_s: float | None
     max_stream_s: float | None
     retry_ms: int
-    #: Called with route and seconds, once for each stream.
+    #: Route and seconds, once for each stream.
     first_event: Callable[[str, float], None]
     ended: Callable[["Sender"], None]
 
 
 class Sender:
-    """One streaming response."""
+    """A response."""
 
     __slots__ = (
         "_before_first",

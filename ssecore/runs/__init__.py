@@ -18,21 +18,18 @@ and a `Worker` that pumps the generator into it. All clients read the log.
 import asyncio
 import hashlib
 import logging
-import sys
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from inspect import isawaitable, iscoroutinefunction
-from itertools import accumulate, chain, repeat
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import anyio
 import msgspec
 from anyio import current_time
 from anyio.abc import TaskGroup
 
-from ssecore.dialects import DATA_ONLY, DIALECTS, NAMED, Dialect, SoFar, cancelled_frames, error_frames
+from ssecore.dialects import DATA_ONLY, DIALECTS, NAMED, Dialect, SoFar, error_frames
 from ssecore.errors import (
     BadRequest,
     Conflict,
@@ -43,8 +40,6 @@ from ssecore.errors import (
     LogError,
     LogUnavailable,
     NotFound,
-    SSEAppError,
-    TooLarge,
     TooManyRequests,
     Unavailable,
     UnprocessableContent,
@@ -53,277 +48,34 @@ from ssecore.errors import (
 from ssecore.http.request import CURSOR_PARAMETERS, Request, no_connection
 from ssecore.http.responses import JSON, Response
 from ssecore.http.routes import DELETE, GET, About, Route, Run
-from ssecore.log import Cursor, Gap, Log, Retention, Stat, facts, framed, locate, new_epoch, parse_cursor
-from ssecore.log.facts import encoded
+from ssecore.log import Cursor, Gap, Log, Peers, Retention, Stat, framed, locate, new_epoch, parse_cursor
 from ssecore.log.tail import READ_BYTES, Attached, Place, Tails, Translate, gap_frames
+from ssecore.runs.worker import Meta, State, Worker, last_event
 from ssecore.settings import Settings
-from ssecore.streaming.pump import FIRST_ITEM_S, Pump, asyncio_loop
+from ssecore.streaming.pump import asyncio_loop
 from ssecore.wire import CONTENT_TYPE, Decoder, Event
 
 __all__ = ["ROUTES", "Runs", "State", "Worker"]
 
 logger = logging.getLogger("sseapp")
 
-State = Literal["running", "completed", "failed", "cancelled", "interrupted"]
-
 #: Without authentication a key is as secret as a run's id; 22 of base64url are 128 bits.
 MIN_ANONYMOUS_KEY: Final = 22
 MAX_KEY: Final = 255
 #: For a thread, which finds only running runs: 16 of base62, as the AI SDK's chat ids, are 95 bits.
 MIN_ANONYMOUS_THREAD: Final = 16
-#: How far a generator may be ahead of the log.
-BUFFERS: Final = 4
 MAX_LIST: Final = 1000
 #: Two lines on a screen; with `MAX_LIST` runs 300 KB.
 MAX_ABOUT_CHARS: Final = 200
-RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 #: For handlers to close after a drain's grace: `docker stop` kills the process 2 s after the default `drain_s`.
 DRAIN_CLOSE_S: Final = 1.5
-#: Steps of the linger time. One that ends this late isn't counted: the process was stopped.
-LINGER_STEPS: Final = 8
-LATE_S: Final = 1.0
 
 
-class _Meta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A run's `meta`. Other versions may write other fields, which are kept."""
-
-    state: str | None = None
-    #: Such as "GET /chat".
-    route: str | None = None
-    dialect: str | None = None
-    data_only: bool = False  #: from versions without dialects
-    linger_s: float | None = None
-    target: str | None = None
-    request: str | None = None
-    #: See `routes.About`.
-    thread: str | None = None
-    note: Mapping[str, Any] = {}
-    about: str = ""
-
-
-def _meta(stat: Stat) -> _Meta:
+def _meta(stat: Stat) -> Meta:
     try:
-        return msgspec.convert(stat.meta, _Meta)
+        return msgspec.convert(stat.meta, Meta)
     except msgspec.ValidationError:
-        return _Meta()
-
-
-class Worker:
-    """A run in this process. It has a task at its end only: the generator's and the log call `_advance`."""
-
-    def __init__(
-        self,
-        runs: "Runs",
-        id: str,
-        route: Route,
-        request: Request,
-        params: Mapping[str, Any],
-        meta: _Meta,
-    ) -> None:
-        self.id = id
-        self.owner = request.caller
-        self.meta = meta
-        self._runs = runs
-        self._route = route
-        self._began = current_time()
-        self._started = anyio.Event()  # with its first stored event, or its end
-        self._failed_early: Exception | None = None  # rule 2
-        self._answered = False  # 200 or 202: too late for rule 2
-        self._reason: Literal["asked", "linger", "drain"] | None = None
-        self._request = request.for_run(id)
-        self._most_unstored = BUFFERS // 2 * runs.settings.buffer_bytes
-        self._pump: Pump[Event] = Pump(
-            route.call(self._request, params), encoded, self._request, buffer_bytes=self._most_unstored
-        )
-        self._pump.on_ready = self._advance
-        self._writer = runs.log.writer(id, id, self._confirm)
-        self._unstored = 0  # bytes posted and not stored yet
-        self._failure: SSEAppError | None = None  # the log's
-        self._events_left = runs.retention.events or sys.maxsize
-        self._bytes_left = runs.retention.bytes or sys.maxsize
-        self._too_large = False
-        self._last = b""  # the newest event
-        self._count = 0  # their number
-        self._touched: anyio.Event | None = None  # while it lingers
-
-    def start(self) -> None:
-        self._pump.start(self._runs.tasks)
-
-    async def wait_started(self) -> None:
-        """Before an answer. Raises an early failure (rule 2)."""
-        if not self._answered:
-            with anyio.move_on_after(FIRST_ITEM_S - (current_time() - self._began)):
-                await self._started.wait()
-            if self._failed_early is not None:
-                raise self._failed_early
-            self._answered = True
-
-    def _advance(self) -> None:
-        """Post the pump's frames, or leave them to `_confirm`. Hot path, once per wait of the generator.
-
-        The end begins once all posts are stored: there must be no hole.
-        """
-        pump = self._pump
-        if self._failure is None and not pump.ended:
-            if self._unstored < self._most_unstored and pump.has_something:
-                frames, size = self._admit(pump.take())
-                if frames:
-                    self._unstored += size
-                    try:
-                        self._writer.post(frames, size)
-                    except SSEAppError as error:
-                        self._confirm(size, error)
-        elif pump.on_ready is not None and (self._failure is not None or not self._unstored):
-            pump.close()
-            self._runs.spawn(self._end)
-
-    def _admit(self, frames: list[bytes]) -> tuple[list[bytes], int]:
-        """The frames that fit the run's retention, and their size."""
-        size, room = sum(map(len, frames)), min(self._bytes_left, facts.MAX_APPEND_BYTES)
-        if len(frames) > self._events_left or size > room:
-            frames = frames[: self._events_left]
-            frames = [frame for frame, end in zip(frames, accumulate(map(len, frames)), strict=True) if end <= room]
-            size = sum(map(len, frames))
-            self._too_large, self._events_left = True, len(frames)  # none behind them
-            self._stop_generator()
-        if frames:
-            self._last = frames[-1]
-            self._count += len(frames)
-            self._events_left -= len(frames)
-            self._bytes_left -= size
-        return frames, size
-
-    def _confirm(self, size: int, error: SSEAppError | None) -> None:
-        """Posted bytes are stored, or have failed."""
-        self._unstored -= size
-        if error is None:
-            self._started.set()
-        elif self._failure is None:
-            self._failure = error
-        if self._pump.has_something or self._failure is not None:
-            self._advance()
-
-    def _stop_generator(self) -> None:
-        self._request.end_for("failed")
-        self._pump.stop()
-
-    async def _end(self) -> None:
-        try:
-            try:
-                if self._failure is not None:
-                    raise self._failure
-                await self._store(*self._ending())
-            except (WriterFenced, NotFound):
-                self._stop_generator()
-                logger.warning("run %s was taken over or deleted while it was running", self.id)
-            except Exception as error:  # the log's; else the dialect's, or ours
-                self._stop_generator()
-                await self._store_later(error)
-        except Exception:
-            logger.exception("run %s: its worker failed", self.id)
-        finally:
-            await self._pump.closed()
-            self._request.close()
-            self._runs._ended(self)
-            self._started.set()
-            del self._writer  # no cycle holds the body
-
-    def _ending(self) -> tuple[list[bytes], State]:
-        """The last events."""
-        frames, _ = self._admit(self._pump.take())
-        failure, dialect = self._pump.failure, self._route.dialect
-        if self._too_large:
-            failure = TooLarge("the run is larger than the log keeps of one stream")
-        elif self._pump.exhausted:
-            failed = self._request.failed or self._last.startswith(b"event: error\n")
-            return frames, "failed" if failed else "completed"
-        elif self._reason is not None:
-            if failure is not None:
-                logger.warning("run %s: its handler failed while it was closed", self.id, exc_info=failure)
-            if self._reason != "drain":
-                return [*frames, *cancelled_frames(self._reason, dialect, self._so_far())], "cancelled"
-            stopped = error_frames(Interrupted("the service stopped"), dialect, self._so_far())
-            return [*frames, *stopped], "interrupted"
-        elif failure is not None and not frames and self._may_be_deleted():
-            self._failed_early = failure
-        failure = failure or RuntimeError("the handler was stopped without a reason")
-        return [*frames, *error_frames(failure, dialect, self._so_far())], "failed"
-
-    async def _store(self, frames: list[bytes], state: State) -> None:
-        """Append the end, or delete the run (rule 2)."""
-        if self._failed_early is not None and await self._runs.log.delete(self.id, unless_answered=True):
-            return
-        self._failed_early = None
-        meta = msgspec.to_builtins(msgspec.structs.replace(self.meta, state=state))
-        await self._runs.log.append(self.id, frames, epoch=self.id, close=True, meta=meta)
-
-    async def _store_later(self, error: Exception) -> None:
-        """Send readers an error without an id; store it when possible."""
-        frames = error_frames(error, self._route.dialect, self._so_far())
-        logger.error("run %s: its events can't be stored: %s", self.id, error)
-        if self._failed_early is None and self._may_be_deleted():
-            self._failed_early = error
-        tail = self._runs.tails.get(self.id)
-        if tail is not None:
-            tail.fail(b"".join(frames))
-        self._started.set()
-        for wait_s in chain(RETRY_S, repeat(RETRY_S[-1])):
-            if self._runs.stopping.is_set():
-                return
-            with anyio.move_on_after(wait_s):
-                await self._runs.stopping.wait()
-            with suppress(LogUnavailable, LogError):
-                return await self._store(frames, "failed")
-
-    def _so_far(self) -> SoFar:
-        return SoFar(self.id, self.meta.note, self._count, _decoded(self._last))
-
-    def _may_be_deleted(self) -> bool:
-        """Rule 2, for this process."""
-        return not self._answered and not self._started.is_set() and current_time() - self._began < FIRST_ITEM_S
-
-    def cancel(self, reason: Literal["asked", "linger", "drain"]) -> None:
-        """Idempotent."""
-        if self._reason is None and not self._pump.exhausted and not self._pump.ended:
-            self._reason = reason
-            self._request.end_for("drain" if reason == "drain" else "cancelled")
-            self._pump.stop()
-
-    def touch(self) -> None:
-        """Restart the linger time."""
-        if self._touched is not None:
-            self._touched.set()
-
-    def linger(self) -> None:
-        """It has no readers here from now on."""
-        limit_s = self.meta.linger_s
-        if self._touched is None and limit_s is not None:
-            self._touched = anyio.Event()
-            self._runs.tasks.start_soon(self._linger, limit_s)
-        self.touch()
-
-    async def _linger(self, limit_s: float) -> None:
-        """Cancel it after `limit_s` seconds without readers."""
-        step_s, steps = limit_s / LINGER_STEPS, 0
-        peers = self._runs.log.peers
-        while self._runs.is_unread(self):
-            self._touched, planned = anyio.Event(), current_time() + step_s
-            with anyio.move_on_after(step_s):
-                await self._touched.wait()
-            steps = 0 if self._touched.is_set() else steps + (current_time() < planned + LATE_S)
-            if steps == LINGER_STEPS and self._runs.is_unread(self):
-                steps = 0
-                with suppress(LogUnavailable):  # it may have readers elsewhere: don't cancel
-                    if peers is None or not await peers.touched(self.id):
-                        self.cancel("linger")
-                        break
-        self._touched = None
-
-
-def _decoded(frame: bytes) -> Event | None:
-    """Of any size."""
-    events = Decoder(max_event_bytes=None).feed(frame)
-    return events[-1] if events else None
+        return Meta()
 
 
 class Runs:
@@ -353,29 +105,29 @@ class Runs:
             log.peers.on_command = self._on_command
 
     async def keep_watch(self) -> None:
-        """Rules 5 and 7, if processes share the log."""
+        """Rules 5 and 7."""
         while self._peers is not None:
             await anyio.sleep(self.settings.lease_s / 3)
             try:
                 await self.recover()
                 for run in self.tails.streams():
-                    if ":" in run or run in self._workers:  # a topic, or read here
+                    if ":" in run or run in self._workers:  # a topic, or this process's own
                         continue
                     await self._peers.touch(run, max(self.settings.linger_s, self.settings.lease_s))
             except (LogUnavailable, LogError):
-                pass  # the log has logged it
+                pass  # logged
             except Exception:
                 logger.exception("can't check the runs of other processes; trying again")
 
     async def recover(self) -> None:
-        """Rule 5. One that can't be closed doesn't stop the others."""
+        """Rule 5."""
         for stat in await self.log.unfinished():
             if stat.stream in self._unclosable:
                 continue
             try:
                 await self._close_left_behind(stat)
             except (WriterFenced, NotFound):
-                pass  # another process closed it, or it was deleted
+                pass  # closed by another process, or deleted
             except LogUnavailable:
                 raise
             except Exception:
@@ -385,7 +137,9 @@ class Runs:
     async def _close_left_behind(self, stat: Stat) -> None:
         state: State = "completed"
         frames: list[bytes] = []
-        dialect, last = self._dialect(stat), await self._last_event(stat)
+        rows = await self.log.read(stat.stream, stat.last - 1, 1) if stat.last else []
+        last = last_event(rows[-1].body[(0, *rows[-1].ends)[-2] :]) if rows else None  # not all of the row
+        dialect = self._dialect(stat)
         if last is None or not dialect.is_last(last):
             so_far = SoFar(stat.stream, _meta(stat).note, stat.last, last)
             state, frames = "interrupted", error_frames(Interrupted("the service was stopped"), dialect, so_far)
@@ -400,10 +154,6 @@ class Runs:
             return self._dialects.get(meta.dialect, NAMED)
         return DATA_ONLY if meta.data_only else NAMED  # from versions without dialects
 
-    async def _last_event(self, stat: Stat) -> Event | None:
-        rows = await self.log.read(stat.stream, stat.last - 1, 1) if stat.last else []
-        return _decoded(rows[-1].body[(0, *rows[-1].ends)[-2] :] if rows else b"")  # not all of the row
-
     def _on_command(self, run: str, command: str) -> None:
         if command == "cancel" and (worker := self._workers.get(run)) is not None:
             worker.cancel("asked")
@@ -415,7 +165,6 @@ class Runs:
             worker.linger()
 
     def is_unread(self, worker: Worker) -> bool:
-        """It is at work, and has no readers here."""
         return worker.id in self._workers and self.tails.get(worker.id) is None
 
     async def drain(self, grace_s: float) -> None:
@@ -459,7 +208,7 @@ class Runs:
             self._idle.set()
 
     def spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Not in the app's task group: it would wait for a handler that never ends."""
+        """On asyncio the app's task group doesn't wait for a handler that never ends."""
         if (loop := asyncio_loop()) is not None:
             task = loop.create_task(work())
             self._running.add(task)
@@ -472,22 +221,21 @@ class Runs:
             return _with_location(request, await self._resume(request, route=route))
         about = _about(route, request)
         key = self._key(request, about.key or _given_key(request))
-        stat, worker = await self._start(request, route, params, key, about)
+        run = await self._start(request, route, params, key, about)
         preferred = not route.hosted and "respond-async" in request.headers.get("prefer", "").lower()
         accepted = route.run.accepted if route.run is not None else None
         if preferred and (accepted is None or iscoroutinefunction(accepted)):
             accepted = _accepted  # the route's own might wait for the end
         if accepted is not None:
-            if worker is not None:
-                await worker.wait_started()
-            given: Any = accepted(request, stat.stream)
+            await self._wait_started(run)
+            given: Any = accepted(request, run)
             answer: Response | None = await given if isawaitable(given) else given
             if answer is not None:
-                headers = {**answer.headers, "run-id": stat.stream}
+                headers = {**answer.headers, "run-id": run}
                 if preferred:
                     headers["preference-applied"] = "respond-async"
                 return replace(answer, headers=headers)
-        return _with_location(request, await self._attach(stat.stream, None, route.dialect))
+        return _with_location(request, await self._attach(run, None, route.dialect))
 
     async def start(
         self,
@@ -511,42 +259,36 @@ class Runs:
         request = Request({"method": "", "path": name, "headers": []}, no_connection)
         request.route, request.caller = route, caller
         hashed = None if key is None else _digest(caller or "", "", name, key)
-        stat, worker = await self._start(request, route, {}, hashed, About())
-        if worker is not None:
-            await worker.wait_started()
-        return stat.stream
+        id = await self._start(request, route, {}, hashed, About())
+        await self._wait_started(id)
+        return id
 
     async def wait(self, run: str, *, caller: str | None) -> Mapping[str, Any]:
         """Wait for the run's end and return its state. Waiting isn't reading: `linger_s` goes on.
 
         Raises `NotFound`, and `Draining` if this app stops before.
         """
-        return _state(await self._end_of(run, caller))
-
-    async def _end_of(self, run: str, caller: str | None, *, reading: bool = False) -> Stat:
         over = anyio.Event()
         unwatch = self.log.watch(run, lambda row, ended: over.set() if ended else None)
         self._waiting.add(over)
         try:
-            while not (stat := await self._owned(run, caller)).closed:
-                if over.is_set() or (self.stopping.is_set() and not self._workers):
-                    raise Draining
-                if reading:
-                    await self._mark_read(stat)
-                with anyio.move_on_after(self.settings.lease_s / 3):
-                    await over.wait()
-            return stat
+            stat = await self._owned(run, caller)
+            if not stat.closed and not (self.stopping.is_set() and not self._workers):
+                await over.wait()
+                stat = await self._owned(run, caller)
+            if not stat.closed:
+                raise Draining
+            return _state(stat)
         finally:
             self._waiting.discard(over)
             unwatch()
 
     async def _start(
         self, request: Request, route: Route, params: Mapping[str, Any], key: str | None, about: About
-    ) -> tuple[Stat, Worker | None]:
-        """A new run, or the key's, and its worker if it runs here."""
+    ) -> str:
         target = _target(request)
         linger_s = route.run.linger_s if route.run else None
-        meta = _Meta(
+        meta = Meta(
             state="running",
             route=route.name,
             dialect=route.dialect.name,
@@ -560,19 +302,17 @@ class Runs:
         while True:
             stat = await self.log.find(key=key) if key is not None else None
             stat = stat or await self._create(request, route, params, meta, key)
-            worker = self._workers.get(stat.stream)
-            if worker is not None or await self._stat_for_answer(stat.stream) is not None:
+            if stat.stream in self._workers or await self._stat_for_answer(stat.stream) is not None:
                 if stat.meta.get("request") != meta.request:
                     raise UnprocessableContent(
                         "this Idempotency-Key was used with another query or body: use a new one"
                     )
-                return stat, worker
+                return stat.stream
             # Deleted meanwhile (rule 2): the key is free.
 
     async def _create(
-        self, request: Request, route: Route, params: Mapping[str, Any], meta: _Meta, key: str | None
+        self, request: Request, route: Route, params: Mapping[str, Any], meta: Meta, key: str | None
     ) -> Stat:
-        """Start a run, unless there is one with the key."""
         self._check_room(request)
         worker = Worker(self, new_epoch(), route, request, params, meta)
         self._workers[worker.id] = worker  # rule 3
@@ -594,6 +334,11 @@ class Runs:
             else:
                 self._ended(worker)
         return stat
+
+    async def _wait_started(self, run: str) -> None:
+        """Raises the run's failure (rule 2)."""
+        if (worker := self._workers.get(run)) is not None:
+            await worker.wait_started()
 
     def _key(self, request: Request, key: str | None, method: str | None = None, path: str | None = None) -> str | None:
         if not key:
@@ -632,8 +377,7 @@ class Runs:
         if run is not None and stat.stream != run:
             raise Conflict("this event id belongs to another run", field="last_event_id")
         meta = _meta(stat)
-        asked = (route.name, _target(request)) if route is not None else None
-        if asked is not None and asked != (meta.route, meta.target):
+        if route is not None and (route.name, _target(request)) != (meta.route, meta.target):
             raise Conflict("this event id belongs to another request", field="last_event_id")
         if only is not None and meta.route != only:
             raise NotFound("there is no such run")
@@ -649,11 +393,9 @@ class Runs:
     async def _attach(
         self, run: str, cursor: Cursor | None, dialect: Dialect, *, translate: Translate | None = None
     ) -> Response | Attached:
-        worker = self._workers.get(run)
         tail = self.tails.acquire(run, id_first=dialect.id_first)  # a reader from now on, even if it disconnects
         try:
-            if worker is not None:
-                await worker.wait_started()
+            await self._wait_started(run)
             try:
                 reader, stat = await self.tails.attach(
                     run, cursor or Place.START, dialect=dialect, translate=translate, get_stat=self._stat_to_read
@@ -668,30 +410,34 @@ class Runs:
         reader.opening = b"" if reader.after else b"id: %b.0\n\n" % run.encode()
         return Attached(reader, {"run-id": run, **dialect.headers(run)})
 
-    async def _stat_to_read(self, run: str) -> Stat | None:
-        """The run's facts; its process has been told that it is read."""
-        stat = await self._stat_for_answer(run)
-        if self._peers is not None and stat is not None and run not in self._workers and await self._mark_read(stat):
-            await self._peers.send_command(run, "read")
-        return stat
-
     async def _stat_for_answer(self, run: str) -> Stat | None:
         """The run's facts; it can't be deleted any more (rule 2)."""
         stat = await self.log.stat(run)
-        if self._peers is not None and stat and not stat.closed and not stat.last and run not in self._workers:
+        if stat is not None and not stat.last and (peers := self._elsewhere(stat)) is not None:
             try:
-                await self._peers.mark_answered(run)
+                await peers.mark_answered(run)
             except NotFound:
                 return None
         return stat
 
-    async def _mark_read(self, stat: Stat) -> bool:
-        """For another process's run, if it lingers."""
-        linger_s = _meta(stat).linger_s
-        if self._peers is None or stat.closed or linger_s is None:
-            return False
-        await self._peers.touch(stat.stream, max(linger_s, self.settings.lease_s))
-        return True
+    async def _stat_to_read(self, run: str) -> Stat | None:
+        """And it is read now."""
+        stat = await self._stat_for_answer(run)
+        if stat is not None and (peers := await self._mark_read(stat)) is not None:
+            await peers.send_command(run, "read")
+        return stat
+
+    async def _mark_read(self, stat: Stat) -> Peers | None:
+        """For another process, if the run lingers there."""
+        peers = self._elsewhere(stat)
+        if peers is None or (linger_s := _meta(stat).linger_s) is None:
+            return None
+        await peers.touch(stat.stream, max(linger_s, self.settings.lease_s))
+        return peers
+
+    def _elsewhere(self, stat: Stat) -> Peers | None:
+        """If another process has the run."""
+        return None if stat.closed or stat.stream in self._workers else self._peers
 
     async def view(
         self,
@@ -720,7 +466,8 @@ class Runs:
         stat = await self._owned(run, request.caller)
         tail = self.tails.acquire(run, id_first=self._dialect(stat).id_first)
         try:
-            await self._end_of(run, request.caller, reading=True)
+            await self._mark_read(stat)
+            await self.wait(run, caller=request.caller)
         finally:
             tail.release()
         events: list[Event] = []
@@ -737,7 +484,6 @@ class Runs:
         return None if stat is None or stat.owner != request.caller else stat.stream
 
     async def of_thread(self, request: Request, thread: str, *, state: str | None = None) -> list[Mapping[str, Any]]:
-        """The caller's runs of the thread, newest first."""
         if request.caller is None and len(thread) < MIN_ANONYMOUS_THREAD:
             text = f"without credentials thread must have at least {MIN_ANONYMOUS_THREAD} random characters"
             raise BadRequest(text, field="thread")
@@ -751,7 +497,6 @@ class Runs:
 
     @property
     def at_work(self) -> int:
-        """Runs running in this process."""
         return len(self._workers)
 
     def names(self) -> list[str]:
@@ -763,11 +508,9 @@ class Runs:
         stat = await self.log.find(epoch=parse_cursor(last_event_id).epoch)
         return None if stat is None or stat.kind != "run" else stat.stream
 
-    # `caller`: the run's owner (rule 6).
-
     async def _owned(self, run: str, caller: str | None) -> Stat:
         stat = await self.log.stat(run)
-        if stat is None or stat.kind != "run" or stat.owner != caller:
+        if stat is None or stat.kind != "run" or stat.owner != caller:  # rule 6
             raise NotFound("there is no such run")
         return stat
 
@@ -792,8 +535,8 @@ class Runs:
         if worker is not None and not stat.closed:
             worker.cancel("asked")
             return 202
-        if self._peers is not None and not stat.closed:
-            await self._peers.send_command(run, "cancel")
+        if (peers := self._elsewhere(stat)) is not None:
+            await peers.send_command(run, "cancel")
             return 202
         if not keep:
             await self.log.delete(run)
@@ -887,6 +630,8 @@ def _about(route: Route, request: Request) -> About:
         return About(text=given)
     if not isinstance(given, About):
         raise TypeError(f"about= must return a string or an About, not {type(given).__name__}")
+    if given.thread is not None and len(given.thread) > MAX_KEY:
+        raise BadRequest(f"thread must have at most {MAX_KEY} characters", field="thread")
     return given
 
 
@@ -897,7 +642,6 @@ def _line(text: str) -> str:
 
 
 def _target(request: Request) -> str:
-    """A hash of path and query."""
     own = ("key", *CURSOR_PARAMETERS)
     query = sorted((name, value) for name, value in request.query_pairs if name not in own)
     return _digest(request.path, repr(query))
