@@ -217,19 +217,11 @@ class Decoder:
     def feed(self, chunk: bytes) -> list[Event]:
         if self._too_large:
             self._fail()
-        if not chunk:
-            return []
-        if not self._started:
-            chunk = b"".join((*self._tail, chunk))
-            # "One leading U+FEFF BYTE ORDER MARK character must be ignored if any are present."
-            if len(chunk) < 3 and b"\xef\xbb\xbf".startswith(chunk):
-                self._tail = [chunk]
-                return []
-            self._started, self._tail = True, []
-            chunk = chunk.removeprefix(b"\xef\xbb\xbf")
         if self._skip_lf and chunk:
             chunk = chunk.removeprefix(b"\n")
             self._skip_lf = False
+        if not chunk:
+            return []
         if b"\r" in chunk:
             # The LF of a CRLF may be in the next chunk.
             self._skip_lf = chunk.endswith(b"\r")
@@ -290,6 +282,10 @@ class Decoder:
         raise TooLarge(f"an event is larger than {self.max_event_bytes} bytes")
 
     def _interpret(self, lines: list[bytes]) -> list[Event]:
+        if lines and not self._started:
+            # "One leading U+FEFF BYTE ORDER MARK character must be ignored if any are present."
+            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+            self._started = True
         events: list[Event] = []
         limit = self.max_event_bytes
         for line in lines:

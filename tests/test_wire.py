@@ -67,7 +67,9 @@ def cuts(stream: bytes) -> Iterator[list[bytes]]:
 def reads(stream: bytes, *events: Event, last_event_id: str = "", retry_ms: int | None = None) -> None:
     """A stream that ends with a whole block gives these events, however it is cut and whatever is behind it."""
     for chunks in cuts(stream):
-        assert read(chunks) == ([*events], last_event_id, retry_ms), chunks
+        decoder = Decoder()
+        assert read(chunks, decoder) == ([*events], last_event_id, retry_ms), chunks
+        assert decoder.unfinished == (stream == b"\xef\xbb\xbf"), chunks
     and_next = [*events, Event("next", id=last_event_id or None)]
     for more, wanted in ((UNFINISHED, [*events]), (NEXT, and_next), (NEXT + UNFINISHED, and_next)):
         for chunks in ([stream + more], [stream, more], list(bytewise(stream + more))):
