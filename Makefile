@@ -20,7 +20,7 @@ PYTEST = $(BIN)/python $(IN_THREE)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help install run test test-all test-python system lint bench pictures lock clean
+.PHONY: help install run test test-all test-python system lint style bench pictures lock clean
 
 help: ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,10 +60,13 @@ $(NODE_CLIENTS): tests/node/package.json tests/node/package-lock.json
 test: install lint ## lint, types and the tests that need Python alone: three minutes on two cores (ARGS='-k wire')
 	$(PYTEST) -m 'not needs' $(ARGS)
 
-test-all: system install lint ## lint, types and all tests, as in CI: eight minutes on two cores (ARGS='-k nginx')
+# The types are checked beside the tests, in the time that these leave, and told at the end.
+test-all: system style ## lint, types and all tests, as in CI: eight minutes on two cores (ARGS='-k nginx')
 	@$(MAKE) --no-print-directory $(LOCAL_MODEL) || echo 'not installed: the local model (the tests that need it are skipped)'
 	@$(MAKE) --no-print-directory $(NODE_CLIENTS) || echo 'not installed: the clients for Node (their tests are skipped)'
-	$(PYTEST) $(ARGS)
+	nice -n 19 $(BIN)/mypy >.venv/types 2>&1 & types=$$!; \
+	$(PYTEST) $(ARGS); tests=$$?; \
+	wait $$types; types=$$?; cat .venv/types; exit $$((tests + types))
 
 test-python: ## runs the library's tests on another Python, in .venv-other (PYTHON=python3.13)
 	@echo 'installing what the tests need into .venv-other: 1.1 GB, some minutes'
@@ -74,10 +77,12 @@ test-python: ## runs the library's tests on another Python, in .venv-other (PYTH
 system: ## installs the tests' system packages with apt, where it can (asks on a terminal)
 	@sh tests/system-packages.sh
 
-lint: install ## runs ruff and mypy
+lint: style ## runs ruff and mypy
+	$(BIN)/mypy
+
+style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 bench: install $(PEERS) ## runs the benchmarks beside the peers, or one of them (NAME=… ARGS='--rounds 3')
 	$(BIN)/python -m benchmarks $(ARGS) $(NAME)

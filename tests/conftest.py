@@ -2,6 +2,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import settings
@@ -11,6 +12,8 @@ from tests import upstream
 from tests.lines import lines_offered
 from tests.needs import find, for_test
 from tests.upstream import Upstream
+
+MANY_TESTS: Final = {f"test_{name}" for name in ("chat", "client", "conformance", "contract", "runs", "stream", "wire")}
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +62,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose tests need something take longest: they come first, so that all processes end together."""
+    """Files whose tests need something take longest, and then some with many tests. They come first, so that all
+    processes end together."""
     long = {item.path for item in items if item.get_closest_marker("needs")}
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: (item.path not in long, item.path.stem not in MANY_TESTS))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
