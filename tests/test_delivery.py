@@ -237,7 +237,7 @@ class House:
         """Nothing is held for readers that are gone."""
         assert self.topics.subscribers(TOPIC) == 0
         assert self.tails.get(STREAM) is None
-        assert self.log._watchers._streams == {}  # type: ignore[attr-defined]
+        assert self.log._watchers._streams == {}
         assert self.app._streams == set()
 
 

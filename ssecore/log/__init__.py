@@ -45,6 +45,7 @@ from ssecore.log.facts import (
     new_epoch,
     parse_cursor,
 )
+from ssecore.log.watchers import Watchers
 from ssecore.log.writer import GAP_S, Batch, Commits, Posted, Writer
 
 __all__ = [
@@ -86,14 +87,13 @@ class Peers(Protocol):
 
 
 class Log(ABC):
-    """The event log. Its calls may raise `LogUnavailable`; then nothing has changed.
+    """Its calls may raise `LogUnavailable`; then nothing has changed.
 
-    Frames are those of `wire.encode`, without `id:`. `clock` returns Unix time; `upkeep_s` is the interval of upkeep.
+    Frames are those of `wire.encode`, without `id:`. `clock` returns Unix time. `max_bytes` of an engine: rule 7.
     """
 
     #: If several processes share it.
     peers: Peers | None = None
-    #: Its last call failed.
     unavailable = False
     #: See `Commits`.
     gap_s: float | None = GAP_S
@@ -103,6 +103,7 @@ class Log(ABC):
     def __init__(self, clock: Callable[[], float], upkeep_s: float) -> None:
         self._clock = clock
         self._upkeep_s = upkeep_s
+        self._watchers = Watchers()
         self._commits = Commits(self._commit, self.gap_s)
         self._commits.on_commit = self._committed
         self._upkeep_wanted = anyio.Event()  # set it if upkeep is needed now (rule 7)
@@ -178,27 +179,25 @@ class Log(ABC):
 
         Without frames: close, set `meta`, or check the writer. Raises `WriterFenced`, `NotFound`, `TooLarge`.
         """
-        return (await self._append(stream, frames, epoch, close=close, meta=meta)).seq
+        return (await self._append(stream, frames, epoch, close, meta, None)).seq
 
     async def publish(
         self, topic: str, frames: Sequence[bytes], *, retention: Retention, meta: dict[str, Any] | None = None
     ) -> Cursor:
-        """Append to a topic, creating it, and return the last event's id.
+        """Append to a topic, and return the last event's id. Raises `TooLarge`, `WriterFenced`.
 
-        Opens an epoch, with this `retention`, if this process (or one that shares the log) hasn't written to it yet.
-        Raises `TooLarge`, `WriterFenced`.
+        Creates it, or opens an epoch, with this `retention`, if no process of this log has written to it yet.
         """
-        return await self._append(topic, frames, "", meta=meta, retention=retention)
+        return await self._append(topic, frames, "", False, meta, retention)
 
     async def _append(
         self,
         stream: str,
         frames: Sequence[bytes],
         epoch: str,
-        *,
-        close: bool = False,
-        meta: dict[str, Any] | None = None,
-        retention: Retention | None = None,
+        close: bool,
+        meta: dict[str, Any] | None,
+        retention: Retention | None,
     ) -> Cursor:
         if self.gap_s is None:
             await checkpoint()
@@ -217,9 +216,9 @@ class Log(ABC):
 
     @abstractmethod
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
-        """The rows after `after`, in order and without holes, until they pass `max_bytes`.
+        """The rows after `after`, without holes, until they pass `max_bytes`.
 
-        The first row may begin earlier: use `framed(row, after)`. If it begins later than `after + 1`, announce a gap.
+        The first may begin earlier: use `framed(row, after)`. If it begins later than `after + 1`, announce a gap.
         """
 
     async def stat(self, stream: str) -> Stat | None:
@@ -242,12 +241,12 @@ class Log(ABC):
         """Delete the stream, if it exists. `unless_answered`: if `Peers.mark_answered` was called, return False
         instead."""
 
-    @abstractmethod
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         """Call `watcher` with each new row, in order, and the end (rule 8), until the returned function is called.
 
         The stream need not exist yet. An earlier end isn't reported.
         """
+        return self._watchers.add(stream, watcher)
 
     async def upkeep(self) -> None:
         """Apply retention now."""
@@ -266,7 +265,7 @@ class Log(ABC):
         if self.on_commit is not None:
             try:
                 self.on_commit(batches, seconds)
-            except Exception:  # must not keep the callers waiting
+            except Exception:
                 logger.exception("what measures the event log failed")
 
     # Of each engine

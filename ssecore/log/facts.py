@@ -1,17 +1,27 @@
 """Rows, facts, cursors, retention, and how facts change. The rules are those of `ssecore.log`."""
 
-import logging
 import re
 import secrets
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 import orjson
 
-from ssecore.errors import BadRequest, EncodeError, LogUnavailable, TooLarge, TooManyRequests
+from ssecore.errors import (
+    BadRequest,
+    Conflict,
+    EncodeError,
+    LogError,
+    LogUnavailable,
+    NotFound,
+    SSEAppError,
+    TooLarge,
+    TooManyRequests,
+    WriterFenced,
+)
 from ssecore.wire import Event, encode, encode_json
 
 __all__ = [
@@ -37,20 +47,15 @@ __all__ = [
     "joined",
     "json_copy",
     "locate",
-    "log_full",
     "new_epoch",
     "packed",
     "parse_cursor",
-    "readable",
-    "share_full",
+    "refusal",
     "unpacked",
 ]
 
-logger = logging.getLogger("sseapp")
-S = TypeVar("S")
-T = TypeVar("T")
 
-#: It is in memory as a whole, and SQLite's blobs are bounded by 1 GB.
+#: It is in memory as a whole.
 MAX_APPEND_BYTES: Final = 64 * 1024 * 1024
 #: Appends are merged into rows up to this size.
 MAX_ROW_BYTES: Final = 64 * 1024
@@ -80,7 +85,6 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     first: int
     #: The frames.
     body: bytes
-    #: The end of each event in `body`.
     ends: tuple[int, ...]
 
     @property
@@ -102,16 +106,13 @@ class Stat(msgspec.Struct, frozen=True):
 
     stream: str
     kind: Kind
-    #: (epoch, its first sequence), oldest first.
     epochs: tuple[tuple[str, int], ...]
     #: Unix times. `updated`: by an append, open, new `meta`, close, or trim to zero events.
     created: float
     updated: float
     #: Oldest sequence kept, or `last + 1`.
     first: int = 1
-    #: Newest sequence, or 0.
     last: int = 0
-    #: Bytes of the kept bodies.
     size: int = 0
     closed: bool = False
     owner: str | None = None
@@ -149,8 +150,8 @@ Watcher = Callable[[Row | None, Ended | None], None]
 def framed(row: Row, after: int = 0, *, id_first: bool = False) -> bytes:
     """The row's events after `after`, each with its `id:` line.
 
-    The id is the last line of its block: some clients (`@microsoft/fetch-event-source` 2.0.1, npm `eventsource` 2.0.2)
-    take an id as soon as its line is complete. `id_first`: some dialects' clients pair an id with the data after it.
+    The id comes last: some clients (`@microsoft/fetch-event-source` 2.0.1, npm `eventsource` 2.0.2) take it as soon as
+    its line is complete. `id_first`: some dialects' clients pair an id with the data after it.
 
     Hot path, once per row and process; one format for all, 0.15 µs an event.
     """
@@ -229,17 +230,6 @@ def unpacked(ends: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(ends) // 4}I", ends)
 
 
-def readable(read: Callable[[S], T], stored: Iterable[S]) -> list[T]:
-    """`read` each; log and leave out those that can't be."""
-    found = []
-    for one in stored:
-        try:
-            found.append(read(one))
-        except Exception:
-            logger.exception("the facts of a stream in the event log can't be read: %.100r", one)
-    return found
-
-
 def json_copy(meta: dict[str, Any] | None) -> dict[str, Any] | None:
     """A copy by way of JSON. Raises `EncodeError`."""
     if meta is None:
@@ -253,11 +243,24 @@ def cost(stat: Stat) -> int:
     return STREAM_BYTES + stat.size + EVENT_BYTES * (stat.last - stat.first + 1)
 
 
-def log_full() -> LogUnavailable:
-    """Rule 7."""
-    return LogUnavailable("the event log is full; try again later")
+#: Of all engines; the names are those of Redis' scripts.
+_REFUSALS: Final[dict[str, tuple[type[SSEAppError], str]]] = {
+    "none": (NotFound, "no such stream"),
+    "closed": (WriterFenced, "the stream is closed"),
+    "fenced": (WriterFenced, "another writer has taken over the stream"),
+    "conflict": (Conflict, "this epoch has been opened before"),
+    "lost": (LogError, "the event log lost some of this run's events"),
+    "full": (LogUnavailable, "the event log is full; try again later"),
+    "share": (
+        TooManyRequests,
+        "your runs fill your share of the event log; delete some, or wait until some have ended",
+    ),
+    "shut": (LogUnavailable, "the event log is closed"),
+    "stopping": (LogUnavailable, "the service is about to stop"),
+}
 
 
-def share_full() -> TooManyRequests:
-    """Rule 7."""
-    return TooManyRequests("your runs fill your share of the event log; delete some, or wait until some have ended")
+def refusal(name: str) -> SSEAppError:
+    """What is raised for it."""
+    kind, text = _REFUSALS[name]
+    return kind(text)

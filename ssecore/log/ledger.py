@@ -13,22 +13,9 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from msgspec.structs import replace
 
-from ssecore.errors import Conflict, NotFound, SSEAppError, WriterFenced
+from ssecore.errors import SSEAppError
 from ssecore.log import Log, facts
-from ssecore.log.facts import (
-    FOREVER_S,
-    OWNERS,
-    Ended,
-    Retention,
-    Row,
-    Stat,
-    Watcher,
-    cost,
-    joined,
-    log_full,
-    share_full,
-)
-from ssecore.log.watchers import Watchers
+from ssecore.log.facts import FOREVER_S, OWNERS, Ended, Retention, Row, Stat, cost, joined, refusal
 from ssecore.log.writer import Batch
 
 __all__ = ["Entry", "Ledger", "LocalLog"]
@@ -45,8 +32,8 @@ class Entry:
     due: float | None
     charged: int = 0  #: bytes in the owner's account (rule 7)
     id: int = 0
-    epoch: int = 0  #: the newest one's id
-    saved: bool = True  #: False: the facts must be written
+    epoch: int = 0
+    saved: bool = True
     rows: Any = None
 
 
@@ -63,25 +50,24 @@ class Ledger(ABC):
         #: Prefix of this process's epochs on topics.
         self.process = process
         self.over_bound = False
-        #: For the watchers, after the commit.
         self.notices: list[tuple[str, Row | None, Ended | None]] = []
 
     # Operations
 
     def create(self, stat: Stat) -> tuple[Stat, bool]:
-        there = self.look_up((stat.key and self.by_key(stat.key)) or stat.stream)
+        there = self.look_up((stat.key and self.name_of(key=stat.key)) or stat.stream)
         if there is not None:
             return there.stat, False
         self.check_room()
         if stat.owner is not None and is_full(self.used(stat.owner), self.max_bytes // OWNERS):
-            raise share_full()
+            raise refusal("share")
         self._check_new(stat.epochs[0][0])
         self.insert(stat, deleted_at(stat))
         return stat, True
 
     def open(self, stream: str, epoch: str, retention: Retention | None) -> Stat:
         entry = self._entry(stream)
-        self._open(entry, opened(entry.stat, epoch, retention, self.now))
+        self._open(entry, epoch, retention)
         self._trim(entry)
         return entry.stat
 
@@ -98,15 +84,14 @@ class Ledger(ABC):
             self.notices.append((stream, None, "deleted"))
 
     def upkeep(self) -> bool:
-        """One step. False if there was nothing to do."""
-        return self._expire() or self._make_room()
+        return self._visit(self.due_between(-inf, self.now)) or self._make_room()
 
     # Their parts
 
     def _append(self, batch: Batch) -> None:
         entry, retention = self.look_up(batch.stream), batch.retention
         if entry is None and retention is None:
-            raise NotFound("no such stream")
+            raise refusal("none")
         if entry is None or (batch.frames and not batch.close):
             self.check_room()
         if retention is not None:
@@ -130,26 +115,14 @@ class Ledger(ABC):
             self.grew(entry)
 
     def _topic(self, stream: str, entry: Entry | None, retention: Retention) -> Entry:
-        """Created if needed, in an epoch of this process."""
         if entry is not None and entry.stat.epochs[-1][0].startswith(self.process):
             return entry
         epoch = self.process + facts.new_epoch()[len(self.process) :]
         if entry is None:
             stat = Stat(stream, "topic", ((epoch, 1),), self.now, self.now, retention=retention)
             return self.insert(stat, deleted_at(stat))
-        self._open(entry, opened(entry.stat, epoch, retention, self.now))
+        self._open(entry, epoch, retention)
         return entry
-
-    def _expire(self) -> bool:
-        overdue = self.due_between(-inf, self.now)
-        for stream in overdue:
-            entry = self._entry(stream)
-            at = deleted_at(entry.stat)
-            if at is not None and at <= self.now:
-                self.delete(stream)
-            else:
-                self._trim(entry)
-        return bool(overdue)
 
     def _may_trim(self, entry: Entry, before: Stat) -> bool:
         """Whether an append may have expired a row, or added the first."""
@@ -163,16 +136,22 @@ class Ledger(ABC):
             or entry.due <= self.now
         )
 
-    def _open(self, entry: Entry, stat: Stat) -> None:
-        epoch, first = stat.epochs[-1]
+    def _open(self, entry: Entry, epoch: str, retention: Retention | None) -> None:
+        """Raises `WriterFenced`, `Conflict`."""
+        stat = entry.stat
+        if stat.closed:
+            raise refusal("closed")
         self._check_new(epoch)
-        forgotten = [name for name, _ in entry.stat.epochs[: len(entry.stat.epochs) + 1 - len(stat.epochs)]]
-        entry.stat = stat
-        self.insert_epoch(entry, epoch, first, forgotten)
+        epochs, forgotten = [*stat.epochs, (epoch, stat.last + 1)], []
+        while len(epochs) > facts.MAX_EPOCHS and epochs[1][1] <= stat.first:  # the oldest has no events
+            forgotten.append(epochs.pop(0)[0])
+        stat = replace(stat, epochs=tuple(epochs), retention=retention or stat.retention, updated=self.now)
+        entry.stat = replace(stat, first=_first(stat, stat.last))
+        self.insert_epoch(entry, *epochs[-1], forgotten)
         self.save(entry)
 
     def _trim(self, entry: Entry, *, forced: bool = False) -> None:
-        """One step of dropping the oldest rows that have expired, or any (`forced`)."""
+        """One step of dropping expired rows, or any (`forced`)."""
         stat = entry.stat
         entry.due = deleted_at(stat)
         if stat.kind == "topic" and not stat.closed:
@@ -196,44 +175,42 @@ class Ledger(ABC):
     def _make_room(self) -> bool:
         """One step of rule 7. False if nothing can be done."""
         share = self.max_bytes // OWNERS
-        for owner, used in self.accounts_over(share):
-            if self._take(self.closed_runs(owner), used - share):
-                return True
+        if any(self._visit(runs, excess) for excess, runs in self.over_share(share)):
+            return True
         excess = self.used() - self.max_bytes
-        return excess > 0 and self._take(self.due_between(self.now + facts.EMPTY_TOPIC_S, inf), excess)
+        return excess > 0 and self._visit(self.due_between(self.now + facts.EMPTY_TOPIC_S, inf), excess)
 
-    def _take(self, streams: Sequence[str], excess: int) -> bool:
-        """Delete closed streams, or rows of topics, until `excess` bytes are free."""
+    def _visit(self, streams: Sequence[str], excess: int | None = None) -> bool:
+        """Delete or trim what has expired; with `excess`, closed streams and topics' rows until so much is free."""
         for stream in streams:
             entry = self._entry(stream)
-            before = cost(entry.stat)
-            if entry.stat.closed:
+            stat, at = entry.stat, deleted_at(entry.stat)
+            if (at is not None and at <= self.now) or (stat.closed and excess is not None):
                 self.delete(stream)
-                excess -= before
+                freed = cost(stat)
             else:
-                self._trim(entry, forced=True)
-                excess -= before - cost(entry.stat)
-            if excess <= 0:
+                self._trim(entry, forced=excess is not None)
+                freed = cost(stat) - cost(entry.stat)
+            if excess is not None and (excess := excess - freed) <= 0:
                 break
         return bool(streams)
 
     def check_room(self) -> None:
-        """Raises `LogUnavailable` (rule 7)."""
         used = self.used()
         if used > self.max_bytes:
             self.over_bound = True
             if is_full(used, self.max_bytes):
-                raise log_full()
+                raise refusal("full")
 
     def _entry(self, stream: str) -> Entry:
         entry = self.look_up(stream)
         if entry is None:
-            raise NotFound("no such stream")
+            raise refusal("none")
         return entry
 
     def _check_new(self, epoch: str) -> None:
-        if self.has_epoch(epoch):
-            raise Conflict("this epoch has been opened before")
+        if self.name_of(epoch=epoch) is not None:
+            raise refusal("conflict")
 
     # What an engine implements
 
@@ -242,10 +219,8 @@ class Ledger(ABC):
         """The stream, for this commit to change."""
 
     @abstractmethod
-    def by_key(self, key: str) -> str | None: ...
-
-    @abstractmethod
-    def has_epoch(self, epoch: str) -> bool: ...
+    def name_of(self, *, epoch: str | None = None, key: str | None = None) -> str | None:
+        """The stream with this epoch or key."""
 
     @abstractmethod
     def insert(self, stat: Stat, due: float | None) -> Entry: ...
@@ -283,37 +258,21 @@ class Ledger(ABC):
         """The bytes that count against `max_bytes`, or the owner's share."""
 
     @abstractmethod
-    def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
-        """And how much they use."""
-
-    @abstractmethod
-    def closed_runs(self, owner: str) -> Sequence[str]:
-        """The oldest, one step."""
+    def over_share(self, share: int) -> Iterable[tuple[int, Sequence[str]]]:
+        """Of each owner that uses more: by how much, and its oldest closed runs, one step."""
 
     @abstractmethod
     def due_between(self, after: float, until: float) -> Sequence[str]:
         """The earliest first, one step."""
 
 
-def opened(stat: Stat, epoch: str, retention: Retention | None, now: float) -> Stat:
-    """With a new epoch. Raises `WriterFenced`."""
-    if stat.closed:
-        raise WriterFenced("the stream is closed")
-    epochs = (*stat.epochs, (epoch, stat.last + 1))
-    while len(epochs) > facts.MAX_EPOCHS and epochs[1][1] <= stat.first:  # the oldest has no events
-        epochs = epochs[1:]
-    stat = replace(stat, epochs=epochs, retention=retention or stat.retention, updated=now)
-    return replace(stat, first=_first(stat, stat.last))
-
-
 def appended(
     stat: Stat, epoch: str, events: int, size: int, close: bool, meta: dict[str, Any] | None, now: float
 ) -> Stat:
-    """With an append. Raises `WriterFenced` (rule 3)."""
     if stat.closed:
-        raise WriterFenced("the stream is closed")
+        raise refusal("closed")
     if stat.epochs[-1][0] != epoch:
-        raise WriterFenced("another writer has taken over the stream")
+        raise refusal("fenced")
     if not events and not close and meta is None:
         return stat
     last = stat.last + events
@@ -329,7 +288,6 @@ def appended(
 
 
 def _first(stat: Stat, last: int) -> int:
-    """The oldest sequence kept by count."""
     limit = stat.retention.events
     return stat.first if limit is None or stat.kind == "run" else max(stat.first, last - limit + 1)
 
@@ -357,7 +315,6 @@ def due(stat: Stat, at: float) -> float:
 
 
 def is_full(bytes: int, bound: int) -> bool:
-    """Whether appends are refused (rule 7)."""
     return bytes > bound + bound // 10
 
 
@@ -366,7 +323,6 @@ class LocalLog(Log):
 
     def __init__(self, clock: Callable[[], float], upkeep_s: float) -> None:
         super().__init__(clock, upkeep_s)
-        self._watchers = Watchers()
         self._process = secrets.token_urlsafe(8)
 
     def _over(self, ledger: Ledger) -> None:
@@ -379,7 +335,7 @@ class LocalLog(Log):
 
     @abstractmethod
     async def _apply(self, work: Callable[[Ledger], T], *, long: bool = False) -> T:
-        """Run `work` on the ledger, in a commit. `long`: the loop must not wait for it."""
+        """In a commit. `long`: the loop must not wait for it."""
 
     async def _create(self, stat: Stat) -> tuple[Stat, bool]:
         return await self._apply(lambda ledger: ledger.create(stat))
@@ -388,12 +344,9 @@ class LocalLog(Log):
         return await self._apply(lambda ledger: ledger.open(stream, epoch, retention))
 
     async def delete(self, stream: str, *, unless_answered: bool = False) -> bool:
-        """`unless_answered` has no effect: no other process answers requests."""
+        """No other process answers requests."""
         await self._apply(lambda ledger: ledger.delete(stream))
         return True
 
     async def _upkeep(self) -> bool:
         return await self._apply(lambda ledger: ledger.upkeep(), long=True)
-
-    def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
-        return self._watchers.add(stream, watcher)

@@ -8,7 +8,7 @@ import sys
 import time
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from heapq import nsmallest
 from itertools import islice
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class MemoryLog(LocalLog):
-    """`Log` in memory. Arguments as for `Log`; `max_bytes` is the bound of rule 7 of `ssecore.log`."""
+    """`Log` in memory."""
 
     gap_s = None
 
@@ -85,9 +85,7 @@ class MemoryLog(LocalLog):
 
     async def _find(self, *, name: str | None = None, epoch: str | None = None, key: str | None = None) -> Stat | None:
         await checkpoint()
-        if name is None:
-            name = self._ledger.epochs.get(epoch) if epoch is not None else self._ledger.keys.get(key or "")
-        entry = self._ledger.streams.get(name) if name is not None else None
+        entry = self._ledger.look_up(name or self._ledger.name_of(epoch=epoch, key=key) or "")
         return entry.stat if entry else None
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
@@ -116,11 +114,8 @@ class _Streams(Ledger):
     def look_up(self, stream: str) -> Entry | None:
         return self.streams.get(stream)
 
-    def by_key(self, key: str) -> str | None:
-        return self.keys.get(key)
-
-    def has_epoch(self, epoch: str) -> bool:
-        return epoch in self.epochs
+    def name_of(self, *, epoch: str | None = None, key: str | None = None) -> str | None:
+        return self.keys.get(key or "") if epoch is None else self.epochs.get(epoch)
 
     def insert(self, stat: Stat, due: float | None) -> Entry:
         entry = self.streams[stat.stream] = Entry(stat, due)
@@ -168,13 +163,12 @@ class _Streams(Ledger):
     def used(self, owner: str | None = None) -> int:
         return self._accounts[owner]
 
-    def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
-        return [(owner, used) for owner, used in self._accounts.items() if owner is not None and used > bytes]
-
-    def closed_runs(self, owner: str) -> Sequence[str]:
-        stats = (entry.stat for entry in self.streams.values())
-        closed = (stat.stream for stat in stats if stat.owner == owner and stat.closed and stat.kind == "run")
-        return list(islice(closed, self.step_streams))
+    def over_share(self, share: int) -> Iterator[tuple[int, Sequence[str]]]:
+        for owner, used in list(self._accounts.items()):
+            if owner is not None and used > share:
+                stats = (entry.stat for entry in self.streams.values() if entry.stat.owner == owner)
+                closed = (stat.stream for stat in stats if stat.closed and stat.kind == "run")
+                yield used - share, list(islice(closed, self.step_streams))
 
     def due_between(self, after: float, until: float) -> Sequence[str]:
         found = ((due, name) for name, entry in self.streams.items() if (due := entry.due) is not None)

@@ -26,7 +26,7 @@ import random
 import struct
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -43,14 +43,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
-from ssecore.errors import Conflict, LogError, LogUnavailable, NotFound, SSEAppError, WriterFenced
+from ssecore.errors import LogError, LogUnavailable, SSEAppError
 from ssecore.log import Log, facts
 from ssecore.log.facts import (
-    EVENT_BYTES,
-    FOREVER_S,
     MAX_ROW_BYTES,
-    OWNERS,
-    STREAM_BYTES,
     Cursor,
     Ended,
     Retention,
@@ -59,14 +55,12 @@ from ssecore.log.facts import (
     Watcher,
     joined,
     locate,
-    log_full,
     new_epoch,
     packed,
-    share_full,
+    refusal,
     unpacked,
 )
 from ssecore.log.scripts import COMMON, SCRIPTS
-from ssecore.log.watchers import Watchers
 from ssecore.log.writer import Batch
 from ssecore.wire import encode_json
 
@@ -75,7 +69,6 @@ __all__ = ["RedisLog"]
 logger = logging.getLogger("sseapp")
 T = TypeVar("T")
 
-#: Calls in one pipeline.
 _MAX_PIPELINE: Final = 64
 #: For calls once the service is stopping.
 _LAST_S: Final = 0.4
@@ -87,9 +80,9 @@ _PING_S: Final = 2.0
 _SILENCE_S: Final = 5.0
 #: Before reconnecting.
 _PAUSES_S: Final = (0.02, 1.0)
+_RESTART_S: Final = 0.25
 _STEP_STREAMS: Final = 64
-#: Streams in one call.
-_POLL_STREAMS: Final = 1000
+#: In one call.
 _MORE_STREAMS: Final = 64
 _LOG_S: Final = 10.0
 
@@ -127,7 +120,7 @@ class _Line:
         """`wait_s`: instead of the log's; 0 makes one attempt."""
         if self._closed or self._stuck:
             await checkpoint()
-            raise LogUnavailable("the event log is closed") if self._closed else _stopping()
+            raise refusal("shut" if self._closed else "stopping")
         wait_s = self._log.wait_s if wait_s is None else wait_s
         loop = asyncio.get_running_loop()
         call = _Call(command, current_time() + wait_s, loop.create_future())
@@ -155,7 +148,7 @@ class _Line:
         self._stopping = True
         self._stuck = bool(self._calls)
         for call in self._calls:
-            call.resolve(_stopping())
+            call.resolve(refusal("stopping"))
 
     def close(self) -> None:
         self._closed = True
@@ -194,7 +187,7 @@ class _Line:
             self._closed = True
             await _disconnect(session and session.connection)
             for call in self._calls:
-                call.resolve(LogUnavailable("the event log is closed"))
+                call.resolve(refusal("shut"))
 
     async def _send(self, session: _Session, calls: list[_Call]) -> None:
         shas = session.shas
@@ -227,8 +220,7 @@ class _Line:
 class RedisLog(Log):
     """`Log` in the Redis at `url` (`redis://`, `rediss://` for TLS, `unix://`). On asyncio only.
 
-    `wait_s`: how long a call waits while Redis is unreachable, at most half of `lease_s`. `lease_s`: after how long
-    without contact a process's runs are closed. `poll_s`: the poll interval of rule 5. `prefix` starts every key.
+    `wait_s`: see rule 7; at most half of `lease_s`. `poll_s`: of rule 5. `prefix` starts every key.
     """
 
     def __init__(
@@ -245,6 +237,7 @@ class RedisLog(Log):
     ) -> None:
         super().__init__(clock, upkeep_s)
         self.peers = self
+        self._watchers.on_unwatched = self._unwatched
         self.on_command: Callable[[str, str], None] | None = None
         self.wait_s = min(wait_s, lease_s / 2)  # the lease must outlast its holder's own waits
         self.instance = ""
@@ -254,19 +247,16 @@ class RedisLog(Log):
         self._poll_s = poll_s
         self._max_bytes = max_bytes
         self._process = new_epoch()
-        self._watchers = Watchers()
         #: By watched stream: the last event that watchers got; else the top when its facts were first read; else the
         #: event before the first published one, of epoch "" (unknown); else None.
         self._notified: dict[str, Cursor | None] = {}
         self._subscribed: dict[str, anyio.Event] = {}
         self._dirty: dict[str, None] = {}
-        self._to_commit: deque[tuple[list[Batch], Callable[[], None]]] = deque()  # one at most
         self._number = 0
         #: The last sequence of runs running here (rules 4 and 6).
         self._tops: dict[str, int] = {}
         self._stopping = False
         self._reconnected_at = self._renewed_at = 0.0
-        #: When each was logged, and how often not since.
         self._logged: dict[str, tuple[float, int]] = {}
 
     @asynccontextmanager
@@ -295,14 +285,14 @@ class RedisLog(Log):
                 line.close()
 
     def _connection_factory(self) -> Callable[[], Any]:
-        ours = {
-            "protocol": 2,
-            "socket_timeout": self.wait_s,
-            "socket_connect_timeout": self.wait_s,
-            "retry": Retry(NoBackoff(), 0),  # `_Line` decides what may be repeated
-        }
         try:
-            options: dict[str, Any] = {**parse_url(self._url), **ours}
+            options: dict[str, Any] = {
+                **parse_url(self._url),
+                "protocol": 2,
+                "socket_timeout": self.wait_s,
+                "socket_connect_timeout": self.wait_s,
+                "retry": Retry(NoBackoff(), 0),  # `_Line` decides what may be repeated
+            }
             make = partial(options.pop("connection_class", Connection), **options)
             make()
         except (ValueError, TypeError) as error:
@@ -310,7 +300,6 @@ class RedisLog(Log):
         return make
 
     async def connect(self) -> _Session:
-        """Raises `LogError` for what isn't temporary."""
         connection = self._make()
         try:
             await connection.connect()
@@ -342,18 +331,16 @@ class RedisLog(Log):
 
     def _constants(self) -> str:
         bound = "math.huge" if self._max_bytes is None else self._max_bytes
-        values = (STREAM_BYTES, EVENT_BYTES, OWNERS, FOREVER_S, facts.EMPTY_TOPIC_S, _REMEMBER_S, bound)
+        values = (facts.STREAM_BYTES, facts.EVENT_BYTES, facts.OWNERS, facts.FOREVER_S, facts.EMPTY_TOPIC_S)
         names = "stream_bytes, event_bytes, owners, forever_s, empty_s, remember_s, bound"
-        return f"local {names} = {', '.join(map(str, values))}"
+        return f"local {names} = {', '.join(map(str, (*values, _REMEMBER_S, bound)))}"
 
     async def _check_all(self, session: _Session) -> None:
         """Rule 3."""
-        known = [(stream, cursor) for stream, cursor in self._notified.items() if cursor is not None]
-        for start in range(0, len(known), _POLL_STREAMS):
-            some = known[start : start + _POLL_STREAMS]
-            asked = [("EVALSHA", session.shas["find"], "0", "", stream) for stream, _ in some]
-            for (stream, cursor), found in zip(some, await _exchange(session.connection, *asked), strict=True):
-                self._check(stream, cursor, found)
+        known = {stream: cursor for stream, cursor in self._notified.items() if cursor is not None}
+        asked = [("EVALSHA", session.shas["find"], "0", "", stream) for stream in known]
+        for (stream, cursor), found in zip(known.items(), await _exchange(session.connection, *asked), strict=True):
+            self._check(stream, cursor, found)
 
     def give_up(self) -> None:
         self.wait_s = 0
@@ -384,13 +371,17 @@ class RedisLog(Log):
         logger.error("the event log's Redis: %s: %s%s", what, error, again, exc_info=trace)
 
     async def _restarting(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Restart failed tasks (rule 8)."""
+        """Repeat it, whatever fails (rule 8)."""
         while True:
             try:
                 await task()
+                await anyio.sleep(_PAUSES_S[0])
             except Exception as error:
-                self.log_error("a task of the event log failed", error)
-            await anyio.sleep(_PAUSES_S[1])
+                if isinstance(error, (*_BROKEN, LogError)):
+                    self.note_reachable(error)
+                else:
+                    self.log_error("a task of the event log failed", error)
+                await anyio.sleep(_RESTART_S)
 
     # What callers ask for
 
@@ -403,10 +394,8 @@ class RedisLog(Log):
         try:
             names = (stream, epoch, stat.kind, _optional(stat.owner), _optional(stat.key))
             values = (repr(stat.created), encode_json(stat.meta), self._process, _limits(stat.retention))
-            stat = _stat_or_refusal(await self._writes.ask("create", *names, *values))
-            created = (
-                stat.stream == stream and stat.epochs[0][0] == epoch
-            )  # by this attempt or one whose answer was lost
+            stat = await self._changed("create", *names, *values)
+            created = (stat.stream, stat.epochs[0][0]) == (stream, epoch)
             return stat, created
         finally:
             if not created and not at_work:
@@ -415,7 +404,14 @@ class RedisLog(Log):
     async def open(self, stream: str, epoch: str, *, retention: Retention | None = None) -> Stat:
         now, limits = repr(self._clock()), "" if retention is None else _limits(retention)
         mark = new_epoch()
-        return _stat_or_refusal(await self._writes.ask("open", stream, epoch, now, facts.MAX_EPOCHS, mark, limits))
+        return await self._changed("open", stream, epoch, now, facts.MAX_EPOCHS, mark, limits)
+
+    async def _changed(self, *command: Any) -> Stat:
+        answer = await self._writes.ask(*command)
+        stat = None if isinstance(answer, bytes) else _stat(answer)
+        if stat is None:
+            raise _refusal(answer)
+        return stat
 
     async def read(self, stream: str, after: int, max_bytes: int) -> list[Row]:
         await self._await_subscription(stream)
@@ -432,16 +428,16 @@ class RedisLog(Log):
         return stat
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
-        return self._stats(await self._reads.ask("runs", _optional(owner), limit - 1))
+        return self._stats(await self._reads.ask("runs", f"runs:{_optional(owner)}", limit - 1, ""))
 
     async def unfinished(self) -> list[Stat]:
         """Rule 6; also those held here without a worker."""
         if self._cut_off():
             return []
-        left = await self._reads.ask("left", self._process)
+        left = await self._reads.ask("runs", "open", -1, self._process)
         if self._cut_off():
             return []
-        return [stat for stat in self._stats(left) if stat.stream not in self._tops]
+        return [stat for stat in reversed(self._stats(left)) if stat.stream not in self._tops]
 
     def _stats(self, found: list[Any]) -> list[Stat]:
         stats = (self._legible(_stat, one) for one in found)
@@ -486,8 +482,8 @@ class RedisLog(Log):
             self._command_signal = anyio.Event()
 
     async def send_command(self, stream: str, command: str) -> None:
-        if not await self._writes.ask("call", stream, command, _REMEMBER_S):
-            raise NotFound("no such stream")
+        if not await self._writes.ask("call", stream, command):
+            raise refusal("none")
 
     async def touch(self, stream: str, for_s: float) -> None:
         await self._writes.ask("SET", self._name(f"touched:{stream}"), "", "PX", max(1, int(for_s * 1000)))
@@ -497,7 +493,7 @@ class RedisLog(Log):
 
     async def mark_answered(self, stream: str) -> None:
         if not await self._writes.ask("mark_answered", stream):
-            raise NotFound("no such stream")
+            raise refusal("none")
 
     async def delete(self, stream: str, *, unless_answered: bool = False) -> bool:
         if not await self._writes.ask("delete", stream, int(unless_answered)):
@@ -508,18 +504,11 @@ class RedisLog(Log):
 
     def watch(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         stream.encode()  # raises for a lone surrogate, before it breaks the connection
-        unwatch = self._watchers.add(stream, watcher)
         if stream not in self._notified:
             self._notified[stream] = None
             self._subscribed[stream] = anyio.Event()
             self._channels.set()
-
-        def done() -> None:
-            unwatch()
-            if not self._watchers.watched(stream):
-                self._forget(stream)
-
-        return done
+        return super().watch(stream, watcher)
 
     async def _upkeep(self) -> bool:
         looked_at: int = await self._writes.ask("upkeep", repr(self._clock()), _STEP_STREAMS)
@@ -570,27 +559,22 @@ class RedisLog(Log):
             batch.error = _refusal(status, *details)
 
     def _appended(self, batch: Batch, row: Row | None) -> None:
+        """Notify watchers, unless rows before it are missing (rule 5)."""
+        stream = batch.stream
         if batch.close:
-            self._tops.pop(batch.stream, None)
-        elif batch.stream in self._tops:
-            self._tops[batch.stream] = batch.last
-        if row or batch.close:
-            top = Cursor(batch.epoch, batch.last)
-            self._notify_append(batch.stream, top, row, "closed" if batch.close else None)
+            self._tops.pop(stream, None)
+        elif stream in self._tops:
+            self._tops[stream] = batch.last
+        known = self._notified.get(stream)
+        first = batch.last + 1 if row is None else row.first
+        if known is not None and (batch.epoch != known.epoch or first > known.seq + 1):
+            self._mark_dirty(stream)
+            return
+        if known is not None and batch.last <= known.seq:
+            row = None
+        self._notify(stream, row, "closed" if batch.close else None)
 
     # What other processes append
-
-    def _notify_append(self, stream: str, top: Cursor, row: Row | None, ended: Ended | None) -> None:
-        """Notify watchers of our own append, unless rows before it are missing (rule 5)."""
-        known = self._notified.get(stream)
-        if known is not None:
-            first = top.seq + 1 if row is None else row.first
-            if top.epoch != known.epoch or first > known.seq + 1:
-                self._mark_dirty(stream)
-                return
-            if row is not None and row.last <= known.seq:
-                row = None
-        self._notify(stream, row, ended)
 
     def _notify(self, stream: str, row: Row | None, ended: Ended | None) -> None:
         if stream not in self._notified:
@@ -599,16 +583,13 @@ class RedisLog(Log):
             self._notified[stream] = Cursor(row.epoch, row.last)
         if row is not None or ended is not None:
             self._watchers.notify(stream, row, ended)
-        if ended is not None and not self._watchers.watched(stream):
-            self._forget(stream)
 
     def _check(self, stream: str, known: Cursor, found: Any) -> bool:
         """Whether the log still has what watchers got. If not, ends the stream: clients resume with a `gap`."""
         stat = self._legible(_stat, found)
-        if stat is None or not known.epoch:
-            fine = stat is not None and known.seq <= stat.last
-        else:
-            gap = locate(stat, known)[1]
+        fine = False
+        if stat is not None:
+            gap = locate(stat, Cursor(known.epoch or stat.epochs[-1][0], known.seq))[1]
             fine = gap is None or gap.reason == "trimmed"
         if not fine:
             self._notify(stream, None, "deleted")
@@ -619,7 +600,7 @@ class RedisLog(Log):
             self._dirty[stream] = None
             self._dirtied.set()
 
-    def _forget(self, stream: str) -> None:
+    def _unwatched(self, stream: str) -> None:
         self._notified.pop(stream, None)
         self._dirty.pop(stream, None)
         self._subscribed.pop(stream, anyio.Event()).set()
@@ -630,33 +611,23 @@ class RedisLog(Log):
         if (subscribed := self._subscribed.get(stream)) is not None and not subscribed.is_set():
             with anyio.move_on_after(self.wait_s):
                 await subscribed.wait()
-                if self._stopping:
-                    raise _stopping()
-                return
-            raise _unavailable(RedisConnectionError())
+            if self._stopping or not subscribed.is_set():
+                raise refusal("stopping") if self._stopping else _unavailable(RedisConnectionError())
 
     async def _listen(self) -> None:
-        pause = _PAUSES_S[0]
-        while True:
-            try:
-                session = await self.connect()
-                pause = _PAUSES_S[0]
-                try:
-                    async with anyio.create_task_group() as group:
-                        group.start_soon(self._subscribe, session)
-                        await self._receive_all(session)
-                        group.cancel_scope.cancel()
-                finally:
-                    await _disconnect(session.connection)
-            except (*_BROKEN, LogError) as error:
-                self.note_reachable(error)
-                pause = min(2 * pause, _PAUSES_S[1])
-            await anyio.sleep(pause)
+        session = await self.connect()
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._subscribe, session)
+                await self._receive_all(session)
+                group.cancel_scope.cancel()
+        finally:
+            await _disconnect(session.connection)
 
     async def _subscribe(self, session: _Session) -> None:
         send = session.connection.send_command
         asked: dict[str, anyio.Event] = {}
-        with suppress(*_BROKEN):  # `_receive_all` gets the error too
+        with suppress(*_BROKEN):
             await send("SUBSCRIBE", self._name(f"called:{self._process}"))
             while True:
                 self._channels = anyio.Event()
@@ -679,7 +650,7 @@ class RedisLog(Log):
                 message = await session.connection.read_response(timeout=_SILENCE_S, disconnect_on_error=False)
                 if isinstance(message, list):
                     self._receive(*message)
-        except ResponseError as error:  # the user may lack the right
+        except ResponseError as error:
             self.log_error("SUBSCRIBE failed", error)
             await anyio.sleep(_PAUSES_S[1])
         except _BROKEN:
@@ -719,37 +690,33 @@ class RedisLog(Log):
                 await self._read_all_dirty()
 
     async def _read_all_dirty(self) -> None:
-        while asked := dict(islice(self._dirty_cursors(), _MORE_STREAMS)):
-            for stream in asked:
+        while self._dirty:
+            streams = list(islice(self._dirty, _MORE_STREAMS))
+            for stream in streams:
                 del self._dirty[stream]
+            asked = {stream: known for stream in streams if (known := self._notified.get(stream)) is not None}
             facts = [value for stream, known in asked.items() for value in (stream, *known)]
             for news in await self._reads.ask("more", MAX_ROW_BYTES, *facts):
                 stream = news[0].decode()
                 self._notify_rows(stream, asked[stream], *news)
 
-    def _dirty_cursors(self) -> Iterator[tuple[str, Cursor]]:
-        return ((stream, known) for stream in self._dirty if (known := self._notified.get(stream)) is not None)
-
     def _notify_rows(
-        self, stream: str, asked: Cursor, name: bytes, last: bytes, closed: bytes, rows: Any, facts: Any
+        self, stream: str, asked: Cursor, name: bytes, last: int, closed: bytes, rows: Any, facts: Any
     ) -> None:
         if facts is not None and not self._check(stream, asked, [name, facts]):
             return
         found = self._legible(_rows, rows)
-        if found is None or not last.isdigit():
+        if found is None:
             self._notify(stream, None, "deleted")
             return
-        top = int(last)
         for row in found:
             known = self._notified.get(stream)
             if known is not None and row.last > known.seq:
-                self._notify(stream, row, "closed" if closed == b"1" and row.last >= top else None)
+                self._notify(stream, row, None)
         known = self._notified.get(stream)
-        if known is None:
-            return
-        if found and known.seq < top:
+        if known is not None and found and known.seq < last:
             self._mark_dirty(stream)
-        elif closed == b"1":
+        elif known is not None and closed == b"1":
             self._notify(stream, None, "closed")
 
     def _name(self, name: str) -> str:
@@ -772,31 +739,13 @@ def _limits(retention: Retention) -> str:
     return ",".join("" if limit is None else repr(limit) for limit in limits)
 
 
-def _stat_or_refusal(answer: Any) -> Stat:
-    if isinstance(answer, bytes):
-        raise _refusal(answer)
-    stat = _stat(answer)
-    assert stat is not None
-    return stat
-
-
 def _refusal(status: bytes, text: bytes = b"") -> SSEAppError:
     if status == b"failed":
         return _unavailable(OutOfMemoryError() if b"OOM" in text else ResponseError())
-    refusals: dict[bytes, SSEAppError] = {
-        b"none": NotFound("no such stream"),
-        b"closed": WriterFenced("the stream is closed"),
-        b"fenced": WriterFenced("another writer has taken over the stream"),
-        b"conflict": Conflict("this epoch has been opened before"),
-        b"lost": LogError("the event log lost some of this run's events"),
-        b"full": log_full(),
-        b"share": share_full(),
-    }
-    return refusals[status]
+    return refusal(status.decode())
 
 
 def _stat(found: list[Any]) -> Stat | None:
-    """Boundary of trust. Raises `LogError` (rule 8)."""
     name, fields = found
     if not fields and not isinstance(fields, Exception):
         return None
@@ -841,10 +790,6 @@ def _unreadable(error: Exception) -> LogError:
 
 def _optional(text: str | None) -> str:
     return "" if text is None else f"={text}"
-
-
-def _stopping() -> LogUnavailable:
-    return LogUnavailable("the service is about to stop")
 
 
 def _unavailable(error: Exception) -> LogUnavailable:

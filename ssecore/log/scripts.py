@@ -85,19 +85,37 @@ local function delete(stream)
   for name in string.gmatch(f[3], '([^ :]+):') do redis.call('HDEL', prefix .. 'epochs', name) end
   redis.call('PUBLISH', prefix .. 'appended:' .. stream, '0 0 2 - ')
 end
-local function safely(work, stream, now)
-  local fine, why = pcall(work, stream, now)
+-- `taken`: 32 rows, or the stream if it is closed, though they aren't due.
+local function visit(stream, now, taken)
+  if redis.call('EXISTS', facts(stream)) == 0 then return delete(stream) end
+  local f, at, upto = get(stream, 'closed', 'kind', 'age_s', 'last'), nil, nil
+  local age_s = tonumber(f[3]) or forever_s
+  if taken and f[1] == '0' then
+    local some = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 32)
+    upto = tonumber(some[1] and string.match(some[#some][1], '^%d+') or f[4])
+  end
+  if f[1] == '1' then
+    at = taken and now or get(stream, 'updated')[1] + age_s
+  elseif f[2] == 'topic' and retain(stream, now, upto) then
+    at = get(stream, 'updated')[1] + empty_s
+  elseif f[2] == 'topic' then
+    local oldest = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 1)[1]
+    at = (oldest and tonumber(oldest[2][6]) or now) + age_s
+  end
+  if at and tonumber(at) <= tonumber(now) then
+    delete(stream)
+  elseif at then
+    redis.call('ZADD', prefix .. 'due', string.format('%.6f', at), stream)
+  else
+    redis.call('ZREM', prefix .. 'due', stream)
+  end
+end
+local function safely(...)
+  local fine, why = pcall(visit, ...)
   if fine then return end
   local text = type(why) == 'table' and why.err or tostring(why)
   if string.find(text, 'OOM', 1, true) or string.find(text, 'READONLY', 1, true) then error(why, 0) end
-  redis.call('ZREM', prefix .. 'due', stream)
-end
-local function take(stream, now)
-  local f = get(stream, 'last', 'closed')
-  if f[2] ~= '0' then return delete(stream) end
-  local some = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 32)
-  retain(stream, now, tonumber(some[1] and string.match(some[#some][1], '^%d+') or f[1]))
-  redis.call('ZADD', prefix .. 'due', now, stream)
+  redis.call('ZREM', prefix .. 'due', (...))
 end
 local function make_room(many, now)
   if used('') <= bound then return 0 end
@@ -105,7 +123,7 @@ local function make_room(many, now)
   local next = redis.call('ZRANGE', prefix .. 'due', from, '+inf', 'BYSCORE', 'LIMIT', 0, many)
   for _, stream in ipairs(next) do
     if used('') <= bound then return 0 end
-    safely(take, stream, now)
+    safely(stream, now, true)
   end
   return #next
 end
@@ -215,6 +233,7 @@ local function append(new, stream, epoch, closes, meta, events, ends, body, leas
     redis.call('XADD', rows(stream), num(last) .. '-0', 'e', f[11], 'n', ends, 't', now, 'b', body)
   end
   if f[7] == 'topic' then
+    if first == from then redis.call('ZADD', prefix .. 'due', now, stream) end  -- it was empty, and due as such
     if tonumber(f[8]) then first = math.max(first, last - tonumber(f[8]) + 1) end
     if closes == '0' then first, size = trim(stream, first, last, size, tonumber(f[9]), age_s, tonumber(now)) end
   end
@@ -246,29 +265,8 @@ return answers
 """,
     # now, step: handles the streams that are due, then frees space over the bounds; returns how many streams it handled
     "upkeep": """
-local now = tonumber(ARGV[1])
-local function look(stream)
-  if redis.call('EXISTS', facts(stream)) == 0 then return delete(stream) end
-  local f, at = get(stream, 'closed', 'kind', 'age_s'), nil
-  local age_s = tonumber(f[3]) or forever_s
-  if f[1] == '1' then
-    at = get(stream, 'updated')[1] + age_s
-  elseif f[2] == 'topic' and retain(stream, ARGV[1]) then
-    at = get(stream, 'updated')[1] + empty_s
-  elseif f[2] == 'topic' then
-    local oldest = redis.call('XRANGE', rows(stream), '-', '+', 'COUNT', 1)[1]
-    at = (oldest and tonumber(oldest[2][6]) or now) + age_s
-  end
-  if at and at <= now then
-    delete(stream)
-  elseif at then
-    redis.call('ZADD', prefix .. 'due', string.format('%.6f', at), stream)
-  else
-    redis.call('ZREM', prefix .. 'due', stream)
-  end
-end
 local due = redis.call('ZRANGE', prefix .. 'due', '-inf', ARGV[1], 'BYSCORE', 'LIMIT', 0, ARGV[2])
-for _, stream in ipairs(due) do safely(look, stream) end
+for _, stream in ipairs(due) do safely(stream, ARGV[1]) end
 if bound == math.huge then return #due end
 local accounts, taken = redis.call('HGETALL', prefix .. 'bytes'), 0
 for n = 1, #accounts, 2 do
@@ -307,29 +305,25 @@ return first and read(ARGV[1], num(math.max(tonumber(ARGV[2]) + 1, first)), tonu
 local stream = ARGV[1] == '' and ARGV[2] or redis.call('HGET', prefix .. ARGV[1], ARGV[2])
 return stream and whole(stream) or {'', {}}
 """,
-    # owner, limit
+    # index, last place, '' or a process: returns, newest first, all, or those that it holds and those of processes
+    # without a lease
     "runs": """
-local found = {}
-for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'runs:' .. ARGV[1], 0, ARGV[2], 'REV')) do
+local found, alive = {}, {[ARGV[3]] = 0}
+for _, stream in ipairs(redis.call('ZRANGE', prefix .. ARGV[1], 0, ARGV[2], 'REV')) do
   local one = whole(stream)
-  if next(one[2]) then table.insert(found, one) else redis.call('ZREM', prefix .. 'runs:' .. ARGV[1], stream) end
-end
-return found
-""",
-    # process: returns the open runs that it holds, and those of processes without a lease
-    "left": """
-local left, alive = {}, {[ARGV[1]] = 0}
-for _, stream in ipairs(redis.call('ZRANGE', prefix .. 'open', 0, -1)) do
-  local holder = redis.pcall('HGET', facts(stream), 'holder')
-  if redis.call('EXISTS', facts(stream)) == 0 then
+  if not next(one[2]) then
     delete(stream)
+    redis.call('ZREM', prefix .. ARGV[1], stream)
+  elseif ARGV[3] == '' then
+    table.insert(found, one)
   else
+    local holder = redis.pcall('HGET', facts(stream), 'holder')
     holder = type(holder) == 'string' and holder or ''
     alive[holder] = alive[holder] or redis.call('EXISTS', prefix .. 'lease:' .. holder)
-    if alive[holder] == 0 then table.insert(left, whole(stream)) end
+    if alive[holder] == 0 then table.insert(found, one) end
   end
 end
-return left
+return found
 """,
     # max bytes of each; then stream, epoch, last, stream, …: returns of each that has changed since, or is closed, its
     # name, last, closed, the rows after that, and, if earlier rows may be lost, its facts
@@ -340,22 +334,22 @@ local function more(stream, epoch, after)
   if f[1] == epoch and last == after and f[3] == '0' then return nil end
   if f[1] ~= epoch or last < after then known = redis.call('HGETALL', facts(stream)) end
   if last and last > after then found = read(stream, num(math.max(after + 1, tonumber(f[4]))), tonumber(ARGV[1])) end
-  return {stream, f[2] or '0', f[3] or '0', found, known}
+  return {stream, last or 0, f[3] or '0', found, known}
 end
 local news = {}
 for n = 2, #ARGV, 3 do
   local fine, one = pcall(more, ARGV[n], ARGV[n + 1], tonumber(ARGV[n + 2]))
-  if not fine then one = {ARGV[n], '0', '0', {}, {err = "ERR the stream's keys hold something else"}} end
-  table.insert(news, one)
+  if not fine then one = {ARGV[n], 0, '0', {}, {err = "ERR the stream's keys hold something else"}} end
+  if one then table.insert(news, one) end
 end
 return news
 """,
-    # stream, command, seconds to keep it
+    # stream, command
     "call": """
 local holder = get(ARGV[1], 'holder')[1]
 if not holder then return 0 end
 redis.call('RPUSH', prefix .. 'calls:' .. holder, ARGV[2] .. ' ' .. ARGV[1])
-redis.call('EXPIRE', prefix .. 'calls:' .. holder, ARGV[3])
+redis.call('EXPIRE', prefix .. 'calls:' .. holder, remember_s)
 redis.call('PUBLISH', prefix .. 'called:' .. holder, '')
 return 1
 """,

@@ -30,10 +30,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from math import inf
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final, Generic, TypeVar
@@ -47,7 +48,7 @@ from anyio.to_thread import run_sync
 
 from ssecore.errors import LogError, LogUnavailable, SSEAppError
 from ssecore.filelock import try_lock
-from ssecore.log.facts import OWNERS, Retention, Row, Stat, cost, packed, readable, unpacked
+from ssecore.log.facts import OWNERS, Retention, Row, Stat, cost, packed, refusal, unpacked
 from ssecore.log.ledger import Entry, Ledger, LocalLog
 from ssecore.log.writer import Batch
 from ssecore.wire import encode_json
@@ -82,7 +83,6 @@ _MIGRATIONS: Final = (
     CREATE UNIQUE INDEX rows_last ON rows (stream, last);
     CREATE TABLE garbage (stream INTEGER PRIMARY KEY);
     """,
-    # Topics without events used to be kept forever.
     """
     UPDATE streams SET due = 0 WHERE kind = 'topic' AND closed = 0 AND due IS NULL;
     CREATE TABLE accounts (owner TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
@@ -94,7 +94,6 @@ _MIGRATIONS: Final = (
 )
 
 _MAX_ORDERS: Final = 100
-#: Rows in one INSERT.
 _ROWS_AT_ONCE: Final = 32
 #: Of a batch in the file besides its body, roughly.
 _BATCH_BYTES: Final = 1024
@@ -112,14 +111,12 @@ _CHECKPOINT_PAGES: Final = 2048
 _PAGE_BYTES: Final = 4096
 #: Readers can keep the WAL from restarting.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
-#: A row to test for free space.
 _PROBE_STREAM: Final = 0
 _PROBE_BYTES: Final = 64 * 1024
 #: Rule 8. More than a full buffer of a run, which as fast as it goes would wait for the thread at each.
 _LOOP_BYTES: Final = 128 * 1024
 _SLOW_S: Final = 0.005
 _SLOW_PAUSE: Final = 100
-#: For another program's lock (a backup, `sqlite3`).
 _BUSY_S: Final = 5.0
 _LOCK_POLL_S: Final = 0.05
 
@@ -127,13 +124,8 @@ _SELECT: Final = """
     SELECT id, due, (SELECT max(id) FROM epochs WHERE stream = streams.id), first, last, size, name, kind,
         (SELECT json_group_array(json_array(epoch, first))
          FROM (SELECT epoch, first FROM epochs WHERE stream = streams.id ORDER BY id)),
-        created,
-        CASE WHEN kind = 'run' AND NOT closed
-            THEN max(updated, coalesce((SELECT at FROM rows WHERE stream = streams.id ORDER BY last DESC LIMIT 1), 0))
-            ELSE updated END,
-        first,
-        CASE WHEN kind = 'run' AND NOT closed
-            THEN coalesce((SELECT max(last) FROM rows WHERE stream = streams.id), 0) ELSE last END,
+        created, max(updated, coalesce((SELECT at FROM rows WHERE stream = streams.id ORDER BY last DESC LIMIT 1), 0)),
+        first, max(last, coalesce((SELECT max(last) FROM rows WHERE stream = streams.id), 0)),
         CASE WHEN kind = 'run' AND NOT closed
             THEN coalesce((SELECT sum(length(body)) FROM rows WHERE stream = streams.id), 0) ELSE size END,
         closed, owner, meta, key, retention
@@ -166,10 +158,7 @@ class _Order(Generic[T]):
 
 
 class SqliteLog(LocalLog):
-    """`Log` in the file `path`, whose folder is created if needed.
-
-    `lock_wait_s`: for another process to release it. `clock`, `upkeep_s` as for `Log`; `max_bytes`: its rule 7.
-    """
+    """`Log` in the file `path`, whose folder is created if needed. `lock_wait_s`: for another process to release it."""
 
     def __init__(
         self,
@@ -200,7 +189,7 @@ class SqliteLog(LocalLog):
         self._gives_back = False  # the next checkpoint empties the WAL
         self._most_wal_pages = min(_CHECKPOINT_PAGES, self.max_bytes // 8 // _PAGE_BYTES)
         self._due_pages = self._most_wal_pages * 7 // 8
-        self._syncs_header = True  # the next transaction may
+        self._syncs_header = True
         self._slow_until = 0.0
         self._files: _Files = (None, None)
         #: Bytes of the pages in use when counted, and written since.
@@ -219,16 +208,14 @@ class SqliteLog(LocalLog):
             self._files, self.unavailable, self.written = self._present(), False, -1
             thread.start()
             self._running = True
-            try:
-                yield
-            finally:
-                self._running = False
+            yield
         finally:
+            self._running = False
             with CancelScope(shield=True):
                 if thread.ident is not None:
                     self._orders.put(None)
                     await run_sync(thread.join)
-                for _ in range(_READERS):  # wait for the readers
+                for _ in range(_READERS):
                     await self._reading.acquire_on_behalf_of(object())
                 await run_sync(self._close)
                 os.close(lock)
@@ -247,7 +234,7 @@ class SqliteLog(LocalLog):
 
     async def _apply(self, work: Callable[[Ledger], T], *, long: bool = False) -> T:
         if not self._running or self._stuck:
-            raise LogUnavailable("the event log is closed" if not self._running else "the service is about to stop")
+            raise refusal("stopping" if self._running else "shut")
         signal = anyio.Event()
         order = _Order(work, lambda _: signal.set(), awaited=True, long=long)
         self._put(order)
@@ -260,7 +247,7 @@ class SqliteLog(LocalLog):
         """The thread may wait for another program's lock."""
         for order in self._in_flight:
             if order.awaited:  # else `Commits` fails it
-                order.awaited, order.error = False, LogUnavailable("the service is about to stop")
+                order.awaited, order.error = False, refusal("stopping")
                 order.done(order)
         self._stuck = bool(self._in_flight)
         super().give_up()
@@ -280,10 +267,7 @@ class SqliteLog(LocalLog):
         # A run's first epoch is its name.
         if (known := self._known.get(name or epoch or "")) and (name or known.stat.epochs[0][0] == epoch):
             return known.stat
-        where = "name = ?"
-        if name is None:
-            where = "key = ?" if epoch is None else "id = (SELECT stream FROM epochs WHERE epoch = ?)"
-        found = await self._all(f"WHERE {where}", name or epoch or key)
+        found = await self._all(*_where(name, epoch, key))
         return found[0] if found else None
 
     async def runs(self, owner: str | None, limit: int) -> list[Stat]:
@@ -295,9 +279,8 @@ class SqliteLog(LocalLog):
     # The writer
 
     def _put(self, order: _Order[Any]) -> None:
-        on_loop = not self._in_flight and self._may_run_on_loop(order)
         self._in_flight[order] = None
-        if not (on_loop and self._run_on_loop(order)):
+        if len(self._in_flight) > 1 or not (self._may_run_on_loop(order) and self._run_on_loop(order)):
             self._orders.put(order)
 
     def _may_run_on_loop(self, order: _Order[Any]) -> bool:
@@ -339,7 +322,6 @@ class SqliteLog(LocalLog):
                 self._checkpoint()
 
     def _take(self) -> list[_Order[Any]]:
-        """At least one; nothing at the end."""
         orders: list[_Order[Any]] = []
         while len(orders) < _MAX_ORDERS and not (orders and self._orders.empty()):
             order = self._orders.get()
@@ -384,7 +366,7 @@ class SqliteLog(LocalLog):
                 self.connection.execute("ROLLBACK")
             self._set_busy(self.connection, busy_s)
             changes = self.connection.total_changes
-            transaction = _Transaction(self, self.connection, self._known, self._clock())
+            transaction = _Transaction(self, self.connection)
             for order in orders:
                 try:
                     order.result = order.work(transaction)
@@ -450,11 +432,11 @@ class SqliteLog(LocalLog):
     # The readers
 
     async def _all(self, where: str, *values: object) -> list[Stat]:
-        return await self._query(lambda db: readable(lambda row: _entry(row).stat, db.execute(_SELECT + where, values)))
+        return await self._query(lambda db: list(_legible(db.execute(_SELECT + where, values))))
 
     async def _query(self, select: Callable[[sqlite3.Connection], T]) -> T:
         if not self._running:
-            raise LogUnavailable("the event log is closed")
+            raise refusal("shut")
         return await run_sync(self._select, select, limiter=self._reading)
 
     def _select(self, select: Callable[[sqlite3.Connection], T]) -> T:
@@ -552,7 +534,6 @@ class SqliteLog(LocalLog):
         return bool(header)
 
     async def _lock(self) -> int:
-        """The lock file's descriptor."""
         until = current_time() + self._lock_wait_s
         while True:
             lock, holder = await run_sync(self._try_lock)
@@ -594,14 +575,13 @@ class SqliteLog(LocalLog):
 class _Transaction(Ledger):
     """One transaction."""
 
-    def __init__(self, log: SqliteLog, db: sqlite3.Connection, known: dict[str, Entry], now: float) -> None:
+    def __init__(self, log: SqliteLog, db: sqlite3.Connection) -> None:
         super().__init__(log._process)
         self._log = log
         self._db = db
         self._begun = False
         self._rows: list[tuple[object, ...]] = []  # to be inserted
-        self._known = known
-        self.now = now
+        self.now = log._clock()
         self.max_bytes = log.max_bytes
         self.wrote = False
         #: Bytes to add to the owners' accounts.
@@ -644,7 +624,7 @@ class _Transaction(Ledger):
         """A copy (rule 3)."""
         if stream in self.entries:
             return self.entries[stream]
-        if known := self._known.get(stream):
+        if known := self._log._known.get(stream):
             entry = Entry(known.stat, known.due, known.charged, known.id, known.epoch)
         elif row := self.db.execute(_SELECT + "WHERE name = ?", (stream,)).fetchone():
             entry = _entry(row)
@@ -653,16 +633,13 @@ class _Transaction(Ledger):
         self.entries[stream] = entry
         return entry
 
-    def by_key(self, key: str) -> str | None:
-        found = self.db.execute("SELECT name FROM streams WHERE key = ?", (key,)).fetchone()
-        return found[0] if found else None
-
-    def has_epoch(self, epoch: str) -> bool:
-        return self.db.execute("SELECT 1 FROM epochs WHERE epoch = ?", (epoch,)).fetchone() is not None
+    def name_of(self, *, epoch: str | None = None, key: str | None = None) -> str | None:
+        where, value = _where(None, epoch, key)
+        return next(iter(self._names(f"SELECT name FROM streams {where}", value)), None)
 
     def insert(self, stat: Stat, due: float | None) -> Entry:
         values = (stat.stream, stat.kind, stat.owner, stat.key, stat.created, due, *_changing(stat))
-        entry = self.entries[stat.stream] = Entry(stat, due, id=self._insert(_INSERT, values))
+        entry = self.entries[stat.stream] = Entry(stat, due, id=self.db.execute(_INSERT, values).lastrowid or 0)
         self.insert_epoch(entry, *stat.epochs[0], [])
         self._charge(entry, cost(stat))
         return entry
@@ -670,13 +647,8 @@ class _Transaction(Ledger):
     def insert_epoch(self, entry: Entry, epoch: str, first: int, forgotten: list[str]) -> None:
         if forgotten:
             self.db.executemany("DELETE FROM epochs WHERE epoch = ?", [(name,) for name in forgotten])
-        values = (epoch, entry.id, first)
-        entry.epoch = self._insert("INSERT INTO epochs (epoch, stream, first) VALUES (?, ?, ?)", values)
-
-    def _insert(self, statement: str, values: tuple[object, ...]) -> int:
-        id = self.db.execute(statement, values).lastrowid
-        assert id is not None
-        return id
+        insert = "INSERT INTO epochs (epoch, stream, first) VALUES (?, ?, ?)"
+        entry.epoch = self.db.execute(insert, (epoch, entry.id, first)).lastrowid or 0
 
     def insert_row(self, entry: Entry, row: Row) -> None:
         self._rows.append((entry.id, row.last, entry.epoch, self.now, packed(row.ends), row.body))
@@ -723,12 +695,10 @@ class _Transaction(Ledger):
             log.used, log.written = int((pages - free) * size), 0
         return log.used
 
-    def accounts_over(self, bytes: int) -> Sequence[tuple[str, int]]:
-        return self.db.execute("SELECT owner, bytes FROM accounts WHERE bytes > ?", (bytes,)).fetchall()
-
-    def closed_runs(self, owner: str) -> Sequence[str]:
+    def over_share(self, share: int) -> Iterator[tuple[int, Sequence[str]]]:
         oldest = "SELECT name FROM streams WHERE kind = 'run' AND owner = ? AND closed ORDER BY id LIMIT ?"
-        return self._names(oldest, owner, self.step_streams)
+        for owner, used in self.db.execute("SELECT owner, bytes FROM accounts WHERE bytes > ?", (share,)).fetchall():
+            yield used - share, self._names(oldest, owner, self.step_streams)
 
     def due_between(self, after: float, until: float) -> Sequence[str]:
         due = "SELECT name FROM streams WHERE due > ? AND due <= ? ORDER BY due LIMIT ?"
@@ -739,20 +709,15 @@ class _Transaction(Ledger):
 
     def upkeep(self) -> bool:
         self._log.written = -1
-        expired, swept = self._expire(), self._sweep()
+        expired, swept = self._visit(self.due_between(-inf, self.now)), self._sweep()
         return expired or swept or self._make_room() or self._give_back()
 
     def _sweep(self) -> bool:
-        garbage = self.db.execute("SELECT stream FROM garbage LIMIT ?", (_STEP_ROWS,)).fetchall()
-        rows = _STEP_ROWS
-        for stream in garbage:
-            oldest = "SELECT rowid FROM rows WHERE stream = ? ORDER BY last LIMIT ?"
-            gone = self.db.execute(f"DELETE FROM rows WHERE rowid IN ({oldest})", (*stream, rows))
-            rows -= gone.rowcount
-            if not rows:
-                break
-            self.db.execute("DELETE FROM garbage WHERE stream = ?", stream)
-        return bool(garbage)
+        rows = "SELECT rowid FROM rows WHERE stream IN (SELECT stream FROM garbage) LIMIT ?"
+        gone = self.db.execute(f"DELETE FROM rows WHERE rowid IN ({rows})", (_STEP_ROWS,)).rowcount
+        if gone < _STEP_ROWS:
+            gone += self.db.execute("DELETE FROM garbage").rowcount
+        return gone > 0
 
     def _give_back(self) -> bool:
         """Once a quarter of the file is free."""
@@ -790,6 +755,22 @@ def _read(db: sqlite3.Connection, stream: str, after: int, max_bytes: int) -> li
     return found
 
 
+def _where(name: str | None, epoch: str | None, key: str | None) -> tuple[str, str | None]:
+    if name is not None:
+        return "WHERE name = ?", name
+    return (
+        ("WHERE key = ?", key) if epoch is None else ("WHERE id = (SELECT stream FROM epochs WHERE epoch = ?)", epoch)
+    )
+
+
+def _legible(rows: Iterable[tuple[Any, ...]]) -> Iterator[Stat]:
+    for row in rows:
+        try:
+            yield _entry(row).stat
+        except Exception:
+            logger.exception("the facts of a stream in the event log can't be read: %.100r", row)
+
+
 def _entry(row: tuple[Any, ...]) -> Entry:
     """The owner is charged by the stored facts."""
     id, due, epoch, first_written, last_written, size_written, *facts = row
@@ -802,7 +783,6 @@ def _entry(row: tuple[Any, ...]) -> Entry:
 
 
 def _changing(stat: Stat) -> tuple[object, ...]:
-    """All columns that change, except `due`."""
     meta, retention = encode_json(stat.meta).decode(), encode_json(stat.retention).decode()
     return stat.updated, stat.first, stat.last, stat.size, stat.closed, meta, retention
 
@@ -834,8 +814,7 @@ def _failure(doing: str, error: BaseException) -> SSEAppError:
     reason = error if isinstance(error, sqlite3.Error) else "internal error"
     if isinstance(error, _Replaced):
         reason = "its file was deleted or replaced"
-    text = f"the event log can't be {doing} at the moment: {reason}"
-    return LogUnavailable(text)
+    return LogUnavailable(f"the event log can't be {doing} at the moment: {reason}")
 
 
 def _error_text(db: sqlite3.Connection | None, error: BaseException) -> str:

@@ -62,41 +62,36 @@ def gap_frames(gap: Gap, dialect: Dialect, *, last: bool = False) -> bytes:
 class Tail:
     """A stream's newest events."""
 
-    def __init__(
-        self, log: Log, stream: str, gaps: "Counter[str]", drop: "Callable[[Tail], None]", id_first: bool
-    ) -> None:
+    def __init__(self, tails: "Tails", stream: str, id_first: bool) -> None:
+        self.tails = tails
         self.stream = stream
         self.id_first = id_first  #: see `framed`
-        self.gaps = gaps
         self.top = 0
         self.ended: Ended | None = None
         #: The last event, if it could not be stored.
         self.unstored_end = b""
-        #: With their senders, once started.
         self.readers: dict[Reader, Sender | None] = {}
         #: Open readers, and calls of `acquire` without `release`.
         self.references = 0
         self.behind: set[Reader] = set()
-        self._log = log
-        self._rows: deque[tuple[Row, bytes]] = deque()  # each with its frames
-        self._last = 0  # the last sequence in them
+        self._rows: deque[tuple[Row, bytes]] = deque()
+        self._last = 0
         self._size = 0
         self._since: tuple[int, int, bytes] = (-1, -1, b"")
         self._reads: dict[int, _Reading] = {}
         #: Reads in flight, each with its result or failure.
         self._reading: dict[int, tuple[anyio.Event, list[_Reading | Exception]]] = {}
         self._scheduled = False  # a round is
-        self._seen: tuple[int, Ended | None] = (0, None)  # at the round's start
+        self._seen: tuple[int, Ended | None] = (0, None)
         self._framed: tuple[bytes, bytes] = (b"", b"")  # the round's batch, and its HTTP chunk
-        self.close = log.watch(stream, self._on_append)
-        self._drop = drop
+        self.close = tails.log.watch(stream, self._on_append)
 
     def release(self) -> None:
-        """The last reference drops the tail, not the last reader: another may be about to be made."""
+        """Not the last reader drops the tail: another may be about to be made."""
         self.references -= 1
         if not self.references:
             self.close()
-            self._drop(self)
+            self.tails.drop(self)
 
     def apply(self, stat: Stat) -> None:
         """Rule 1."""
@@ -171,9 +166,9 @@ class Tail:
         newest, frames = self._rows[-1]
         if newest.first == after + 1:
             return frames, last
-        if self._since[:2] != (after, last):  # mostly the same for all
+        if self._since[:2] != (after, last):
             parts: list[bytes] = []
-            for row, frames in reversed(self._rows):  # mostly few of thousands
+            for row, frames in reversed(self._rows):
                 if row.last <= after:
                     break
                 parts.append(frames if row.first > after else framed(row, after, id_first=self.id_first))
@@ -206,8 +201,8 @@ class Tail:
 
     async def _read(self, after: int) -> _Reading:
         top = self.top
-        rows = await self._log.read(self.stream, after, READ_BYTES)
-        stat = None if rows else await self._log.stat(self.stream)
+        rows = await self.tails.log.read(self.stream, after, READ_BYTES)
+        stat = None if rows else await self.tails.log.stat(self.stream)
         # A closed run without rows is being deleted.
         gone = not rows and (stat is None or (stat.kind == "run" and stat.closed and stat.last <= top))
         if gone or self.ended == "deleted":
@@ -293,9 +288,7 @@ class Reader:
         """What needs no waiting; `None`: call `from_log`."""
         tail = self.tail
         before, self._before = self._before, b""
-        if self.finished:
-            return before
-        if self._stopped:
+        if self.finished or self._stopped:
             self.finished = True
             return before
         if self.after < tail.top:
@@ -322,7 +315,7 @@ class Reader:
             return b""
         before, self._before = self._before, b""
         if gap is not None:
-            self.tail.gaps[gap.reason] += 1
+            self.tail.tails.gaps[gap.reason] += 1
             self._uncounted += (last if gap.to is None else gap.to) - self.after
             self.finished = gap.reason == "expired"
             # Only this id ends a client that reconnects.
@@ -443,11 +436,11 @@ class Tails:
         """The stream's tail, which watches from now on. Then `apply` its facts."""
         tail = self._tails.get(stream)
         if tail is None or tail.ended == "deleted" or tail.unstored_end:
-            tail = self._tails[stream] = Tail(self.log, stream, self.gaps, self._drop, id_first)
+            tail = self._tails[stream] = Tail(self, stream, id_first)
         tail.references += 1
         return tail
 
-    def _drop(self, tail: Tail) -> None:
+    def drop(self, tail: Tail) -> None:
         if self._tails.get(tail.stream) is tail:
             del self._tails[tail.stream]
             if self.on_unread is not None:

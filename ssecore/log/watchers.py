@@ -16,6 +16,8 @@ class Watchers:
 
     def __init__(self) -> None:
         self._streams: dict[str, dict[object, Watcher]] = {}
+        #: Called with a stream whose last watcher has gone.
+        self.on_unwatched: Callable[[str], None] = lambda stream: None
 
     def add(self, stream: str, watcher: Watcher) -> Callable[[], None]:
         mark = object()
@@ -26,14 +28,12 @@ class Watchers:
             watchers.pop(mark, None)
             if not watchers and self._streams.get(stream) is watchers:
                 del self._streams[stream]
+                self.on_unwatched(stream)
 
         return unwatch
 
-    def watched(self, stream: str) -> bool:
-        return stream in self._streams
-
     def notify(self, stream: str, row: Row | None, ended: Ended | None) -> None:
-        """Call all of the stream's watchers. What one raises is logged; the others are still called."""
+        """What one watcher raises is logged; the others are still called."""
         watchers = self._streams.get(stream)
         if watchers is None:
             return
@@ -47,3 +47,5 @@ class Watchers:
                 watcher(row, ended)
             except Exception:
                 logger.exception("a watcher of the event log failed")
+        if ended and stream not in self._streams:
+            self.on_unwatched(stream)

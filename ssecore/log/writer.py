@@ -19,7 +19,7 @@ from anyio.lowlevel import current_token
 
 from ssecore.errors import LogUnavailable, SSEAppError, TooLarge
 from ssecore.log import facts
-from ssecore.log.facts import MAX_ROW_BYTES, Retention
+from ssecore.log.facts import MAX_ROW_BYTES, Retention, refusal
 
 __all__ = ["GAP_S", "Batch", "Commits", "Posted", "Writer"]
 
@@ -27,14 +27,10 @@ logger: Final = logging.getLogger("sseapp")
 
 #: Between commits that nothing awaits. uvloop's timers are whole milliseconds.
 GAP_S: Final = 0.002
-#: In one commit: some milliseconds of work.
 _MAX_COMMIT_BYTES: Final = 4 * 1024 * 1024
 _MAX_COMMIT_STREAMS: Final = 100
 #: Above, appends are refused, but not posts: their writers are bounded.
 _MAX_QUEUED_BYTES: Final = 64 * 1024 * 1024
-
-_CLOSED: Final = "the event log is closed"
-_STOPPING: Final = "the service is about to stop"
 
 #: Called in the event loop: a post's bytes are stored, or have failed.
 Posted = Callable[[int, SSEAppError | None], None]
@@ -62,40 +58,24 @@ class Batch:
     signal: anyio.Event | None = None
     resolved: bool = False
 
-    def resolve(self) -> None:
-        self.resolved = True
-        if self.signal is not None:
-            self.signal.set()
-        if self.writer is not None:
-            self.writer.notify(self.size, self.error)
-
 
 class Writer:
     """Appends to one stream, in order, without waiting."""
 
-    __slots__ = ("_commits", "_epoch", "_on_stored", "_stream", "failed")
+    __slots__ = ("_commits", "_epoch", "_stream", "failed", "on_stored")
 
     def __init__(self, commits: "Commits", stream: str, epoch: str, on_stored: Posted) -> None:
-        self._commits, self._stream, self._epoch, self._on_stored = commits, stream, epoch, on_stored
+        self._commits, self._stream, self._epoch, self.on_stored = commits, stream, epoch, on_stored
         self.failed: SSEAppError | None = None
 
     def post(self, frames: Sequence[bytes], size: int) -> None:
         """Append frames of `size` bytes; `on_stored` is called with the outcome, maybe at once.
 
-        The caller bounds what isn't stored yet, and waits for it before an `append`. Raises an earlier post's failure,
-        `TooLarge`, `LogUnavailable`.
+        The caller bounds what isn't stored yet, and waits for it before an `append`. Raises an earlier post's failure.
         """
         if self.failed is not None:
             raise self.failed
         self._commits.add(self._stream, self._epoch, frames, size, writer=self)
-
-    def notify(self, size: int, error: SSEAppError | None) -> None:
-        if error is not None and self.failed is None:
-            self.failed = error
-        try:
-            self._on_stored(size, error)
-        except Exception:
-            logger.exception("a writer of the event log failed over the answer")
 
 
 class Commits:
@@ -106,25 +86,27 @@ class Commits:
         self._gap_s = gap_s
         self._queue: dict[str, deque[Batch]] = {}
         self._queued_bytes = 0
-        self._awaited = False  # something in the queue is
+        self._awaited = False
         self._in_flight: list[Batch] = []
         self._committed_at = -inf
         self._planned: Any = None  # the next commit: its handle, whether it is a timer
-        self._loop: Any = None
+        self._call_soon: Any = None
+        self._call_later: Any = None
         self._idle = anyio.Event()
-        self._refused: str | None = _CLOSED  # why appends are refused
+        self._refused: str | None = "shut"
         #: See `Log.on_commit`.
         self.on_commit: Callable[[list[Batch], float], None] | None = None
 
     def open(self) -> None:
         """Call in the event loop."""
-        token: Any = current_token().native_token
-        self._loop = token if hasattr(token, "call_later") else _Trio(token)
+        loop: Any = current_token().native_token
+        self._call_soon = getattr(loop, "call_soon", None) or loop.run_sync_soon
+        self._call_later = getattr(loop, "call_later", None)  # trio has none outside of tasks: nothing waits
         self._refused = None
 
     async def close(self) -> None:
         """Refuse appends, and wait for earlier ones."""
-        self._refused = _CLOSED
+        self._refused = "shut"
         while self._queue or self._in_flight:
             self._idle = anyio.Event()
             await self._idle.wait()
@@ -143,7 +125,7 @@ class Commits:
     ) -> Batch:
         """The frames' batch, in which they are last. Hot path."""
         if self._refused is not None:
-            raise LogUnavailable(self._refused)
+            raise refusal(self._refused)
         if size > facts.MAX_APPEND_BYTES:
             raise TooLarge(f"an append of {size} bytes; the event log takes {facts.MAX_APPEND_BYTES} at once")
         if writer is None and self._queued_bytes + size > _MAX_QUEUED_BYTES:
@@ -179,27 +161,27 @@ class Commits:
     def give_up(self) -> None:
         """Fail all, and appends until the commit is over."""
         if self._in_flight and self._refused is None:
-            self._refused = _STOPPING
+            self._refused = "stopping"
         batches = self._in_flight + [batch for waiting in self._queue.values() for batch in waiting]
         self._queue.clear()
         for batch in batches:
-            batch.error = LogUnavailable(_STOPPING)
+            batch.error = refusal("stopping")
             self._resolve(batch)
 
     def _plan(self) -> None:
         if self._gap_s is None:
             self._start_commit()
             return
-        at_once = self._awaited or self._queued_bytes >= MAX_ROW_BYTES
+        at_once = self._awaited or self._queued_bytes >= MAX_ROW_BYTES or self._call_later is None
         wait_s = 0.0 if at_once else self._committed_at + self._gap_s - monotonic()
         if self._planned is not None:
             if wait_s > 0 or not self._planned[1]:
                 return
             self._planned[0].cancel()
         if wait_s > 0:
-            self._planned = self._loop.call_later(wait_s, self._start_commit), True
+            self._planned = self._call_later(wait_s, self._start_commit), True
         else:
-            self._planned = self._loop.call_soon(self._start_commit), False
+            self._planned = self._call_soon(self._start_commit), False
 
     def _start_commit(self) -> None:
         self._planned = None
@@ -211,7 +193,6 @@ class Commits:
             self._idle.set()
 
     def _take(self) -> list[Batch]:
-        """The oldest batch of each stream."""
         batches: list[Batch] = []
         size = 0
         queue = self._queue
@@ -229,7 +210,7 @@ class Commits:
 
     def _done(self) -> None:
         batches, self._in_flight = self._in_flight, []
-        if self._refused == _STOPPING:
+        if self._refused == "stopping":
             self._refused = None
         if self.on_commit is not None:
             self.on_commit(batches, monotonic() - self._committed_at)
@@ -255,22 +236,13 @@ class Commits:
 
     def _resolve(self, batch: Batch) -> None:
         if not batch.resolved:  # by `give_up`
+            batch.resolved = True
             self._queued_bytes -= batch.size
-            batch.resolve()
-
-
-class _Trio:
-    """Trio has no timers outside of tasks: nothing waits."""
-
-    def __init__(self, token: Any) -> None:
-        self._token = token
-
-    def call_soon(self, call: Callable[[], None]) -> "_Trio":
-        self._token.run_sync_soon(call)
-        return self
-
-    def call_later(self, wait_s: float, call: Callable[[], None]) -> "_Trio":
-        return self.call_soon(call)
-
-    def cancel(self) -> None:
-        """Impossible."""
+            if batch.signal is not None:
+                batch.signal.set()
+            if batch.writer is not None:
+                batch.writer.failed = batch.writer.failed or batch.error
+                try:
+                    batch.writer.on_stored(batch.size, batch.error)
+                except Exception:
+                    logger.exception("a writer of the event log failed over the answer")
