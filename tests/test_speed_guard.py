@@ -23,7 +23,7 @@ import ssecore.streaming.sender
 from handlers.chat import Prompt, chat, open_model
 from sseapp import SSEApp
 from ssecore.http.request import Request
-from ssecore.http.routes import GET
+from ssecore.http.routes import GET, Run
 from ssecore.settings import Settings
 from ssecore.topics import Subscription
 from ssecore.wire import Event
@@ -141,6 +141,19 @@ async def test_a_models_token_costs_one_turn_of_the_loop_from_the_upstreams_sock
     assert wire.body.count(b'"Hi"') == tokens
     assert tokens / 2 < len(wire.written) <= tokens + 5
     assert counted["callbacks"] <= tokens + AROUND  # of the task that reads: nothing else is woken
+
+
+@pytest.mark.parametrize("linger_s", [None, 60.0])
+async def test_a_run_at_work_has_the_task_of_its_generator_and_no_other(linger_s: float | None) -> None:
+    async def handler(request: Request | None) -> AsyncIterator[Event]:
+        yield Event("here")
+        await anyio.sleep_forever()
+
+    async with running(handler) as app:
+        before = len(asyncio.all_tasks())
+        for _ in range(READERS):
+            await app.runs.start(handler(None), caller=None, run=Run(linger_s=linger_s))
+        assert len(asyncio.all_tasks()) == before + READERS
 
 
 async def test_nothing_is_kept_of_events_that_were_sent() -> None:

@@ -100,6 +100,7 @@ class Runs:
         #: Runs that could not be closed.
         self._unclosable: set[str] = set()
         self._give_up_at = 0.0  #: of the drain
+        self._marked: set[str] = set()  #: lingering elsewhere, and read here
         self._peers = log.peers
         if log.peers is not None:
             log.peers.on_command = self._on_command
@@ -110,9 +111,8 @@ class Runs:
             await anyio.sleep(self.settings.lease_s / 3)
             try:
                 await self.recover()
-                for run in self.tails.streams():
-                    if ":" in run or run in self._workers:  # a topic, or this process's own
-                        continue
+                self._marked = {run for run in self._marked if self.tails.get(run) is not None}
+                for run in list(self._marked):
                     await self._peers.touch(run, max(self.settings.linger_s, self.settings.lease_s))
             except (LogUnavailable, LogError):
                 pass  # logged
@@ -432,6 +432,7 @@ class Runs:
         peers = self._elsewhere(stat)
         if peers is None or (linger_s := _meta(stat).linger_s) is None:
             return None
+        self._marked.add(stat.stream)
         await peers.touch(stat.stream, max(linger_s, self.settings.lease_s))
         return peers
 

@@ -371,7 +371,7 @@ class Sender:
     def _raise_if_unstarted(self) -> None:
         if self.progress:
             return
-        if self.source.failure is not None and self._failed_by_itself():
+        if self._failed_by_itself():
             raise self.source.failure
         if self.request.ended_for == "drain":  # a server's 500 would end an `EventSource`
             raise Draining
