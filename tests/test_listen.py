@@ -180,9 +180,12 @@ def test_a_reader_that_has_enough_and_ctrl_c(server: Server) -> None:
     listening = [sys.executable, "-m", "sseapp", "listen", f"{server.url}/topics/silence"]
     with subprocess.Popen(listening, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
-        assert "init" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130 and not process.stderr.read()
+        try:
+            assert "init" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130 and not process.stderr.read()
+        finally:
+            process.kill()  # else leaving the block would wait for it
 
 
 def test_its_help_tells_the_exit_codes() -> None:
