@@ -239,6 +239,8 @@ async def test_the_running_run_of_a_thread_is_found_and_no_other(tmp_path: Path)
         refused = await http.get("/runs?thread=short")
         assert (refused.status_code, refused.json()["field"]) == (400, "thread")
         assert (await http.get("/runs?state=nonsense")).status_code == 400
+        refused = await http.get(f"/tick/end?thread={'x' * 256}")
+        assert (refused.status_code, refused.json()["field"]) == (400, "thread")
 
 
 async def test_a_run_that_the_client_names_is_started_once(tmp_path: Path) -> None:
