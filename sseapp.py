@@ -131,7 +131,7 @@ _EVENT_STREAM_HEADERS = [
 #: Request bodies of `max_body_bytes` in memory at once, in all and for one caller.
 BODIES: Final = 64
 BODIES_PER_CALLER: Final = 16
-#: The same for uploads: each takes `SPOOL_BYTES` in memory and up to `max_import_bytes` on the disk.
+#: Each takes `SPOOL_BYTES` in memory and up to `max_import_bytes` on the disk.
 UPLOADS: Final = 32
 UPLOADS_PER_CALLER: Final = 8
 #: How long a client may take to read a stream's last bytes.
@@ -145,7 +145,7 @@ Lifespan = Callable[["SSEApp"], AbstractAsyncContextManager[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`body`, or a stream that a `Sender` sends from `source`."""
+    """`body`, or a stream from `source`."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
@@ -157,8 +157,8 @@ class Answer:
 class SSEApp:
     """An ASGI app that streams what its handlers yield. Apps share no state.
 
-    `request.state`, runs and topics need a running app. A server's lifespan starts it. Frameworks don't pass that on to
-    mounted apps: use `async with app.running():` in the program's own lifespan there.
+    `request.state`, runs and topics need a running app. A server's lifespan starts it, but frameworks don't pass that
+    on to a mounted app: there use `async with app.running():` in the program's own lifespan.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class SSEApp:
         #: One of the app's own tasks failed after the start. Our runner ends the process then.
         self.failed = False
         self._running = False
-        #: Set by our runner, which calls `drain`. Under another server a signal starts it.
+        #: By our runner. Under another server a signal starts the drain.
         self.drained_by_runner = False
         table = [*routes, *RUN_ROUTES, *self.guard.routes]
         if not any(route.path == "/openapi.json" for route in routes):
@@ -246,7 +246,7 @@ class SSEApp:
         if scope["type"] == "lifespan":
             await self._run_lifespan(receive, send)
         elif scope["type"] == "websocket":
-            # A close before the handshake is accepted is sent as 403.
+            # Sent as 403.
             await receive()
             await send({"type": "websocket.close", "code": 1003, "reason": "server-sent events only"})
         else:
@@ -333,7 +333,7 @@ class SSEApp:
         return Facts(self._streams, runs.at_work, runs.tails.gaps, dropped_lines())
 
     def at_work(self) -> list[str]:
-        """Open streams and runs, for the log: their routes; of a run the id too. Thread-safe."""
+        """Routes of open streams and runs, for the log; of a run the id too. Thread-safe."""
         runs = self._runs.names() if self._runs is not None else []
         return [*runs, *(f"{stream.request.method} {stream.route}" for stream in list(self._streams))]
 

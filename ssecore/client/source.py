@@ -72,7 +72,7 @@ _REPEATABLE: Final = frozenset(["GET", "HEAD", "OPTIONS", "PUT", "DELETE"])
 _NOT_DONE: Final = frozenset([425, 429, 503])
 _TRANSIENT: Final = _NOT_DONE | {408}
 _FROM_PROXIES: Final = frozenset([502, 504])
-#: In a header h11 refuses control characters, and strips white space.
+#: h11 refuses control characters in a header, and strips white space.
 _UNSENDABLE: Final = re.compile(r"[\x00-\x1f\x7f]|^\s|\s$")
 _FAILURES: Final = ("error", "cancelled")
 _RUN_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -76,7 +76,7 @@ _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 class Room:
-    """A limit of `what` (plural), in total and by caller."""
+    """A limit of `what`, in total and by caller."""
 
     def __init__(self, what: str, limit: int | None, limit_per_caller: int | None) -> None:
         self._what = what
@@ -266,7 +266,7 @@ class Request(RequestFacts):
 
     @cached_property
     def query_params(self) -> Mapping[str, str]:
-        """The first value of each name. Raises `BadRequest` for repeated names, except the route's lists."""
+        """The first value of each name. Raises `BadRequest` for repeated names, except lists."""
         params: dict[str, str] = {}
         for name, value in self.query_pairs:
             if name not in params:
@@ -307,7 +307,7 @@ class Request(RequestFacts):
 
     @property
     def like_event_source(self) -> bool:
-        """An `EventSource`, it seems, which never reconnects after a 503."""
+        """Seems an `EventSource`, which never reconnects after a 503."""
         return self.method == "GET" and self.wants_event_stream and "no-cache" in self.headers.get("cache-control", "")
 
     @property
@@ -345,7 +345,7 @@ class Request(RequestFacts):
             self._check_media_type([route.body.media_type])
             self._room = uploads
             self._hold(1)
-            # Without a name: deleted when closed, even by a crash.
+            # Without a name: a crash deletes it, too.
             self.body = self._upload = SpooledTemporaryFile(SPOOL_BYTES)
             try:
                 await self._read(route.body.max_bytes or max_upload_bytes, self._upload)
@@ -454,7 +454,7 @@ class Request(RequestFacts):
             self._room = None
 
     async def disconnect(self) -> None:
-        """Wait, after the body's end, for the disconnect or `MAX_UNREAD_BYTES` more."""
+        """After the body, wait for the disconnect or `MAX_UNREAD_BYTES` more."""
         unread = 0
         while unread <= MAX_UNREAD_BYTES and (message := await self._receive())["type"] != "http.disconnect":
             unread += len(message.get("body", b""))

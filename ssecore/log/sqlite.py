@@ -1,8 +1,8 @@
 """The event log in one SQLite file, for one process. What a finished call stored survives a SIGKILL.
 
 In WAL mode with `synchronous=NORMAL`: a power failure may lose the last moments; readers then get a `gap` (`diverged`).
-`full_sync=True` syncs each commit, and survives that too. Small commits run on the event loop, others in a thread, in
-one transaction for all that is queued; reads in other threads.
+`full_sync=True` syncs each commit, and survives that too. Small commits run on the event loop, others in a thread; reads
+in other threads.
 
 1.  An append to an open run writes no facts that its rows contain (`last`, `size`, `updated`): queries derive them
     until a close, `meta` or an epoch writes them. So it is one statement, without BEGIN and COMMIT.
@@ -17,10 +17,10 @@ one transaction for all that is queued; reads in other threads.
     application id.
 7.  Before each transaction the file and its WAL must be those that were opened: SQLite would go on with a deleted file.
     After a failure the log is `unavailable` until something was written; upkeep tries that.
-8.  A small commit takes some 50 µs on the loop, and 150 by the thread. The thread does what the loop must not wait for:
-    all with `full_sync`, or while `unavailable`; more than `_LOOP_BYTES`; upkeep; checkpoints, and the transaction
-    after one, which syncs the WAL's header; and what failed on the loop, which doesn't wait for locks. After a commit
-    of more than `_SLOW_S` (a disk that hangs), it commits for `_SLOW_PAUSE` times as long.
+8.  A small commit takes some 50 µs on the loop, and 150 by the thread, which does what may take long: all with
+    `full_sync`, or while `unavailable`; more than `_LOOP_BYTES`; upkeep; checkpoints, and the transaction after one,
+    which syncs the WAL's header; what failed on the loop, which doesn't wait for locks; and everything for
+    `_SLOW_PAUSE` times as long as a commit of more than `_SLOW_S` took (a disk that hangs).
 """
 
 import logging
@@ -95,7 +95,7 @@ _MIGRATIONS: Final = (
 
 _MAX_ORDERS: Final = 100
 _ROWS_AT_ONCE: Final = 32
-#: Of a batch in the file besides its body, roughly.
+#: Of a batch besides its body.
 _BATCH_BYTES: Final = 1024
 #: A run grows so much before its owner is charged.
 _UNCHARGED_BYTES: Final = 64 * 1024
@@ -103,7 +103,7 @@ _UNCHARGED_BYTES: Final = 64 * 1024
 _READERS: Final = 4
 #: Facts in memory, about 1 KB each.
 _MAX_KNOWN: Final = 10_000
-#: In a step of upkeep: some milliseconds.
+#: In a step of upkeep.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
 #: 8 MiB. The end of a checkpoint holds appends up. A bounded log has an eighth at most; an idle one gives it back.
@@ -113,7 +113,7 @@ _PAGE_BYTES: Final = 4096
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
 _PROBE_STREAM: Final = 0
 _PROBE_BYTES: Final = 64 * 1024
-#: Rule 8. More than a full buffer of a run, which as fast as it goes would wait for the thread at each.
+#: Rule 8. More than a run's full buffer.
 _LOOP_BYTES: Final = 128 * 1024
 _SLOW_S: Final = 0.005
 _SLOW_PAUSE: Final = 100
@@ -256,7 +256,7 @@ class SqliteLog(LocalLog):
         if self.unavailable:
             with suppress(SSEAppError):
                 await self._apply(_Transaction.probe)  # type: ignore[arg-type]
-        # Nothing was written since the last upkeep.
+        # If nothing was written since the last.
         self._gives_back, self._pages_then = 0 < self._wal_pages == self._pages_then, self._wal_pages
         return await super()._upkeep()
 
@@ -411,8 +411,8 @@ class SqliteLog(LocalLog):
                 db.close()
 
     def _checkpoint(self) -> None:
-        """In the thread, in two steps. The first copies nearly all, beside the loop's commits. For the second
-        `_syncs_header` keeps the loop from the connection: only then can the WAL begin anew.
+        """In two steps. The first copies nearly all, beside the loop's commits. During the second, after which the WAL
+        begins anew, `_syncs_header` stops those.
         """
         try:
             self._copied = not self._syncs_header

@@ -1,7 +1,7 @@
 """Work in a thread or a task, and its progress; see docs/handlers.md.
 
 1.  A thread can't be stopped from outside: its next report raises `WorkCancelled`.
-2.  Leaving the block waits for the thread: only it can release its resources, and the interpreter would wait too.
+2.  Leaving the block waits for the thread: only it can release its resources.
 3.  The loop takes only locks that threads hold for a few instructions.
 4.  Work in a task is cancelled once, and may await in its `finally`: see `pump`.
 """
