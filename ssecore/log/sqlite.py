@@ -1,8 +1,8 @@
 """The event log in one SQLite file, for one process. What a finished call stored survives a SIGKILL.
 
 In WAL mode with `synchronous=NORMAL`: a power failure may lose the last moments; readers then get a `gap` (`diverged`).
-`full_sync=True` syncs each commit, and survives that too. Small commits run on the event loop, others in a thread; reads
-in other threads.
+`full_sync=True` syncs each commit, and survives that too. Small commits run on the event loop, others in a thread;
+reads in other threads.
 
 1.  An append to an open run writes no facts that its rows contain (`last`, `size`, `updated`): queries derive them
     until a close, `meta` or an epoch writes them. So it is one statement, without BEGIN and COMMIT.
