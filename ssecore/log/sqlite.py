@@ -716,7 +716,7 @@ class _Transaction(Ledger):
         rows = "SELECT rowid FROM rows WHERE stream IN (SELECT stream FROM garbage) LIMIT ?"
         gone = self.db.execute(f"DELETE FROM rows WHERE rowid IN ({rows})", (_STEP_ROWS,)).rowcount
         if gone < _STEP_ROWS:
-            gone += self.db.execute("DELETE FROM garbage").rowcount
+            gone += self.db.execute("DELETE FROM garbage WHERE true").rowcount  # without it an empty table is written
         return gone > 0
 
     def _give_back(self) -> bool:
