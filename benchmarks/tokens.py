@@ -53,7 +53,7 @@ def run(
     many: int = 400,
     most: int = 1000,
     rate: int = 20,
-    tokens: int = 200,
+    tokens: int = 80,
     peers_python: Path = PEERS_PYTHON,
 ) -> Report:
     """`streams`, `many` and `most` chats at once, each of `tokens` tokens, `rate` a second"""

@@ -558,7 +558,7 @@ async def test_most_of_the_wal_is_copied_while_the_loop_commits(path: Path, monk
             while ("INSERT", False) not in found:  # it goes to the thread, and the checkpoint behind it
                 await log.append("run", [frame("x" * 50_000)], epoch=epoch)
             await log.upkeep()  # waits for the thread
-            assert size(path) > 6 * MIB
+            assert size(path) > MIB
             assert "wal_checkpoint" not in dict(found), "the writer's connection had nothing to do with it"
             found.clear()
             await log.append("run", [frame("small")], epoch=epoch)

@@ -106,8 +106,8 @@ _MAX_KNOWN: Final = 10_000
 #: In a step of upkeep.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: 8 MiB. The end of a checkpoint holds appends up. A bounded log has an eighth at most; an idle one gives it back.
-_CHECKPOINT_PAGES: Final = 2048
+#: 2 MiB. The end of a checkpoint holds appends up. A bounded log has an eighth at most; an idle one gives it back.
+_CHECKPOINT_PAGES: Final = 512
 _PAGE_BYTES: Final = 4096
 #: Readers can keep the WAL from restarting.
 _MAX_WAL_BYTES: Final = 16 * 1024 * 1024
@@ -388,7 +388,7 @@ class SqliteLog(LocalLog):
             del known[next(iter(known))]
         size = sum([order.size for order in orders])
         if changes:
-            self._wal_pages += changes + 1 + size // _PAGE_BYTES  # of the index, and of bodies
+            self._wal_pages += 2 * changes + 1 + size // _PAGE_BYTES  # with the index, and bodies
         if self.written >= 0:
             self.written += size
         return transaction
