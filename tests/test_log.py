@@ -1052,6 +1052,7 @@ async def test_retention_is_kept_without_being_asked(make: Callable[..., Log], c
             epoch = await run(log, retention=Retention(age_s=60.0))
             await log.append("run", [], epoch=epoch, close=True)
             watched = Watched(log, "run")
+            assert await log.stat("run"), "from here on it misses nothing"
             clock.now += 60
             await watched.ended.wait()
     assert watched.ends == ["deleted"]
