@@ -106,7 +106,7 @@ _MAX_KNOWN: Final = 10_000
 #: In a step of upkeep.
 _STEP_ROWS: Final = 32
 _STEP_PAGES: Final = 256
-#: 2 MiB. The end of a checkpoint holds appends up. A bounded log has an eighth at most; an idle one gives it back.
+#: 2 MiB; a bounded log has an eighth at most. The end of a checkpoint holds appends up.
 _CHECKPOINT_PAGES: Final = 512
 _PAGE_BYTES: Final = 4096
 #: Readers can keep the WAL from restarting.
@@ -716,7 +716,7 @@ class _Transaction(Ledger):
         rows = "SELECT rowid FROM rows WHERE stream IN (SELECT stream FROM garbage) LIMIT ?"
         gone = self.db.execute(f"DELETE FROM rows WHERE rowid IN ({rows})", (_STEP_ROWS,)).rowcount
         if gone < _STEP_ROWS:
-            gone += self.db.execute("DELETE FROM garbage WHERE true").rowcount  # without it an empty table is written
+            gone += self.db.execute("DELETE FROM garbage WHERE true").rowcount  # else an empty one is written
         return gone > 0
 
     def _give_back(self) -> bool:
